@@ -1,0 +1,288 @@
+r"""What the component manifolds share: a radius, the Euclidean metric, and the checks.
+
+Every manifold here is a submanifold of a space of matrices (or vectors), scaled by a radius ``r > 0`` and equipped
+with the metric of the surrounding space [Absil2008]_. Three things follow for all of them and are
+written once, in :class:`EmbeddedManifold`:
+
+* the Riemannian gradient is the tangent projection of the Euclidean gradient;
+* the projection onto the tangent space at the target is a vector transport;
+* a point or a vector is valid if it is close to its own projection.
+
+A concrete manifold adds its constraint (:meth:`EmbeddedManifold.violation`), its two projections, a retraction,
+the exponential map and its inverse. The last ``ndim`` dimensions of a tensor form one *component*; all
+dimensions before are a batch, and the radius broadcasts over them.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from fgo_geo.linalg import computes_in_float32, require_finite
+
+__all__ = ["EmbeddedManifold"]
+
+
+class EmbeddedManifold(geoopt.Manifold):
+    """A submanifold of Euclidean space, scaled by a radius, with the Euclidean metric.
+
+    Args:
+        radius: Positive number, or a tensor of positive numbers that broadcasts over the leading (component)
+            dimensions of the points.
+
+    Raises:
+        ValueError: If a radius is not positive and finite.
+        TypeError: If the radius is neither a number nor a floating-point tensor.
+    """
+
+    ndim: int
+    name: str
+    reversible = False
+
+    def __init__(self, radius: float | Tensor = 1.0) -> None:
+        super().__init__()
+        self.radius: float | Tensor
+        if isinstance(radius, Tensor) and radius.ndim > 0:
+            if not radius.is_floating_point():
+                raise TypeError(f"{self.name}: radius must be floating point, got dtype {radius.dtype}")
+            self.register_buffer("radius", radius.detach().clone())
+        else:
+            try:
+                self.radius = float(radius)
+            except (TypeError, ValueError):
+                raise TypeError(f"{self.name}: radius must be a number or a tensor, got {radius!r}") from None
+        smallest, largest = self._radius_range = _range(self.radius)
+        if not (smallest > 0 and math.isfinite(largest)):
+            raise ValueError(f"{self.name}: radius must be positive and finite, got values in [{smallest}, {largest}]")
+
+    @property
+    def radius_range(self) -> tuple[float, float]:
+        """Smallest and largest radius."""
+        return self._radius_range
+
+    def radius_for(self, x: Tensor) -> float | Tensor:
+        """The radius in the form in which it multiplies points of the shape, type and device of ``x``."""
+        if not isinstance(self.radius, Tensor):
+            return self.radius
+        radius = self.radius.to(device=x.device, dtype=x.dtype)
+        return radius[(..., *(None,) * self.ndim)]
+
+    # -- what a concrete manifold provides --------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def violation(self, x: Tensor) -> Tensor:
+        """Relative distance from the constraint, per component.
+
+        Args:
+            x: Tensor of the manifold's shape.
+
+        Returns:
+            Non-negative tensor over the leading dimensions; zero on the manifold, independent of the radius.
+        """
+
+    # -- the metric ------------------------------------------------------------------------------------------
+
+    @computes_in_float32
+    def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
+        """Euclidean inner product ``<u, v>`` of tangent vectors, per component.
+
+        Args:
+            x: Points; only their shape matters.
+            u: Tangent vectors at ``x``.
+            v: Tangent vectors at ``x``; ``u`` if left out.
+            keepdim: Keep the component dimensions with size one.
+
+        Returns:
+            Inner products over the leading dimensions.
+        """
+        dims = self._component_dims
+        product = (u * (u if v is None else v)).sum(dims, keepdim=keepdim)
+        batch = torch.broadcast_shapes(x.shape, u.shape)[: -self.ndim]
+        return product.expand(*batch, *(1,) * (self.ndim * keepdim))
+
+    @computes_in_float32
+    def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Norm of tangent vectors, per component; differentiable (with gradient zero) at ``u = 0``."""
+        norm = torch.linalg.vector_norm(u, dim=self._component_dims, keepdim=keepdim)
+        batch = torch.broadcast_shapes(x.shape, u.shape)[: -self.ndim]
+        return norm.expand(*batch, *(1,) * (self.ndim * keepdim))
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Riemannian gradient from the Euclidean one: the tangent projection, since the metric is Euclidean."""
+        return self.proju(x, u)
+
+    def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        """Vector transport from ``x`` to ``y`` by projection onto the tangent space at ``y``.
+
+        It shortens vectors, never lengthens them, and needs no ``x``.
+        """
+        return self.proju(y, v)
+
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Geodesic distance, per component: the length of the logarithm."""
+        return self.norm(x, self.logmap(x, y), keepdim=keepdim)
+
+    @property
+    def _component_dims(self) -> tuple[int, ...]:
+        return tuple(range(-self.ndim, 0))
+
+    # -- points ----------------------------------------------------------------------------------------------
+
+    def random(
+        self,
+        *size: int | tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> geoopt.ManifoldTensor:
+        """Random points with respect to the uniform (rotation-invariant) measure.
+
+        Args:
+            size: Shape of the result, as numbers or as one tuple.
+            dtype: Type of the result.
+            device: Device of the result.
+            generator: Source of randomness; the global one if left out.
+
+        Returns:
+            A :class:`geoopt.ManifoldTensor` of points.
+
+        Raises:
+            ValueError: If the shape does not fit the manifold.
+        """
+        shape = _shape(size)
+        self._assert_check_shape(shape, "x")
+        gaussian = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+        return self._tensor(self._uniform(gaussian))
+
+    def random_uniform(self, *size: int | tuple[int, ...], **kwargs: Any) -> geoopt.ManifoldTensor:
+        """Geoopt's name for :meth:`random`."""
+        return self.random(*size, **kwargs)
+
+    @computes_in_float32
+    def _uniform(self, gaussian: Tensor) -> Tensor:
+        """Map Gaussian matrices to uniformly distributed points."""
+        return self.projx(gaussian)
+
+    def origin(
+        self,
+        *size: int | tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = 42,
+    ) -> geoopt.ManifoldTensor:
+        """A canonical point: ones on the diagonal (of a vector: in the first place), projected.
+
+        Args:
+            size: Shape of the result, as numbers or as one tuple.
+            dtype: Type of the result.
+            device: Device of the result.
+            seed: Accepted for Geoopt's sake and ignored: nothing is random here.
+
+        Returns:
+            A :class:`geoopt.ManifoldTensor` of equal components.
+
+        Raises:
+            ValueError: If the shape does not fit the manifold.
+        """
+        shape = _shape(size)
+        self._assert_check_shape(shape, "x")
+        point = torch.zeros(shape, dtype=dtype, device=device)
+        diagonal = point.diagonal(dim1=-2, dim2=-1) if self.ndim > 1 else point[..., 0]
+        diagonal.fill_(1)
+        return self._tensor(self.projx(point))
+
+    def _tensor(self, point: Tensor) -> geoopt.ManifoldTensor:
+        build: Any = geoopt.ManifoldTensor  # its constructor has no usable annotation
+        return build(point, manifold=self)
+
+    # -- checks ----------------------------------------------------------------------------------------------
+
+    def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
+        reason = self._shape_problem(tuple(shape))
+        return (True, None) if reason is None else (False, f"`{name}` of shape {tuple(shape)}: {reason}")
+
+    def _shape_problem(self, shape: tuple[int, ...]) -> str | None:
+        if len(shape) < self.ndim:
+            return f"{self.name} needs at least {self.ndim} dimensions"
+        if isinstance(self.radius, Tensor):
+            batch = shape[: -self.ndim]
+            try:
+                fits = torch.broadcast_shapes(self.radius.shape, batch) == torch.Size(batch)
+            except RuntimeError:
+                fits = False
+            if not fits:
+                return (
+                    f"the radius of shape {tuple(self.radius.shape)} does not broadcast over the leading "
+                    f"dimensions {batch}"
+                )
+        return None
+
+    def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
+        worst = self.violation(x)
+        if bool((worst <= atol + rtol).all()):
+            return True, None
+        return False, (
+            f"largest relative constraint violation {float(worst.max()):.3g} exceeds {atol + rtol:.3g}; "
+            "project with projx (or ManifoldParameter.proj_) first"
+        )
+
+    def _check_vector_on_tangent(
+        self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
+    ) -> tuple[bool, str | None]:
+        normal = self.norm(x, u - self.proju(x, u))
+        if bool((normal <= atol + rtol * self.norm(x, u)).all()):
+            return True, None
+        return False, (
+            f"the normal part has norm {float(normal.max()):.3g}, with atol={atol}, rtol={rtol}; "
+            "project with proju first"
+        )
+
+    def _require_finite(self, x: Tensor) -> None:
+        require_finite(x, f"the argument of {self.name}.projx")
+
+    # -- what an optimiser asks ------------------------------------------------------------------------------
+
+    @property
+    def curvature_bound(self) -> float:
+        """Upper bound on the sectional curvatures of all components, ``1 / r²`` for the smallest radius."""
+        return self.radius_range[0] ** -2
+
+    def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None) -> Tensor:
+        """The retraction, given a bound on the length of ``u`` relative to the radius.
+
+        An optimiser that knows how far it can step passes the bound, and manifolds that can make use of it do.
+
+        Args:
+            x: Points.
+            u: Tangent vectors at ``x``.
+            bound: Bound on ``‖u‖ / r`` per component, or None if there is none.
+
+        Returns:
+            ``retr(x, u)`` up to rounding.
+        """
+        return self.retr(x, u)
+
+    def extra_repr(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The radius, or its range."""
+        if not isinstance(self.radius, Tensor):
+            return f"radius={self.radius:g}"
+        low, high = self.radius_range
+        return f"radius={low:g}..{high:g} of shape {tuple(self.radius.shape)}"
+
+
+def _range(radius: float | Tensor) -> tuple[float, float]:
+    if not isinstance(radius, Tensor):
+        return radius, radius
+    low, high = torch.aminmax(radius)
+    return float(low), float(high)
+
+
+def _shape(size: tuple[int | tuple[int, ...], ...]) -> tuple[int, ...]:
+    """The shape meant by ``f(2, 3)`` or ``f((2, 3))``."""
+    first = size[0] if len(size) == 1 else size
+    return tuple(first) if isinstance(first, tuple) else (first,)  # type: ignore[arg-type]

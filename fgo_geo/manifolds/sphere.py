@@ -1,0 +1,217 @@
+r"""Spheres of any radius, over the last one, two or more dimensions.
+
+The formulas are pure functions of tensors along given dimensions ``dim``; :class:`ScaledSphere` applies them to
+the last ``ndim`` dimensions, :class:`fgo_geo.Oblique` to the columns of a matrix. In the formulas ``x`` has norm ``r``,
+``u`` and ``v`` are tangent at ``x`` and ``t = ‖u‖ / r`` is the angle that a step covers ("Mathematics", section 2;
+[Absil2008]_, examples 3.5.1 and 5.4.1).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fgo_geo.linalg import computes_in_float32
+from fgo_geo.manifolds.embedded import EmbeddedManifold
+
+__all__ = ["ScaledSphere", "SphericalManifold"]
+
+Dims = tuple[int, ...]
+Radius = float | Tensor
+
+
+def _dot(a: Tensor, b: Tensor, dim: Dims) -> Tensor:
+    return (a * b).sum(dim, keepdim=True)
+
+
+def _norm(a: Tensor, dim: Dims) -> Tensor:
+    return torch.linalg.vector_norm(a, dim=dim, keepdim=True)
+
+
+def _sinc(t: Tensor) -> Tensor:
+    """``sin(t) / t``, one at zero."""
+    return torch.sinc(t / math.pi)
+
+
+def _position(x: Tensor, dim: Dims) -> Tensor:
+    """Number of every entry within its component, broadcastable to ``x``; ``dim`` is a run of dimensions."""
+    sizes = [x.shape[d] for d in dim]
+    return torch.arange(math.prod(sizes), device=x.device).reshape(*sizes, *(1,) * (-1 - max(dim)))
+
+
+def normalise(x: Tensor, radius: Radius, dim: Dims) -> Tensor:
+    """Nearest point, ``r x / ‖x‖``; zero goes to ``r`` times the first basis vector.
+
+    Scaled by the largest entry first, so that no square overflows or vanishes.
+    """
+    largest = x.abs().amax(dim, keepdim=True)
+    zero = largest == 0
+    first = (_position(x, dim) == 0).to(x.dtype)
+    x = torch.where(zero, first, x / torch.where(zero, 1, largest))
+    return x * (radius / _norm(x, dim))
+
+
+def project_tangent(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
+    """Tangent projection, ``u - <x, u> / r² x``."""
+    return u - x * (_dot(x, u, dim) / radius**2)
+
+
+def retract(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
+    """Metric projection of ``x + u``: ``r (x + u) / ‖x + u‖``, a second-order retraction."""
+    y = x + u
+    return y * (radius / _norm(y, dim))
+
+
+def exponential(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
+    """Exponential map, ``cos(t) x + sin(t) / t u``."""
+    t = _norm(u, dim) / radius
+    return torch.cos(t) * x + _sinc(t) * u
+
+
+def angle(x: Tensor, y: Tensor, dim: Dims) -> Tensor:
+    """Angle, ``2 atan2(‖x - y‖, ‖x + y‖)``, accurate at zero and at the antipode."""
+    return 2 * torch.atan2(_norm(x - y, dim), _norm(x + y, dim))
+
+
+def logarithm(x: Tensor, y: Tensor, radius: Radius, dim: Dims) -> Tensor:
+    """Inverse of the exponential map: the tangent part of ``y - x``, stretched to the length ``r θ``.
+
+    At the antipode every direction is shortest; the one of the smallest coordinate of ``x`` is taken.
+    """
+    theta = angle(x, y, dim)
+    toward = project_tangent(x, y - x, radius, dim)
+    antipodal = (theta > 1) & (_norm(toward, dim) <= 4 * torch.finfo(x.dtype).eps * radius)
+    position = _position(x, dim)
+    size = x.abs()
+    smallest = torch.where(size == size.amin(dim, keepdim=True), position, position.numel()).amin(dim, keepdim=True)
+    sideways = project_tangent(x, (position == smallest).to(x.dtype), radius, dim)
+    toward = torch.where(antipodal, sideways, toward)
+    length = _norm(toward, dim)
+    return toward * torch.where(length > 0, radius * theta / torch.where(length > 0, length, 1), 1)
+
+
+def parallel_transport(x: Tensor, u: Tensor, v: Tensor, radius: Radius, dim: Dims) -> Tensor:
+    r"""Parallel transport of ``v`` along the geodesic ``exp_x(s u)``, ``0 <= s <= 1``: an isometry.
+
+    ``v - <u, v> / r² ( sinc²(t/2) / 2 u + sinc(t) x )`` with ``sinc(t) = sin(t) / t``: the textbook formula without
+    its division by ``‖u‖``.
+    """
+    t = _norm(u, dim) / radius
+    along = _dot(u, v, dim) / radius**2
+    return v - along * (_sinc(t / 2) ** 2 / 2 * u + _sinc(t) * x)
+
+
+class SphericalManifold(EmbeddedManifold):
+    """Components that are products of spheres along the dimensions ``_dims``."""
+
+    _dims: Dims
+
+    def _shape_problem(self, shape: tuple[int, ...]) -> str | None:
+        problem = super()._shape_problem(shape)
+        if problem is None and math.prod(shape[d] for d in self._dims) == 1:
+            return (
+                "a sphere in one dimension is two isolated points, so nothing could move; "
+                "use geoopt.Euclidean or a larger component"
+            )
+        return problem
+
+    @computes_in_float32
+    def violation(self, x: Tensor) -> Tensor:
+        """Largest relative deviation of a norm, ``| ‖x‖ / r - 1 |``, per component."""
+        deviation = (_norm(x, self._dims) / self.radius_for(x) - 1).abs()
+        return deviation.amax(self._component_dims)
+
+    @computes_in_float32
+    def projx(self, x: Tensor) -> Tensor:
+        """Nearest point, ``r x / ‖x‖``; a zero vector goes to ``r`` times the first basis vector.
+
+        Args:
+            x: Any finite tensor of the manifold's shape.
+
+        Returns:
+            Points on the manifold.
+
+        Raises:
+            ValueError: If ``x`` holds NaN or infinity.
+        """
+        self._require_finite(x)
+        return normalise(x, self.radius_for(x), self._dims)
+
+    @computes_in_float32
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        """Tangent projection, ``u - <x, u> / r² x``."""
+        return project_tangent(x, u, self.radius_for(x), self._dims)
+
+    @computes_in_float32
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Second-order retraction, ``r (x + u) / ‖x + u‖``."""
+        return retract(x, u, self.radius_for(x), self._dims)
+
+    @computes_in_float32
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Exponential map, ``cos(t) x + sin(t) / t u`` with ``t = ‖u‖ / r``."""
+        return exponential(x, u, self.radius_for(x), self._dims)
+
+    @computes_in_float32
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inverse of the exponential map; at the antipode one of the shortest geodesics is chosen."""
+        return logarithm(x, y, self.radius_for(x), self._dims)
+
+    @computes_in_float32
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Geodesic distance, ``2 r atan2(‖x - y‖, ‖x + y‖)``; over several spheres, the root of the sum of squares."""
+        distance = self.radius_for(x) * angle(x, y, self._dims)
+        return torch.linalg.vector_norm(distance, dim=self._component_dims, keepdim=keepdim)
+
+    @computes_in_float32
+    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Parallel transport of ``v`` along the geodesic from ``x`` in direction ``u``: an isometry."""
+        return parallel_transport(x, u, v, self.radius_for(x), self._dims)
+
+    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Exponential map, and parallel transport of ``v`` along it."""
+        return self.expmap(x, u), self.transp_follow_expmap(x, u, v)
+
+
+class ScaledSphere(SphericalManifold):
+    r"""The sphere ``{ x : ‖x‖ = r }`` over the last ``ndim`` dimensions.
+
+    With ``ndim=2`` every kernel ``W[d, c]`` of a convolution's weight is one point of a sphere.
+    Sectional curvature: ``1 / r²``.
+
+    Args:
+        radius: Positive number, or a tensor that broadcasts over the leading (component) dimensions.
+        ndim: How many trailing dimensions form one component.
+
+    Raises:
+        ValueError: If the radius or ``ndim`` is not positive.
+
+    Example:
+        >>> sphere = ScaledSphere(radius=2.0)
+        >>> x, y = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
+        >>> sphere.dist(x, y) / torch.pi
+        tensor(1.)
+        >>> sphere.logmap(x, y) / torch.pi
+        tensor([0., 1.])
+        >>> ScaledSphere(radius=0.5, ndim=2).projx(torch.ones(64, 32, 2, 2))[0, 0]
+        tensor([[0.2500, 0.2500],
+                [0.2500, 0.2500]])
+    """
+
+    name = "ScaledSphere"
+
+    def __init__(self, radius: float | Tensor = 1.0, ndim: int = 1) -> None:
+        if not isinstance(ndim, int) or ndim < 1:
+            raise ValueError(f"ScaledSphere: ndim must be a positive integer, got {ndim!r}")
+        self.ndim = ndim
+        super().__init__(radius)
+
+    @property
+    def _dims(self) -> Dims:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._component_dims
+
+    def extra_repr(self) -> str:
+        """Radius and number of component dimensions."""
+        return f"{super().extra_repr()}, ndim={self.ndim}"

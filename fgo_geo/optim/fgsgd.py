@@ -1,0 +1,559 @@
+r"""FG-SGD: stochastic gradient descent on products of manifolds, with the step size of the convergence theorem.
+
+One step is the composition of small pure functions on whole tensors:
+
+1. :meth:`~geoopt.Manifold.egrad2rgrad` projects the gradient onto the tangent space;
+2. :func:`~fgo_geo.optim.theorem_step_scale` turns the norm ``R`` of every group into its ``τ``;
+3. :func:`fgsgd_update` adds momentum and moves along a retraction.
+
+:class:`RiemannianFGSGD` is what surrounds them: validation, state, and *jobs*. A job is what one batched call can do:
+parameters of equal shape on equal manifolds stacked along a new first dimension, or one large parameter alone.
+Parameters without a constraint never get here: they take the step of :class:`torch.optim.SGD` through torch's own
+kernels.
+
+Momentum is transported by projection, and lazily: the buffer is projected at the start of the next step, when the
+target's tangent space is known, rather than at the end of this one. The numbers are the same; a stored buffer is
+tangent at the point that its step started from. Manifolds of Geoopt that define another transport get it, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypedDict, cast, get_args, overload
+
+import geoopt
+import torch
+from geoopt.optim.mixin import OptimMixin
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+from torch.optim.sgd import sgd
+
+from fgo_geo.manifolds import EmbeddedManifold
+from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
+
+__all__ = ["RiemannianFGSGD", "fgsgd_update"]
+
+StepSize = Literal["theorem", "constant"]
+Update = Literal["retraction", "exponential"]
+
+_STACK_LIMIT = 2**16  # larger tensors keep the cores busy on their own; stacking them would only copy
+_UNKNOWN_LR_BOUND = 16.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
+
+
+class _Options(TypedDict):
+    """What a parameter group holds."""
+
+    params: list[Tensor]
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    foreach: bool | None
+    fused: bool | None
+    stabilize: int | None
+    step: int
+    step_size: StepSize
+    rho: float
+    curvature: float | Literal["manifold"] | None
+    radius_invariant: bool
+    update: Update
+    adapt_euclidean: bool
+    check_finite: bool | None
+
+
+def fgsgd_update(
+    manifold: geoopt.Manifold,
+    x: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None,
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    nesterov: bool = False,
+    update: Update = "retraction",
+    bound: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Add momentum to a scaled Riemannian gradient and move ([Ozay2019]_, algorithm 1, lines 8-9).
+
+    Args:
+        manifold: Where ``x`` lives.
+        x: Points.
+        grad: Tangent vectors at ``x``: the Riemannian gradient divided by ``τ``.
+        buffer: Momentum of the step before, or None in the first one.
+        lr: Learning rate.
+        momentum: Momentum factor; zero for none.
+        dampening: Dampening of the momentum.
+        nesterov: Take Nesterov's direction, ``grad + momentum * buffer``.
+        update: Move along the retraction or the exponential map.
+        bound: Bound on the length of the step relative to the radius, if one is known.
+
+    Returns:
+        The new points and the new buffer (None without momentum).
+
+    Example:
+        >>> from fgo_geo import ScaledSphere
+        >>> x, grad = torch.tensor([1.0, 0.0]), torch.tensor([0.0, -1.0])
+        >>> fgsgd_update(ScaledSphere(), x, grad, None, lr=torch.pi / 2, update="exponential")[0].round(decimals=6)
+        tensor([-0.,  1.])
+    """
+    lazy = isinstance(manifold, EmbeddedManifold)
+    direction = grad
+    if momentum != 0:
+        if buffer is None:
+            buffer = grad
+        else:
+            carried = manifold.proju(x, buffer) if lazy else buffer
+            buffer = momentum * carried + (1 - dampening) * grad
+        direction = grad + momentum * buffer if nesterov else buffer
+    step = -lr * direction
+    if update == "exponential":
+        if lazy or buffer is None:
+            return manifold.expmap(x, step), buffer
+        return manifold.expmap_transp(x, step, buffer)
+    if isinstance(manifold, EmbeddedManifold):
+        return manifold.retract_bounded(x, step, bound), buffer
+    if buffer is None:
+        return manifold.retr(x, step), None
+    return manifold.retr_transp(x, step, buffer)
+
+
+@dataclass
+class _Job:
+    """One batched piece of work: points with their Riemannian gradients, and one squared norm per group."""
+
+    options: _Options
+    manifold: geoopt.Manifold
+    params: list[Tensor]
+    stacked: bool
+    x: Tensor
+    grad: Tensor
+    squared_norm: Tensor
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One number per group, broadcast over the entries of the group."""
+        return values.reshape(-1, *(1,) * (self.x.ndim - 1)) if self.stacked else values.reshape(())
+
+
+class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
+    r"""Riemannian SGD whose step size follows from the convergence theorem of FG-SGD.
+
+    Every group ``G`` moves by ``-(lr / τ) grad`` with ``τ = ( max{1, R² (2 + R)²} )^{1/2}``, ``R`` the norm of its
+    Riemannian gradient ([Ozay2019]_, eq. 7). A parameter on a manifold is one group. Steps are never longer than
+    ``(√2 - 1) lr`` (with momentum ``μ``: ``(√2 - 1) lr / (1 - μ)``), whatever the gradient.
+
+    Works for every manifold of Geoopt. Plain parameters and those on :class:`geoopt.Euclidean` take the step of
+    :class:`torch.optim.SGD`, bit for bit. ``p.grad`` is read, never written. Weight decay acts where it means
+    something: on plain parameters and on Geoopt's own manifolds; on spheres, oblique and Stiefel manifolds it is
+    radial and projects to zero.
+
+    Args:
+        params: Parameters, named parameters or parameter groups.
+        lr: Learning rate, a number or a tensor with one element.
+        momentum: Momentum factor.
+        dampening: Dampening of the momentum.
+        weight_decay: Weight decay (L2 penalty).
+        nesterov: Nesterov momentum; needs momentum and zero dampening.
+        stabilize: Project points and momentum every so many steps (None: never; the steps themselves correct
+            rounding drift).
+        step_size: ``"theorem"`` divides by ``τ``; ``"constant"`` does not.
+        rho: Bound ``ρ`` on the geodesic distance to the minimum.
+        curvature: Bound ``c`` on the sectional curvature; None for eq. 7 (``c <= 1``), ``"manifold"`` for the
+            manifold's own ``1/r²``.
+        radius_invariant: Measure ``R`` on the manifold of radius one. Training at radius ``r`` is then the same as
+            training at radius one with the weight multiplied by ``r`` in the forward pass; eq. 7 as printed measures
+            ``R`` where the weight lives.
+        update: ``"retraction"`` or ``"exponential"`` (map).
+        adapt_euclidean: Divide by ``τ`` on plain parameters too.
+        check_finite: Raise on a gradient that is not finite, before anything has changed. None checks
+            where reading the answer is free: on the CPU, outside of ``torch.compile``. Elsewhere such a group takes
+            no gradient in this step, stays on its manifold, and is counted in :meth:`skipped_groups`.
+        maximize: Ascend instead of descend.
+        foreach: For plain parameters, as in :class:`torch.optim.SGD`.
+        fused: For plain parameters, as in :class:`torch.optim.SGD`.
+
+    Raises:
+        ValueError: If an option is out of range, or a parameter does not lie on its manifold.
+
+    Example:
+        The leading eigenvector of a matrix, as the maximum of the Rayleigh quotient on the sphere.
+
+        >>> from fgo_geo import ScaledSphere
+        >>> a = torch.diag(torch.tensor([1.0, 2.0, 5.0]))
+        >>> x = geoopt.ManifoldParameter(torch.ones(3) / 3**0.5, manifold=ScaledSphere())
+        >>> optimizer = RiemannianFGSGD([x], lr=0.5, maximize=True)
+        >>> for _ in range(200):
+        ...     optimizer.zero_grad()
+        ...     (x @ a @ x).backward()
+        ...     optimizer.step()
+        >>> x.detach().abs().round(decimals=4)
+        tensor([0., 0., 1.])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        stabilize: int | None = None,
+        *,
+        step_size: StepSize = "theorem",
+        rho: float = 1.0,
+        curvature: float | Literal["manifold"] | None = None,
+        radius_invariant: bool = False,
+        update: Update = "retraction",
+        adapt_euclidean: bool = False,
+        check_finite: bool | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+    ) -> None:
+        self._step_scales: dict[Tensor, Tensor] = {}
+        self._skipped: dict[torch.device, Tensor] = {}
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "step": 0,
+            "step_size": step_size,
+            "rho": rho,
+            "curvature": curvature,
+            "radius_invariant": radius_invariant,
+            "update": update,
+            "adapt_euclidean": adapt_euclidean,
+            "check_finite": check_finite,
+        }
+        # Geoopt's constructor would drop the options that it does not know; its base class takes them all.
+        OptimMixin.__init__(self, params, defaults, stabilize=stabilize)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._stabilize = None
+        self._step_scales = {}
+        self._skipped = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, after checking its options and that its points lie on their manifolds.
+
+        Args:
+            param_group: The parameters under ``"params"``, and options that differ from the defaults.
+
+        Raises:
+            ValueError: If an option is out of range, or a parameter does not lie on its manifold.
+        """
+        stabilize = param_group.get("stabilize", self._stabilize)
+        _check_options({**self.defaults, "stabilize": stabilize, **param_group})
+        super().add_param_group(param_group)
+        added = cast(_Options, self.param_groups[-1])
+        try:
+            for param in added["params"]:
+                _check_point(param, lambda: self._name_of(param))  # noqa: B023  called at once
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: If a gradient is sparse. Nothing has changed then.
+            FloatingPointError: If a gradient is not finite and ``check_finite`` applies. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = cast(list[_Options], self.param_groups)
+        self._refuse_sparse(groups)
+        work = [self._prepare(group) for group in groups]
+        jobs = [job for _, jobs in work for job in jobs]
+        self._guard(jobs)
+        for group, (plain, _) in zip(groups, work, strict=True):
+            self._step_plain(group, plain)
+        self._step_scales = {}
+        for job in jobs:
+            self._step_job(job)
+        for group in groups:
+            if group["stabilize"] is not None:
+                group["step"] += 1
+                if group["step"] % group["stabilize"] == 0:
+                    self.stabilize_group(cast(dict[str, Any], group))
+        return loss
+
+    def step_scales(self) -> dict[Tensor, Tensor]:
+        """The divisors ``τ`` of the latest step.
+
+        Returns:
+            For every parameter on a manifold that had a gradient, a tensor with one ``τ`` per group, on the parameter's
+            device. Reading it is the caller's synchronisation, not the step's.
+        """
+        return dict(self._step_scales)
+
+    def skipped_groups(self) -> int:
+        """How many group steps were left out so far because the gradient was not finite (synchronises)."""
+        return sum(int(count) for count in self._skipped.values())
+
+    @torch.no_grad()
+    def stabilize_group(self, group: dict[str, Any]) -> None:
+        """Project the points of a parameter group onto their manifolds, and their momentum onto the tangent spaces.
+
+        Args:
+            group: One of ``optimizer.param_groups``.
+        """
+        for param in group["params"]:
+            manifold = _manifold_of(param)
+            if manifold is None:
+                continue
+            param.copy_(manifold.projx(param))
+            buffer = self.state[param].get("momentum_buffer") if param in self.state else None
+            if buffer is not None:
+                buffer.copy_(manifold.proju(param, buffer))
+
+    # -- before anything changes -----------------------------------------------------------------------------
+
+    def _name_of(self, param: Tensor) -> str:
+        for number, group in enumerate(self.param_groups):
+            for position, candidate in enumerate(group["params"]):
+                if candidate is param:
+                    names = group.get("param_names")
+                    name = f"{names[position]!r}, " if names else ""
+                    return f"{name}param_groups[{number}]['params'][{position}] of shape {tuple(param.shape)}"
+        return f"a parameter of shape {tuple(param.shape)}"
+
+    def _refuse_sparse(self, groups: Iterable[_Options]) -> None:
+        for group in groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.is_sparse:
+                    raise RuntimeError(
+                        f"RiemannianFGSGD: the gradient of {self._name_of(param)} is sparse, expected a dense one; "
+                        "build the layer with sparse=False or use geoopt's SparseRiemannianSGD for it"
+                    )
+
+    def _prepare(self, group: _Options) -> tuple[list[Tensor], list[_Job]]:
+        """Split a group into plain parameters and jobs, and compute the jobs' Riemannian gradients."""
+        plain: list[Tensor] = []
+        buckets: dict[object, tuple[geoopt.Manifold, list[Tensor]]] = {}
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            manifold = _manifold_of(param)
+            if manifold is None and not group["adapt_euclidean"]:
+                plain.append(param)
+                continue
+            key = (_stacking_key(param, manifold), "momentum_buffer" in self.state[param])
+            buckets.setdefault(key, (manifold or self._default_manifold, []))[1].append(param)
+        return plain, [self._job(group, manifold, params) for manifold, params in buckets.values()]
+
+    def _job(self, group: _Options, manifold: geoopt.Manifold, params: list[Tensor]) -> _Job:
+        stacked = isinstance(manifold, EmbeddedManifold)
+        x, grad = (_gather(tensors, stacked) for tensors in (params, [cast(Tensor, p.grad) for p in params]))
+        if group["maximize"]:
+            grad = -grad
+        if group["weight_decay"] != 0 and not stacked:
+            grad = grad + group["weight_decay"] * x
+        grad = manifold.egrad2rgrad(x, grad)
+        unit_grad = grad
+        if group["radius_invariant"] and isinstance(manifold, EmbeddedManifold):
+            unit_grad = grad * manifold.radius_for(x) ** 2
+        inner = manifold.inner(x, unit_grad, grad)
+        inner = inner.real if inner.is_complex() else inner
+        squared_norm = inner.reshape(len(params), -1).sum(1)
+        return _Job(group, manifold, params, stacked, x, unit_grad, squared_norm)
+
+    def _guard(self, jobs: list[_Job]) -> None:
+        """Refuse gradients that are not finite, where finding out is free; elsewhere leave them out and count them."""
+        for job in jobs:
+            device = job.squared_norm.device
+            free = device.type == "cpu" and not torch.compiler.is_compiling()
+            finite = torch.isfinite(job.squared_norm)
+            check = job.options["check_finite"]
+            if free if check is None else check:
+                if not bool(finite.all()):
+                    bad = job.params[int(finite.logical_not().int().argmax())]
+                    raise FloatingPointError(
+                        f"RiemannianFGSGD: the gradient of {self._name_of(bad)} on {job.manifold} is not finite (or "
+                        "its squared norm overflows); no parameter was changed. Lower the learning rate, clip the "
+                        "gradient, or use a GradScaler in half precision"
+                    )
+                continue
+            job.grad = torch.where(job.spread(finite), job.grad, 0)
+            job.squared_norm = torch.where(finite, job.squared_norm, 0)
+            skipped = finite.numel() - finite.sum()
+            self._skipped[device] = self._skipped.get(device, torch.zeros_like(skipped)) + skipped
+
+    # -- the step --------------------------------------------------------------------------------------------
+
+    def _step_plain(self, group: _Options, params: list[Tensor]) -> None:
+        """The step of torch.optim.SGD, by torch's own function."""
+        if not params:
+            return
+        grads = [cast(Tensor, p.grad) for p in params]
+        if group["nesterov"] and group["weight_decay"] == 0 and not group["maximize"]:
+            grads = [g.clone() for g in grads]  # torch's multi-tensor Nesterov step writes into its gradients
+        buffers: list[Tensor | None] = [self.state[p].get("momentum_buffer") for p in params]
+        sgd(
+            params,
+            grads,
+            buffers,
+            foreach=group["foreach"],
+            fused=group["fused"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            lr=cast(float, group["lr"]),
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )
+        if group["momentum"] != 0:
+            for param, buffer in zip(params, buffers, strict=True):
+                self.state[param]["momentum_buffer"] = buffer
+
+    def _step_job(self, job: _Job) -> None:
+        options = job.options
+        norm = job.squared_norm.sqrt()
+        if options["step_size"] == "theorem":
+            tau = theorem_step_scale(norm, options["rho"], _curvature(options, job.manifold))
+            grad = job.grad / job.spread(tau)
+        else:
+            tau = torch.ones_like(norm)
+            grad = job.grad
+        buffers = [self.state[p].get("momentum_buffer") for p in job.params]
+        buffer = None if buffers[0] is None else _gather(cast(list[Tensor], buffers), job.stacked)
+        x, buffer = fgsgd_update(
+            job.manifold,
+            job.x,
+            grad,
+            buffer,
+            lr=options["lr"],
+            momentum=options["momentum"],
+            dampening=options["dampening"],
+            nesterov=options["nesterov"],
+            update=options["update"],
+            bound=_step_bound(options, job.manifold),
+        )
+        _scatter(x, job.params, job.stacked)
+        if buffer is not None:
+            if buffers[0] is None:
+                buffers = [torch.empty_like(p) for p in job.params]
+                for param, new in zip(job.params, buffers, strict=True):
+                    self.state[param]["momentum_buffer"] = new
+            _scatter(buffer, cast(list[Tensor], buffers), job.stacked)
+        self._step_scales.update(zip(job.params, tau.unsqueeze(-1).unbind(0), strict=True))
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Raise ValueError if an option of a parameter group is out of range."""
+    lr, momentum = options["lr"], options["momentum"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"RiemannianFGSGD: lr must be a number or hold one element, got shape {tuple(lr.shape)}")
+    for name in ("lr", "momentum", "weight_decay", "rho"):
+        value = options[name]
+        if not isinstance(value, Tensor) and not value >= 0:
+            raise ValueError(f"RiemannianFGSGD: {name} must be at least 0, got {value!r}")
+    if options["nesterov"] and (momentum <= 0 or options["dampening"] != 0):
+        raise ValueError(
+            "RiemannianFGSGD: nesterov needs momentum > 0 and dampening = 0, "
+            f"got momentum={momentum!r}, dampening={options['dampening']!r}"
+        )
+    for name, choices in (("step_size", get_args(StepSize)), ("update", get_args(Update))):
+        if options[name] not in choices:
+            raise ValueError(f"RiemannianFGSGD: {name} must be one of {choices}, got {options[name]!r}")
+    curvature = options["curvature"]
+    if curvature not in (None, "manifold") and not (isinstance(curvature, (int, float)) and curvature >= 0):
+        raise ValueError(
+            f'RiemannianFGSGD: curvature must be None, "manifold" or a number of at least 0, got {curvature!r}'
+        )
+    stabilize = options["stabilize"]
+    if stabilize is not None and not (isinstance(stabilize, int) and stabilize > 0):
+        raise ValueError(f"RiemannianFGSGD: stabilize must be None or a positive integer, got {stabilize!r}")
+
+
+def _check_point(param: Tensor, name: Callable[[], str]) -> None:
+    """Raise ValueError if a parameter is far from its manifold; move the manifold to the parameter's device."""
+    manifold = _manifold_of(param)
+    if not isinstance(manifold, EmbeddedManifold) or param.is_meta or param.numel() == 0:
+        return
+    manifold.to(param.device)
+    tolerance = max(1e-3, 16 * torch.finfo(param.dtype).eps)
+    worst = float(manifold.violation(param.detach()).max())
+    if not worst <= tolerance:
+        raise ValueError(
+            f"RiemannianFGSGD: {name()} does not lie on its {manifold}: relative constraint violation {worst:.3g}, "
+            f"expected at most {tolerance:.3g}; call proj_() on the parameter first"
+        )
+
+
+def _manifold_of(param: Tensor) -> geoopt.Manifold | None:
+    """The manifold of a constrained parameter, None for a plain one."""
+    manifold = getattr(param, "manifold", None)
+    if not isinstance(param, geoopt.ManifoldTensor) or isinstance(manifold, geoopt.Euclidean):
+        return None
+    return manifold
+
+
+def _stacking_key(param: Tensor, manifold: geoopt.Manifold | None) -> object:
+    """Parameters with equal keys can share one batched call."""
+    if isinstance(manifold, EmbeddedManifold) and isinstance(manifold.radius, float) and param.numel() <= _STACK_LIMIT:
+        return (type(manifold), manifold.extra_repr(), manifold.radius, param.shape, param.dtype, param.device)
+    return id(param)
+
+
+def _gather(tensors: list[Tensor], stacked: bool) -> Tensor:
+    """One tensor to compute with: stacked along a new first dimension, half precision in float32."""
+    x = tensors[0]
+    if stacked:
+        x = x.unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x.as_subclass(Tensor)
+
+
+def _scatter(x: Tensor, targets: list[Tensor], stacked: bool) -> None:
+    """Write the result of a job back."""
+    for target, value in zip(targets, x.unbind(0) if stacked else (x,), strict=True):
+        target.copy_(value)
+
+
+def _curvature(options: _Options, manifold: geoopt.Manifold) -> float:
+    curvature = options["curvature"]
+    if curvature is None:
+        return 1.0
+    if curvature != "manifold":
+        return curvature
+    return manifold.curvature_bound if isinstance(manifold, EmbeddedManifold) else 1.0
+
+
+def _step_bound(options: _Options, manifold: geoopt.Manifold) -> float | None:
+    """Bound on the length of a step relative to the radius, from the options alone."""
+    if options["step_size"] != "theorem" or not isinstance(manifold, EmbeddedManifold):
+        return None
+    lr = options["lr"]
+    if isinstance(lr, Tensor):
+        if lr.device.type != "cpu" or torch.compiler.is_compiling():
+            return _UNKNOWN_LR_BOUND
+        lr = float(lr)
+    gain = momentum_gain(options["momentum"], options["dampening"], options["nesterov"])
+    radius = 1.0 if options["radius_invariant"] else manifold.radius_range[0]
+    return abs(lr) * theorem_step_bound(options["rho"]) * gain / radius
