@@ -1,8 +1,7 @@
-r"""What the component manifolds share: a radius, the Euclidean metric, and the checks.
+r"""What the manifolds share: the Euclidean metric, the checks, and a radius.
 
-Every manifold here is a submanifold of a space of matrices (or vectors), scaled by a radius ``r > 0`` and equipped
-with the metric of the surrounding space [Absil2008]_. Three things follow for all of them and are
-written once, in :class:`EmbeddedManifold`:
+Every manifold here is a submanifold of a space of matrices (or vectors) with the metric of the surrounding space
+[Absil2008]_. Three things follow for all of them and are written once, in :class:`EmbeddedManifold`:
 
 * the Riemannian gradient is the tangent projection of the Euclidean gradient;
 * the projection onto the tangent space at the target is a vector transport;
@@ -10,7 +9,7 @@ written once, in :class:`EmbeddedManifold`:
 
 A concrete manifold adds its constraint (:meth:`EmbeddedManifold.violation`), its two projections, a retraction,
 the exponential map and its inverse. The last ``ndim`` dimensions of a tensor form one *component*; all
-dimensions before are a batch, and the radius broadcasts over them.
+dimensions before are a batch. :class:`ComponentManifold` adds the radius ``r > 0``, which broadcasts over the batch.
 """
 
 from __future__ import annotations
@@ -25,52 +24,15 @@ from torch import Tensor
 
 from fgo_geo.linalg import computes_in_float32, require_finite
 
-__all__ = ["EmbeddedManifold"]
+__all__ = ["ComponentManifold", "EmbeddedManifold"]
 
 
 class EmbeddedManifold(geoopt.Manifold):
-    """A submanifold of Euclidean space, scaled by a radius, with the Euclidean metric.
-
-    Args:
-        radius: Positive number, or a tensor of positive numbers that broadcasts over the leading (component)
-            dimensions of the points.
-
-    Raises:
-        ValueError: If a radius is not positive and finite.
-        TypeError: If the radius is neither a number nor a floating-point tensor.
-    """
+    """A submanifold of Euclidean space with the Euclidean metric."""
 
     ndim: int
     name: str
     reversible = False
-
-    def __init__(self, radius: float | Tensor = 1.0) -> None:
-        super().__init__()
-        self.radius: float | Tensor
-        if isinstance(radius, Tensor) and radius.ndim > 0:
-            if not radius.is_floating_point():
-                raise TypeError(f"{self.name}: radius must be floating point, got dtype {radius.dtype}")
-            self.register_buffer("radius", radius.detach().clone())
-        else:
-            try:
-                self.radius = float(radius)
-            except (TypeError, ValueError):
-                raise TypeError(f"{self.name}: radius must be a number or a tensor, got {radius!r}") from None
-        smallest, largest = self._radius_range = _range(self.radius)
-        if not (smallest > 0 and math.isfinite(largest)):
-            raise ValueError(f"{self.name}: radius must be positive and finite, got values in [{smallest}, {largest}]")
-
-    @property
-    def radius_range(self) -> tuple[float, float]:
-        """Smallest and largest radius."""
-        return self._radius_range
-
-    def radius_for(self, x: Tensor) -> float | Tensor:
-        """The radius in the form in which it multiplies points of the shape, type and device of ``x``."""
-        if not isinstance(self.radius, Tensor):
-            return self.radius
-        radius = self.radius.to(device=x.device, dtype=x.dtype)
-        return radius[(..., *(None,) * self.ndim)]
 
     # -- what a concrete manifold provides --------------------------------------------------------------------------
 
@@ -154,17 +116,17 @@ class EmbeddedManifold(geoopt.Manifold):
         Raises:
             ValueError: If the shape does not fit the manifold.
         """
-        shape = _shape(size)
+        shape = flat_shape(size)
         self._assert_check_shape(shape, "x")
         gaussian = torch.randn(shape, dtype=dtype, device=device, generator=generator)
-        return self._tensor(self._uniform(gaussian))
+        return self._tensor(self.uniform(gaussian))
 
     def random_uniform(self, *size: int | tuple[int, ...], **kwargs: Any) -> geoopt.ManifoldTensor:
         """Geoopt's name for :meth:`random`."""
         return self.random(*size, **kwargs)
 
     @computes_in_float32
-    def _uniform(self, gaussian: Tensor) -> Tensor:
+    def uniform(self, gaussian: Tensor) -> Tensor:
         """Map Gaussian matrices to uniformly distributed points."""
         return self.projx(gaussian)
 
@@ -189,7 +151,7 @@ class EmbeddedManifold(geoopt.Manifold):
         Raises:
             ValueError: If the shape does not fit the manifold.
         """
-        shape = _shape(size)
+        shape = flat_shape(size)
         self._assert_check_shape(shape, "x")
         point = torch.zeros(shape, dtype=dtype, device=device)
         diagonal = point.diagonal(dim1=-2, dim2=-1) if self.ndim > 1 else point[..., 0]
@@ -209,17 +171,6 @@ class EmbeddedManifold(geoopt.Manifold):
     def _shape_problem(self, shape: tuple[int, ...]) -> str | None:
         if len(shape) < self.ndim:
             return f"{self.name} needs at least {self.ndim} dimensions"
-        if isinstance(self.radius, Tensor):
-            batch = shape[: -self.ndim]
-            try:
-                fits = torch.broadcast_shapes(self.radius.shape, batch) == torch.Size(batch)
-            except RuntimeError:
-                fits = False
-            if not fits:
-                return (
-                    f"the radius of shape {tuple(self.radius.shape)} does not broadcast over the leading "
-                    f"dimensions {batch}"
-                )
         return None
 
     def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
@@ -244,6 +195,60 @@ class EmbeddedManifold(geoopt.Manifold):
 
     def _require_finite(self, x: Tensor) -> None:
         require_finite(x, f"the argument of {self.name}.projx")
+
+
+class ComponentManifold(EmbeddedManifold):
+    """An embedded manifold scaled by a radius: what one component lives on.
+
+    Args:
+        radius: Positive number, or a tensor of positive numbers that broadcasts over the leading (component)
+            dimensions of the points.
+
+    Raises:
+        ValueError: If a radius is not positive and finite.
+        TypeError: If the radius is neither a number nor a floating-point tensor.
+    """
+
+    def __init__(self, radius: float | Tensor = 1.0) -> None:
+        super().__init__()
+        self.radius: float | Tensor
+        if isinstance(radius, Tensor) and radius.ndim > 0:
+            if not radius.is_floating_point():
+                raise TypeError(f"{self.name}: radius must be floating point, got dtype {radius.dtype}")
+            self.register_buffer("radius", radius.detach().clone())
+        else:
+            try:
+                self.radius = float(radius)
+            except (TypeError, ValueError):
+                raise TypeError(f"{self.name}: radius must be a number or a tensor, got {radius!r}") from None
+        smallest, largest = self._radius_range = _range(self.radius)
+        if not (smallest > 0 and math.isfinite(largest)):
+            raise ValueError(f"{self.name}: radius must be positive and finite, got values in [{smallest}, {largest}]")
+
+    @property
+    def radius_range(self) -> tuple[float, float]:
+        """Smallest and largest radius."""
+        return self._radius_range
+
+    def radius_for(self, x: Tensor) -> float | Tensor:
+        """The radius in the form in which it multiplies points of the shape, type and device of ``x``."""
+        if not isinstance(self.radius, Tensor):
+            return self.radius
+        radius = self.radius.to(device=x.device, dtype=x.dtype)
+        return radius[(..., *(None,) * self.ndim)]
+
+    def _shape_problem(self, shape: tuple[int, ...]) -> str | None:
+        problem = super()._shape_problem(shape)
+        if problem is not None or not isinstance(self.radius, Tensor):
+            return problem
+        batch = shape[: -self.ndim]
+        try:
+            fits = torch.broadcast_shapes(self.radius.shape, batch) == torch.Size(batch)
+        except RuntimeError:
+            fits = False
+        if fits:
+            return None
+        return f"the radius of shape {tuple(self.radius.shape)} does not broadcast over the leading dimensions {batch}"
 
     # -- what an optimiser asks ------------------------------------------------------------------------------
 
@@ -282,7 +287,7 @@ def _range(radius: float | Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _shape(size: tuple[int | tuple[int, ...], ...]) -> tuple[int, ...]:
+def flat_shape(size: tuple[int | tuple[int, ...], ...]) -> tuple[int, ...]:
     """The shape meant by ``f(2, 3)`` or ``f((2, 3))``."""
     first = size[0] if len(size) == 1 else size
     return tuple(first) if isinstance(first, tuple) else (first,)  # type: ignore[arg-type]

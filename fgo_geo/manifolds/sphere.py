@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import computes_in_float32
-from fgo_geo.manifolds.embedded import EmbeddedManifold
+from fgo_geo.manifolds.embedded import ComponentManifold
 
 __all__ = ["ScaledSphere", "SphericalManifold"]
 
@@ -103,7 +103,7 @@ def parallel_transport(x: Tensor, u: Tensor, v: Tensor, radius: Radius, dim: Dim
     return v - along * (_sinc(t / 2) ** 2 / 2 * u + _sinc(t) * x)
 
 
-class SphericalManifold(EmbeddedManifold):
+class SphericalManifold(ComponentManifold):
     """Components that are products of spheres along the dimensions ``_dims``."""
 
     _dims: Dims

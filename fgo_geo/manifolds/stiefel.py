@@ -26,7 +26,7 @@ from fgo_geo.linalg import (
     qr_factor,
     sym,
 )
-from fgo_geo.manifolds.embedded import EmbeddedManifold
+from fgo_geo.manifolds.embedded import ComponentManifold
 
 __all__ = ["Stiefel"]
 
@@ -91,7 +91,7 @@ def _with_norm_of(v: Tensor, reference: Tensor) -> Tensor:
 _LARGEST_BOUND = 100.0  # beyond, the Gram matrix is too ill-conditioned for single precision
 
 
-class Stiefel(EmbeddedManifold):
+class Stiefel(ComponentManifold):
     r"""The (scaled) Stiefel manifold ``{ x in R^{A x B} : xᵀx = r² I }``, ``A >= B``, over the last two dimensions.
 
     The metric is the Euclidean one. The component norm is ``r √B``; the sectional curvatures lie in
@@ -155,11 +155,9 @@ class Stiefel(EmbeddedManifold):
         self._require_finite(x)
         return self.radius_for(x) * polar_factor(x)
 
-    def _uniform(self, gaussian: Tensor) -> Tensor:
-        return self._haar(gaussian)
-
     @computes_in_float32
-    def _haar(self, gaussian: Tensor) -> Tensor:
+    def uniform(self, gaussian: Tensor) -> Tensor:
+        """Gaussian matrices to Haar-distributed points: the QR factor with positive diagonal."""
         return self.radius_for(gaussian) * qr_factor(gaussian)
 
     @computes_in_float32

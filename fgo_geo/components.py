@@ -1,0 +1,388 @@
+r"""From weights to components and back: the only place that knows how layers store their weights.
+
+Three views of a weight follow each other, all of them without arithmetic:
+
+1. *channels*: :class:`WeightLayout` brings the weight of a convolution, a transposed or grouped convolution, a
+linear layer or a
+   packed attention projection into the form ``(D, C, *kernel)``, output channels first;
+2. *components*: :class:`Partition` cuts the channels into matrices ``A x B`` with ``A >= B``, batched over all
+components of one
+   manifold kind: single kernels (:class:`KernelPartition`) or rectangular blocks of the matrix ``(D, C K)`` with
+   ``K`` the kernel's size (:class:`BlockPartition`);
+3. *groups*: :class:`Segments` says which components share a step size, and reduces over them.
+
+:func:`layout_of` reads the layout off a module, or gives the reason why its parameter has none.
+"""
+
+from __future__ import annotations
+
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fgo_geo.grouping import Collection
+
+__all__ = [
+    "BlockPartition",
+    "KernelPartition",
+    "Partition",
+    "Segments",
+    "WeightLayout",
+    "layout_of",
+    "partition",
+]
+
+Storage = Literal["conv", "transposed"]
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """How a weight stores output channels, input channels and the kernel.
+
+    Attributes:
+        shape: The weight's shape.
+        storage: ``"conv"`` for ``(D, C, *kernel)`` (linear layers have no kernel), ``"transposed"`` for the
+            ``(groups C, D / groups, *kernel)`` of transposed convolutions.
+        conv_groups: Groups of a grouped convolution; ``C`` counts the input channels of one of them.
+        sections: Equal runs of output channels that are separate layers: 3 for packed attention projections, the
+            number of convolution groups for a 1x1 convolution.
+    """
+
+    shape: tuple[int, ...]
+    storage: Storage = "conv"
+    conv_groups: int = 1
+    sections: int = 1
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Spatial size of the kernel; empty for linear layers."""
+        return self.shape[2:]
+
+    @property
+    def out_channels(self) -> int:
+        """Number of output channels ``D``."""
+        return self.shape[0] if self.storage == "conv" else self.shape[1] * self.conv_groups
+
+    @property
+    def in_channels(self) -> int:
+        """Number of input channels ``C`` that one output channel sees."""
+        return self.shape[1] if self.storage == "conv" else self.shape[0] // self.conv_groups
+
+    @property
+    def fan_in(self) -> int:
+        """Number of inputs that one output value sums over."""
+        return self.in_channels * math.prod(self.kernel)
+
+    def channels(self, weight: Tensor) -> Tensor:
+        """The weight as ``(D, C, *kernel)``: a view, except for grouped transposed convolutions."""
+        if self.storage == "conv":
+            return weight
+        grouped = weight.unflatten(0, (self.conv_groups, -1)).transpose(1, 2)
+        return grouped.flatten(0, 1)
+
+    def weight(self, channels: Tensor) -> Tensor:
+        """Inverse of :meth:`channels`."""
+        if self.storage == "conv":
+            return channels
+        grouped = channels.unflatten(0, (self.conv_groups, -1)).transpose(1, 2)
+        return grouped.flatten(0, 1)
+
+
+class Segments(nn.Module):
+    """Which of ``n`` components belong to which of ``G`` groups; the components of a group are neighbours.
+
+    Args:
+        sizes: Number of components per group, all at least one.
+
+    Example:
+        >>> segments = Segments([2, 1])
+        >>> segments.sum(torch.tensor([1.0, 2.0, 5.0]))
+        tensor([3., 5.])
+        >>> segments.spread(torch.tensor([7.0, 9.0]))
+        tensor([7., 7., 9.])
+    """
+
+    labels: Tensor | None
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.count = len(sizes)
+        self.equal_size = sizes[0] if len(set(sizes)) == 1 else None
+        labels = None
+        if self.equal_size is None:
+            labels = torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
+        self.register_buffer("labels", labels, persistent=False)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Number of components per group."""
+        if self.labels is None:
+            return [self.equal_size or 0] * self.count
+        return torch.bincount(self.labels, minlength=self.count).tolist()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over the groups: ``(n,)`` to ``(G,)``."""
+        if self.labels is None:
+            return values.reshape(self.count, -1).sum(1)
+        return values.new_zeros(self.count).index_add(0, self.labels, values)
+
+    def max(self, values: Tensor) -> Tensor:
+        """Maxima over the groups: ``(n,)`` to ``(G,)``."""
+        if self.labels is None:
+            return values.reshape(self.count, -1).amax(1)
+        return values.new_empty(self.count).index_reduce(0, self.labels, values, "amax", include_self=False)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value per group, repeated for its components: ``(G,)`` to ``(n,)``."""
+        if self.labels is None:
+            return values.unsqueeze(1).expand(-1, self.equal_size or 0).reshape(-1)
+        return values.index_select(0, self.labels)
+
+
+class Partition(nn.Module, abc.ABC):
+    """Cuts a weight into batches of components, one batch (a *part*) per manifold kind or block shape.
+
+    ``merge(split(w))`` is ``w``, exactly, and every entry of the weight belongs to exactly one component.
+
+    Attributes:
+        kinds: Manifold kind of every part.
+        groups: For every part the numbers of its groups in the collection, in the order of its segments.
+        sizes: ``(A, B)`` of every part's components.
+    """
+
+    kinds: tuple[str, ...]
+    groups: tuple[np.ndarray, ...]
+    sizes: tuple[tuple[int, int], ...]
+
+    def __init__(self, layout: WeightLayout, segments: Sequence[Segments]) -> None:
+        super().__init__()
+        self.layout = layout
+        self._segments = nn.ModuleList(segments)
+
+    @property
+    def segments(self) -> list[Segments]:
+        """Groups of every part."""
+        return cast(list[Segments], list(self._segments))
+
+    @abc.abstractmethod
+    def split(self, weight: Tensor) -> list[Tensor]:
+        """The components of every part, shape ``(n, A, B)`` each with ``A >= B``."""
+
+    @abc.abstractmethod
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """Inverse of :meth:`split`."""
+
+    @abc.abstractmethod
+    def per_component(self, values: np.ndarray) -> list[np.ndarray]:
+        """Numbers per kernel ``(D, C)``, or per group ``(G,)``, in the order of the components of every part."""
+
+
+def partition(collections: Sequence[Collection], layout: WeightLayout) -> Partition:
+    """The partition that realises collections on a weight.
+
+    Args:
+        collections: One per section of the layout, all of kernel components or all of blocks.
+        layout: How the weight is stored.
+
+    Returns:
+        A partition into kernels or blocks.
+
+    Raises:
+        ValueError: If the collections do not fit the layout.
+    """
+    if len(collections) != layout.sections:
+        raise ValueError(
+            f"expected {layout.sections} collections, one per section of the weight, got {len(collections)}"
+        )
+    rows = layout.out_channels // layout.sections
+    for c in collections:
+        if (c.out_channels, c.in_channels) != (rows, layout.in_channels):
+            raise ValueError(
+                f"a collection over {c.in_channels} -> {c.out_channels} channels does not fit a weight of shape "
+                f"{layout.shape}, which has {layout.in_channels} -> {rows}; build it with "
+                f"collection({rows}, {layout.in_channels}, ...)"
+            )
+    if any(c.components == "block" for c in collections):
+        return BlockPartition(collections, layout)
+    if layout.sections != 1 or math.prod(layout.kernel) == 1:
+        raise ValueError(
+            f"a weight of shape {layout.shape} has 1x1 kernels, which are numbers: as components they could not "
+            'move on a manifold; use components="block"'
+        )
+    return KernelPartition(collections[0], layout)
+
+
+class KernelPartition(Partition):
+    """Every kernel ``W[d, c]`` is a component, ``kh x kw`` (transposed if wide; three dimensions as ``kd kh x kw``).
+
+    The components of a part are sorted by group, so groups are segments. Costs one 32-bit index per kernel, and
+    another for the way back.
+    """
+
+    order: Tensor | None
+    inverse: Tensor | None
+
+    def __init__(self, collection: Collection, layout: WeightLayout) -> None:
+        kinds = collection.group_kinds
+        group_of = collection.group_of.ravel()
+        by_kind = np.argsort(kinds, kind="stable")
+        place = np.empty(len(kinds), np.int32)
+        place[by_kind] = np.arange(len(kinds), dtype=np.int32)
+        order = np.argsort(place[group_of], kind="stable").astype(np.int32)
+        present = np.unique(kinds)
+        groups = [np.flatnonzero(kinds == k) for k in present]
+        super().__init__(layout, [Segments(collection.group_sizes[g].tolist()) for g in groups])
+        self.kinds = tuple(collection.kinds[k] for k in present)
+        self.groups = tuple(groups)
+        self.counts = [int(collection.group_sizes[g].sum()) for g in groups]
+        *first, last = layout.kernel
+        rows, columns = (math.prod(first), last) if first else (last, 1)
+        self._matrix = (rows, columns)
+        self._wide = rows < columns
+        self.sizes = ((max(rows, columns), min(rows, columns)),) * len(groups)
+        sorted_already = bool((order[:-1] < order[1:]).all())
+        inverse = np.empty_like(order)
+        inverse[order] = np.arange(len(order), dtype=np.int32)
+        self.register_buffer("order", None if sorted_already else torch.from_numpy(order), persistent=False)
+        self.register_buffer("inverse", None if sorted_already else torch.from_numpy(inverse), persistent=False)
+
+    def split(self, weight: Tensor) -> list[Tensor]:
+        """The kernels of every kind, sorted by group."""
+        channels = self.layout.channels(weight)
+        kernels = channels.reshape(channels.shape[0] * channels.shape[1], *self._matrix)
+        if self.order is not None:
+            kernels = kernels.index_select(0, self.order)
+        return list((kernels.mT if self._wide else kernels).split(self.counts))
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """Inverse of :meth:`split`."""
+        kernels = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        if self._wide:
+            kernels = kernels.mT
+        if self.inverse is not None:
+            kernels = kernels.index_select(0, self.inverse)
+        layout = self.layout
+        return layout.weight(kernels.reshape(layout.out_channels, layout.in_channels, *layout.kernel))
+
+    def per_component(self, values: np.ndarray) -> list[np.ndarray]:
+        """Numbers per kernel or per group, in the order of the components."""
+        if values.ndim == 2:
+            order = slice(None) if self.order is None else self.order.cpu().numpy()
+            return np.split(values.ravel()[order], np.cumsum(self.counts)[:-1])
+        return [np.repeat(values[g], s.sizes) for g, s in zip(self.groups, self.segments, strict=True)]
+
+
+class BlockPartition(Partition):
+    """Every group of the collections is one rectangular block of the matrix ``(D, C K)``, transposed if wide.
+
+    Equal blocks of one kind share a part.
+    """
+
+    def __init__(self, collections: Sequence[Collection], layout: WeightLayout) -> None:
+        kernel_size = math.prod(layout.kernel)
+        rows_per_section = layout.out_channels // layout.sections
+        parts: dict[tuple[str, int, int, bool], list[tuple[int, np.ndarray, np.ndarray]]] = {}
+        number = 0
+        for section, collection in enumerate(collections):
+            for group in collection.groups:
+                rows = group.rows + section * rows_per_section
+                columns = (group.columns[:, None] * kernel_size + np.arange(kernel_size)).ravel()
+                wide = len(rows) < len(columns)
+                parts.setdefault((group.manifold, len(rows), len(columns), wide), []).append((number, rows, columns))
+                number += 1
+        super().__init__(layout, [Segments([1] * len(blocks)) for blocks in parts.values()])
+        self.kinds = tuple(kind for kind, *_ in parts)
+        self.groups = tuple(np.array([n for n, *_ in blocks]) for blocks in parts.values())
+        self.sizes = tuple((max(a, b), min(a, b)) for _, a, b, _ in parts)
+        self._wide = tuple(wide for *_, wide in parts)
+        self._whole = number == 1
+        for position, blocks in enumerate(parts.values()):
+            rows = np.stack([r for _, r, _ in blocks])
+            columns = np.stack([c for *_, c in blocks])
+            self.register_buffer(f"rows{position}", torch.from_numpy(rows), persistent=False)
+            self.register_buffer(f"columns{position}", torch.from_numpy(columns), persistent=False)
+
+    def _index(self, part: int) -> tuple[Tensor, Tensor]:
+        """Rows ``(n, A, 1)`` and columns ``(n, 1, B)`` of a part's blocks."""
+        return self.get_buffer(f"rows{part}")[:, :, None], self.get_buffer(f"columns{part}")[:, None, :]
+
+    def split(self, weight: Tensor) -> list[Tensor]:
+        """The blocks of every kind and shape."""
+        matrix = self.layout.channels(weight).flatten(1)
+        if self._whole:
+            blocks = [matrix.unsqueeze(0)]
+        else:
+            blocks = [matrix[self._index(part)] for part in range(len(self.kinds))]
+        return [b.mT if wide else b for b, wide in zip(blocks, self._wide, strict=True)]
+
+    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+        """Inverse of :meth:`split`."""
+        layout = self.layout
+        blocks = [p.mT if wide else p for p, wide in zip(parts, self._wide, strict=True)]
+        if self._whole:
+            matrix = blocks[0].squeeze(0)
+        else:
+            matrix = blocks[0].new_empty(layout.out_channels, layout.fan_in)
+            for part, block in enumerate(blocks):
+                matrix = matrix.index_put(self._index(part), block)
+        return layout.weight(matrix.reshape(layout.out_channels, layout.in_channels, *layout.kernel))
+
+    def per_component(self, values: np.ndarray) -> list[np.ndarray]:
+        """Numbers per group, in the order of the components; a block has no number per kernel."""
+        if values.ndim != 1:
+            raise ValueError(
+                f"a block is one component, so numbers are given per group, shape (G,), got shape {values.shape}"
+            )
+        return [values[g] for g in self.groups]
+
+
+def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
+    """The layout of a module's parameter, or the reason why it has none.
+
+    Args:
+        module: The module that owns the parameter.
+        name: The parameter's name in the module, e.g. ``"weight"``.
+
+    Returns:
+        A layout, or a sentence for the user.
+
+    Example:
+        >>> layout_of(nn.Conv2d(4, 6, 3), "weight").kernel
+        (3, 3)
+        >>> layout_of(nn.Conv2d(4, 6, 3), "bias")
+        'has one dimension: no input channels to form components with'
+    """
+    parameter = getattr(module, name)
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return "is not initialised yet: run a forward pass through the lazy module first"
+    if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        return "is re-parametrised already: remove the parametrization first"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "is a lookup table: its rows are used one at a time, not as an operator"
+    if isinstance(module, nn.Bilinear):
+        return "is a stack of bilinear forms, which have no input and output channels"
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return "packs the gates of a recurrent layer, which must stay one plain tensor"
+    if parameter.ndim < 2:
+        return "has one dimension: no input channels to form components with"
+    shape = tuple(parameter.shape)
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) and name == "weight":
+        return WeightLayout(shape, "transposed", module.groups, module.groups if math.prod(shape[2:]) == 1 else 1)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and name == "weight":
+        return WeightLayout(shape, "conv", module.groups, module.groups if math.prod(shape[2:]) == 1 else 1)
+    if isinstance(module, nn.Linear) and name == "weight":
+        return WeightLayout(shape)
+    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+        return WeightLayout(shape, sections=3)
+    if isinstance(module, nn.MultiheadAttention) and name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        return WeightLayout(shape)
+    return (
+        f"belongs to a {type(module).__name__}, whose layout is not known: declare it by hand as a "
+        "geoopt.ManifoldParameter"
+    )

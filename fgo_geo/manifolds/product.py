@@ -1,0 +1,291 @@
+r"""Products of groups: one weight tensor as a point on a product of many small manifolds.
+
+The manifold of a layer is a product over groups, and that of a group a product over components ("Mathematics",
+section 3; [Ozay2019]_). :class:`ProductOfGroups` keeps the weight in the layout that its layer uses. Every operation
+splits the weight into one batch of components per manifold kind, hands each batch to that kind's manifold, and
+merges the results; nothing is computed here but sums over groups. The cost does not depend on the number of groups.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+import geoopt
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fgo_geo.components import Segments, WeightLayout, partition
+from fgo_geo.grouping import Collection
+from fgo_geo.linalg import computes_in_float32
+from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold, flat_shape
+from fgo_geo.manifolds.oblique import Oblique
+from fgo_geo.manifolds.sphere import ScaledSphere
+from fgo_geo.manifolds.stiefel import Stiefel
+
+__all__ = ["ProductOfGroups", "RadiusLike", "component_manifold"]
+
+RadiusLike = float | Mapping[str, float] | Tensor
+
+
+def component_manifold(kind: str, radius: float | Tensor) -> geoopt.Manifold:
+    """The manifold of components ``A x B`` of a kind; a new kind is one line here.
+
+    Args:
+        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"`` or ``"euclidean"`` (which has no radius).
+        radius: Radius of the components.
+
+    Returns:
+        A manifold over the last two dimensions.
+    """
+    if kind == "euclidean":
+        return geoopt.Euclidean(ndim=2)
+    return _COMPONENT_MANIFOLDS[kind](radius)
+
+
+_COMPONENT_MANIFOLDS: dict[str, Callable[[float | Tensor], ComponentManifold]] = {
+    "sphere": functools.partial(ScaledSphere, ndim=2),
+    "oblique": Oblique,
+    "stiefel": Stiefel,
+}
+
+
+class ProductOfGroups(EmbeddedManifold):
+    r"""The product of the manifolds of all groups of a collection, on one weight tensor.
+
+    The metric is the sum of the components' metrics, that is the Euclidean metric of the weight.
+
+    Args:
+        collection: The groups and their manifold kinds, from :func:`fgo_geo.grouping.collection`; one per section
+            for packed weights.
+        layout: The weight's layout, or its shape if that is ``(D, C, *kernel)``.
+        radius: One number; a number per kind; a tensor ``(G,)`` with one per group; or, for kernel components, a
+            tensor ``(D, C)`` with one per kernel.
+
+    Raises:
+        ValueError: If the collection does not fit the weight, a radius is not positive, or a component could not
+            move on its manifold.
+
+    Example:
+        >>> from fgo_geo.grouping import collection
+        >>> pio = collection(6, 4, "pio", ("sphere", "stiefel"))
+        >>> manifold = ProductOfGroups(pio, (6, 4, 3, 3))
+        >>> weight = manifold.random(6, 4, 3, 3)
+        >>> manifold.group_norm(weight, weight).square().round()  # 1 per sphere kernel, 3 per Stiefel kernel
+        tensor([2., 2., 2., 6., 6., 6., 3., 9., 3., 9.])
+    """
+
+    name = "ProductOfGroups"
+
+    def __init__(
+        self,
+        collection: Collection | Sequence[Collection],
+        layout: WeightLayout | Sequence[int],
+        radius: RadiusLike = 1.0,
+    ) -> None:
+        super().__init__()
+        collections = (collection,) if isinstance(collection, Collection) else tuple(collection)
+        if not isinstance(layout, WeightLayout):
+            layout = WeightLayout(tuple(layout))
+        self.collections = collections
+        self.layout = layout
+        self.ndim = len(layout.shape)
+        self.partition = partition(collections, layout)
+        self.n_groups = sum(len(c.group_sizes) for c in collections)
+        self._set_radius(radius)
+
+    def _set_radius(self, radius: RadiusLike) -> None:
+        cut = self.partition
+        manifolds: list[geoopt.Manifold] = []
+        for kind, part_radius, segments, size in zip(
+            cut.kinds, self._radius_per_part(radius), cut.segments, cut.sizes, strict=True
+        ):
+            manifold = component_manifold(kind, part_radius)
+            n = sum(segments.sizes)
+            ok, reason = manifold._check_shape((n, *size), "component")  # pyright: ignore[reportPrivateUsage]
+            if not ok:
+                raise ValueError(f"ProductOfGroups: {kind} cannot hold components of size {size}: {reason}")
+            manifolds.append(manifold)
+        self.manifolds = nn.ModuleList(manifolds)
+
+    def _radius_per_part(self, radius: RadiusLike) -> list[float | Tensor]:
+        cut = self.partition
+        if isinstance(radius, Mapping):
+            missing = sorted(set(cut.kinds) - set(radius) - {"euclidean"})
+            if missing:
+                raise ValueError(f"ProductOfGroups: radius has no entry for {missing}, got {dict(radius)}")
+            return [radius.get(kind, 1.0) for kind in cut.kinds]
+        if not isinstance(radius, Tensor) or radius.ndim == 0:
+            return [float(radius)] * len(cut.kinds)
+        layout = self.layout
+        if tuple(radius.shape) not in ((self.n_groups,), (layout.out_channels, layout.in_channels)):
+            raise ValueError(
+                f"ProductOfGroups: a tensor radius needs shape ({self.n_groups},), one per group, or "
+                f"({layout.out_channels}, {layout.in_channels}), one per kernel; got {tuple(radius.shape)}"
+            )
+        values = radius.detach().cpu().numpy()
+        return [torch.from_numpy(np.ascontiguousarray(v)) for v in cut.per_component(values)]
+
+    # -- parts -----------------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> list[tuple[geoopt.Manifold, Segments]]:
+        """The manifold of every part of the partition, and its groups."""
+        return list(zip(cast(list[geoopt.Manifold], list(self.manifolds)), self.partition.segments, strict=True))
+
+    def _map(self, operation: str | Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """Apply a manifold's method, or ``operation(manifold, *components)``, to every part and merge the results."""
+        split = [self.partition.split(t) for t in tensors]
+        call = operation if callable(operation) else _method(operation)
+        parts = [call(manifold, *parts) for (manifold, _), *parts in zip(self.parts, *split, strict=True)]
+        return self.partition.merge(parts)
+
+    def radius_map(self, x: Tensor) -> Tensor:
+        """The radius of every entry's component, in the shape of the weight; one where there is no constraint.
+
+        Args:
+            x: A weight, for its type and device.
+
+        Returns:
+            A tensor like ``x``.
+        """
+
+        def radii(manifold: geoopt.Manifold, part: Tensor) -> Tensor:
+            radius = manifold.radius_for(part) if isinstance(manifold, ComponentManifold) else 1.0
+            return torch.ones_like(part) * radius
+
+        return self._map(radii, x)
+
+    # -- groups ----------------------------------------------------------------------------------------------
+
+    def group_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """Inner product of tangent vectors, per group.
+
+        Args:
+            x: Point; only its shape matters.
+            u: Tangent vector at ``x``.
+            v: Tangent vector at ``x``; ``u`` if left out.
+
+        Returns:
+            One number per group, shape ``(G,)``, in the order of the collection.
+        """
+        products = self.partition.split(u * (u if v is None else v))
+        sums = [segments.sum(p.flatten(1).sum(1)) for (_, segments), p in zip(self.parts, products, strict=True)]
+        return self.in_collection_order(sums)
+
+    def group_norm(self, x: Tensor, u: Tensor) -> Tensor:
+        """Norm of a tangent vector, per group, shape ``(G,)``."""
+        return self.group_inner(x, u).sqrt()
+
+    def in_collection_order(self, per_part: Sequence[Tensor]) -> Tensor:
+        """Numbers per group of every part, as one tensor ``(G,)`` in the order of the collection."""
+        values = torch.cat(list(per_part))
+        order = torch.from_numpy(np.concatenate(self.partition.groups)).to(values.device)
+        return torch.empty_like(values).index_copy(0, order, values)
+
+    # -- manifold --------------------------------------------------------------------------------------------
+
+    def violation(self, x: Tensor) -> Tensor:
+        """Relative constraint violation of every component that has a constraint, part by part."""
+        parts = zip(self.parts, self.partition.split(x), strict=True)
+        violations = [m.violation(p) for (m, _), p in parts if isinstance(m, ComponentManifold)]
+        return torch.cat(violations) if violations else x.new_zeros(1)
+
+    def projx(self, x: Tensor) -> Tensor:
+        """Nearest point, component by component."""
+        return self._map("projx", x)
+
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        """Tangent projection, component by component."""
+        return self._map("proju", x, u)
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        """Retraction, component by component."""
+        return self._map("retr", x, u)
+
+    def expmap(self, x: Tensor, u: Tensor) -> Tensor:
+        """Exponential map, component by component."""
+        return self._map("expmap", x, u)
+
+    def logmap(self, x: Tensor, y: Tensor) -> Tensor:
+        """Inverse of the exponential map, component by component."""
+        return self._map("logmap", x, y)
+
+    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Transport along geodesics, component by component: parallel on spheres and oblique manifolds."""
+        return self._map("transp_follow_expmap", x, u, v)
+
+    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Exponential map, and transport of ``v`` along it."""
+        return self.expmap(x, u), self.transp_follow_expmap(x, u, v)
+
+    @computes_in_float32
+    def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Geodesic distance: the root of the sum of the components' squared distances."""
+        split = (self.partition.split(x), self.partition.split(y))
+        distances = [manifold.dist(a, b) for (manifold, _), a, b in zip(self.parts, *split, strict=True)]
+        distance = torch.linalg.vector_norm(torch.cat(distances))
+        return distance.reshape((1,) * (self.ndim * keepdim))
+
+    def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """Inner product within every component, repeated over its entries; entry by entry without a constraint."""
+
+        def repeated(manifold: geoopt.Manifold, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+            return manifold.component_inner(a, b, c).expand_as(a)
+
+        return self._map(repeated, x, u, u if v is None else v)
+
+    def uniform(self, gaussian: Tensor) -> Tensor:
+        """Gaussian components to uniformly distributed ones; entries without a constraint stay Gaussian."""
+
+        def draw(manifold: geoopt.Manifold, part: Tensor) -> Tensor:
+            return manifold.uniform(part) if isinstance(manifold, ComponentManifold) else part
+
+        return self._map(draw, gaussian)
+
+    def origin(
+        self,
+        *size: int | tuple[int, ...],
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        seed: int | None = 42,
+    ) -> geoopt.ManifoldTensor:
+        """Every component's canonical point; zero where there is no constraint.
+
+        Args:
+            size: The weight's shape, as numbers or as one tuple.
+            dtype: Type of the result.
+            device: Device of the result.
+            seed: Accepted for Geoopt's sake and ignored: nothing is random here.
+
+        Returns:
+            A :class:`geoopt.ManifoldTensor`.
+
+        Raises:
+            ValueError: If the shape is not the weight's.
+        """
+        shape = flat_shape(size)
+        self._assert_check_shape(shape, "x")
+
+        def origin(manifold: geoopt.Manifold, part: Tensor) -> Tensor:
+            return manifold.origin(*part.shape, dtype=part.dtype, device=part.device)
+
+        return self._tensor(self._map(origin, torch.zeros(shape, dtype=dtype, device=device)))
+
+    def _shape_problem(self, shape: tuple[int, ...]) -> str | None:
+        if shape == self.layout.shape:
+            return None
+        return f"this {self.name} holds exactly one weight of shape {self.layout.shape}"
+
+    def extra_repr(self) -> str:
+        """The collections, and the range of the radii by kind."""
+        return "; ".join(str(c) for c in self.collections)
+
+
+def _method(name: str) -> Callable[..., Tensor]:
+    def call(manifold: geoopt.Manifold, *components: Tensor) -> Tensor:
+        return getattr(manifold, name)(*components)
+
+    return call
