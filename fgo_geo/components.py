@@ -20,7 +20,7 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -94,37 +94,54 @@ class WeightLayout:
         return grouped.flatten(0, 1)
 
 
-class Segments(nn.Module):
+@dataclass(frozen=True)
+class Segments:
     """Which of ``n`` components belong to which of ``G`` groups; the components of a group are neighbours.
 
-    Args:
-        sizes: Number of components per group, all at least one.
+    Attributes:
+        count: Number of groups.
+        size: Number of components per group, if all have equally many.
+        labels: Otherwise, the group of every component, shape ``(n,)``.
 
     Example:
-        >>> segments = Segments([2, 1])
+        >>> segments = Segments.of([2, 1])
         >>> segments.sum(torch.tensor([1.0, 2.0, 5.0]))
         tensor([3., 5.])
         >>> segments.spread(torch.tensor([7.0, 9.0]))
         tensor([7., 7., 9.])
     """
 
+    count: int
+    size: int | None
     labels: Tensor | None
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        super().__init__()
-        self.count = len(sizes)
-        self.equal_size = sizes[0] if len(set(sizes)) == 1 else None
-        labels = None
-        if self.equal_size is None:
-            labels = torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
-        self.register_buffer("labels", labels, persistent=False)
+    @classmethod
+    def of(cls, sizes: Sequence[int]) -> Segments:
+        """Segments of the given sizes, all at least one."""
+        if len(set(sizes)) == 1:
+            return cls(len(sizes), sizes[0], None)
+        labels = torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
+        return cls(len(sizes), None, labels)
 
-    @property
-    def sizes(self) -> list[int]:
-        """Number of components per group."""
-        if self.labels is None:
-            return [self.equal_size or 0] * self.count
-        return torch.bincount(self.labels, minlength=self.count).tolist()
+    @classmethod
+    def joined(cls, parts: Sequence[Segments]) -> Segments:
+        """Segments one behind the other."""
+        count = sum(part.count for part in parts)
+        if len({part.size for part in parts}) == 1 and parts[0].size is not None:
+            return cls(count, parts[0].size, None)
+        device = next(part.labels.device for part in parts if part.labels is not None)
+        labels: list[Tensor] = []
+        first = 0
+        for part in parts:
+            labels.append(part._labels_on(device) + first)
+            first += part.count
+        return cls(count, None, torch.cat(labels))
+
+    def _labels_on(self, device: torch.device) -> Tensor:
+        if self.labels is not None:
+            return self.labels
+        groups = torch.arange(self.count, dtype=torch.int32, device=device)
+        return groups.unsqueeze(1).expand(-1, self.size or 0).reshape(-1)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over the groups: ``(n,)`` to ``(G,)``."""
@@ -136,12 +153,12 @@ class Segments(nn.Module):
         """Maxima over the groups: ``(n,)`` to ``(G,)``."""
         if self.labels is None:
             return values.reshape(self.count, -1).amax(1)
-        return values.new_empty(self.count).index_reduce(0, self.labels, values, "amax", include_self=False)
+        return values.new_zeros(self.count).index_reduce(0, self.labels, values, "amax", include_self=False)
 
     def spread(self, values: Tensor) -> Tensor:
         """One value per group, repeated for its components: ``(G,)`` to ``(n,)``."""
         if self.labels is None:
-            return values.unsqueeze(1).expand(-1, self.equal_size or 0).reshape(-1)
+            return values.unsqueeze(1).expand(-1, self.size or 0).reshape(-1)
         return values.index_select(0, self.labels)
 
 
@@ -154,21 +171,26 @@ class Partition(nn.Module, abc.ABC):
         kinds: Manifold kind of every part.
         groups: For every part the numbers of its groups in the collection, in the order of its segments.
         sizes: ``(A, B)`` of every part's components.
+        counts: Number of every part's components.
     """
 
     kinds: tuple[str, ...]
     groups: tuple[np.ndarray, ...]
     sizes: tuple[tuple[int, int], ...]
+    counts: tuple[int, ...]
 
     def __init__(self, layout: WeightLayout, segments: Sequence[Segments]) -> None:
         super().__init__()
         self.layout = layout
-        self._segments = nn.ModuleList(segments)
+        self._counts_and_sizes = [(s.count, s.size) for s in segments]
+        for part, s in enumerate(segments):
+            self.register_buffer(f"labels{part}", s.labels, persistent=False)
 
     @property
     def segments(self) -> list[Segments]:
         """Groups of every part."""
-        return cast(list[Segments], list(self._segments))
+        pairs = enumerate(self._counts_and_sizes)
+        return [Segments(count, size, getattr(self, f"labels{part}")) for part, (count, size) in pairs]
 
     @abc.abstractmethod
     def split(self, weight: Tensor) -> list[Tensor]:
@@ -237,10 +259,12 @@ class KernelPartition(Partition):
         order = np.argsort(place[group_of], kind="stable").astype(np.int32)
         present = np.unique(kinds)
         groups = [np.flatnonzero(kinds == k) for k in present]
-        super().__init__(layout, [Segments(collection.group_sizes[g].tolist()) for g in groups])
+        sizes = [collection.group_sizes[g].tolist() for g in groups]
+        super().__init__(layout, [Segments.of(s) for s in sizes])
         self.kinds = tuple(collection.kinds[k] for k in present)
         self.groups = tuple(groups)
-        self.counts = [int(collection.group_sizes[g].sum()) for g in groups]
+        self.counts = tuple(sum(s) for s in sizes)
+        self._group_sizes = sizes
         *first, last = layout.kernel
         rows, columns = (math.prod(first), last) if first else (last, 1)
         self._matrix = (rows, columns)
@@ -258,7 +282,7 @@ class KernelPartition(Partition):
         kernels = channels.reshape(channels.shape[0] * channels.shape[1], *self._matrix)
         if self.order is not None:
             kernels = kernels.index_select(0, self.order)
-        return list((kernels.mT if self._wide else kernels).split(self.counts))
+        return list((kernels.mT if self._wide else kernels).split(list(self.counts)))
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
         """Inverse of :meth:`split`."""
@@ -275,7 +299,7 @@ class KernelPartition(Partition):
         if values.ndim == 2:
             order = slice(None) if self.order is None else self.order.cpu().numpy()
             return np.split(values.ravel()[order], np.cumsum(self.counts)[:-1])
-        return [np.repeat(values[g], s.sizes) for g, s in zip(self.groups, self.segments, strict=True)]
+        return [np.repeat(values[g], sizes) for g, sizes in zip(self.groups, self._group_sizes, strict=True)]
 
 
 class BlockPartition(Partition):
@@ -296,9 +320,10 @@ class BlockPartition(Partition):
                 wide = len(rows) < len(columns)
                 parts.setdefault((group.manifold, len(rows), len(columns), wide), []).append((number, rows, columns))
                 number += 1
-        super().__init__(layout, [Segments([1] * len(blocks)) for blocks in parts.values()])
+        super().__init__(layout, [Segments.of([1] * len(blocks)) for blocks in parts.values()])
         self.kinds = tuple(kind for kind, *_ in parts)
         self.groups = tuple(np.array([n for n, *_ in blocks]) for blocks in parts.values())
+        self.counts = tuple(len(blocks) for blocks in parts.values())
         self.sizes = tuple((max(a, b), min(a, b)) for _, a, b, _ in parts)
         self._wide = tuple(wide for *_, wide in parts)
         self._whole = number == 1

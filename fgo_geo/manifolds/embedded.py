@@ -253,9 +253,9 @@ class ComponentManifold(EmbeddedManifold):
     # -- what an optimiser asks ------------------------------------------------------------------------------
 
     @property
-    def curvature_bound(self) -> float:
-        """Upper bound on the sectional curvatures of all components, ``1 / r²`` for the smallest radius."""
-        return self.radius_range[0] ** -2
+    def curvature_bound(self) -> float | Tensor:
+        """Upper bound on the sectional curvature, per component: ``1 / r²``, of the radius's form."""
+        return self.radius**-2
 
     def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None) -> Tensor:
         """The retraction, given a bound on the length of ``u`` relative to the radius.

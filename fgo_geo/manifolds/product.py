@@ -99,11 +99,10 @@ class ProductOfGroups(EmbeddedManifold):
     def _set_radius(self, radius: RadiusLike) -> None:
         cut = self.partition
         manifolds: list[geoopt.Manifold] = []
-        for kind, part_radius, segments, size in zip(
-            cut.kinds, self._radius_per_part(radius), cut.segments, cut.sizes, strict=True
+        for kind, part_radius, n, size in zip(
+            cut.kinds, self._radius_per_part(radius), cut.counts, cut.sizes, strict=True
         ):
             manifold = component_manifold(kind, part_radius)
-            n = sum(segments.sizes)
             ok, reason = manifold._check_shape((n, *size), "component")  # pyright: ignore[reportPrivateUsage]
             if not ok:
                 raise ValueError(f"ProductOfGroups: {kind} cannot hold components of size {size}: {reason}")

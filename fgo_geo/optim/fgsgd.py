@@ -6,10 +6,9 @@ One step is the composition of small pure functions on whole tensors:
 2. :func:`~fgo_geo.optim.theorem_step_scale` turns the norm ``R`` of every group into its ``τ``;
 3. :func:`fgsgd_update` adds momentum and moves along a retraction.
 
-:class:`RiemannianFGSGD` is what surrounds them: validation, state, and *jobs*. A job is what one batched call can do:
-parameters of equal shape on equal manifolds stacked along a new first dimension, or one large parameter alone.
-Parameters without a constraint never get here: they take the step of :class:`torch.optim.SGD` through torch's own
-kernels.
+:class:`RiemannianFGSGD` is what surrounds them: validation and state. What one batched call works on is a
+:class:`~fgo_geo.optim.jobs.Job`. Parameters without a constraint never get there: they take the step of
+:class:`torch.optim.SGD` through torch's own kernels.
 
 Momentum is transported by projection, and lazily: the buffer is projected at the start of the next step, when the
 target's tangent space is known, rather than at the end of this one. The numbers are the same; a stored buffer is
@@ -19,7 +18,6 @@ tangent at the point that its step started from. Manifolds of Geoopt that define
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, cast, get_args, overload
 
 import geoopt
@@ -29,7 +27,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from fgo_geo.manifolds import EmbeddedManifold
+from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups
+from fgo_geo.optim.jobs import Job, Piece, join, manifold_of, pieces_of, put_back
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
 
 __all__ = ["RiemannianFGSGD", "fgsgd_update"]
@@ -37,7 +36,6 @@ __all__ = ["RiemannianFGSGD", "fgsgd_update"]
 StepSize = Literal["theorem", "constant"]
 Update = Literal["retraction", "exponential"]
 
-_STACK_LIMIT = 2**16  # larger tensors keep the cores busy on their own; stacking them would only copy
 _UNKNOWN_LR_BOUND = 16.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
 
 
@@ -114,28 +112,11 @@ def fgsgd_update(
         if lazy or buffer is None:
             return manifold.expmap(x, step), buffer
         return manifold.expmap_transp(x, step, buffer)
-    if isinstance(manifold, EmbeddedManifold):
+    if isinstance(manifold, ComponentManifold):
         return manifold.retract_bounded(x, step, bound), buffer
     if buffer is None:
         return manifold.retr(x, step), None
     return manifold.retr_transp(x, step, buffer)
-
-
-@dataclass
-class _Job:
-    """One batched piece of work: points with their Riemannian gradients, and one squared norm per group."""
-
-    options: _Options
-    manifold: geoopt.Manifold
-    params: list[Tensor]
-    stacked: bool
-    x: Tensor
-    grad: Tensor
-    squared_norm: Tensor
-
-    def spread(self, values: Tensor) -> Tensor:
-        """One number per group, broadcast over the entries of the group."""
-        return values.reshape(-1, *(1,) * (self.x.ndim - 1)) if self.stacked else values.reshape(())
 
 
 class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
@@ -214,7 +195,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        self._step_scales: dict[Tensor, Tensor] = {}
+        self._step_scales: dict[Tensor, tuple[Tensor, ...]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         defaults = {
             "lr": lr,
@@ -289,14 +270,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 loss = closure()
         groups = cast(list[_Options], self.param_groups)
         self._refuse_sparse(groups)
-        work = [self._prepare(group) for group in groups]
-        jobs = [job for _, jobs in work for job in jobs]
-        self._guard(jobs)
-        for group, (plain, _) in zip(groups, work, strict=True):
-            self._step_plain(group, plain)
+        work = [(group, *self._prepare(group)) for group in groups]
+        norms = [[self._group_norms(group, job) for job in jobs] for group, _, jobs in work]
         self._step_scales = {}
-        for job in jobs:
-            self._step_job(job)
+        for (group, plain, jobs), squared in zip(work, norms, strict=True):
+            self._step_plain(group, plain)
+            self._step_jobs(group, jobs, squared)
         for group in groups:
             if group["stabilize"] is not None:
                 group["step"] += 1
@@ -311,7 +290,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             For every parameter on a manifold that had a gradient, a tensor with one ``τ`` per group, on the parameter's
             device. Reading it is the caller's synchronisation, not the step's.
         """
-        return dict(self._step_scales)
+        scales: dict[Tensor, Tensor] = {}
+        for param, taus in self._step_scales.items():
+            manifold = manifold_of(param)
+            product = isinstance(manifold, ProductOfGroups)
+            scales[param] = manifold.in_collection_order(taus) if product else taus[0]
+        return scales
 
     def skipped_groups(self) -> int:
         """How many group steps were left out so far because the gradient was not finite (synchronises)."""
@@ -325,7 +309,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             group: One of ``optimizer.param_groups``.
         """
         for param in group["params"]:
-            manifold = _manifold_of(param)
+            manifold = manifold_of(param)
             if manifold is None:
                 continue
             param.copy_(manifold.projx(param))
@@ -353,57 +337,55 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                         "build the layer with sparse=False or use geoopt's SparseRiemannianSGD for it"
                     )
 
-    def _prepare(self, group: _Options) -> tuple[list[Tensor], list[_Job]]:
-        """Split a group into plain parameters and jobs, and compute the jobs' Riemannian gradients."""
+    def _prepare(self, group: _Options) -> tuple[list[Tensor], list[Job]]:
+        """Split a group into plain parameters and jobs, and make the jobs' gradients Riemannian."""
         plain: list[Tensor] = []
-        buckets: dict[object, tuple[geoopt.Manifold, list[Tensor]]] = {}
+        pieces: list[Piece] = []
         for param in group["params"]:
-            if param.grad is None:
+            if param.grad is None or param.numel() == 0:
                 continue
-            manifold = _manifold_of(param)
+            manifold = manifold_of(param)
             if manifold is None and not group["adapt_euclidean"]:
                 plain.append(param)
-                continue
-            key = (_stacking_key(param, manifold), "momentum_buffer" in self.state[param])
-            buckets.setdefault(key, (manifold or self._default_manifold, []))[1].append(param)
-        return plain, [self._job(group, manifold, params) for manifold, params in buckets.values()]
-
-    def _job(self, group: _Options, manifold: geoopt.Manifold, params: list[Tensor]) -> _Job:
-        stacked = isinstance(manifold, EmbeddedManifold)
-        x, grad = (_gather(tensors, stacked) for tensors in (params, [cast(Tensor, p.grad) for p in params]))
-        if group["maximize"]:
-            grad = -grad
-        if group["weight_decay"] != 0 and not stacked:
-            grad = grad + group["weight_decay"] * x
-        grad = manifold.egrad2rgrad(x, grad)
-        unit_grad = grad
-        if group["radius_invariant"] and isinstance(manifold, EmbeddedManifold):
-            unit_grad = grad * manifold.radius_for(x) ** 2
-        inner = manifold.inner(x, unit_grad, grad)
-        inner = inner.real if inner.is_complex() else inner
-        squared_norm = inner.reshape(len(params), -1).sum(1)
-        return _Job(group, manifold, params, stacked, x, unit_grad, squared_norm)
-
-    def _guard(self, jobs: list[_Job]) -> None:
-        """Refuse gradients that are not finite, where finding out is free; elsewhere leave them out and count them."""
+            else:
+                buffer = self.state[param].get("momentum_buffer")
+                pieces += pieces_of(param, manifold or self._default_manifold, buffer)
+        jobs = join(pieces)
         for job in jobs:
-            device = job.squared_norm.device
-            free = device.type == "cpu" and not torch.compiler.is_compiling()
-            finite = torch.isfinite(job.squared_norm)
-            check = job.options["check_finite"]
-            if free if check is None else check:
-                if not bool(finite.all()):
-                    bad = job.params[int(finite.logical_not().int().argmax())]
-                    raise FloatingPointError(
-                        f"RiemannianFGSGD: the gradient of {self._name_of(bad)} on {job.manifold} is not finite (or "
-                        "its squared norm overflows); no parameter was changed. Lower the learning rate, clip the "
-                        "gradient, or use a GradScaler in half precision"
-                    )
-                continue
+            grad = -job.grad if group["maximize"] else job.grad
+            if not isinstance(job.manifold, EmbeddedManifold):
+                # Always a new tensor: Geoopt's Lorentz manifold writes into the gradient that it is given.
+                grad = grad.add(job.x, alpha=group["weight_decay"])
+            job.grad = job.manifold.egrad2rgrad(job.x, grad)
+        return plain, jobs
+
+    def _group_norms(self, options: _Options, job: Job) -> Tensor:
+        """Squared norm of the gradient of every group, after refusing or leaving out what is not finite."""
+        grad = job.grad
+        if options["radius_invariant"] and isinstance(job.manifold, ComponentManifold):
+            job.grad = grad * job.manifold.radius_for(job.x) ** 2
+        inner = job.manifold.inner(job.x, job.grad, grad)
+        squared = job.sum(inner.real if inner.is_complex() else inner).clamp_min(0)  # Lorentz rounds below zero
+        finite = torch.isfinite(squared)
+        check = options["check_finite"]
+        if check is None:
+            check = squared.device.type == "cpu" and not torch.compiler.is_compiling()
+        if not check:
+            self._count_skipped(finite)
             job.grad = torch.where(job.spread(finite), job.grad, 0)
-            job.squared_norm = torch.where(finite, job.squared_norm, 0)
-            skipped = finite.numel() - finite.sum()
-            self._skipped[device] = self._skipped.get(device, torch.zeros_like(skipped)) + skipped
+            return torch.where(finite, squared, 0)
+        if bool(finite.all()):
+            return squared
+        bad = next(p for p, ok in zip(job.pieces, job.split_groups(finite), strict=True) if not bool(ok.all()))
+        raise FloatingPointError(
+            f"RiemannianFGSGD: the gradient of {self._name_of(bad.param)} on {bad.manifold} is not finite (or its "
+            "squared norm overflows); no parameter was changed. Lower the learning rate, clip the gradient, or use a "
+            "GradScaler in half precision"
+        )
+
+    def _count_skipped(self, finite: Tensor) -> None:
+        skipped = finite.numel() - finite.sum()
+        self._skipped[finite.device] = self._skipped.get(finite.device, torch.zeros_like(skipped)) + skipped
 
     # -- the step --------------------------------------------------------------------------------------------
 
@@ -432,37 +414,44 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             for param, buffer in zip(params, buffers, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
 
-    def _step_job(self, job: _Job) -> None:
-        options = job.options
-        norm = job.squared_norm.sqrt()
-        if options["step_size"] == "theorem":
-            tau = theorem_step_scale(norm, options["rho"], _curvature(options, job.manifold))
-            grad = job.grad / job.spread(tau)
-        else:
-            tau = torch.ones_like(norm)
-            grad = job.grad
-        buffers = [self.state[p].get("momentum_buffer") for p in job.params]
-        buffer = None if buffers[0] is None else _gather(cast(list[Tensor], buffers), job.stacked)
-        x, buffer = fgsgd_update(
-            job.manifold,
-            job.x,
-            grad,
-            buffer,
-            lr=options["lr"],
-            momentum=options["momentum"],
-            dampening=options["dampening"],
-            nesterov=options["nesterov"],
-            update=options["update"],
-            bound=_step_bound(options, job.manifold),
-        )
-        _scatter(x, job.params, job.stacked)
-        if buffer is not None:
-            if buffers[0] is None:
-                buffers = [torch.empty_like(p) for p in job.params]
-                for param, new in zip(job.params, buffers, strict=True):
-                    self.state[param]["momentum_buffer"] = new
-            _scatter(buffer, cast(list[Tensor], buffers), job.stacked)
-        self._step_scales.update(zip(job.params, tau.unsqueeze(-1).unbind(0), strict=True))
+    def _step_jobs(self, options: _Options, jobs: list[Job], squared_norms: list[Tensor]) -> None:
+        results: dict[Piece, tuple[Tensor, Tensor | None, Tensor]] = {}
+        for job, squared in zip(jobs, squared_norms, strict=True):
+            tau = _step_scale(options, job, squared.sqrt())
+            grad = job.grad if tau is None else job.grad / job.spread(tau)
+            x, buffer = fgsgd_update(
+                job.manifold,
+                job.x,
+                grad,
+                job.buffer,
+                lr=options["lr"],
+                momentum=options["momentum"],
+                dampening=options["dampening"],
+                nesterov=options["nesterov"],
+                update=options["update"],
+                bound=_step_bound(options, job.manifold),
+            )
+            taus = job.split_groups(torch.ones_like(squared) if tau is None else tau)
+            buffers = [None] * len(taus) if buffer is None else job.split(buffer)
+            results.update(zip(job.pieces, zip(job.split(x), buffers, taus, strict=True), strict=True))
+        self._write(results)
+
+    def _write(self, results: dict[Piece, tuple[Tensor, Tensor | None, Tensor]]) -> None:
+        """Put the new components of every parameter back where they came from."""
+        by_param: dict[Tensor, list[Piece]] = {}
+        for piece in results:
+            by_param.setdefault(piece.param, []).append(piece)
+        for param, pieces in by_param.items():
+            manifold = manifold_of(param) or self._default_manifold
+            pieces.sort(key=lambda piece: piece.part)
+            xs, buffers, taus = zip(*(results[piece] for piece in pieces), strict=True)
+            param.copy_(put_back(manifold, xs))
+            self._step_scales[param] = taus
+            if buffers[0] is not None:
+                state = self.state[param]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.empty_like(param)
+                state["momentum_buffer"].copy_(put_back(manifold, buffers))
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -494,7 +483,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _check_point(param: Tensor, name: Callable[[], str]) -> None:
     """Raise ValueError if a parameter is far from its manifold; move the manifold to the parameter's device."""
-    manifold = _manifold_of(param)
+    manifold = manifold_of(param)
     if not isinstance(manifold, EmbeddedManifold) or param.is_meta or param.numel() == 0:
         return
     manifold.to(param.device)
@@ -507,47 +496,25 @@ def _check_point(param: Tensor, name: Callable[[], str]) -> None:
         )
 
 
-def _manifold_of(param: Tensor) -> geoopt.Manifold | None:
-    """The manifold of a constrained parameter, None for a plain one."""
-    manifold = getattr(param, "manifold", None)
-    if not isinstance(param, geoopt.ManifoldTensor) or isinstance(manifold, geoopt.Euclidean):
+def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
+    """The divisors of the learning rate, one per group; None for a constant step."""
+    if options["step_size"] == "constant":
         return None
-    return manifold
-
-
-def _stacking_key(param: Tensor, manifold: geoopt.Manifold | None) -> object:
-    """Parameters with equal keys can share one batched call."""
-    if isinstance(manifold, EmbeddedManifold) and isinstance(manifold.radius, float) and param.numel() <= _STACK_LIMIT:
-        return (type(manifold), manifold.extra_repr(), manifold.radius, param.shape, param.dtype, param.device)
-    return id(param)
-
-
-def _gather(tensors: list[Tensor], stacked: bool) -> Tensor:
-    """One tensor to compute with: stacked along a new first dimension, half precision in float32."""
-    x = tensors[0]
-    if stacked:
-        x = x.unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x.as_subclass(Tensor)
-
-
-def _scatter(x: Tensor, targets: list[Tensor], stacked: bool) -> None:
-    """Write the result of a job back."""
-    for target, value in zip(targets, x.unbind(0) if stacked else (x,), strict=True):
-        target.copy_(value)
-
-
-def _curvature(options: _Options, manifold: geoopt.Manifold) -> float:
     curvature = options["curvature"]
     if curvature is None:
-        return 1.0
+        return theorem_step_scale(norm, options["rho"])
     if curvature != "manifold":
-        return curvature
-    return manifold.curvature_bound if isinstance(manifold, EmbeddedManifold) else 1.0
+        return theorem_step_scale(norm, options["rho"], curvature)
+    if not isinstance(job.manifold, ComponentManifold):
+        return theorem_step_scale(norm, options["rho"], 0.0)
+    own = torch.as_tensor(job.manifold.curvature_bound, dtype=norm.dtype, device=norm.device)
+    batch = job.x.shape[: -job.manifold.ndim]
+    return theorem_step_scale(norm, options["rho"], job.groups.max(own.expand(batch).flatten()))
 
 
 def _step_bound(options: _Options, manifold: geoopt.Manifold) -> float | None:
     """Bound on the length of a step relative to the radius, from the options alone."""
-    if options["step_size"] != "theorem" or not isinstance(manifold, EmbeddedManifold):
+    if options["step_size"] != "theorem" or not isinstance(manifold, ComponentManifold):
         return None
     lr = options["lr"]
     if isinstance(lr, Tensor):

@@ -1,0 +1,179 @@
+"""How the work of an optimiser's step is batched.
+
+A parameter is cut into *pieces*, batches of components on one manifold. A parameter on a
+:class:`~fgo_geo.ProductOfGroups` has one piece per manifold kind (or block shape), every other parameter is one
+piece, as it is. Small pieces on equal manifolds are joined into one :class:`Job`, across layers, so that a network
+of many small weights costs a few batched calls; a large piece is a job of its own.
+
+Nothing here knows a formula: tensors are cut, joined and put back, and :class:`~fgo_geo.components.Segments` say
+which components share a step size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import geoopt
+import torch
+from torch import Tensor
+
+from fgo_geo.components import Segments
+from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
+
+__all__ = ["Job", "Piece", "join", "manifold_of", "pieces_of", "put_back"]
+
+_JOIN_LIMIT = 2**16  # entries; larger pieces keep the cores busy on their own, joining them would only copy
+
+
+def manifold_of(param: Tensor) -> geoopt.Manifold | None:
+    """The manifold of a constrained parameter, None for a plain one (Geoopt's Euclidean manifold included).
+
+    The attribute decides, not the class: ``torch.compile`` shows an optimiser's parameters as plain ones.
+    """
+    manifold = getattr(param, "manifold", None)
+    constrained = isinstance(manifold, geoopt.Manifold) and not isinstance(manifold, geoopt.Euclidean)
+    return manifold if constrained else None
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A batch of components of one parameter on one manifold.
+
+    Attributes:
+        param: The parameter.
+        part: Number of the piece within the parameter.
+        manifold: Where the components live.
+        groups: Which components share a step size.
+        x: The components.
+        grad: The Euclidean gradient at the components.
+        buffer: Their momentum, None before the first step.
+    """
+
+    param: Tensor
+    part: int
+    manifold: geoopt.Manifold
+    groups: Segments
+    x: Tensor
+    grad: Tensor
+    buffer: Tensor | None
+
+    @property
+    def key(self) -> object:
+        """Pieces with equal keys can be joined."""
+        m, x = self.manifold, self.x
+        radius = m.radius if isinstance(m, ComponentManifold) else None
+        if x.numel() > _JOIN_LIMIT or isinstance(radius, Tensor) or not _is_batch_of_components(m):
+            return id(self)
+        return (type(m), m.extra_repr(), radius, x.shape[-m.ndim :], x.dtype, x.device, self.buffer is None)
+
+
+def pieces_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> list[Piece]:
+    """Cut a parameter, its gradient and its momentum into pieces, half precision in float32.
+
+    Args:
+        param: A parameter with a gradient.
+        manifold: Its manifold.
+        buffer: Its momentum buffer, if there is one.
+
+    Returns:
+        The pieces, in the order that :func:`put_back` expects.
+    """
+    x, grad = _working(param), _working(torch.as_tensor(param.grad))
+    momentum = None if buffer is None else _working(buffer)
+    if not isinstance(manifold, ProductOfGroups):
+        n = math.prod(x.shape[: x.ndim - manifold.ndim])
+        return [Piece(param, 0, manifold, Segments(1, n, None), x, grad, momentum)]
+    split = manifold.partition.split
+    buffers = [None] * len(manifold.parts) if momentum is None else split(momentum)
+    parts = enumerate(zip(manifold.parts, split(x), split(grad), buffers, strict=True))
+    return [Piece(param, part, m, groups, xs, grads, bs) for part, ((m, groups), xs, grads, bs) in parts]
+
+
+def put_back(manifold: geoopt.Manifold, components: Sequence[Tensor]) -> Tensor:
+    """The tensor of the parameter's shape whose pieces are given."""
+    return manifold.partition.merge(components) if isinstance(manifold, ProductOfGroups) else components[0]
+
+
+@dataclass
+class Job:
+    """Pieces joined into one batch.
+
+    Attributes:
+        pieces: What was joined.
+        manifold: Where all components live.
+        groups: Groups of all pieces, one behind the other.
+        x: Components.
+        grad: Gradients at the components.
+        buffer: Momentum of the components, None before the first step.
+    """
+
+    pieces: list[Piece]
+    manifold: geoopt.Manifold
+    groups: Segments
+    x: Tensor
+    grad: Tensor
+    buffer: Tensor | None
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over the groups of one number per component, shape ``(G,)``."""
+        return self.groups.sum(values.flatten())
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One number per group, broadcast over the entries of its components."""
+        if self.groups.count == 1:
+            return values.reshape(())
+        batch = self.x.shape[: self.x.ndim - self.manifold.ndim]
+        return self.groups.spread(values).reshape(*batch, *(1,) * self.manifold.ndim)
+
+    def split(self, components: Tensor) -> list[Tensor]:
+        """One tensor per piece, of the piece's shape."""
+        if len(self.pieces) == 1:
+            return [components]
+        lengths = [math.prod(p.x.shape[: -self.manifold.ndim]) for p in self.pieces]
+        parts = zip(components.split(lengths), self.pieces, strict=True)
+        return [part.reshape(piece.x.shape) for part, piece in parts]
+
+    def split_groups(self, values: Tensor) -> list[Tensor]:
+        """One tensor per piece of a tensor with one number per group."""
+        return list(values.split([piece.groups.count for piece in self.pieces]))
+
+
+def join(pieces: Sequence[Piece]) -> list[Job]:
+    """Join pieces on equal manifolds into jobs.
+
+    Args:
+        pieces: Any pieces, of one or more parameters.
+
+    Returns:
+        Jobs that hold every piece once.
+    """
+    buckets: dict[object, list[Piece]] = {}
+    for piece in pieces:
+        buckets.setdefault(piece.key, []).append(piece)
+    return [_job(bucket) for bucket in buckets.values()]
+
+
+def _job(pieces: list[Piece]) -> Job:
+    first = pieces[0]
+    if len(pieces) == 1:
+        return Job(pieces, first.manifold, first.groups, first.x, first.grad, first.buffer)
+
+    component = first.x.shape[-first.manifold.ndim :]
+
+    def joined(tensors: Iterable[Tensor]) -> Tensor:
+        return torch.cat([t.reshape(-1, *component) for t in tensors])
+
+    groups = Segments.joined([p.groups for p in pieces])
+    buffer = None if first.buffer is None else joined(p.buffer for p in pieces if p.buffer is not None)
+    return Job(pieces, first.manifold, groups, joined(p.x for p in pieces), joined(p.grad for p in pieces), buffer)
+
+
+def _working(tensor: Tensor) -> Tensor:
+    """The tensor to compute with: plain, and float32 for half precision."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.as_subclass(Tensor)
+
+
+def _is_batch_of_components(manifold: geoopt.Manifold) -> bool:
+    return isinstance(manifold, ComponentManifold) or (isinstance(manifold, geoopt.Euclidean) and manifold.ndim > 0)
