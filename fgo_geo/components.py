@@ -124,12 +124,11 @@ class Segments:
         return cls(len(sizes), None, labels)
 
     @classmethod
-    def joined(cls, parts: Sequence[Segments]) -> Segments:
-        """Segments one behind the other."""
+    def joined(cls, parts: Sequence[Segments], device: torch.device) -> Segments:
+        """Segments one behind the other, on the device of the components."""
         count = sum(part.count for part in parts)
         if len({part.size for part in parts}) == 1 and parts[0].size is not None:
             return cls(count, parts[0].size, None)
-        device = next(part.labels.device for part in parts if part.labels is not None)
         labels: list[Tensor] = []
         first = 0
         for part in parts:
@@ -153,7 +152,7 @@ class Segments:
         """Maxima over the groups: ``(n,)`` to ``(G,)``."""
         if self.labels is None:
             return values.reshape(self.count, -1).amax(1)
-        return values.new_zeros(self.count).index_reduce(0, self.labels, values, "amax", include_self=False)
+        return values.new_zeros(self.count).scatter_reduce(0, self.labels.long(), values, "amax", include_self=False)
 
     def spread(self, values: Tensor) -> Tensor:
         """One value per group, repeated for its components: ``(G,)`` to ``(n,)``."""
@@ -172,12 +171,14 @@ class Partition(nn.Module, abc.ABC):
         groups: For every part the numbers of its groups in the collection, in the order of its segments.
         sizes: ``(A, B)`` of every part's components.
         counts: Number of every part's components.
+        group_sizes: Number of components of every part's groups.
     """
 
     kinds: tuple[str, ...]
     groups: tuple[np.ndarray, ...]
     sizes: tuple[tuple[int, int], ...]
     counts: tuple[int, ...]
+    group_sizes: tuple[np.ndarray, ...]
 
     def __init__(self, layout: WeightLayout, segments: Sequence[Segments]) -> None:
         super().__init__()
@@ -264,7 +265,7 @@ class KernelPartition(Partition):
         self.kinds = tuple(collection.kinds[k] for k in present)
         self.groups = tuple(groups)
         self.counts = tuple(sum(s) for s in sizes)
-        self._group_sizes = sizes
+        self.group_sizes = tuple(np.array(s) for s in sizes)
         *first, last = layout.kernel
         rows, columns = (math.prod(first), last) if first else (last, 1)
         self._matrix = (rows, columns)
@@ -299,7 +300,7 @@ class KernelPartition(Partition):
         if values.ndim == 2:
             order = slice(None) if self.order is None else self.order.cpu().numpy()
             return np.split(values.ravel()[order], np.cumsum(self.counts)[:-1])
-        return [np.repeat(values[g], sizes) for g, sizes in zip(self.groups, self._group_sizes, strict=True)]
+        return [np.repeat(values[g], sizes) for g, sizes in zip(self.groups, self.group_sizes, strict=True)]
 
 
 class BlockPartition(Partition):
@@ -324,6 +325,7 @@ class BlockPartition(Partition):
         self.kinds = tuple(kind for kind, *_ in parts)
         self.groups = tuple(np.array([n for n, *_ in blocks]) for blocks in parts.values())
         self.counts = tuple(len(blocks) for blocks in parts.values())
+        self.group_sizes = tuple(np.ones(count, int) for count in self.counts)
         self.sizes = tuple((max(a, b), min(a, b)) for _, a, b, _ in parts)
         self._wide = tuple(wide for *_, wide in parts)
         self._whole = number == 1
@@ -381,7 +383,7 @@ def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
         >>> layout_of(nn.Conv2d(4, 6, 3), "weight").kernel
         (3, 3)
         >>> layout_of(nn.Conv2d(4, 6, 3), "bias")
-        'has one dimension: no input channels to form components with'
+        'one-dimensional: no input channels to form components with'
     """
     parameter = getattr(module, name)
     if isinstance(parameter, nn.parameter.UninitializedParameter):
@@ -395,7 +397,7 @@ def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return "packs the gates of a recurrent layer, which must stay one plain tensor"
     if parameter.ndim < 2:
-        return "has one dimension: no input channels to form components with"
+        return "one-dimensional: no input channels to form components with"
     shape = tuple(parameter.shape)
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) and name == "weight":
         return WeightLayout(shape, "transposed", module.groups, module.groups if math.prod(shape[2:]) == 1 else 1)

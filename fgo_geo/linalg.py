@@ -7,7 +7,7 @@ Nothing here knows what a manifold is. There are three kinds of function:
 * *exact factors*: :func:`polar_factor` and :func:`qr_factor` work for every matrix and cost a factorisation;
 * *the cheap factor*: :func:`polar_newton_schulz` reaches the same polar factor by matrix products alone, for matrices
   whose singular values are known to lie in a given interval. :func:`newton_schulz_schedule` turns that interval
-  into a fixed number of iterations.
+  into a fixed number of iterations, and :func:`polish` is the one iteration that nearly orthonormal matrices need.
 
 All functions act on the last two dimensions and batch over the rest.
 """
@@ -27,6 +27,7 @@ __all__ = [
     "newton_schulz_schedule",
     "polar_factor",
     "polar_newton_schulz",
+    "polish",
     "qr_factor",
     "require_finite",
     "sym",
@@ -74,6 +75,9 @@ def computes_in_float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return tuple(_round(r, target) for r in result)  # type: ignore[return-value]
         return _round(result, target)
 
+    # torch.compile counts recompilations per code object: every function needs its own.
+    own: Any = wrapper
+    own.__code__ = own.__code__.replace(co_name=function.__name__)
     return wrapper
 
 
@@ -108,7 +112,8 @@ def require_finite(x: Tensor, what: str) -> None:
     """
     finite = torch.isfinite(x)
     if torch.compiler.is_compiling():
-        torch._assert_async(finite.all())  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        message = f"{what} has non-finite entries"
+        torch._assert_async(finite.all(), message)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
         return
     if not bool(finite.all()):
         bad = int((~finite).sum())
@@ -149,9 +154,9 @@ def qr_factor(x: Tensor) -> Tensor:
         Matrices with orthonormal columns, shape ``(..., A, B)``.
 
     Example:
-        >>> qr_factor(torch.tensor([[0.0], [-2.0]]))
-        tensor([[ 0.],
-                [-1.]])
+        >>> qr_factor(torch.tensor([[3.0], [-4.0]]))
+        tensor([[ 0.6000],
+                [-0.8000]])
     """
     q, r = torch.linalg.qr(x)
     diagonal = r.diagonal(dim1=-2, dim2=-1)
@@ -198,11 +203,19 @@ class _PolarFactor(torch.autograd.Function):
         ctx.save_for_backward(q, v, h)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Tensor:  # pyright: ignore
+        return _PolarPullback.apply(*ctx.saved_tensors, grad)  # pyright: ignore
+
+
+class _PolarPullback(torch.autograd.Function):
+    """The derivative of :class:`_PolarFactor`; a function of its own in order to refuse the second derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, v: Tensor, h: Tensor, grad: Tensor) -> Tensor:  # pyright: ignore
         # dQ = Q L + (I - Q Qᵀ) dX H⁻¹ with H L + L H = Qᵀ dX - dXᵀ Q; below is the adjoint of this map,
         # in the eigenbasis of H. Pairs of zero singular values have no derivative and contribute nothing.
-        q, v, h = ctx.saved_tensors
         along = q.mT @ grad
         sums = h.unsqueeze(-1) + h.unsqueeze(-2)
         skew = v.mT @ (along - along.mT) @ v
@@ -210,12 +223,23 @@ class _PolarFactor(torch.autograd.Function):
         across = (grad - q @ along) @ v
         return q @ rotation + _divide_or_zero(across, h.unsqueeze(-2)) @ v.mT
 
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore
+        raise RuntimeError(
+            "polar_factor has a first derivative only; for second derivatives compute the Gram matrix's inverse root "
+            "with torch.linalg.eigh"
+        )
+
 
 def _divide_or_zero(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b > 0, a / torch.where(b > 0, b, 1), 0)
 
 
-_SAFETY = 1.05  # head room for points that have drifted off the manifold by rounding
+_SAFETY = 1.05  # head room for points that have drifted off the manifold
 
 
 def newton_schulz_schedule(excess: float, precision: float) -> tuple[float, ...]:
@@ -250,12 +274,12 @@ def newton_schulz_schedule(excess: float, precision: float) -> tuple[float, ...]
 def polar_newton_schulz(y: Tensor, excess: Tensor, schedule: tuple[float, ...]) -> Tensor:
     r"""The polar factor of nearly orthonormal matrices by matrix products alone.
 
-    Runs the scaled Newton-Schulz iteration on the ``B x B`` Gram matrix ``M = yᵀy / (1 + excess)``::
+    Runs the scaled Newton-Schulz iteration on the ``B x B`` Gram matrix ``M = yᵀy / s²``::
 
-        T = ρ (3 I - ρ² M) / 2,    Z <- Z T,    M <- T M T,    result y Z / sqrt(1 + excess)
+        T = ρ (3 I - ρ² M) / 2,    Z <- Z T,    M <- T M T,    result y Z / s
 
-    so the long side enters two products only. The Gram matrix is formed from ``y`` itself, so earlier drift off
-    the manifold is corrected too.
+    so the long side enters two products only. The scale ``s² = 1.05 (1 + excess)`` leaves head room for points that
+    have drifted off the manifold; the Gram matrix is formed from ``y`` itself, so that the drift is corrected too.
 
     Args:
         y: Matrices with singular values in ``[1, sqrt(1 + excess)]``, shape ``(..., A, B)``, ``A >= B``.
@@ -281,3 +305,20 @@ def polar_newton_schulz(y: Tensor, excess: Tensor, schedule: tuple[float, ...]) 
         if step + 1 < len(schedule):
             gram = factor @ gram @ factor
     return y @ (inverse_root * top.rsqrt())
+
+
+def polish(y: Tensor) -> Tensor:
+    """One Newton-Schulz step, ``y (3 I - yᵀy) / 2``: an error ``ε`` of the singular values becomes ``3 ε² / 2``.
+
+    Args:
+        y: Nearly orthonormal matrices, shape ``(..., A, B)``, ``A >= B``.
+
+    Returns:
+        Matrices of the same shape with columns closer to orthonormal.
+
+    Example:
+        >>> polish(torch.tensor([[1.001], [0.0]], dtype=torch.float64))
+        tensor([[1.0000],
+                [0.0000]], dtype=torch.float64)
+    """
+    return 1.5 * y - y @ (0.5 * (y.mT @ y))

@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import abc
 import math
+from numbers import Real
 from typing import Any
 
 import geoopt
 import torch
+from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
 from fgo_geo.linalg import computes_in_float32, require_finite
@@ -62,17 +64,20 @@ class EmbeddedManifold(geoopt.Manifold):
         Returns:
             Inner products over the leading dimensions.
         """
-        dims = self._component_dims
-        product = (u * (u if v is None else v)).sum(dims, keepdim=keepdim)
-        batch = torch.broadcast_shapes(x.shape, u.shape)[: -self.ndim]
-        return product.expand(*batch, *(1,) * (self.ndim * keepdim))
+        product = (u * (u if v is None else v)).sum(self._component_dims, keepdim=True)
+        return self._per_component(x, product, keepdim)
 
     @computes_in_float32
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
         """Norm of tangent vectors, per component; differentiable (with gradient zero) at ``u = 0``."""
-        norm = torch.linalg.vector_norm(u, dim=self._component_dims, keepdim=keepdim)
-        batch = torch.broadcast_shapes(x.shape, u.shape)[: -self.ndim]
-        return norm.expand(*batch, *(1,) * (self.ndim * keepdim))
+        norm = torch.linalg.vector_norm(u, dim=self._component_dims, keepdim=True)
+        return self._per_component(x, norm, keepdim)
+
+    def _per_component(self, x: Tensor, values: Tensor, keepdim: bool) -> Tensor:
+        """Values per component, broadcast over the batch of points ``x``."""
+        batch = torch.broadcast_shapes(x.shape[: -self.ndim], values.shape[: -self.ndim])
+        values = values.expand(*batch, *(1,) * self.ndim)
+        return values if keepdim else values.reshape(batch)
 
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
         """Riemannian gradient from the Euclidean one: the tangent projection, since the metric is Euclidean."""
@@ -85,9 +90,35 @@ class EmbeddedManifold(geoopt.Manifold):
         """
         return self.proju(y, v)
 
+    @computes_in_float32
+    def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Exponential map along ``u``, and transport of ``v`` to its end."""
+        y = self.expmap(x, u)
+        return y, self.transp(x, y, v)
+
+    @computes_in_float32
+    def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Retraction along ``u``, and transport of ``v`` to its end."""
+        y = self.retr(x, u)
+        return y, self.transp(x, y, v)
+
+    def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Transport of ``v`` to the end of the geodesic from ``x`` along ``u``."""
+        return self.expmap_transp(x, u, v)[1]
+
+    def transp_follow_retr(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """Transport of ``v`` to the end of the retraction from ``x`` along ``u``."""
+        return self.retr_transp(x, u, v)[1]
+
+    @computes_in_float32
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Geodesic distance, per component: the length of the logarithm."""
         return self.norm(x, self.logmap(x, y), keepdim=keepdim)
+
+    @computes_in_float32
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Squared geodesic distance, per component."""
+        return self.dist(x, y, keepdim=keepdim).square()
 
     @property
     def _component_dims(self) -> tuple[int, ...]:
@@ -171,14 +202,17 @@ class EmbeddedManifold(geoopt.Manifold):
     def _shape_problem(self, shape: tuple[int, ...]) -> str | None:
         if len(shape) < self.ndim:
             return f"{self.name} needs at least {self.ndim} dimensions"
+        if 0 in shape[len(shape) - self.ndim :]:
+            return f"components of size {shape[-self.ndim :]} have no entries"
         return None
 
     def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
         worst = self.violation(x)
-        if bool((worst <= atol + rtol).all()):
+        tolerance = max(atol + rtol, _rounding(x))
+        if bool((worst <= tolerance).all()):
             return True, None
         return False, (
-            f"largest relative constraint violation {float(worst.max()):.3g} exceeds {atol + rtol:.3g}; "
+            f"largest relative constraint violation {float(worst.max()):.3g} exceeds {tolerance:.3g}; "
             "project with projx (or ManifoldParameter.proj_) first"
         )
 
@@ -186,12 +220,34 @@ class EmbeddedManifold(geoopt.Manifold):
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
         normal = self.norm(x, u - self.proju(x, u))
+        rtol = max(rtol, _rounding(x), _rounding(u))
         if bool((normal <= atol + rtol * self.norm(x, u)).all()):
             return True, None
         return False, (
-            f"the normal part has norm {float(normal.max()):.3g}, with atol={atol}, rtol={rtol}; "
+            f"the normal part has norm {float(normal.max()):.3g}, with atol={atol:.3g}, rtol={rtol:.3g}; "
             "project with proju first"
         )
+
+    def require_point(self, x: Tensor, what: str, remedy: str) -> None:
+        """Raise if a tensor is farther from the manifold than rounding and drift explain.
+
+        Args:
+            x: Tensor of the manifold's shape.
+            what: Its name, for the message.
+            remedy: What to do about it, for the message.
+
+        Raises:
+            ValueError: If the relative constraint violation exceeds 1e-3 (half precision: 16 units of rounding).
+        """
+        if x.numel() == 0:
+            return
+        tolerance = max(1e-3, 16 * torch.finfo(x.dtype).eps)
+        worst = float(self.violation(x).max())
+        if not worst <= tolerance:
+            raise ValueError(
+                f"{what} does not lie on its {self}: relative constraint violation {worst:.3g}, expected at most "
+                f"{tolerance:.3g}; {remedy}"
+            )
 
     def _require_finite(self, x: Tensor) -> None:
         require_finite(x, f"the argument of {self.name}.projx")
@@ -205,22 +261,26 @@ class ComponentManifold(EmbeddedManifold):
             dimensions of the points.
 
     Raises:
-        ValueError: If a radius is not positive and finite.
-        TypeError: If the radius is neither a number nor a floating-point tensor.
+        ValueError: If a radius is not positive and finite, or there is none.
+        TypeError: If the radius is neither a real number nor a floating-point tensor.
     """
+
+    __scaling__ = EmbeddedManifold.__scaling__.copy()
 
     def __init__(self, radius: float | Tensor = 1.0) -> None:
         super().__init__()
         self.radius: float | Tensor
-        if isinstance(radius, Tensor) and radius.ndim > 0:
+        if isinstance(radius, Tensor) and radius.ndim == 0:
+            radius = radius.item()
+        if isinstance(radius, Tensor):
             if not radius.is_floating_point():
-                raise TypeError(f"{self.name}: radius must be floating point, got dtype {radius.dtype}")
-            self.register_buffer("radius", radius.detach().clone())
+                raise TypeError(f"{self.name}: radius must be floating point, got dtype {radius.dtype}; use .float()")
+            # Not persistent: like a radius that is a number, it is configuration and no state.
+            self.register_buffer("radius", radius.detach().clone(), persistent=False)
+        elif isinstance(radius, Real):
+            self.radius = float(radius)
         else:
-            try:
-                self.radius = float(radius)
-            except (TypeError, ValueError):
-                raise TypeError(f"{self.name}: radius must be a number or a tensor, got {radius!r}") from None
+            raise TypeError(f"{self.name}: radius must be a real number or a tensor, got {radius!r}")
         smallest, largest = self._radius_range = _range(self.radius)
         if not (smallest > 0 and math.isfinite(largest)):
             raise ValueError(f"{self.name}: radius must be positive and finite, got values in [{smallest}, {largest}]")
@@ -257,6 +317,7 @@ class ComponentManifold(EmbeddedManifold):
         """Upper bound on the sectional curvature, per component: ``1 / r²``, of the radius's form."""
         return self.radius**-2
 
+    @__scaling__(ScalingInfo.NotCompatible)  # the bound would have to shrink with the wrapper's scale
     def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None) -> Tensor:
         """The retraction, given a bound on the length of ``u`` relative to the radius.
 
@@ -283,8 +344,15 @@ class ComponentManifold(EmbeddedManifold):
 def _range(radius: float | Tensor) -> tuple[float, float]:
     if not isinstance(radius, Tensor):
         return radius, radius
+    if radius.numel() == 0:
+        return math.nan, math.nan
     low, high = torch.aminmax(radius)
     return float(low), float(high)
+
+
+def _rounding(x: Tensor) -> float:
+    """Relative error that rounding a point to its type leaves behind: no check can ask for less."""
+    return 2 * torch.finfo(x.dtype).eps
 
 
 def flat_shape(size: tuple[int | tuple[int, ...], ...]) -> tuple[int, ...]:

@@ -94,9 +94,17 @@ class ProductOfGroups(EmbeddedManifold):
         self.ndim = len(layout.shape)
         self.partition = partition(collections, layout)
         self.n_groups = sum(len(c.group_sizes) for c in collections)
-        self._set_radius(radius)
+        self.set_radius(radius)
 
-    def _set_radius(self, radius: RadiusLike) -> None:
+    def set_radius(self, radius: RadiusLike) -> None:
+        """Give every component another radius. Points and momentum are the caller's to scale, by :meth:`radius_map`.
+
+        Args:
+            radius: As in the constructor.
+
+        Raises:
+            ValueError: If a radius is not positive, or its shape does not fit.
+        """
         cut = self.partition
         manifolds: list[geoopt.Manifold] = []
         for kind, part_radius, n, size in zip(
@@ -124,8 +132,8 @@ class ProductOfGroups(EmbeddedManifold):
                 f"ProductOfGroups: a tensor radius needs shape ({self.n_groups},), one per group, or "
                 f"({layout.out_channels}, {layout.in_channels}), one per kernel; got {tuple(radius.shape)}"
             )
-        values = radius.detach().cpu().numpy()
-        return [torch.from_numpy(np.ascontiguousarray(v)) for v in cut.per_component(values)]
+        values = cut.per_component(radius.detach().cpu().numpy())
+        return [float(v[0]) if (v == v[0]).all() else torch.from_numpy(np.ascontiguousarray(v)) for v in values]
 
     # -- parts -----------------------------------------------------------------------------------------------
 
@@ -156,6 +164,22 @@ class ProductOfGroups(EmbeddedManifold):
             return torch.ones_like(part) * radius
 
         return self._map(radii, x)
+
+    def where_constrained(self, x: Tensor, otherwise: Tensor) -> Tensor:
+        """The entries of ``x`` that have a constraint, and those of ``otherwise`` that have none.
+
+        Args:
+            x: A weight.
+            otherwise: Another.
+
+        Returns:
+            A weight.
+        """
+
+        def choose(manifold: geoopt.Manifold, a: Tensor, b: Tensor) -> Tensor:
+            return a if isinstance(manifold, ComponentManifold) else b
+
+        return self._map(choose, x, otherwise)
 
     # -- groups ----------------------------------------------------------------------------------------------
 

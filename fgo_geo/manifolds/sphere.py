@@ -50,7 +50,12 @@ def normalise(x: Tensor, radius: Radius, dim: Dims) -> Tensor:
     zero = largest == 0
     first = (_position(x, dim) == 0).to(x.dtype)
     x = torch.where(zero, first, x / torch.where(zero, 1, largest))
-    return x * (radius / _norm(x, dim))
+    return _onto(x, radius, dim)
+
+
+def _onto(y: Tensor, radius: Radius, dim: Dims) -> Tensor:
+    """``r y / ‖y‖`` for a vector that is neither tiny nor huge."""
+    return y * (radius / _norm(y, dim))
 
 
 def project_tangent(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
@@ -60,14 +65,13 @@ def project_tangent(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
 
 def retract(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Metric projection of ``x + u``: ``r (x + u) / ‖x + u‖``, a second-order retraction."""
-    y = x + u
-    return y * (radius / _norm(y, dim))
+    return _onto(x + u, radius, dim)
 
 
 def exponential(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
-    """Exponential map, ``cos(t) x + sin(t) / t u``."""
+    """Exponential map, ``cos(t) x + sin(t) / t u``, normalised so that rounding does not add up over many steps."""
     t = _norm(u, dim) / radius
-    return torch.cos(t) * x + _sinc(t) * u
+    return _onto(torch.cos(t) * x + _sinc(t) * u, radius, dim)
 
 
 def angle(x: Tensor, y: Tensor, dim: Dims) -> Tensor:
@@ -78,11 +82,13 @@ def angle(x: Tensor, y: Tensor, dim: Dims) -> Tensor:
 def logarithm(x: Tensor, y: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Inverse of the exponential map: the tangent part of ``y - x``, stretched to the length ``r θ``.
 
-    At the antipode every direction is shortest; the one of the smallest coordinate of ``x`` is taken.
+    Beyond a right angle ``y + x`` is projected instead, which has the same tangent part and no cancellation near the
+    antipode. At the antipode every direction is shortest; the one of the smallest coordinate of ``x`` is taken.
     """
     theta = angle(x, y, dim)
-    toward = project_tangent(x, y - x, radius, dim)
-    antipodal = (theta > 1) & (_norm(toward, dim) <= 4 * torch.finfo(x.dtype).eps * radius)
+    far = theta > math.pi / 2
+    toward = project_tangent(x, torch.where(far, y + x, y - x), radius, dim)
+    antipodal = far & (_norm(toward, dim) <= 4 * torch.finfo(x.dtype).eps * radius)
     position = _position(x, dim)
     size = x.abs()
     smallest = torch.where(size == size.amin(dim, keepdim=True), position, position.numel()).amin(dim, keepdim=True)
@@ -203,7 +209,7 @@ class ScaledSphere(SphericalManifold):
     name = "ScaledSphere"
 
     def __init__(self, radius: float | Tensor = 1.0, ndim: int = 1) -> None:
-        if not isinstance(ndim, int) or ndim < 1:
+        if not isinstance(ndim, int) or isinstance(ndim, bool) or ndim < 1:
             raise ValueError(f"ScaledSphere: ndim must be a positive integer, got {ndim!r}")
         self.ndim = ndim
         super().__init__(radius)

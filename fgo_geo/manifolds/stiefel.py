@@ -23,6 +23,7 @@ from fgo_geo.linalg import (
     newton_schulz_schedule,
     polar_factor,
     polar_newton_schulz,
+    polish,
     qr_factor,
     sym,
 )
@@ -41,14 +42,15 @@ def project_tangent(q: Tensor, v: Tensor) -> Tensor:
 def exponential(q: Tensor, v: Tensor) -> Tensor:
     r"""Exponential map on the unit manifold ([Edelman1998]_, eq. 2.7).
 
-    ``[q, v] expm([[A, -S], [I, A]]) [I; 0] expm(-A)`` with ``A = qᵀv`` (skew) and ``S = vᵀv``.
+    ``[q, v] expm([[A, -S], [I, A]]) [I; 0] expm(-A)`` with ``A = qᵀv`` (skew) and ``S = vᵀv``, polished so that
+    rounding does not add up over many steps.
     """
     a = q.mT @ v
     s = v.mT @ v
     identity = torch.eye(a.shape[-1], dtype=q.dtype, device=q.device).expand_as(a)
     block = torch.cat((torch.cat((a, -s), -1), torch.cat((identity, a), -1)), -2)
     first_columns = torch.linalg.matrix_exp(block)[..., : a.shape[-1]]
-    return torch.cat((q, v), -1) @ first_columns @ torch.linalg.matrix_exp(-a)
+    return polish(torch.cat((q, v), -1) @ first_columns @ torch.linalg.matrix_exp(-a))
 
 
 _TRANSPORT_STEPS = 4  # points along the geodesic at which the shooting error is projected on its way back
@@ -83,11 +85,14 @@ def logarithm(q: Tensor, y: Tensor, max_iterations: int = 500) -> Tensor:
 
 
 def _with_norm_of(v: Tensor, reference: Tensor) -> Tensor:
+    """``v`` with the length of ``reference``; at ``v = 0`` the factor is one, for the sake of the derivative."""
     length = torch.linalg.matrix_norm(v, keepdim=True)
     wanted = torch.linalg.matrix_norm(reference, keepdim=True)
-    return v * torch.where(length > 0, wanted / torch.where(length > 0, length, 1), 0)
+    return v * torch.where(length > 0, wanted / torch.where(length > 0, length, 1), 1)
 
 
+# Rounding in the Gram matrix of y grows with the square of the bound.
+_POLISH_BOUND = 4.0  # beyond, the result is polished
 _LARGEST_BOUND = 100.0  # beyond, the Gram matrix is too ill-conditioned for single precision
 
 
@@ -175,9 +180,8 @@ class Stiefel(ComponentManifold):
     def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None) -> Tensor:
         """The polar retraction by matrix products alone, in a number of iterations that follows from the bound.
 
-        Per component of size ``A x B`` it costs two products with the long side (``4AB²`` flops) and three of size
-        ``B`` per
-        iteration: three iterations up to ``‖u‖ <= 0.41 r`` in single precision.
+        Per component of size ``A x B`` it costs two products with the long side (``4AB²`` flops; four for a bound above
+        4) and three of size ``B`` per iteration: three iterations up to ``‖u‖ <= 0.41 r`` in single precision.
 
         Args:
             x: Points.
@@ -187,13 +191,14 @@ class Stiefel(ComponentManifold):
         Returns:
             ``retr(x, u)`` up to rounding.
         """
-        if bound is None or bound > _LARGEST_BOUND or self.retraction != "polar":
+        if bound is None or not bound <= _LARGEST_BOUND or self.retraction != "polar":
             return self.retr(x, u)
         radius = self.radius_for(x)
         v = u / radius
         schedule = newton_schulz_schedule(bound * bound, torch.finfo(x.dtype).eps)
         excess = v.square().sum((-2, -1))
-        return radius * polar_newton_schulz(x / radius + v, excess, schedule)
+        factor = polar_newton_schulz(x / radius + v, excess, schedule)
+        return radius * (factor if bound <= _POLISH_BOUND else polish(factor))
 
     @computes_in_float32
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ tangent at the point that its step started from. Manifolds of Geoopt that define
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypedDict, cast, get_args, overload
 
@@ -107,7 +108,8 @@ def fgsgd_update(
             carried = manifold.proju(x, buffer) if lazy else buffer
             buffer = momentum * carried + (1 - dampening) * grad
         direction = grad + momentum * buffer if nesterov else buffer
-    step = -lr * direction
+    rate = lr.reshape(()) if isinstance(lr, Tensor) else lr  # without dimensions it leaves the type alone
+    step = -rate * direction
     if update == "exponential":
         if lazy or buffer is None:
             return manifold.expmap(x, step), buffer
@@ -206,6 +208,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             "maximize": maximize,
             "foreach": foreach,
             "fused": fused,
+            "stabilize": stabilize,
             "step": 0,
             "step_size": step_size,
             "rho": rho,
@@ -220,9 +223,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._stabilize = None
+        self._stabilize = self.defaults["stabilize"]
         self._step_scales = {}
         self._skipped = {}
+        for group in self.param_groups:  # a checkpoint of torch.optim.SGD knows fewer options
+            for option, value in self.defaults.items():
+                group.setdefault(option, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, after checking its options and that its points lie on their manifolds.
@@ -313,9 +319,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             if manifold is None:
                 continue
             param.copy_(manifold.projx(param))
-            buffer = self.state[param].get("momentum_buffer") if param in self.state else None
+            buffer = self._momentum_of(param)
             if buffer is not None:
                 buffer.copy_(manifold.proju(param, buffer))
+
+    def _momentum_of(self, param: Tensor) -> Tensor | None:
+        return self.state[param].get("momentum_buffer") if param in self.state else None
 
     # -- before anything changes -----------------------------------------------------------------------------
 
@@ -348,7 +357,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             if manifold is None and not group["adapt_euclidean"]:
                 plain.append(param)
             else:
-                buffer = self.state[param].get("momentum_buffer")
+                buffer = self._momentum_of(param)
                 pieces += pieces_of(param, manifold or self._default_manifold, buffer)
         jobs = join(pieces)
         for job in jobs:
@@ -396,7 +405,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         grads = [cast(Tensor, p.grad) for p in params]
         if group["nesterov"] and group["weight_decay"] == 0 and not group["maximize"]:
             grads = [g.clone() for g in grads]  # torch's multi-tensor Nesterov step writes into its gradients
-        buffers: list[Tensor | None] = [self.state[p].get("momentum_buffer") for p in params]
+        buffers: list[Tensor | None] = [self._momentum_of(p) for p in params]
         sgd(
             params,
             grads,
@@ -461,8 +470,12 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"RiemannianFGSGD: lr must be a number or hold one element, got shape {tuple(lr.shape)}")
     for name in ("lr", "momentum", "weight_decay", "rho"):
         value = options[name]
-        if not isinstance(value, Tensor) and not value >= 0:
+        if not value >= 0:
             raise ValueError(f"RiemannianFGSGD: {name} must be at least 0, got {value!r}")
+    if not math.isfinite(options["rho"]):
+        raise ValueError(f"RiemannianFGSGD: rho must be finite, got {options['rho']!r}")
+    if options["fused"] and options["foreach"]:
+        raise ValueError("RiemannianFGSGD: fused and foreach exclude each other, got True for both")
     if options["nesterov"] and (momentum <= 0 or options["dampening"] != 0):
         raise ValueError(
             "RiemannianFGSGD: nesterov needs momentum > 0 and dampening = 0, "
@@ -472,9 +485,9 @@ def _check_options(options: dict[str, Any]) -> None:
         if options[name] not in choices:
             raise ValueError(f"RiemannianFGSGD: {name} must be one of {choices}, got {options[name]!r}")
     curvature = options["curvature"]
-    if curvature not in (None, "manifold") and not (isinstance(curvature, (int, float)) and curvature >= 0):
+    if curvature not in (None, "manifold") and not (isinstance(curvature, (int, float)) and 0 <= curvature < math.inf):
         raise ValueError(
-            f'RiemannianFGSGD: curvature must be None, "manifold" or a number of at least 0, got {curvature!r}'
+            f'RiemannianFGSGD: curvature must be None, "manifold" or a finite number of at least 0, got {curvature!r}'
         )
     stabilize = options["stabilize"]
     if stabilize is not None and not (isinstance(stabilize, int) and stabilize > 0):
@@ -484,16 +497,9 @@ def _check_options(options: dict[str, Any]) -> None:
 def _check_point(param: Tensor, name: Callable[[], str]) -> None:
     """Raise ValueError if a parameter is far from its manifold; move the manifold to the parameter's device."""
     manifold = manifold_of(param)
-    if not isinstance(manifold, EmbeddedManifold) or param.is_meta or param.numel() == 0:
-        return
-    manifold.to(param.device)
-    tolerance = max(1e-3, 16 * torch.finfo(param.dtype).eps)
-    worst = float(manifold.violation(param.detach()).max())
-    if not worst <= tolerance:
-        raise ValueError(
-            f"RiemannianFGSGD: {name()} does not lie on its {manifold}: relative constraint violation {worst:.3g}, "
-            f"expected at most {tolerance:.3g}; call proj_() on the parameter first"
-        )
+    if isinstance(manifold, EmbeddedManifold) and not param.is_meta:
+        manifold.to(param.device)
+        manifold.require_point(param.detach(), f"RiemannianFGSGD: {name()}", "call proj_() on the parameter first")
 
 
 def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
@@ -505,8 +511,10 @@ def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
         return theorem_step_scale(norm, options["rho"])
     if curvature != "manifold":
         return theorem_step_scale(norm, options["rho"], curvature)
-    if not isinstance(job.manifold, ComponentManifold):
+    if isinstance(job.manifold, geoopt.Euclidean):
         return theorem_step_scale(norm, options["rho"], 0.0)
+    if options["radius_invariant"] or not isinstance(job.manifold, ComponentManifold):
+        return theorem_step_scale(norm, options["rho"])
     own = torch.as_tensor(job.manifold.curvature_bound, dtype=norm.dtype, device=norm.device)
     batch = job.x.shape[: -job.manifold.ndim]
     return theorem_step_scale(norm, options["rho"], job.groups.max(own.expand(batch).flatten()))

@@ -165,14 +165,14 @@ def _job(pieces: list[Piece]) -> Job:
     def joined(tensors: Iterable[Tensor]) -> Tensor:
         return torch.cat([t.reshape(-1, *component) for t in tensors])
 
-    groups = Segments.joined([p.groups for p in pieces])
+    groups = Segments.joined([p.groups for p in pieces], first.x.device)
     buffer = None if first.buffer is None else joined(p.buffer for p in pieces if p.buffer is not None)
     return Job(pieces, first.manifold, groups, joined(p.x for p in pieces), joined(p.grad for p in pieces), buffer)
 
 
 def _working(tensor: Tensor) -> Tensor:
     """The tensor to compute with: plain, and float32 for half precision."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.as_subclass(Tensor)
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.detach()
 
 
 def _is_batch_of_components(manifold: geoopt.Manifold) -> bool:

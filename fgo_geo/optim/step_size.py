@@ -4,9 +4,10 @@ A group with Riemannian gradient norm ``R`` moves by ``lr / τ`` times its gradi
 
     τ = max{1, Γ₁}^{1/2},    Γ₁ = R² Γ₂,    Γ₂ = max{ (2ρ + R)², 1 + c (ρ + R) }
 
-where ``ρ`` bounds the geodesic distance to the minimum and ``c`` the sectional curvature. With ``ρ <= 1`` and ``c <=
-1`` the first term always wins and ``τ = ( max{1, R² (2 + R)²} )^{1/2}`` (eq. 7). The step length ``lr R / τ`` is
-then at most :func:`theorem_step_bound` times ``lr``, for every gradient: the theorem's step size is a trust region.
+where ``ρ`` bounds the geodesic distance to the minimum and ``c`` the sectional curvature. ``Γ₂`` grows with both, so
+``ρ = c = 1`` covers everything below; there the first term always wins and ``τ = ( max{1, R² (2 + R)²} )^{1/2}``
+(eq. 7). The step length ``lr R / τ`` is at most :func:`theorem_step_bound` times ``lr``, for every gradient: the
+theorem's step size is a trust region.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import math
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg import computes_in_float32
+
 __all__ = ["momentum_gain", "theorem_step_bound", "theorem_step_scale"]
 
 
+@computes_in_float32
 def theorem_step_scale(
     R: Tensor | float,
     rho: float = 1.0,
@@ -55,7 +59,8 @@ def theorem_step_scale(
 def theorem_step_bound(rho: float = 1.0) -> float:
     r"""The longest step per unit of learning rate, ``max_R R / τ(R) = √(1 + ρ²) - ρ``.
 
-    Attained (for ``c <= 1 <= ρ``) where ``R (2ρ + R) = 1``; a larger ``c`` only shortens steps.
+    Computed as ``1 / (√(1 + ρ²) + ρ)``, which does not cancel. Attained (for ``c <= 1 <= ρ``) where
+    ``R (2ρ + R) = 1``; a larger ``c`` only shortens steps.
 
     Args:
         rho: Bound ``ρ >= 0`` on the geodesic distance to the minimum.
@@ -68,7 +73,7 @@ def theorem_step_bound(rho: float = 1.0) -> float:
         0.41421
     """
     _check_non_negative("rho", rho)
-    return math.hypot(1, rho) - rho
+    return 1 / (math.hypot(1, rho) + rho)
 
 
 def momentum_gain(momentum: float, dampening: float, nesterov: bool) -> float:
