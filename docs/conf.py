@@ -1,0 +1,191 @@
+"""Configuration of the documentation; build it with ``sphinx-build -W -n docs docs/_build/html``."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from pydoc import locate
+from typing import TYPE_CHECKING
+
+from pybtex.plugin import register_plugin
+from pybtex.style.formatting.unsrt import Style as UnsortedStyle
+from pybtex.style.labels import BaseLabelStyle
+
+with warnings.catch_warnings():
+    # Geoopt scripts a few functions when it is imported; torch has announced the end of TorchScript.
+    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    import fgo_geo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from docutils.nodes import Element, TextElement
+    from pybtex.database import Entry
+    from sphinx.addnodes import pending_xref
+    from sphinx.application import Sphinx
+    from sphinx.environment import BuildEnvironment
+
+project = "fgo_geo"
+author = "the fgo_geo authors"
+copyright = author
+release = version = fgo_geo.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_gallery.gen_gallery",
+    "sphinxcontrib.bibtex",
+]
+exclude_patterns = ["_build"]
+nitpicky = True
+# Docstrings may name private functions and type variables: readers of the code find them, the reference has no page.
+nitpick_ignore_regex = [(r"py:.*", r"(.*\.)?_\w+")]
+
+# -- Pages in Markdown ---------------------------------------------------------------------------
+
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# -- Reference: docstrings -----------------------------------------------------------------------
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+napoleon_custom_sections = ["Source"]
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 100
+add_module_names = False
+
+# -- Links ---------------------------------------------------------------------------------------
+
+# The documentation builds without a network: each inventory lists, in Sphinx's plain-text format, just the objects that
+# are referred to here. A reference to anything else fails the build and is mended by one more line.
+intersphinx_mapping = {
+    "python": ("https://docs.python.org/3", "inventories/python.inv"),
+    "numpy": ("https://numpy.org/doc/stable", "inventories/numpy.inv"),
+    "matplotlib": ("https://matplotlib.org/stable", "inventories/matplotlib.inv"),
+    "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.inv"),
+    "geoopt": ("https://geoopt.readthedocs.io/en/latest", "inventories/geoopt.inv"),
+}
+
+# Where the name that code uses, or the place of a definition, is not the name that a project documents.
+_DOCUMENTED_AS = {
+    "Axes": "matplotlib.axes.Axes",
+    "Tensor": "torch.Tensor",
+    "geoopt.Euclidean": "geoopt.manifolds.Euclidean",
+    "geoopt.ManifoldParameter": "geoopt.tensor.ManifoldParameter",
+    "geoopt.ManifoldTensor": "geoopt.tensor.ManifoldTensor",
+    "geoopt.manifolds.base.Manifold": "geoopt.Manifold",
+    "geoopt.optim.rsgd.RiemannianSGD": "geoopt.optim.RiemannianSGD",
+    "torch._C.Generator": "torch.Generator",
+    "torch.nn.modules.module.Module": "torch.nn.Module",
+    "torch.optim.optimizer.Optimizer": "torch.optim.Optimizer",
+}
+
+
+def follow_alias(app: Sphinx, env: BuildEnvironment, node: pending_xref, content: TextElement) -> Element | None:
+    """Resolve a public or imported name of this package where it is defined; pass others on to the inventories."""
+    target = str(node.get("reftarget"))
+    for name in (target, f"{node.get('py:module')}.{target}"):
+        found = locate(name) if name.startswith("fgo_geo.") else None
+        if hasattr(found, "__qualname__") and found.__module__.startswith("fgo_geo."):
+            target = f"{found.__module__}.{found.__qualname__}"
+            break
+    if target.startswith("fgo_geo."):
+        domain = env.domains.python_domain
+        return domain.resolve_xref(env, node["refdoc"], app.builder, node["reftype"], target, node, content)
+    node["reftarget"] = _DOCUMENTED_AS.get(target, target)
+    return None
+
+
+# -- Bibliography --------------------------------------------------------------------------------
+
+
+class KeyLabels(BaseLabelStyle):
+    """Label entries by their keys: ``[Ozay2019]`` on the page as in the code."""
+
+    def format_labels(self, sorted_entries: Iterable[Entry]) -> Iterable[str]:
+        """Return one label per entry."""
+        return [entry.key for entry in sorted_entries]
+
+
+class KeyStyle(UnsortedStyle):
+    """Entries sorted by author and year, and labelled by their keys."""
+
+    default_label_style = KeyLabels
+    default_sorting_style = "author_year_title"
+
+
+register_plugin("pybtex.style.formatting", "keys", KeyStyle)
+bibtex_bibfiles = ["refs.bib"]
+bibtex_default_style = "keys"
+
+_CITATION = re.compile(r"\[([A-Z]\w*?\d{4}[a-z]?)\]_")
+
+
+def cite(text: str) -> str:
+    """Turn ``[Ozay2019]_`` into a citation of the bibliography."""
+    return _CITATION.sub(r":cite:p:`\1`", text)
+
+
+def prepare_docstring(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Link the citations of a docstring; keep napoleon from reading a property's first words as its type."""
+    lines[:] = [cite(line) for line in lines]
+    if what == "property" and lines:
+        lines[0] = f": {lines[0]}"
+
+
+def skip_field_alias(app: Sphinx, what: str, name: str, obj: object, skip: bool, options: object) -> bool | None:
+    """Leave out the fields of named tuples that have no docstring of their own: the class's lists them."""
+    return str(getattr(obj, "__doc__", "")).startswith("Alias for field number") or None
+
+
+def prepare_gallery_page(app: Sphinx, name: str, source: list[str]) -> None:
+    """Link the citations in the prose of an example."""
+    if name.startswith("gallery/"):
+        source[0] = cite(source[0])
+
+
+# -- Gallery -------------------------------------------------------------------------------------
+
+sphinx_gallery_conf = {
+    "examples_dirs": str(Path(__file__).parent.parent / "examples"),
+    "gallery_dirs": "gallery",
+    "filename_pattern": r"plot_",
+    "ignore_pattern": r"^(?!plot_)",
+    "abort_on_example_error": True,
+    "download_all_examples": False,
+    "show_memory": False,
+    "show_signature": False,
+    "min_reported_time": 1e9,
+    "write_computation_times": False,
+}
+
+# -- HTML ----------------------------------------------------------------------------------------
+
+html_theme = "furo"
+highlight_options = {"pycon": {"stripnl": True}}  # a blank line ends the expected output of a doctest
+html_title = "fgo_geo"
+html_static_path = ["_static"]
+html_css_files = ["fgo_geo.css"]
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
+
+
+def setup(app: Sphinx) -> None:
+    """Connect the handlers of this file."""
+    app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon
+    app.connect("autodoc-skip-member", skip_field_alias)
+    app.connect("source-read", prepare_gallery_page)
+    app.connect("missing-reference", follow_alias, priority=400)  # before the inventories

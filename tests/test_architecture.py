@@ -1,0 +1,198 @@
+"""Borders of the project: who imports whom, what the README promises, what the repository must not hold."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fgo_geo"
+
+# What each part of the package may import of the others:
+# {linalg, grouping} <- components <- manifolds <- {optim, constrain, renormalize},
+# kernels <- optim, norms <- bounds <- report.
+# Only the package itself imports report, and optim knows nothing of models. A new part gets a line here.
+GEOMETRY = {"linalg", "grouping", "components", "manifolds"}
+MAY_IMPORT = {
+    "linalg": set(),
+    "grouping": set(),
+    "components": {"linalg", "grouping"},
+    "manifolds": {"linalg", "grouping", "components"},
+    "radius": GEOMETRY,
+    "kernels": GEOMETRY,
+    "optim": {*GEOMETRY, "kernels"},
+    "feature_stats": {"linalg", "components"},
+    "choose": {*GEOMETRY, "radius", "feature_stats"},
+    "constrain": {*GEOMETRY, "radius", "feature_stats", "choose"},
+    "renormalize": {*GEOMETRY, "radius", "feature_stats", "norms"},
+    "norms": GEOMETRY,
+    "bounds": {"linalg", "norms"},
+    "report": {*GEOMETRY, "radius", "feature_stats", "constrain", "renormalize", "norms", "bounds"},
+}
+
+
+def name_of(path: Path) -> str:
+    """The dotted name of a module file."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(source: str, package: str) -> set[str]:
+    """Names that a module of the given package imports, ``from a import b`` as ``a.b``; relative ones resolved."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parent, *([node.module] if node.module else [])])
+            names |= {f"{base}.{alias.name}" for alias in node.names}
+    return names
+
+
+def parts_imported(source: str, package: str) -> set[str]:
+    """The parts of the package that a module imports; the package itself is called ``__init__``."""
+    own = [name.split(".") for name in imports_of(source, package) if name.split(".")[0] == "fgo_geo"]
+    return {names[1] if len(names) > 1 and names[1] in MAY_IMPORT else "__init__" for names in own}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("import fgo_geo.optim.fgsgd", {"optim"}),
+        ("import fgo_geo", {"__init__"}),
+        ("from fgo_geo import linalg, ScaledSphere", {"linalg", "__init__"}),
+        ("from fgo_geo.manifolds import Stiefel", {"manifolds"}),
+        ("from . import step_size", {"optim"}),
+        ("from .. import report", {"report"}),
+        ("from ..constrain import Plan", {"constrain"}),
+        ("def f():\n    from fgo_geo import report", {"report"}),
+        ("import torch\nfrom fgo_geometry import report", set()),
+    ],
+    ids=repr,
+)
+def test_every_form_of_import_is_seen(source, expected):
+    assert parts_imported(source, "fgo_geo.optim") == expected
+
+
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_one_way(path):
+    part = name_of(path).split(".")[1]
+    assert part in MAY_IMPORT, f"say in MAY_IMPORT what {part} may import"
+    package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
+    unwanted = parts_imported(path.read_text(encoding="utf-8"), package) - MAY_IMPORT[part] - {part}
+    assert not unwanted, f"{name_of(path)} may not import {sorted(unwanted)}"
+
+
+def test_the_table_has_no_cycle():
+    remaining = dict(MAY_IMPORT)
+    while remaining:
+        free = {part for part, wanted in remaining.items() if not wanted & remaining.keys()}
+        assert free, f"these import each other: {sorted(remaining)}"
+        remaining = {part: wanted for part, wanted in remaining.items() if part not in free}
+
+
+def needed_on_import(source: str) -> set[str]:
+    """Top-level names of what importing a module imports: not inside functions, not for type checkers alone."""
+    body = ast.parse(source).body
+    executed = [node for node in body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    executed = [node for node in executed if ast.unparse(getattr(node, "test", node)) != "TYPE_CHECKING"]
+    return {name.split(".")[0] for name in imports_of(ast.unparse(ast.Module(executed, [])), "fgo_geo")}
+
+
+def test_the_package_needs_only_what_it_declares():
+    declared = {re.split(r"[^\w-]", line)[0] for line in requires("fgo-geo") or [] if "extra ==" not in line}
+    allowed = declared | {"fgo_geo"} | sys.stdlib_module_names
+    for path in [*MODULES, PACKAGE / "__init__.py"]:
+        missing = needed_on_import(path.read_text(encoding="utf-8")) - allowed
+        assert not missing, f"{name_of(path)} needs {sorted(missing)}, which pyproject.toml doesn't declare"
+
+
+def test_the_bounds_know_no_module():
+    path = PACKAGE / "bounds.py"
+    names = imports_of(path.read_text(encoding="utf-8"), "fgo_geo") if path.exists() else set()
+    assert not [name for name in names if name.startswith("torch.nn")]
+
+
+def test_the_package_is_typed():
+    assert (PACKAGE / "py.typed").read_bytes() == b""
+
+
+def test_the_reference_has_every_module():
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "reference").glob("*.md"))
+    documented = set(re.findall(r"automodule:: ([\w.]+)", pages))
+    existing = {name_of(path) for path in [*MODULES, PACKAGE / "__init__.py"] if not path.stem.startswith("_")}
+    existing |= {name_of(path) for path in MODULES if path.name == "__init__.py"}
+    assert existing - documented == set(), "give them a place in docs/reference"
+
+
+# -- The README ------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def test_the_readme_starts_with_two_commands_of_one_line():
+    blocks = [text for language, text in FENCED.findall(README) if language == "bash"]
+    assert len(blocks) >= 2
+    for block in blocks[:2]:
+        assert len(block.strip().splitlines()) == 1
+        assert block.startswith("pip install")
+    assert "examples/train.py" in blocks[0]
+    assert "pytest" in blocks[1]
+
+
+def test_the_readme_names_no_missing_file():
+    prose = FENCED.sub("", README)
+    links = {target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", prose)}
+    links = {target for target in links if target and "://" not in target}
+    quoted = set(re.findall(r"`([\w.-]+/[\w./*-]*|[\w-]+\.(?:py|md|toml))`", prose))
+    named = {name for name in links | quoted if not name.startswith("runs/")}
+    assert named
+    assert not [name for name in sorted(named) if not list(ROOT.glob(name.rstrip("/")))]
+
+
+def test_the_code_of_the_readme_runs():
+    namespace: dict[str, object] = {}
+    blocks = [text for language, text in FENCED.findall(README) if language == "python"]
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+# -- The repository --------------------------------------------------------------------------------
+
+
+def tracked_files() -> list[Path]:
+    """Files under version control, or about to be."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, check=True, text=True).stdout
+    paths = [ROOT / name for name in output.split("\0") if name]
+    return [path for path in paths if path.is_file() and path.suffix not in {".png", ".npz", ".pt"}]
+
+
+FORBIDDEN = {
+    "a path of one machine": r"(?<![\w.}$])/(?:home|root|Users|tmp|work|opt|mnt|usr/local)/\w",
+    "a package registry": r"\b(?:pypi|pythonhosted|anaconda|npmjs)\.(?:org|io|com)\b|--(?:extra-)?index-url",
+    "a conflict marker": r"^(?:<{7}|>{7}) ",
+}
+
+
+@pytest.mark.parametrize("what", FORBIDDEN)
+def test_no_file_holds(what):
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()[:80]}"
+        for path in tracked_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+        if re.search(FORBIDDEN[what], line)
+    ]
+    assert not found, f"{what}: {found}"
