@@ -207,7 +207,7 @@ class EmbeddedManifold(geoopt.Manifold):
         return None
 
     def _check_point_on_manifold(self, x: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5) -> tuple[bool, str | None]:
-        worst = self.violation(x)
+        worst = self.violation(x.detach())
         tolerance = max(atol + rtol, _rounding(x))
         if bool((worst <= tolerance).all()):
             return True, None
@@ -219,6 +219,7 @@ class EmbeddedManifold(geoopt.Manifold):
     def _check_vector_on_tangent(
         self, x: Tensor, u: Tensor, *, atol: float = 1e-5, rtol: float = 1e-5
     ) -> tuple[bool, str | None]:
+        x, u = x.detach(), u.detach()
         normal = self.norm(x, u - self.proju(x, u))
         rtol = max(rtol, _rounding(x), _rounding(u))
         if bool((normal <= atol + rtol * self.norm(x, u)).all()):

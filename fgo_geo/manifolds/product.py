@@ -3,12 +3,14 @@ r"""Products of groups: one weight tensor as a point on a product of many small 
 The manifold of a layer is a product over groups, and that of a group a product over components ("Mathematics",
 section 3; [Ozay2019]_). :class:`ProductOfGroups` keeps the weight in the layout that its layer uses. Every operation
 splits the weight into one batch of components per manifold kind, hands each batch to that kind's manifold, and
-merges the results; nothing is computed here but sums over groups. The cost does not depend on the number of groups.
+merges the results; nothing is computed here but sums over groups. The number of calls does not depend on the number of
+groups.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
@@ -17,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fgo_geo.components import Segments, WeightLayout, partition
-from fgo_geo.grouping import Collection
+from fgo_geo.components import Partition, Segments, WeightLayout, partition
+from fgo_geo.grouping import MANIFOLD_KINDS, Collection
 from fgo_geo.linalg import computes_in_float32
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold, flat_shape
 from fgo_geo.manifolds.oblique import Oblique
@@ -27,7 +29,8 @@ from fgo_geo.manifolds.stiefel import Stiefel
 
 __all__ = ["ProductOfGroups", "RadiusLike", "component_manifold"]
 
-RadiusLike = float | Mapping[str, float] | Tensor
+Radii = float | Mapping[str, float] | Tensor | Sequence[Tensor]
+RadiusLike = Radii | Callable[[Partition], Radii]
 
 
 def component_manifold(kind: str, radius: float | Tensor) -> geoopt.Manifold:
@@ -61,8 +64,16 @@ class ProductOfGroups(EmbeddedManifold):
         collection: The groups and their manifold kinds, from :func:`fgo_geo.grouping.collection`; one per section
             for packed weights.
         layout: The weight's layout, or its shape if that is ``(D, C, *kernel)``.
-        radius: One number; a number per kind; a tensor ``(G,)`` with one per group; or, for kernel components, a
-            tensor ``(D, C)`` with one per kernel.
+        radius: One number; a number per kind; a tensor ``(G,)`` with one per group; for kernel components, a tensor
+            ``(D, C)`` with one per kernel; for every part of the partition a tensor ``(n,)`` with one per component; or
+            a function of the partition that returns one of these.
+        exact: Let :meth:`retr` and :meth:`retr_transp` follow geodesics. They are reversible then, as Geoopt's
+            samplers demand.
+
+    Attributes:
+        partition: How the weight is cut into components.
+        n_groups: Number of groups.
+        smallest_radii: For every part the smallest radius so far: momentum that was gathered there can be so long.
 
     Raises:
         ValueError: If the collection does not fit the weight, a radius is not positive, or a component could not
@@ -84,6 +95,8 @@ class ProductOfGroups(EmbeddedManifold):
         collection: Collection | Sequence[Collection],
         layout: WeightLayout | Sequence[int],
         radius: RadiusLike = 1.0,
+        *,
+        exact: bool = False,
     ) -> None:
         super().__init__()
         collections = (collection,) if isinstance(collection, Collection) else tuple(collection)
@@ -94,7 +107,14 @@ class ProductOfGroups(EmbeddedManifold):
         self.ndim = len(layout.shape)
         self.partition = partition(collections, layout)
         self.n_groups = sum(len(c.group_sizes) for c in collections)
+        self.exact = exact
+        self.smallest_radii = [math.inf] * len(self.partition.kinds)
         self.set_radius(radius)
+
+    @property
+    def reversible(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether a step can be undone: with ``-v`` in place of the transported ``v`` it leads back."""
+        return self.exact
 
     def set_radius(self, radius: RadiusLike) -> None:
         """Give every component another radius. Points and momentum are the caller's to scale, by :meth:`radius_map`.
@@ -103,7 +123,7 @@ class ProductOfGroups(EmbeddedManifold):
             radius: As in the constructor.
 
         Raises:
-            ValueError: If a radius is not positive, or its shape does not fit.
+            ValueError: If a radius is not positive, or its shape does not fit. The radii are the old ones then.
         """
         cut = self.partition
         manifolds: list[geoopt.Manifold] = []
@@ -116,24 +136,34 @@ class ProductOfGroups(EmbeddedManifold):
                 raise ValueError(f"ProductOfGroups: {kind} cannot hold components of size {size}: {reason}")
             manifolds.append(manifold)
         self.manifolds = nn.ModuleList(manifolds)
+        smallest = [m.radius_range[0] if isinstance(m, ComponentManifold) else 1.0 for m in manifolds]
+        self.smallest_radii = [min(old, new) for old, new in zip(self.smallest_radii, smallest, strict=True)]
 
     def _radius_per_part(self, radius: RadiusLike) -> list[float | Tensor]:
-        cut = self.partition
+        kinds = self.partition.kinds
+        if callable(radius):
+            radius = radius(self.partition)
         if isinstance(radius, Mapping):
-            missing = sorted(set(cut.kinds) - set(radius) - {"euclidean"})
-            if missing:
-                raise ValueError(f"ProductOfGroups: radius has no entry for {missing}, got {dict(radius)}")
-            return [radius.get(kind, 1.0) for kind in cut.kinds]
+            missing = set(kinds) - set(radius) - {"euclidean"}
+            unknown = set(radius) - set(MANIFOLD_KINDS)
+            if missing or unknown:
+                raise ValueError(
+                    f"ProductOfGroups: radius needs an entry for each of {sorted(set(kinds) - {'euclidean'})} and may "
+                    f"have others of {MANIFOLD_KINDS}, got {dict(radius)}"
+                )
+            return [radius.get(kind, 1.0) for kind in kinds]
+        if isinstance(radius, Sequence) and len(radius) == len(kinds):
+            return [_number_if_constant(r) for r in radius]
         if not isinstance(radius, Tensor) or radius.ndim == 0:
-            return [float(radius)] * len(cut.kinds)
+            return [cast(float, radius)] * len(kinds)
         layout = self.layout
         if tuple(radius.shape) not in ((self.n_groups,), (layout.out_channels, layout.in_channels)):
             raise ValueError(
                 f"ProductOfGroups: a tensor radius needs shape ({self.n_groups},), one per group, or "
                 f"({layout.out_channels}, {layout.in_channels}), one per kernel; got {tuple(radius.shape)}"
             )
-        values = cut.per_component(radius.detach().cpu().numpy())
-        return [float(v[0]) if (v == v[0]).all() else torch.from_numpy(np.ascontiguousarray(v)) for v in values]
+        values = self.partition.per_component(radius.detach().cpu().double().numpy())
+        return [_number_if_constant(torch.from_numpy(np.ascontiguousarray(v))) for v in values]
 
     # -- parts -----------------------------------------------------------------------------------------------
 
@@ -183,6 +213,7 @@ class ProductOfGroups(EmbeddedManifold):
 
     # -- groups ----------------------------------------------------------------------------------------------
 
+    @computes_in_float32
     def group_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
         """Inner product of tangent vectors, per group.
 
@@ -198,6 +229,7 @@ class ProductOfGroups(EmbeddedManifold):
         sums = [segments.sum(p.flatten(1).sum(1)) for (_, segments), p in zip(self.parts, products, strict=True)]
         return self.in_collection_order(sums)
 
+    @computes_in_float32
     def group_norm(self, x: Tensor, u: Tensor) -> Tensor:
         """Norm of a tangent vector, per group, shape ``(G,)``."""
         return self.group_inner(x, u).sqrt()
@@ -225,8 +257,8 @@ class ProductOfGroups(EmbeddedManifold):
         return self._map("proju", x, u)
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
-        """Retraction, component by component."""
-        return self._map("retr", x, u)
+        """Retraction, component by component; if ``exact``, the exponential map of the tangent part of ``u``."""
+        return self.expmap(x, self.proju(x, u)) if self.exact else self._map("retr", x, u)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Exponential map, component by component."""
@@ -235,6 +267,17 @@ class ProductOfGroups(EmbeddedManifold):
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Inverse of the exponential map, component by component."""
         return self._map("logmap", x, y)
+
+    def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Retraction along ``u``, and transport of ``v`` to its end: by projection, or along geodesics if ``exact``.
+
+        If ``exact``, the tangent parts of ``u`` and ``v`` are taken: the momentum of Geoopt's SGRHMC is not tangent.
+        """
+        if self.exact:
+            u, v = self.proju(x, u), self.proju(x, v)
+            return self.expmap(x, u), self._map(_carried, x, u, v)
+        y = self.retr(x, u)
+        return y, self.proju(y, v)
 
     def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Transport along geodesics, component by component: parallel on spheres and oblique manifolds."""
@@ -303,8 +346,13 @@ class ProductOfGroups(EmbeddedManifold):
         return f"this {self.name} holds exactly one weight of shape {self.layout.shape}"
 
     def extra_repr(self) -> str:
-        """The collections, and the range of the radii by kind."""
+        """The collections."""
         return "; ".join(str(c) for c in self.collections)
+
+
+def _number_if_constant(radius: Tensor) -> float | Tensor:
+    first = radius.reshape(-1)[:1]
+    return float(first) if bool((radius == first).all()) else radius
 
 
 def _method(name: str) -> Callable[..., Tensor]:
@@ -312,3 +360,22 @@ def _method(name: str) -> Callable[..., Tensor]:
         return getattr(manifold, name)(*components)
 
     return call
+
+
+@computes_in_float32
+def _carried(manifold: geoopt.Manifold, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Transport of ``v`` to the end of the geodesic along ``u`` that turns ``u`` into the geodesic's velocity there.
+
+    Parallel transport does; where there is only projection, the part of ``v`` along ``u`` goes its own way.
+    """
+    if not isinstance(manifold, Stiefel):
+        return manifold.transp_follow_expmap(x, u, v)
+
+    def geodesic(time: Tensor) -> Tensor:
+        return manifold.expmap(x, time * u)
+
+    end = torch.ones((), dtype=x.dtype, device=x.device)
+    y, velocity = cast(tuple[Tensor, Tensor], torch.func.jvp(geodesic, (end,), (end,)))
+    length = manifold.inner(x, u, keepdim=True)
+    along = manifold.inner(x, u, v, keepdim=True) / torch.where(length > 0, length, 1)
+    return along * velocity + manifold.proju(y, v - along * u)

@@ -40,23 +40,36 @@ def project_tangent(q: Tensor, v: Tensor) -> Tensor:
 
 
 def exponential(q: Tensor, v: Tensor) -> Tensor:
-    r"""Exponential map on the unit manifold ([Edelman1998]_, eq. 2.7).
+    """Exponential map on the unit manifold: the end of the geodesic."""
+    return geodesic(q, v, 1)[-1]
 
-    ``[q, v] expm([[A, -S], [I, A]]) [I; 0] expm(-A)`` with ``A = qᵀv`` (skew) and ``S = vᵀv``, polished so that
-    rounding does not add up over many steps.
+
+def geodesic(q: Tensor, v: Tensor, steps: int) -> list[Tensor]:
+    r"""Points of the geodesic from ``q`` in direction ``v`` at the times ``1/steps, 2/steps, ..., 1``.
+
+    ``[q, v] expm(t [[A, -S], [I, A]]) [I; 0] expm(-t A)`` with ``A = qᵀv`` (skew) and ``S = vᵀv`` ([Edelman1998]_,
+    eq. 2.7), polished so that rounding does not add up over many steps.
     """
-    a = q.mT @ v
-    s = v.mT @ v
-    identity = torch.eye(a.shape[-1], dtype=q.dtype, device=q.device).expand_as(a)
+    size = v.shape[-1]
+    identity = torch.eye(size, dtype=q.dtype, device=q.device)
+    a, s, identity = torch.broadcast_tensors(q.mT @ v, v.mT @ v, identity)
     block = torch.cat((torch.cat((a, -s), -1), torch.cat((identity, a), -1)), -2)
-    first_columns = torch.linalg.matrix_exp(block)[..., : a.shape[-1]]
-    return polish(torch.cat((q, v), -1) @ first_columns @ torch.linalg.matrix_exp(-a))
+    forth = torch.linalg.matrix_exp(block / steps)
+    back = torch.linalg.matrix_exp(-a / steps)
+    columns, turn = forth[..., :size], back
+    points: list[Tensor] = []
+    for step in range(steps):
+        if step > 0:
+            columns, turn = forth @ columns, turn @ back
+        along, across = columns.split(size, -2)
+        points.append(polish((q @ along + v @ across) @ turn))
+    return points
 
 
-_TRANSPORT_STEPS = 4  # points along the geodesic at which the shooting error is projected on its way back
+_GEODESIC_STEPS = 4  # points along the geodesic at which the shooting error is projected on its way back
 
 
-def logarithm(q: Tensor, y: Tensor, max_iterations: int = 500) -> Tensor:
+def logarithm(q: Tensor, y: Tensor, max_rounds: int = 500) -> Tensor:
     """Inverse of the exponential map on the unit manifold, by shooting.
 
     The error of the end point, ``y - exp_q(v)``, is carried back to ``q`` along the geodesic by projections that
@@ -69,17 +82,19 @@ def logarithm(q: Tensor, y: Tensor, max_iterations: int = 500) -> Tensor:
     """
     tolerance = 8 * torch.finfo(q.dtype).eps * (q.shape[-2] * q.shape[-1]) ** 0.5
     v = _with_norm_of(project_tangent(q, y - q), y - q)
-    gap = y - exponential(q, v)
-    for _ in range(max_iterations):
+    points = geodesic(q, v, _GEODESIC_STEPS)
+    for _ in range(max_rounds):
+        gap = y - points[-1]
         if bool((torch.linalg.matrix_norm(gap) <= tolerance).all()):
             return v
-        for step in range(_TRANSPORT_STEPS, -1, -1):
-            gap = _with_norm_of(project_tangent(exponential(q, v * (step / _TRANSPORT_STEPS)), gap), gap)
+        for point in (*reversed(points), q):
+            gap = _with_norm_of(project_tangent(point, gap), gap)
         v = v + gap
-        gap = y - exponential(q, v)
+        points = geodesic(q, v, _GEODESIC_STEPS)
+    error = torch.linalg.matrix_norm(y - points[-1]).detach().max()
     raise RuntimeError(
-        f"Stiefel.logmap: no geodesic found after {max_iterations} rounds (largest error of the end point "
-        f"{float(torch.linalg.matrix_norm(gap).max()):.3g} radii); the points lie farther apart than the injectivity "
+        f"Stiefel.logmap: no geodesic found after {max_rounds} rounds (largest error of the end point "
+        f"{float(error):.3g} radii); the points lie farther apart than the injectivity "
         "radius or in different components, so go through an intermediate point"
     )
 
