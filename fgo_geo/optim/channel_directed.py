@@ -17,8 +17,8 @@ metric   inner product ``<h, k>``                         gradient ``G``
 The module has three layers, each usable without the next:
 
 1. :func:`channel_inner` is the middle column and :func:`channel_directed_gradient` the last one, as pure functions.
-   With periodic ends ``ΔᵀΔ`` is diagonal in the Fourier basis, and free ends are periodic for the mirrored signal:
-   one real Fourier transform serves both Sobolev metrics and both ends, in ``D log D`` operations per passenger;
+   With periodic ends the Sobolev metrics are diagonal in the Fourier basis, and free ends differ from that by a
+   matrix of rank one: a real Fourier transform solves for all, in ``D log D`` operations per passenger;
 2. a *rule* says which parameters have a channel axis, and which one;
 3. :func:`channel_directed` attaches the first two to an optimiser by its step hooks.
 """
@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fgo_geo.components import WeightLayout, layout_of
 from fgo_geo.linalg import computes_in_float32
 
 __all__ = [
@@ -189,15 +190,21 @@ def _directed(g: Tensor, metric: Metric, lam: float, ends: Ends) -> Tensor:
     """``M⁻¹ g`` for the columns of ``g``."""
     if metric == "h0":
         return torch.lerp(g.mean(0, keepdim=True), g, 1 / lam)
-    # ΔᵀΔ is circulant, with eigenvalues 4 sin²(π k / n).
-    rows = (g if ends == "periodic" else torch.cat([g, g.flip(0)])).t().contiguous()
-    n = rows.shape[1]
+    # On a ring ΔᵀΔ is circulant, with eigenvalues 4 sin²(θ) at θ = π k / n.
+    rows, n = g.contiguous().t().contiguous(), g.shape[0]
     k = torch.arange(n // 2 + 1, device=g.device)
-    rough = 4 * torch.sin(k.to(g.dtype) * (math.pi / n)) ** 2
+    sine, cosine = torch.sin(k.to(g.dtype) * (math.pi / n)), torch.cos(k.to(g.dtype) * (math.pi / n))
     level = 1.0 if metric == "h1" else 0.0
-    gain = torch.where(k == 0, 1.0, 1 / (level + lam * rough))
-    smooth = torch.fft.irfft(torch.fft.rfft(rows).mul_(gain), n=n)
-    return smooth[:, : g.shape[0]].t()
+    gain = torch.where(k == 0, 1.0, 1 / (level + lam * 4 * sine**2))
+    directed = torch.fft.irfft(torch.fft.rfft(rows).mul_(gain), n=n)
+    if ends == "free":
+        # Cutting the bond between the last channel and the first takes λ w wᵀ off M, with w = e_0 - e_(n-1): Sherman
+        # and Morrison add λ z zᵀ / (1 - λ wᵀz) to the inverse, with z = M⁻¹ w. Both factors come from their spectra,
+        # where nothing cancels: that of w is 1 - exp(2iθ), and 1 - λ wᵀz is entry (0, 0) of M⁻¹ (h1), or 1 / n (h1t).
+        z = torch.fft.irfft(torch.complex(2 * sine**2 * gain, -2 * sine * cosine * gain), n=n)
+        left = torch.fft.irfft(torch.where(k == 0, 1.0, level * gain), n=n)[0]
+        directed.addr_(rows @ z, z * (lam / left))
+    return directed.t()
 
 
 def _check_metric(metric: str, lam: float, ends: str) -> None:
@@ -241,38 +248,23 @@ def _check_axis(shape: torch.Size, axis: int, groups: int, what: str = "the tens
 # -- which parameters, and along which axis ----------------------------------------------------------------------------
 
 
-class _Layout(NamedTuple):
-    """The output and the input axis of a weight, each with the number of runs that it consists of."""
-
-    output: tuple[int, int] = (0, 1)
-    input: tuple[int, int] = (1, 1)
+Side = Literal["output", "input"]
 
 
-def _layout(layer: nn.Module, name: str) -> _Layout | str | None:
-    """Where a layer's weight ``name`` has its channels, or why it has none; None for an unknown layer."""
-    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return _Layout(output=(1, 1), input=(0, layer.groups))
-    if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return _Layout(output=(0, layer.groups))
-    if isinstance(layer, nn.Linear):
-        return _Layout()
-    if isinstance(layer, nn.MultiheadAttention) and not name.startswith("bias"):
-        return _Layout(output=(0, 3 if name == "in_proj_weight" else 1))
-    if isinstance(layer, nn.Embedding | nn.EmbeddingBag | nn.Bilinear | nn.LayerNorm | nn.MultiheadAttention):
-        return f"{name} of a {type(layer).__name__} has no output-channel axis"
-    return None
+def _axes(layout: WeightLayout) -> dict[Side, tuple[int, int]]:
+    """The axis of the output and of the input channels, and how many runs each consists of."""
+    if layout.storage == "transposed":
+        return {"output": (1, 1), "input": (0, layout.conv_groups)}
+    return {"output": (0, max(layout.conv_groups, layout.sections)), "input": (1, 1)}
 
 
-def _layouts(module: nn.Module) -> dict[Tensor, _Layout | str]:
-    """The layout of every weight of a known layer, parametrized or not; of a shared one, the first that is a reason."""
-    found: dict[Tensor, _Layout | str] = {}
+def _layouts(module: nn.Module) -> dict[Tensor, WeightLayout | str]:
+    """The layout of every parameter of a model or why it has none, which for a shared one any of its layers can say."""
+    found: dict[Tensor, WeightLayout | str] = {}
     for layer in module.modules():
-        for path, parameter in layer.named_parameters():
-            name, _, below = path.removeprefix("parametrizations.").partition(".")
-            own = not below or path.startswith("parametrizations.")
-            layout = _layout(layer, name) if own else None
-            if layout is not None and not isinstance(found.get(parameter), str):
-                found[parameter] = layout
+        for name, parameter in layer.named_parameters(recurse=False):
+            if not isinstance(found.get(parameter), str):
+                found[parameter] = layout_of(layer, name)
     return found
 
 
@@ -292,13 +284,13 @@ class _Settings:
 
     metric: Metric = "h0"
     lam: float = 1.0
-    axis: int | Literal["output", "input"] = "output"
+    axis: int | Side = "output"
     ends: Ends = "periodic"
     groups: int | None = None
 
     def __post_init__(self) -> None:
         _check_metric(self.metric, self.lam, self.ends)
-        if not isinstance(self.axis, int) and self.axis not in ("output", "input"):
+        if not isinstance(self.axis, int) and self.axis not in get_args(Side):
             raise ValueError(f"axis is {self.axis!r}, expected 'output', 'input' or an integer")
 
     def updated(self, entry: Any) -> _Settings:
@@ -313,21 +305,22 @@ class _Settings:
             )
         return replace(self, **entry)
 
-    def direction(self, layout: _Layout, shape: torch.Size, name: str) -> _Direction:
+    def direction(self, layout: WeightLayout, name: str) -> _Direction:
         """These settings for one parameter."""
-        axis = self.axis if isinstance(self.axis, int) else getattr(layout, self.axis)[0]
+        axes, shape = _axes(layout), torch.Size(layout.shape)
+        axis = self.axis if isinstance(self.axis, int) else axes[self.axis][0]
         axis = _check_axis(shape, axis, 1, name)
-        groups = dict(layout).get(axis, 1) if self.groups is None else self.groups
+        groups = dict(axes.values()).get(axis, 1) if self.groups is None else self.groups
         _check_axis(shape, axis, groups, name)
         return _Direction(self.metric, self.lam, axis, self.ends, groups)
 
 
 # -- under an optimiser ------------------------------------------------------------------------------------------------
 
-# Gradients are joined up to this number of entries: on a processor as long as calls cost more than the copy; on an
-# accelerator, where launches cost more than bandwidth, as long as the copy's memory doesn't matter.
-_JOIN_LIMIT_CPU = 2**15
-_JOIN_LIMIT = 2**24
+# Gradients are cut and joined into pieces of about this number of entries: on a processor what fits its cache, on an
+# accelerator what hides the launches and is still small beside the model.
+_PIECE_CPU = 2**18
+_PIECE = 2**24
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -336,7 +329,7 @@ def channel_directed(
     optimizer: Optimizer,
     metric: Metric = "h0",
     lam: float = 1.0,
-    axis: int | Literal["output", "input"] = "output",
+    axis: int | Side = "output",
     ends: Ends = "periodic",
     select: Callable[[str, Tensor], bool] | None = None,
     restore_grad: bool = False,
@@ -352,8 +345,8 @@ def channel_directed(
     *Which parameters.* Without ``module``, every one with two or more dimensions, with its output channels on axis 0: a
     tensor doesn't tell more. With ``module`` the layers decide: convolutions (each group a run of its own),
     transposed convolutions (output channels on axis 1), linear layers and multi-head attention (the packed projection
-    is three runs) are directed; embeddings, bilinear layers, norms, biases and weights of unknown layers are not.
-    ``print(handle.summary())`` lists the choice.
+    is three runs) are directed; embeddings, bilinear and recurrent layers, norms, biases, parametrized weights and
+    those of unknown layers are not. ``print(handle.summary())`` lists the choice with the reasons.
 
     *Per parameter group.* A group may hold ``channel_directed=False``, or a dict with some of ``metric``, ``lam``,
     ``axis``, ``ends`` and ``groups``, which take the place of the arguments here. Groups added later are directed
@@ -405,14 +398,6 @@ class _Choice(NamedTuple):
     name: str
     direction: _Direction | None
     reason: str = ""
-
-
-class _Task(NamedTuple):
-    """A gradient to direct; on a manifold, its tangent part."""
-
-    parameter: Tensor
-    gradient: Tensor
-    direction: _Direction
 
 
 class ChannelDirected:
@@ -499,19 +484,19 @@ class ChannelDirected:
     def _choose(self, parameter: Tensor, name: str, group: dict[str, Any]) -> _Choice:
         entry = group.get("channel_directed", True)
         if entry is False:
-            return _Choice(name, None, "channel_directed=False in its parameter group")
+            return _Choice(name, None, "has channel_directed=False in its parameter group")
         settings = self._settings.updated(entry)
-        layout = _Layout() if self._layouts is None else self._layouts.get(parameter, "not the weight of a known layer")
+        plain = WeightLayout(tuple(parameter.shape))
+        layout = plain if self._layouts is None else self._layouts.get(parameter, "is not a parameter of the module")
         if self._select is None:
             if parameter.ndim < 2:
-                return _Choice(name, None, "fewer than two dimensions")
+                return _Choice(name, None, "has fewer than two dimensions")
             if isinstance(layout, str):
                 return _Choice(name, None, layout)
         elif not self._select(name, parameter):
-            return _Choice(name, None, "not selected")
+            return _Choice(name, None, "is not selected")
         _check_manifold(parameter, name)
-        layout = _Layout() if isinstance(layout, str) else layout
-        return _Choice(name, settings.direction(layout, parameter.shape, name))
+        return _Choice(name, settings.direction(plain if isinstance(layout, str) else layout, name))
 
     # -- the step ----------------------------------------------------------------------------------------------------
 
@@ -543,54 +528,68 @@ class ChannelDirected:
 
     @torch.no_grad()
     def _direct(self) -> None:
-        for batch in _batches(self._tasks()):
-            self._direct_batch(batch)
-
-    def _direct_batch(self, tasks: list[_Task]) -> None:
-        columns = [_columns(task.gradient, task.direction.axis, task.direction.groups) for task in tasks]
-        metric, lam, _, ends, _ = tasks[0].direction
-        directed = _directed(torch.cat(columns, 1) if len(tasks) > 1 else columns[0], metric, lam, ends)
-        for task, part in zip(tasks, directed.split([c.shape[1] for c in columns], 1), strict=True):
-            self._write(task, part)
-
-    def _tasks(self) -> list[_Task]:
         tasks: list[_Task] = []
         for parameter, (name, direction, _) in self._all_choices():
-            gradient = parameter.grad
-            if gradient is not None and direction is not None:
-                _check_tensor(gradient, f"the gradient of {name}")
-                tasks.append(_Task(parameter, _tangent(parameter, gradient), direction))
-        return tasks
-
-    def _write(self, task: _Task, columns: Tensor) -> None:
-        parameter, _, direction = task
-        gradient = cast(Tensor, parameter.grad)
+            if direction is not None and parameter.grad is not None:
+                _check_tensor(parameter.grad, f"the gradient of {name}")
+                tasks.append(_Task(parameter, parameter.grad, direction))
         if self._restore_grad:
-            self._replaced.append((parameter, gradient))
-            parameter.grad = gradient = torch.empty_like(gradient)
-        if _manifold(parameter) is not None:
-            directed = _from_columns(columns, gradient.shape, direction.axis, direction.groups)
-            gradient.copy_(_tangent(parameter, directed))
-        elif direction.axis == 0 and direction.groups == 1 and gradient.is_contiguous():
-            gradient.view(columns.shape).copy_(columns)  # as below, and torch copies matrices tile by tile
-        else:
-            gradient.copy_(_from_columns(columns, gradient.shape, direction.axis, direction.groups))
+            tasks = [task._replace(gradient=task.gradient.clone()) for task in tasks]
+            for parameter, gradient, _ in tasks:
+                self._replaced.append((parameter, cast(Tensor, parameter.grad)))
+                parameter.grad = gradient
+        for alike in _alike(tasks):
+            _direct_alike(alike)
 
 
-def _batches(tasks: Iterable[_Task]) -> Iterator[list[_Task]]:
-    """Tasks that one call can do: of one metric, length of axis, type and device, joined while they are small."""
-    alike: dict[Any, list[_Task]] = {}
+class _Task(NamedTuple):
+    """A gradient to overwrite with the directed one."""
+
+    parameter: Tensor
+    gradient: Tensor
+    direction: _Direction
+
+
+def _alike(tasks: Iterable[_Task]) -> Iterable[list[_Task]]:
+    """The tasks in lists of one metric, length of the axis, type and device."""
+    lists: dict[Any, list[_Task]] = {}
     for task in tasks:
-        (metric, lam, axis, ends, groups), g = task.direction, task.gradient
-        alike.setdefault((metric, lam, ends, g.shape[axis] // groups, g.dtype, g.device), []).append(task)
-    for run in alike.values():
-        limit = _JOIN_LIMIT_CPU if run[0].gradient.device.type == "cpu" else _JOIN_LIMIT
-        batch: list[_Task] = []
-        for task in run:
-            if batch and sum(t.gradient.numel() for t in batch) + task.gradient.numel() > limit:
-                yield batch
-                batch = []
-            batch.append(task)
+        _, g, (metric, lam, axis, ends, groups) = task
+        lists.setdefault((metric, lam, ends, g.shape[axis] // groups, g.dtype, g.device), []).append(task)
+    return lists.values()
+
+
+def _direct_alike(tasks: list[_Task]) -> None:
+    columns = [_columns(_tangent(p, g), d.axis, d.groups) for p, g, d in tasks]
+    _direct_columns(columns, tasks[0].direction)
+    for (p, g, d), directed in zip(tasks, columns, strict=True):
+        if directed.data_ptr() != g.data_ptr():  # the columns are a copy, not a view of the gradient
+            g.copy_(_tangent(p, _from_columns(directed, g.shape, d.axis, d.groups)))
+
+
+def _direct_columns(columns: list[Tensor], direction: _Direction) -> None:
+    """Overwrite columns with the directed ones, piece by piece."""
+    metric, lam, _, ends, _ = direction
+    entries = _PIECE_CPU if columns[0].device.type == "cpu" else _PIECE
+    width = max(1, entries // columns[0].shape[0])
+    for pieces in _filled([piece for matrix in columns for piece in matrix.split(width, 1)], width):
+        joint = torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+        directed = _directed(joint, metric, lam, ends).contiguous()
+        for piece, part in zip(pieces, directed.split([piece.shape[1] for piece in pieces], 1), strict=True):
+            piece.copy_(part)
+
+
+def _filled(pieces: Iterable[Tensor], width: int) -> Iterator[list[Tensor]]:
+    """The pieces in lists of at most ``width`` columns, each filled before the next is begun."""
+    batch: list[Tensor] = []
+    free = width
+    for piece in pieces:
+        if batch and piece.shape[1] > free:
+            yield batch
+            batch, free = [], width
+        batch.append(piece)
+        free -= piece.shape[1]
+    if batch:
         yield batch
 
 
@@ -624,22 +623,21 @@ def _check_optimizer(optimizer: Optimizer) -> None:
 def _check_manifold(parameter: Tensor, name: str) -> None:
     """Raise if a parameter's manifold has another metric than that of the surrounding space.
 
-    The metric is that one if ``egrad2rgrad`` is an orthogonal projection. This is tried on drawn vectors, at a point
-    near the parameter, since another metric can look Euclidean at special points (that of the positive definite
-    matrices does at the identity).
+    ``egrad2rgrad`` is symmetric whatever the metric; it is an orthogonal projection, idempotent, if the metric is that
+    of the surrounding space. This is tried on drawn vectors, at a point near the parameter, since another metric can
+    look Euclidean at special points (that of the positive definite matrices does at the identity).
     """
     manifold = _manifold(parameter)
     if manifold is None:
         return
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        u, v, w = (torch.randn(parameter.shape, generator=generator).to(parameter) for _ in range(3))
+        u, v = (torch.randn(parameter.shape, generator=generator).to(parameter) for _ in range(2))
         step = manifold.egrad2rgrad(parameter, u)
         x = manifold.retr(parameter, step * (0.1 * parameter.norm() / step.norm().clamp_min(1e-30)))
-        pv, pw = manifold.egrad2rgrad(x, v), manifold.egrad2rgrad(x, w)
-        idempotent = torch.dist(manifold.egrad2rgrad(x, pv), pv) <= 1e-3 * v.norm()
-        symmetric = ((pv * w).sum() - (v * pw).sum()).abs() <= 1e-3 * v.norm() * w.norm()
-    if not (idempotent and symmetric):
+        once = manifold.egrad2rgrad(x, v)
+        twice = manifold.egrad2rgrad(x, once)
+    if torch.dist(once, twice) > 1e-3 * v.norm():
         raise ValueError(
             f"{name} (shape {tuple(parameter.shape)}) lies on {manifold}, whose metric is not that of the surrounding "
             "space (egrad2rgrad is not an orthogonal projection), so P M⁻¹ P g is not defined. Use a manifold with the "
