@@ -1,6 +1,18 @@
-"""Optimisers, step sizes and learning-rate schedules."""
+"""Optimisers, step sizes, learning-rate schedules and channel-directed gradients."""
 
+from fgo_geo.optim.channel_directed import ChannelDirected, channel_directed, channel_directed_gradient, channel_inner
 from fgo_geo.optim.fgsgd import RiemannianFGSGD
-from fgo_geo.optim.step_size import theorem_step_bound, theorem_step_scale
+from fgo_geo.optim.schedules import RobbinsMonroLR
+from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
 
-__all__ = ["RiemannianFGSGD", "theorem_step_bound", "theorem_step_scale"]
+__all__ = [
+    "ChannelDirected",
+    "RiemannianFGSGD",
+    "RobbinsMonroLR",
+    "channel_directed",
+    "channel_directed_gradient",
+    "channel_inner",
+    "momentum_gain",
+    "theorem_step_bound",
+    "theorem_step_scale",
+]

@@ -54,6 +54,7 @@ class _Options(TypedDict):
     fused: bool | None
     stabilize: int | None
     step: int
+    longest_step: float
     step_size: StepSize
     rho: float
     curvature: float | Literal["manifold"] | None
@@ -210,6 +211,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             "fused": fused,
             "stabilize": stabilize,
             "step": 0,
+            "longest_step": 0.0,
             "step_size": step_size,
             "rho": rho,
             "curvature": curvature,
@@ -217,6 +219,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             "update": update,
             "adapt_euclidean": adapt_euclidean,
             "check_finite": check_finite,
+            "differentiable": False,  # load_state_dict of every torch optimiser adds it
         }
         # Geoopt's constructor would drop the options that it does not know; its base class takes them all.
         OptimMixin.__init__(self, params, defaults, stabilize=stabilize)
@@ -226,7 +229,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._stabilize = self.defaults["stabilize"]
         self._step_scales = {}
         self._skipped = {}
-        for group in self.param_groups:  # a checkpoint of torch.optim.SGD knows fewer options
+        for group in self.param_groups:  # a checkpoint of torch.optim.SGD or of Geoopt knows fewer options
+            group.setdefault("longest_step", math.inf)  # its buffers may be of any length
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
 
@@ -243,6 +247,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         _check_options({**self.defaults, "stabilize": stabilize, **param_group})
         super().add_param_group(param_group)
         added = cast(_Options, self.param_groups[-1])
+        _longest_step(added)  # now, since torch.compile traces numbers that change in a step as symbols
         try:
             for param in added["params"]:
                 _check_point(param, lambda: self._name_of(param))  # noqa: B023  called at once
@@ -278,7 +283,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._refuse_sparse(groups)
         work = [(group, *self._prepare(group)) for group in groups]
         norms = [[self._group_norms(group, job) for job in jobs] for group, _, jobs in work]
-        self._step_scales = {}
+        self._step_scales.clear()  # torch.compile drops assignments to an optimiser's attributes
         for (group, plain, jobs), squared in zip(work, norms, strict=True):
             self._step_plain(group, plain)
             self._step_jobs(group, jobs, squared)
@@ -425,6 +430,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
     def _step_jobs(self, options: _Options, jobs: list[Job], squared_norms: list[Tensor]) -> None:
         results: dict[Piece, tuple[Tensor, Tensor | None, Tensor]] = {}
+        longest = _longest_step(options)
         for job, squared in zip(jobs, squared_norms, strict=True):
             tau = _step_scale(options, job, squared.sqrt())
             grad = job.grad if tau is None else job.grad / job.spread(tau)
@@ -438,7 +444,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 dampening=options["dampening"],
                 nesterov=options["nesterov"],
                 update=options["update"],
-                bound=_step_bound(options, job.manifold),
+                bound=_step_bound(options, job, longest),
             )
             taus = job.split_groups(torch.ones_like(squared) if tau is None else tau)
             buffers = [None] * len(taus) if buffer is None else job.split(buffer)
@@ -499,7 +505,9 @@ def _check_point(param: Tensor, name: Callable[[], str]) -> None:
     manifold = manifold_of(param)
     if isinstance(manifold, EmbeddedManifold) and not param.is_meta:
         manifold.to(param.device)
-        manifold.require_point(param.detach(), f"RiemannianFGSGD: {name()}", "call proj_() on the parameter first")
+        manifold.require_point(
+            param.detach(), f"RiemannianFGSGD: {name()}", "move it there by `with torch.no_grad(): param.proj_()`"
+        )
 
 
 def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
@@ -520,15 +528,28 @@ def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
     return theorem_step_scale(norm, options["rho"], job.groups.max(own.expand(batch).flatten()))
 
 
-def _step_bound(options: _Options, manifold: geoopt.Manifold) -> float | None:
-    """Bound on the length of a step relative to the radius, from the options alone."""
-    if options["step_size"] != "theorem" or not isinstance(manifold, ComponentManifold):
+def _longest_step(options: _Options) -> float:
+    """Bound on the length of a step per unit of learning rate.
+
+    With momentum it never falls: what a larger momentum has put into the buffers is still there after it has dropped.
+    """
+    longest = math.inf
+    if options["step_size"] == "theorem":
+        gain = momentum_gain(options["momentum"], options["dampening"], options["nesterov"])
+        longest = theorem_step_bound(options["rho"]) * gain
+    if options["momentum"] != 0:
+        longest = options["longest_step"] = max(longest, options["longest_step"])
+    return longest
+
+
+def _step_bound(options: _Options, job: Job, longest: float) -> float | None:
+    """Bound on the length of a step relative to the radius, None if there is none."""
+    if longest == math.inf or not isinstance(job.manifold, ComponentManifold):
         return None
     lr = options["lr"]
     if isinstance(lr, Tensor):
         if lr.device.type != "cpu" or torch.compiler.is_compiling():
             return _UNKNOWN_LR_BOUND
         lr = float(lr)
-    gain = momentum_gain(options["momentum"], options["dampening"], options["nesterov"])
-    radius = 1.0 if options["radius_invariant"] else manifold.radius_range[0]
-    return abs(lr) * theorem_step_bound(options["rho"]) * gain / radius
+    radius = 1.0 if options["radius_invariant"] else job.smallest_radius
+    return abs(lr) * longest / radius

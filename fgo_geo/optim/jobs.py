@@ -45,6 +45,7 @@ class Piece:
         param: The parameter.
         part: Number of the piece within the parameter.
         manifold: Where the components live.
+        smallest_radius: Of the manifold, now or since momentum has been gathered; one if it has none.
         groups: Which components share a step size.
         x: The components.
         grad: The Euclidean gradient at the components.
@@ -54,6 +55,7 @@ class Piece:
     param: Tensor
     part: int
     manifold: geoopt.Manifold
+    smallest_radius: float
     groups: Segments
     x: Tensor
     grad: Tensor
@@ -66,7 +68,8 @@ class Piece:
         radius = m.radius if isinstance(m, ComponentManifold) else None
         if x.numel() > _JOIN_LIMIT or isinstance(radius, Tensor) or not _is_batch_of_components(m):
             return id(self)
-        return (type(m), m.extra_repr(), radius, x.shape[-m.ndim :], x.dtype, x.device, self.buffer is None)
+        of_manifold = (type(m), m.extra_repr(), radius, self.smallest_radius)
+        return (*of_manifold, x.shape[-m.ndim :], x.dtype, x.device, self.buffer is None)
 
 
 def pieces_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> list[Piece]:
@@ -84,11 +87,12 @@ def pieces_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -
     momentum = None if buffer is None else _working(buffer)
     if not isinstance(manifold, ProductOfGroups):
         n = math.prod(x.shape[: x.ndim - manifold.ndim])
-        return [Piece(param, 0, manifold, Segments(1, n, None), x, grad, momentum)]
+        radius = manifold.radius_range[0] if isinstance(manifold, ComponentManifold) else 1.0
+        return [Piece(param, 0, manifold, radius, Segments(1, n), x, grad, momentum)]
     split = manifold.partition.split
-    buffers = [None] * len(manifold.parts) if momentum is None else split(momentum)
-    parts = enumerate(zip(manifold.parts, split(x), split(grad), buffers, strict=True))
-    return [Piece(param, part, m, groups, xs, grads, bs) for part, ((m, groups), xs, grads, bs) in parts]
+    buffers: Sequence[Tensor | None] = [None] * len(manifold.parts) if momentum is None else split(momentum)
+    parts = zip(manifold.parts, manifold.smallest_radii, split(x), split(grad), buffers, strict=True)
+    return [Piece(param, part, m, r, groups, xs, gs, bs) for part, ((m, groups), r, xs, gs, bs) in enumerate(parts)]
 
 
 def put_back(manifold: geoopt.Manifold, components: Sequence[Tensor]) -> Tensor:
@@ -115,6 +119,11 @@ class Job:
     x: Tensor
     grad: Tensor
     buffer: Tensor | None
+
+    @property
+    def smallest_radius(self) -> float:
+        """That of the pieces, which is the same for all."""
+        return self.pieces[0].smallest_radius
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over the groups of one number per component, shape ``(G,)``."""
