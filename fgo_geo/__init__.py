@@ -1,25 +1,33 @@
 """Network weights on products of manifolds: FG-SGD and channel-directed gradients on PyTorch and Geoopt."""
 
-from fgo_geo import grouping, optim
+from fgo_geo import bounds, grouping, norms, optim
 from fgo_geo.constrain import Plan, constrain, plan_of, unconstrain
 from fgo_geo.grouping import Collection, collection
 from fgo_geo.manifolds import Oblique, ProductOfGroups, ScaledSphere, Stiefel
-from fgo_geo.optim import RiemannianFGSGD
+from fgo_geo.optim import RiemannianFGSGD, channel_directed, channel_directed_gradient
 
-__all__ = [
-    "Collection",
+__all__ = [  # noqa: RUF022  in groups, for readers
+    # manifolds
     "Oblique",
-    "Plan",
     "ProductOfGroups",
-    "RiemannianFGSGD",
     "ScaledSphere",
     "Stiefel",
+    # groups, and models on them
+    "Collection",
+    "Plan",
     "collection",
     "constrain",
     "grouping",
-    "optim",
     "plan_of",
     "unconstrain",
+    # training
+    "RiemannianFGSGD",
+    "channel_directed",
+    "channel_directed_gradient",
+    "optim",
+    # measuring
+    "bounds",
+    "norms",
 ]
 
 __version__ = "0.1.0"

@@ -2,13 +2,11 @@ r"""From weights to components and back: the only place that knows how layers st
 
 Three views of a weight follow each other, all of them without arithmetic:
 
-1. *channels*: :class:`WeightLayout` brings the weight of a convolution, a transposed or grouped convolution, a
-linear layer or a
-   packed attention projection into the form ``(D, C, *kernel)``, output channels first;
+1. *channels*: :class:`WeightLayout` brings the weight of a convolution, a transposed or grouped convolution, a linear
+   layer or a packed attention projection into the form ``(D, C, *kernel)``, output channels first;
 2. *components*: :class:`Partition` cuts the channels into matrices ``A x B`` with ``A >= B``, batched over all
-components of one
-   manifold kind: single kernels (:class:`KernelPartition`) or rectangular blocks of the matrix ``(D, C K)`` with
-   ``K`` the kernel's size (:class:`BlockPartition`);
+   components of one manifold kind: single kernels (:class:`KernelPartition`) or rectangular blocks of the matrix
+   ``(D, C K)`` with ``K`` the number of entries of a kernel (:class:`BlockPartition`);
 3. *groups*: :class:`Segments` says which components share a step size, and reduces over them.
 
 :func:`layout_of` reads the layout off a module, or gives the reason why its parameter has none.
@@ -29,6 +27,7 @@ from torch import Tensor, nn
 from fgo_geo.grouping import Collection
 
 __all__ = [
+    "CONVOLUTIONS",
     "BlockPartition",
     "KernelPartition",
     "Partition",
@@ -99,9 +98,9 @@ class Segments:
     """Which of ``n`` components belong to which of ``G`` groups; the components of a group are neighbours.
 
     Attributes:
-        count: Number of groups.
-        size: Number of components per group, if all have equally many.
-        labels: Otherwise, the group of every component, shape ``(n,)``.
+        count: Number of groups ``G``.
+        total: Number of components ``n``.
+        labels: The group of every component, shape ``(n,)``; None if all groups have equally many.
 
     Example:
         >>> segments = Segments.of([2, 1])
@@ -112,53 +111,54 @@ class Segments:
     """
 
     count: int
-    size: int | None
-    labels: Tensor | None
+    total: int
+    labels: Tensor | None = None
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> Segments:
         """Segments of the given sizes, all at least one."""
         if len(set(sizes)) == 1:
-            return cls(len(sizes), sizes[0], None)
-        labels = torch.from_numpy(np.repeat(np.arange(len(sizes), dtype=np.int32), sizes))
-        return cls(len(sizes), None, labels)
+            return cls(len(sizes), sum(sizes))
+        labels = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+        return cls(len(sizes), sum(sizes), torch.from_numpy(labels))
 
     @classmethod
     def joined(cls, parts: Sequence[Segments], device: torch.device) -> Segments:
         """Segments one behind the other, on the device of the components."""
-        count = sum(part.count for part in parts)
-        if len({part.size for part in parts}) == 1 and parts[0].size is not None:
-            return cls(count, parts[0].size, None)
+        count, total = sum(part.count for part in parts), sum(part.total for part in parts)
+        first = parts[0]
+        if all(p.labels is None and p.total * first.count == first.total * p.count for p in parts):
+            return cls(count, total)
         labels: list[Tensor] = []
-        first = 0
+        before = 0
         for part in parts:
-            labels.append(part._labels_on(device) + first)
-            first += part.count
-        return cls(count, None, torch.cat(labels))
+            labels.append(part._labels_on(device) + before)
+            before += part.count
+        return cls(count, total, torch.cat(labels))
 
     def _labels_on(self, device: torch.device) -> Tensor:
         if self.labels is not None:
-            return self.labels
-        groups = torch.arange(self.count, dtype=torch.int32, device=device)
-        return groups.unsqueeze(1).expand(-1, self.size or 0).reshape(-1)
+            return self.labels.to(device)
+        return self.spread(torch.arange(self.count, dtype=torch.int32, device=device))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over the groups: ``(n,)`` to ``(G,)``."""
         if self.labels is None:
             return values.reshape(self.count, -1).sum(1)
-        return values.new_zeros(self.count).index_add(0, self.labels, values)
+        return values.new_zeros(self.count).index_add(0, self._labels_on(values.device), values)
 
     def max(self, values: Tensor) -> Tensor:
         """Maxima over the groups: ``(n,)`` to ``(G,)``."""
         if self.labels is None:
             return values.reshape(self.count, -1).amax(1)
-        return values.new_zeros(self.count).scatter_reduce(0, self.labels.long(), values, "amax", include_self=False)
+        labels = self._labels_on(values.device).long()
+        return values.new_zeros(self.count).scatter_reduce(0, labels, values, "amax", include_self=False)
 
     def spread(self, values: Tensor) -> Tensor:
         """One value per group, repeated for its components: ``(G,)`` to ``(n,)``."""
         if self.labels is None:
-            return values.unsqueeze(1).expand(-1, self.size or 0).reshape(-1)
-        return values.index_select(0, self.labels)
+            return values.unsqueeze(1).expand(-1, self.total // self.count).reshape(-1)
+        return values.index_select(0, self._labels_on(values.device))
 
 
 class Partition(nn.Module, abc.ABC):
@@ -169,29 +169,32 @@ class Partition(nn.Module, abc.ABC):
     Attributes:
         kinds: Manifold kind of every part.
         groups: For every part the numbers of its groups in the collection, in the order of its segments.
-        sizes: ``(A, B)`` of every part's components.
-        counts: Number of every part's components.
         group_sizes: Number of components of every part's groups.
+        counts: Number of every part's components.
+        sizes: ``(A, B)`` of every part's components.
     """
 
     kinds: tuple[str, ...]
     groups: tuple[np.ndarray, ...]
-    sizes: tuple[tuple[int, int], ...]
-    counts: tuple[int, ...]
     group_sizes: tuple[np.ndarray, ...]
+    counts: tuple[int, ...]
+    sizes: tuple[tuple[int, int], ...]
 
-    def __init__(self, layout: WeightLayout, segments: Sequence[Segments]) -> None:
+    def __init__(self, layout: WeightLayout, group_sizes: Sequence[np.ndarray]) -> None:
         super().__init__()
+        segments = [Segments.of(sizes.tolist()) for sizes in group_sizes]
         self.layout = layout
-        self._counts_and_sizes = [(s.count, s.size) for s in segments]
+        self.group_sizes = tuple(group_sizes)
+        self.counts = tuple(s.total for s in segments)
+        self._group_counts = tuple(s.count for s in segments)
         for part, s in enumerate(segments):
             self.register_buffer(f"labels{part}", s.labels, persistent=False)
 
     @property
     def segments(self) -> list[Segments]:
         """Groups of every part."""
-        pairs = enumerate(self._counts_and_sizes)
-        return [Segments(count, size, getattr(self, f"labels{part}")) for part, (count, size) in pairs]
+        totals = zip(self._group_counts, self.counts, strict=True)
+        return [Segments(*total, getattr(self, f"labels{part}")) for part, total in enumerate(totals)]
 
     @abc.abstractmethod
     def split(self, weight: Tensor) -> list[Tensor]:
@@ -203,14 +206,14 @@ class Partition(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
-        """Numbers per kernel ``(D, C)``, or per group ``(G,)``, in the order of the components of every part."""
+        """Numbers per group ``(G,)``, or per kernel ``(D, C)``, in the order of the components of every part."""
 
 
 def partition(collections: Sequence[Collection], layout: WeightLayout) -> Partition:
     """The partition that realises collections on a weight.
 
     Args:
-        collections: One per section of the layout, all of kernel components or all of blocks.
+        collections: One per section of the layout; several are all of blocks.
         layout: How the weight is stored.
 
     Returns:
@@ -218,10 +221,17 @@ def partition(collections: Sequence[Collection], layout: WeightLayout) -> Partit
 
     Raises:
         ValueError: If the collections do not fit the layout.
+
+    Example:
+        >>> from fgo_geo.grouping import collection
+        >>> cut = partition([collection(2, 3, "layer", "sphere")], WeightLayout((2, 3, 1, 5)))
+        >>> [tuple(part.shape) for part in cut.split(torch.zeros(2, 3, 1, 5))]
+        [(6, 5, 1)]
     """
     if len(collections) != layout.sections:
         raise ValueError(
-            f"expected {layout.sections} collections, one per section of the weight, got {len(collections)}"
+            f"a weight of shape {layout.shape} with {layout.sections} section(s) needs one collection per section, got "
+            f"{len(collections)}"
         )
     rows = layout.out_channels // layout.sections
     for c in collections:
@@ -231,12 +241,12 @@ def partition(collections: Sequence[Collection], layout: WeightLayout) -> Partit
                 f"{layout.shape}, which has {layout.in_channels} -> {rows}; build it with "
                 f"collection({rows}, {layout.in_channels}, ...)"
             )
-    if any(c.components == "block" for c in collections):
+    if all(c.components == "block" for c in collections):
         return BlockPartition(collections, layout)
-    if layout.sections != 1 or math.prod(layout.kernel) == 1:
+    if math.prod(layout.kernel) == 1 or len(collections) > 1:
         raise ValueError(
-            f"a weight of shape {layout.shape} has 1x1 kernels, which are numbers: as components they could not "
-            'move on a manifold; use components="block"'
+            f"the kernels of a weight of shape {layout.shape} are single numbers, which could not move on a manifold; "
+            'build every collection with components="block"'
         )
     return KernelPartition(collections[0], layout)
 
@@ -252,37 +262,30 @@ class KernelPartition(Partition):
     inverse: Tensor | None
 
     def __init__(self, collection: Collection, layout: WeightLayout) -> None:
-        kinds = collection.group_kinds
-        group_of = collection.group_of.ravel()
-        by_kind = np.argsort(kinds, kind="stable")
-        place = np.empty(len(kinds), np.int32)
-        place[by_kind] = np.arange(len(kinds), dtype=np.int32)
-        order = np.argsort(place[group_of], kind="stable").astype(np.int32)
-        present = np.unique(kinds)
-        groups = [np.flatnonzero(kinds == k) for k in present]
-        sizes = [collection.group_sizes[g].tolist() for g in groups]
-        super().__init__(layout, [Segments.of(s) for s in sizes])
-        self.kinds = tuple(collection.kinds[k] for k in present)
-        self.groups = tuple(groups)
-        self.counts = tuple(sum(s) for s in sizes)
-        self.group_sizes = tuple(np.array(s) for s in sizes)
+        kind_of_group = collection.group_kinds
+        kinds = np.unique(kind_of_group)
+        groups = tuple(np.flatnonzero(kind_of_group == kind) for kind in kinds)
+        super().__init__(layout, [collection.group_sizes[numbers] for numbers in groups])
+        self.groups = groups
+        self.kinds = tuple(collection.kinds[kind] for kind in kinds)
         *first, last = layout.kernel
         rows, columns = (math.prod(first), last) if first else (last, 1)
         self._matrix = (rows, columns)
         self._wide = rows < columns
-        self.sizes = ((max(rows, columns), min(rows, columns)),) * len(groups)
-        sorted_already = bool((order[:-1] < order[1:]).all())
+        self.sizes = ((max(rows, columns), min(rows, columns)),) * len(kinds)
+        order = _sorted_by(np.concatenate(groups), collection.group_of.ravel())
+        in_order = bool((order[:-1] < order[1:]).all())
         inverse = np.empty_like(order)
-        inverse[order] = np.arange(len(order), dtype=np.int32)
-        self.register_buffer("order", None if sorted_already else torch.from_numpy(order), persistent=False)
-        self.register_buffer("inverse", None if sorted_already else torch.from_numpy(inverse), persistent=False)
+        inverse[order] = np.arange(len(order), dtype=order.dtype)
+        self.register_buffer("order", None if in_order else torch.from_numpy(order), persistent=False)
+        self.register_buffer("inverse", None if in_order else torch.from_numpy(inverse), persistent=False)
 
     def split(self, weight: Tensor) -> list[Tensor]:
         """The kernels of every kind, sorted by group."""
         channels = self.layout.channels(weight)
         kernels = channels.reshape(channels.shape[0] * channels.shape[1], *self._matrix)
         if self.order is not None:
-            kernels = kernels.index_select(0, self.order)
+            kernels = kernels.index_select(0, self.order.to(kernels.device))
         return list((kernels.mT if self._wide else kernels).split(list(self.counts)))
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
@@ -291,16 +294,25 @@ class KernelPartition(Partition):
         if self._wide:
             kernels = kernels.mT
         if self.inverse is not None:
-            kernels = kernels.index_select(0, self.inverse)
+            kernels = kernels.index_select(0, self.inverse.to(kernels.device))
         layout = self.layout
         return layout.weight(kernels.reshape(layout.out_channels, layout.in_channels, *layout.kernel))
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
-        """Numbers per kernel or per group, in the order of the components."""
-        if values.ndim == 2:
-            order = slice(None) if self.order is None else self.order.cpu().numpy()
-            return np.split(values.ravel()[order], np.cumsum(self.counts)[:-1])
-        return [np.repeat(values[g], sizes) for g, sizes in zip(self.groups, self.group_sizes, strict=True)]
+        """Numbers per group ``(G,)``, or per kernel ``(D, C)``, in the order of the components of every part."""
+        if values.ndim == 1:
+            return [np.repeat(values[g], sizes) for g, sizes in zip(self.groups, self.group_sizes, strict=True)]
+        kernels = values.ravel()
+        if self.order is not None:
+            kernels = kernels[self.order.cpu().numpy()]
+        return np.split(kernels, np.cumsum(self.counts)[:-1])
+
+
+def _sorted_by(groups: np.ndarray, group_of: np.ndarray) -> np.ndarray:
+    """Numbers of the components, the groups one behind the other in the given order."""
+    position = np.empty(len(groups), np.min_scalar_type(len(groups) - 1))  # short types are sorted faster
+    position[groups] = np.arange(len(groups))
+    return np.argsort(position[group_of], kind="stable").astype(np.int32)
 
 
 class BlockPartition(Partition):
@@ -310,34 +322,29 @@ class BlockPartition(Partition):
     """
 
     def __init__(self, collections: Sequence[Collection], layout: WeightLayout) -> None:
-        kernel_size = math.prod(layout.kernel)
+        entries = np.arange(math.prod(layout.kernel))
         rows_per_section = layout.out_channels // layout.sections
-        parts: dict[tuple[str, int, int, bool], list[tuple[int, np.ndarray, np.ndarray]]] = {}
-        number = 0
-        for section, collection in enumerate(collections):
-            for group in collection.groups:
-                rows = group.rows + section * rows_per_section
-                columns = (group.columns[:, None] * kernel_size + np.arange(kernel_size)).ravel()
-                wide = len(rows) < len(columns)
-                parts.setdefault((group.manifold, len(rows), len(columns), wide), []).append((number, rows, columns))
-                number += 1
-        super().__init__(layout, [Segments.of([1] * len(blocks)) for blocks in parts.values()])
+        parts: dict[tuple[str, int, int], list[tuple[int, np.ndarray, np.ndarray]]] = {}
+        blocks = [(section, group) for section, c in enumerate(collections) for group in c.groups]
+        for number, (section, group) in enumerate(blocks):
+            rows = group.rows + section * rows_per_section
+            columns = (group.columns[:, None] * len(entries) + entries).ravel()
+            parts.setdefault((group.manifold, len(rows), len(columns)), []).append((number, rows, columns))
+        super().__init__(layout, [np.ones(len(part), int) for part in parts.values()])
         self.kinds = tuple(kind for kind, *_ in parts)
-        self.groups = tuple(np.array([n for n, *_ in blocks]) for blocks in parts.values())
-        self.counts = tuple(len(blocks) for blocks in parts.values())
-        self.group_sizes = tuple(np.ones(count, int) for count in self.counts)
-        self.sizes = tuple((max(a, b), min(a, b)) for _, a, b, _ in parts)
-        self._wide = tuple(wide for *_, wide in parts)
-        self._whole = number == 1
-        for position, blocks in enumerate(parts.values()):
-            rows = np.stack([r for _, r, _ in blocks])
-            columns = np.stack([c for *_, c in blocks])
-            self.register_buffer(f"rows{position}", torch.from_numpy(rows), persistent=False)
-            self.register_buffer(f"columns{position}", torch.from_numpy(columns), persistent=False)
+        self.groups = tuple(np.array([number for number, *_ in part]) for part in parts.values())
+        self.sizes = tuple((max(a, b), min(a, b)) for _, a, b in parts)
+        self._wide = tuple(a < b for _, a, b in parts)
+        self._whole = len(blocks) == 1
+        for position, part in enumerate(parts.values()):
+            rows, columns = (torch.from_numpy(np.stack(index)) for index in list(zip(*part, strict=True))[1:])
+            self.register_buffer(f"rows{position}", rows, persistent=False)
+            self.register_buffer(f"columns{position}", columns, persistent=False)
 
-    def _index(self, part: int) -> tuple[Tensor, Tensor]:
+    def _index(self, part: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows ``(n, A, 1)`` and columns ``(n, 1, B)`` of a part's blocks."""
-        return self.get_buffer(f"rows{part}")[:, :, None], self.get_buffer(f"columns{part}")[:, None, :]
+        rows, columns = self.get_buffer(f"rows{part}"), self.get_buffer(f"columns{part}")
+        return rows.to(device)[:, :, None], columns.to(device)[:, None, :]
 
     def split(self, weight: Tensor) -> list[Tensor]:
         """The blocks of every kind and shape."""
@@ -345,7 +352,7 @@ class BlockPartition(Partition):
         if self._whole:
             blocks = [matrix.unsqueeze(0)]
         else:
-            blocks = [matrix[self._index(part)] for part in range(len(self.kinds))]
+            blocks = [matrix[self._index(part, matrix.device)] for part in range(len(self.kinds))]
         return [b.mT if wide else b for b, wide in zip(blocks, self._wide, strict=True)]
 
     def merge(self, parts: Sequence[Tensor]) -> Tensor:
@@ -357,16 +364,32 @@ class BlockPartition(Partition):
         else:
             matrix = blocks[0].new_empty(layout.out_channels, layout.fan_in)
             for part, block in enumerate(blocks):
-                matrix = matrix.index_put(self._index(part), block)
+                matrix.index_put_(self._index(part, matrix.device), block)
         return layout.weight(matrix.reshape(layout.out_channels, layout.in_channels, *layout.kernel))
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
-        """Numbers per group, in the order of the components; a block has no number per kernel."""
+        """Numbers per group ``(G,)`` in the order of the components; a block has no number per kernel."""
         if values.ndim != 1:
             raise ValueError(
                 f"a block is one component, so numbers are given per group, shape (G,), got shape {values.shape}"
             )
         return [values[g] for g in self.groups]
+
+
+_NORMALISATIONS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+    nn.GroupNorm,
+    nn.LayerNorm,
+    nn.RMSNorm,
+)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
 
 def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
@@ -377,32 +400,33 @@ def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
         name: The parameter's name in the module, e.g. ``"weight"``.
 
     Returns:
-        A layout, or a sentence for the user.
+        A layout, or what to say of the parameter.
 
     Example:
         >>> layout_of(nn.Conv2d(4, 6, 3), "weight").kernel
         (3, 3)
         >>> layout_of(nn.Conv2d(4, 6, 3), "bias")
-        'one-dimensional: no input channels to form components with'
+        'has one dimension: no kernels or blocks to form components of'
     """
-    parameter = getattr(module, name)
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
+    parameter = module.get_parameter(name)
+    if isinstance(parameter, nn.UninitializedParameter):
         return "is not initialised yet: run a forward pass through the lazy module first"
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return "is re-parametrised already: remove the parametrization first"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+    if isinstance(module, _NORMALISATIONS):
+        return "scales or shifts normalised features"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "is a lookup table: its rows are used one at a time, not as an operator"
-    if isinstance(module, nn.Bilinear):
+    if isinstance(module, nn.Bilinear) and name == "weight":
         return "is a stack of bilinear forms, which have no input and output channels"
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return "packs the gates of a recurrent layer, which must stay one plain tensor"
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return "holds the gates of a recurrent layer in one tensor"
     if parameter.ndim < 2:
-        return "one-dimensional: no input channels to form components with"
+        return "has one dimension: no kernels or blocks to form components of"
     shape = tuple(parameter.shape)
-    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d) and name == "weight":
-        return WeightLayout(shape, "transposed", module.groups, module.groups if math.prod(shape[2:]) == 1 else 1)
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and name == "weight":
-        return WeightLayout(shape, "conv", module.groups, module.groups if math.prod(shape[2:]) == 1 else 1)
+    if isinstance(module, CONVOLUTIONS) and name == "weight":
+        sections = module.groups if math.prod(shape[2:]) == 1 else 1
+        return WeightLayout(shape, "transposed" if isinstance(module, _TRANSPOSED) else "conv", module.groups, sections)
     if isinstance(module, nn.Linear) and name == "weight":
         return WeightLayout(shape)
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
@@ -410,6 +434,6 @@ def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
     if isinstance(module, nn.MultiheadAttention) and name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
         return WeightLayout(shape)
     return (
-        f"belongs to a {type(module).__name__}, whose layout is not known: declare it by hand as a "
-        "geoopt.ManifoldParameter"
+        f"is {name!r} of {type(module).__name__}, of unknown layout: declare it by hand as a geoopt.ManifoldParameter "
+        "if it is to be constrained"
     )

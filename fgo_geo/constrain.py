@@ -5,132 +5,55 @@ the record is the :class:`Plan`. A constrained weight becomes a :class:`geoopt.M
 shape and memory format on a :class:`~fgo_geo.ProductOfGroups`, so the model, its ``state_dict`` and everything that
 reads parameters work as before.
 
-The plan stays with the model. It travels in the metadata of ``state_dict``, so that random groups survive saving and
+The plan stays with the model. It travels in the metadata of ``state_dict``, so that groups and radii survive saving and
 loading exactly, and it guards what torch would lose in silence: a forward pass through a weight that has become a plain
 parameter (by ``to("meta")``, ``to_empty`` or sharding) is an error that names :meth:`Plan.attach`; after
-``load_state_dict(assign=True)`` the plan attaches itself.
+``load_state_dict`` the plan attaches itself.
 
 This is the only file that rewrites a module.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
-from collections import Counter
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, cast, get_args
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import geoopt
+import numpy as np
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fgo_geo.components import WeightLayout, layout_of
-from fgo_geo.grouping import Collection, collection
+from fgo_geo.choose import (
+    Components,
+    Initial,
+    Pattern,
+    PlanEntry,
+    Settings,
+    Wanted,
+    check_patterns,
+    entry_of,
+    few,
+    settings_of,
+    sites_of,
+)
+from fgo_geo.components import CONVOLUTIONS
+from fgo_geo.feature_stats import LambdaRule, TrackingHandle, is_tracked, rescaling_lambda, track, untrack
+from fgo_geo.linalg import require_finite
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
-from fgo_geo.radius import RadiusRule, check_rule, group_radii
+from fgo_geo.radius import RadiusRule
 
 __all__ = ["Plan", "PlanEntry", "constrain", "plan_of", "unconstrain"]
-
-Components = Literal["auto", "kernel", "block"]
-Initial = Literal["project", "uniform"]
-Pattern = str | type[nn.Module]
 
 _ATTRIBUTE = "fgo_geo_plan"  # where a model keeps its plan
 _METADATA = "fgo_geo_plan"  # where a state_dict keeps it
 _JSON_VERSION = 1
-
-
-@dataclass(frozen=True)
-class _Settings:
-    """How one weight is to be constrained."""
-
-    strategy: str
-    manifolds: tuple[str, ...]
-    selection: str
-    radius: RadiusRule
-    bound: float
-    components: Components
-    initial: Initial
-    seed: int
-
-    def __post_init__(self) -> None:
-        check_rule(self.radius)
-        for name, choices in (("components", get_args(Components)), ("initial", get_args(Initial))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"constrain: {name} must be one of {choices}, got {getattr(self, name)!r}")
-        collection(1, 1, self.strategy, self.manifolds, self.selection, self.seed)  # raises on what it does not know
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """What one parameter got.
-
-    Attributes:
-        names: Its names in the model; more than one if the weight is tied.
-        module: Type of the module that owns it.
-        shape: Its shape.
-        reason: Why it was left alone; None if it is constrained.
-        layout: How the weight is stored, if it is constrained.
-        collections: Its groups; one collection per section of the layout.
-        radius: The rule for the geometric radius ``γ``.
-        bound: The bound of the rule ``"bound"``.
-    """
-
-    names: tuple[str, ...]
-    module: str
-    shape: tuple[int, ...]
-    reason: str | None = None
-    layout: WeightLayout | None = None
-    collections: tuple[Collection, ...] = ()
-    radius: RadiusRule = "kaiming"
-    bound: float = 1.0
-
-    @property
-    def name(self) -> str:
-        """The first of its names."""
-        return self.names[0]
-
-    @property
-    def constrained(self) -> bool:
-        """Whether it is on a manifold."""
-        return self.reason is None
-
-    def manifold(self) -> ProductOfGroups:
-        """A new manifold as this entry describes it."""
-        if self.layout is None:
-            raise ValueError(f"{self.name!r} is not constrained: it {self.reason}")
-        manifold = ProductOfGroups(self.collections, self.layout)
-        manifold.set_radius(group_radii(manifold.partition, self.radius, self.bound))
-        return manifold
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        data = {name: getattr(self, name) for name in ("names", "module", "shape", "reason", "radius", "bound")}
-        data["layout"] = None if self.layout is None else asdict(self.layout)
-        data["collections"] = [c.to_json() for c in self.collections]
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PlanEntry:
-        """Inverse of :meth:`to_dict`."""
-        stored = data["layout"]
-        layout = None if stored is None else replace(WeightLayout(**stored), shape=tuple(stored["shape"]))
-        return cls(
-            names=tuple(data["names"]),
-            module=data["module"],
-            shape=tuple(data["shape"]),
-            reason=data["reason"],
-            layout=layout,
-            collections=tuple(Collection.from_json(c) for c in data["collections"]),
-            radius=data["radius"],
-            bound=data["bound"],
-        )
 
 
 @dataclass(eq=False)
@@ -146,8 +69,8 @@ class Plan:
 
     entries: tuple[PlanEntry, ...]
     model: nn.Module | None = field(default=None, repr=False)
-    _places: list[tuple[nn.Module, str]] = field(default_factory=list, repr=False)
     _handles: list[Any] = field(default_factory=list, repr=False)
+    _tracked: set[str] = field(default_factory=set, repr=False)
 
     @property
     def constrained(self) -> tuple[PlanEntry, ...]:
@@ -159,30 +82,33 @@ class Plan:
 
         Raises:
             RuntimeError: If one of them has become a plain parameter.
+            ValueError: If the plan is not attached to a model.
         """
         self.check()
-        return {
-            entry.name: cast(geoopt.ManifoldParameter, owner.get_parameter(local))
-            for entry, (owner, local) in zip(self.constrained, self._places, strict=True)
-        }
+        model = self._require_model()
+        return {e.name: cast(geoopt.ManifoldParameter, model.get_parameter(e.name)) for e in self.constrained}
 
     def check(self) -> None:
         """Raise if a constrained parameter has become a plain one.
 
         Raises:
             RuntimeError: With the names, and what to call.
+            ValueError: If the plan is not attached to a model.
         """
-        self._require_model()
-        lost = [e.name for e, (m, local) in zip(self.constrained, self._places, strict=True) if _is_lost(m, local)]
+        lost = self._lost()
         if lost:
             raise RuntimeError(
-                f"{len(lost)} constrained parameter(s) have become plain parameters: {_few(lost)}. Moving to the meta "
-                "device, to_empty and sharding drop the manifold. Load the values, call "
-                "model.fgo_geo_plan.attach(model), and build the optimiser after that"
+                f"{len(lost)} constrained parameter(s) have become plain parameters or are gone: {few(lost)}. Moving "
+                "to the meta device, to_empty and sharding drop the manifold: load the values, call "
+                "plan_of(model).attach(model), and build the optimiser after that. If you have replaced a layer, call "
+                "unconstrain(model) and constrain it anew"
             )
 
     def attach(self, model: nn.Module, *, project: bool = False) -> Plan:
         """Put a model's parameters (back) on the manifolds of this plan. Values do not change unless asked.
+
+        Parameters that are on manifolds already stay the same objects. Those of another plan that this one does not
+        have become plain parameters.
 
         Args:
             model: A model with the plan's parameter names and shapes.
@@ -194,18 +120,16 @@ class Plan:
         Raises:
             ValueError: If a parameter is missing, has another shape, or is off its manifold. Nothing has changed then.
         """
-        work: list[tuple[PlanEntry, Tensor, ProductOfGroups]] = []
-        for entry in self.constrained:
-            param = _find(model, entry)
-            manifold = _moved(entry.manifold(), param)
-            if not project and not param.is_meta:
-                manifold.require_point(param.detach(), repr(entry.name), "pass project=True to project it")
-            work.append((entry, param, manifold))
-        with torch.no_grad():
-            for entry, param, manifold in work:
-                if project and not param.is_meta:
-                    param.copy_(manifold.projx(param))
-                _put_on(model, entry, param, manifold)
+        targets = _targets(model, self.constrained)
+        points: list[Tensor | None] = []
+        for entry, param, manifold in targets:
+            _require_ties(model, entry)
+            value = param.detach().as_subclass(Tensor)
+            if not (project or value.is_meta):
+                manifold.require_point(value, repr(entry.name), "pass project=True to project it")
+            points.append(manifold.projx(value) if project and not value.is_meta else None)
+        _move(targets, points)
+        _put_on_manifolds(model, targets)
         return self._settle(model)
 
     def project(self) -> None:
@@ -217,6 +141,31 @@ class Plan:
         with torch.no_grad():
             for param in self.parameters().values():
                 param.proj_()
+
+    @torch.no_grad()
+    def update_scales(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Refresh the statistical factor ``λ`` of the radii ``γ / λ``, once per epoch ([Ozay2019]_, algorithm 1).
+
+        Takes the running statistics of the features that the layers saw in training. Points move to the new radii, and
+        momentum with them, by the dilation that maps the old manifold to the new one; both stay valid. Layers that are
+        not called themselves keep ``λ = 1``: the packed and the output projection of attention. A tied weight takes
+        the root mean square over its layers.
+
+        Args:
+            optimizer: The optimiser, for the sake of its ``momentum_buffer``. Without it momentum keeps its length.
+
+        Raises:
+            ValueError: If features were not finite. Nothing has changed then.
+        """
+        model, params = self._require_model(), self.parameters()
+        entries = tuple(replace(e, channel_scales=_measured(model, e)) if e.statistics else e for e in self.entries)
+        changed = [new for new, old in zip(entries, self.entries, strict=True) if new != old]
+        radii = [entry.radii(cast(Any, params[entry.name]).manifold.partition) for entry in changed]
+        for entry, radius in zip(changed, radii, strict=True):
+            param = params[entry.name]
+            state = {} if optimizer is None else optimizer.state.get(param, {})
+            _dilate(param, radius, state.get("momentum_buffer"))
+        self.entries = entries
 
     def to_json(self) -> str:
         """The plan as JSON, with the groups themselves, so that it does not depend on how they were drawn."""
@@ -232,13 +181,20 @@ class Plan:
         Raises:
             ValueError: If the text is of another version, or damaged.
         """
-        data = json.loads(text)
-        if data.get("version") != _JSON_VERSION:
+        try:
+            data = json.loads(text)
+            version = data["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"this is no plan in JSON ({error!r}): pass what Plan.to_json returned") from error
+        if version != _JSON_VERSION:
             raise ValueError(
-                f"this plan has version {data.get('version')!r}, expected {_JSON_VERSION}: it was written by another "
-                "version of fgo_geo, constrain the model again"
+                f"this plan has version {version!r}, expected {_JSON_VERSION}: read it with the fgo_geo that wrote it, "
+                "or constrain the model anew"
             )
-        return cls(tuple(PlanEntry.from_dict(entry) for entry in data["entries"]))
+        try:
+            return cls(tuple(PlanEntry.from_dict(entry) for entry in data["entries"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this plan is damaged ({error!r}): restore it from another copy") from error
 
     def __str__(self) -> str:
         """A table of what is constrained, the others by reason, and a sum."""
@@ -249,12 +205,15 @@ class Plan:
                 table.add_row(*_row(entry))
             else:
                 reasons.setdefault(entry.reason, []).extend(entry.names)
-        console = Console(width=200, color_system=None, force_terminal=False)
+        console = Console(width=10_000, color_system=None, force_terminal=False)
         with console.capture() as capture:
             console.print(table)
         rows = [line.rstrip() for line in capture.get().splitlines() if line.strip()]
-        alone = [f"  {', '.join(names)}: {reason}" for reason, names in reasons.items()]
-        return "\n".join([*rows, "", "Left alone:", *alone, "", self._summary()])
+        alone = [
+            textwrap.fill(f"{', '.join(names)}: {reason}", 160, initial_indent="  ", subsequent_indent="    ")
+            for reason, names in reasons.items()
+        ]
+        return "\n".join([*rows, "", *(["Left alone:", *alone, ""] if alone else []), self._summary()])
 
     def _summary(self) -> str:
         count = sum(math.prod(e.shape) for e in self.constrained)
@@ -264,39 +223,56 @@ class Plan:
             f"{len(self.constrained)} of {len(self.entries)} parameters constrained: {share:.1f} % of {total:,} numbers"
         )
 
+    def _lost(self) -> list[str]:
+        model = self._require_model()
+        return [entry.name for entry in self.entries if entry.reason is None and _is_lost(model, entry.name)]
+
     def _require_model(self) -> nn.Module:
         if self.model is None:
-            raise ValueError("this plan is not attached to a model yet: call plan.attach(model)")
+            raise ValueError("this plan is not attached to a model: call plan.attach(model)")
         return self.model
 
     def _settle(self, model: nn.Module) -> Plan:
-        """Make this the plan of a model, and set the hooks that keep it (once)."""
-        before = getattr(model, _ATTRIBUTE, None)
-        self._handles = (
-            before._handles
-            if isinstance(before, Plan)
-            else [  # pyright: ignore[reportPrivateUsage]
+        """Make this the plan of a model, and set the hooks that keep it."""
+        before = model.__dict__.get(_ATTRIBUTE)
+        if before is not self:
+            if before is not None:
+                before._release()
+            self._handles = [
                 model.register_state_dict_post_hook(_store),
                 model.register_load_state_dict_pre_hook(_restore),
                 model.register_load_state_dict_post_hook(_attach_again),
                 model.register_forward_pre_hook(_guard),
             ]
-        )
-        self.model = model
-        self._places = [
-            (model.get_submodule(entry.name.rpartition(".")[0]), entry.name.rpartition(".")[2])
-            for entry in self.constrained
-        ]
-        model.__dict__[_ATTRIBUTE] = self  # not by setattr: a module would look for parameters in it
+            self.model = model
+            model.__dict__[_ATTRIBUTE] = self  # not by setattr: a module would look for parameters in it
+        self._track()
         return self
+
+    def _track(self) -> None:
+        """Track the features of the layers whose radii depend on them, and no longer those that this plan tracked."""
+        model = self._require_model()
+        wanted = {name: layer for e in self.constrained if e.statistics for name, layer in _layers(model, e).items()}
+        self._untrack(self._tracked - set(wanted))
+        for name, layer in wanted.items():
+            if not is_tracked(layer):
+                track(layer)
+                self._tracked.add(name)
 
     def _release(self) -> None:
         """Leave no trace in the model."""
         model = self._require_model()
         for handle in self._handles:
             handle.remove()
+        self._untrack(self._tracked)
         del model.__dict__[_ATTRIBUTE]
-        self.model, self._places, self._handles = None, [], []
+        self.model, self._handles = None, []
+
+    def _untrack(self, names: set[str]) -> None:
+        for name, layer in self._require_model().named_modules():
+            if name in names and is_tracked(layer):  # otherwise the layer has been replaced
+                untrack(layer)
+        self._tracked = self._tracked - names
 
 
 def constrain(
@@ -315,6 +291,7 @@ def constrain(
     first_layer: bool = False,
     classifier: bool = False,
     overrides: Mapping[Pattern, Mapping[str, Any]] | None = None,
+    statistics: LambdaRule | None = None,
 ) -> Plan:
     """Put the weights of a model on products of manifolds, in place.
 
@@ -336,7 +313,8 @@ def constrain(
         seed: Seed of the random selection. Groups are a function of it and of the layer's name.
         bound: The bound ``β`` of the radius rule ``"bound"``.
         components: ``"auto"``, or ``"kernel"`` or ``"block"`` for all layers.
-        initial: ``"project"`` moves every weight to the nearest point; ``"uniform"`` draws a random one.
+        initial: ``"project"`` moves every weight to the nearest point; ``"uniform"`` draws a random one, by torch's
+            global generator.
         include: Constrain only these: parameter or module names, globs, or module types. What is named here is
             constrained even if it is the first convolution or the classifier.
         exclude: Leave these alone.
@@ -344,6 +322,9 @@ def constrain(
         classifier: Constrain the classifier too.
         overrides: Other settings for some layers, e.g. ``{"layer4.*": {"strategy": "layer", "manifolds":
             "stiefel"}}``. Keys are names, globs or module types; later ones win.
+        statistics: Divide the radii by the standard deviation ``λ`` of the features that a component is applied to,
+            whenever :meth:`Plan.update_scales` is called. ``"max1"`` takes ``max(1, λ)``, which keeps norm bounds;
+            with ``"std"``, the plain ``λ`` of [Ozay2019]_, a bound ``β`` becomes ``β / λ``. None: never.
 
     Returns:
         The plan.
@@ -362,37 +343,31 @@ def constrain(
         >>> bool(model[2].weight.manifold.violation(model[2].weight).max() < 1e-5)
         True
     """
-    if any(isinstance(p, geoopt.ManifoldParameter) for p in model.parameters()):
-        raise ValueError(
-            "constrain: this model has manifold parameters already; call fgo_geo.unconstrain(model) first, or "
-            "constrain before declaring others by hand"
-        )
-    base = _Settings(strategy, _kinds(manifolds), selection, "kaiming", bound, components, initial, seed)
-    rules: Mapping[Pattern, RadiusRule] = radius if isinstance(radius, Mapping) else {"*": check_rule(radius)}
+    _refuse_constrained(model)
+    rules: Mapping[Pattern, RadiusRule] = radius if isinstance(radius, Mapping) else {}
+    rule: RadiusRule = "kaiming" if isinstance(radius, Mapping) else radius
     overrides = overrides or {}
-    sites = _sites(model)
-    chooser = _Chooser(sites, include, exclude, first_layer, classifier)
-    _check_patterns("radius", rules, sites)
-    _check_patterns("overrides", overrides, sites)
-    settings = [_settings_for(site, base, rules, overrides) for site in sites]
-    entries = [_entry(site, s, chooser.reason(site)) for site, s in zip(sites, settings, strict=True)]
-    chooser.check_honoured(entries, sites)
+    base = Settings(strategy, manifolds, selection, rule, seed, bound, components, initial, statistics)
+    sites = sites_of(model)
+    wanted = Wanted(sites, include, exclude, first_layer, classifier)
+    check_patterns("radius", rules, sites)
+    check_patterns("overrides", overrides, sites)
+    settings = [settings_of(site, base, rules, overrides) for site in sites]
+    entries = [entry_of(site, s, wanted.reason(site)) for site, s in zip(sites, settings, strict=True)]
+    wanted.check_honoured(entries)
     if not any(entry.constrained for entry in entries):
-        reasons = "; ".join(f"{e.name} {e.reason}" for e in entries)
+        reasons = "; ".join(f"{e.name} {e.reason}" for e in entries) or "it has no parameters"
         raise ValueError(
             f"constrain: nothing is left to constrain ({reasons}); name layers with include=, or pass "
             "first_layer=True or classifier=True"
         )
-    work: list[tuple[PlanEntry, Tensor, Tensor, ProductOfGroups]] = []
-    for site, entry, s in zip(sites, entries, settings, strict=True):
-        if entry.constrained:
-            manifold = _moved(entry.manifold(), site.param)
-            work.append((entry, site.param, _initial_point(site.param, manifold, s.initial), manifold))
-    with torch.no_grad():
-        for entry, param, point, manifold in work:
-            param.copy_(point)
-            _put_on(model, entry, param, manifold)
-    return Plan(tuple(entries))._settle(model)  # pyright: ignore[reportPrivateUsage]
+    plan = Plan(tuple(entries))
+    targets = _targets(model, plan.constrained)
+    initial_of: dict[PlanEntry, Initial] = {entry: s.initial for s, entry in zip(settings, entries, strict=True)}
+    points = [_initial_point(param.detach(), manifold, initial_of[entry]) for entry, param, manifold in targets]
+    _move(targets, points)
+    _put_on_manifolds(model, targets)
+    return plan._settle(model)  # pyright: ignore[reportPrivateUsage]
 
 
 def unconstrain(model: nn.Module) -> nn.Module:
@@ -406,14 +381,11 @@ def unconstrain(model: nn.Module) -> nn.Module:
     Returns:
         The model, with no trace of the plan.
     """
-    for site in _sites(model):
+    for site in sites_of(model):
         if isinstance(site.param, geoopt.ManifoldParameter):
-            plain = nn.Parameter(site.param.detach().as_subclass(Tensor), site.param.requires_grad)
-            _replace(model, site.names, plain)
-    for module in model.modules():
-        plan = module.__dict__.get(_ATTRIBUTE)
-        if plan is not None:
-            plan._release()
+            _replace(model, site.names, _plain(site.param))
+    for plan in _plans(model):
+        plan._release()  # pyright: ignore[reportPrivateUsage]
     return model
 
 
@@ -426,263 +398,179 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         ValueError: If there is none.
     """
-    for module in model.modules():
-        plan = module.__dict__.get(_ATTRIBUTE)
-        if plan is not None:
-            return plan
-    raise ValueError("this model is not constrained: call fgo_geo.constrain(model) first")
+    plans = _plans(model)
+    if not plans:
+        raise ValueError("this model is not constrained: call fgo_geo.constrain(model) first")
+    return plans[0]
 
 
-# -- what a model holds, and what was asked for ---------------------------------------------------------------
+def _plans(model: nn.Module) -> list[Plan]:
+    return [module.__dict__[_ATTRIBUTE] for module in model.modules() if _ATTRIBUTE in module.__dict__]
 
 
-@dataclass(frozen=True, eq=False)
-class _Site:
-    """A parameter with all places where it is used."""
+# -- changing a model -----------------------------------------------------------------------------------------
 
-    param: Tensor
-    names: tuple[str, ...]
-    owners: tuple[nn.Module, ...]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.param.shape)
-
-    @property
-    def module_type(self) -> str:
-        return type(self.owners[0]).__name__
-
-    def matches(self, pattern: Pattern) -> bool:
-        """Whether a parameter name, module name, glob or module type means this parameter."""
-        if isinstance(pattern, type):
-            return any(isinstance(owner, pattern) for owner in self.owners)
-        return any(
-            fnmatch.fnmatchcase(name, pattern)
-            or fnmatch.fnmatchcase(name.rpartition(".")[0], pattern)
-            or name.startswith(pattern + ".")
-            for name in self.names
+def _refuse_constrained(model: nn.Module) -> None:
+    if _plans(model) or any(isinstance(p, geoopt.ManifoldParameter) for p in model.parameters()):
+        raise ValueError(
+            "constrain: this model, or a part of it, has manifold parameters already; call fgo_geo.unconstrain(model) "
+            "first, or constrain before declaring others by hand"
         )
 
-    def layout(self) -> WeightLayout | str:
-        """The layout that all owners agree on, or the reason why there is none."""
-        if not self.param.is_floating_point():
-            return f"has type {self.param.dtype}, expected a floating-point type"
-        if not self.param.requires_grad:
-            return "is frozen (requires_grad=False): unfreeze it first, or constrain it when it is to be trained"
-        layouts = [layout_of(m, n.rpartition(".")[2]) for m, n in zip(self.owners, self.names, strict=True)]
-        reasons = [layout for layout in layouts if isinstance(layout, str)]
-        if reasons:
-            return reasons[0]
-        return layouts[0] if len(set(layouts)) == 1 else "is shared by layers that store it in different layouts"
+
+def _layers(model: nn.Module, entry: PlanEntry) -> dict[str, nn.Module]:
+    """The layers that use a parameter and can be tracked, by name: called themselves, with known input channels."""
+    layers: dict[nn.Module, str] = {}
+    for name in entry.names:
+        path = name.rpartition(".")[0]
+        layers.setdefault(model.get_submodule(path), path)
+    return {path: layer for layer, path in layers.items() if isinstance(layer, (nn.Linear, *CONVOLUTIONS))}
 
 
-def _sites(model: nn.Module) -> list[_Site]:
-    found: dict[Tensor, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for local, param in module.named_parameters(recurse=False):
-            found.setdefault(param, []).append((f"{path}.{local}" if path else local, module))
-    return [_Site(param, *zip(*places, strict=True)) for param, places in found.items()]  # pyright: ignore
+def _measured(model: nn.Module, entry: PlanEntry) -> tuple[float, ...]:
+    """``λ`` of every input channel of a parameter, by the running statistics."""
+    layers = _layers(model, entry).values()
+    if not layers:
+        return ()
+    rule = cast(LambdaRule, entry.statistics)
+    scales = [rescaling_lambda(TrackingHandle(layer).statistics, rule).double() for layer in layers]
+    scale = torch.stack(scales).square().mean(0).sqrt()
+    require_finite(scale, f"the standard deviation of the input of {entry.name!r}")
+    return tuple(scale.tolist())
 
 
-class _Chooser:
-    """Which parameters are meant, by include, exclude and the defaults."""
-
-    def __init__(
-        self,
-        sites: Sequence[_Site],
-        include: Pattern | Sequence[Pattern] | None,
-        exclude: Pattern | Sequence[Pattern],
-        first_layer: bool,
-        classifier: bool,
-    ) -> None:
-        self.include = None if include is None else _patterns(include)
-        self.exclude = _patterns(exclude)
-        _check_patterns("include", self.include or (), sites)
-        _check_patterns("exclude", self.exclude, sites)
-        layouts = {site: site.layout() for site in sites}
-        usable = [site for site, layout in layouts.items() if isinstance(layout, WeightLayout)]
-        convolutions = [s for s in usable if isinstance(s.owners[0], _CONVOLUTIONS)]
-        heads = [s for s in usable if _is_pointwise(layouts[s], s.owners[0])]
-        self.spared: dict[_Site, str] = {}
-        if heads and not classifier:
-            self.spared[heads[-1]] = "is the classifier: pass classifier=True to constrain it"
-        if convolutions and not first_layer:
-            self.spared[convolutions[0]] = "is the first convolution: pass first_layer=True to constrain it"
-
-    def reason(self, site: _Site) -> str | None:
-        """Why a parameter is not wanted, None if it is."""
-        if any(site.matches(p) for p in self.exclude):
-            return "is excluded"
-        if self.include is None:
-            return self.spared.get(site)
-        return None if any(site.matches(p) for p in self.include) else "is not among the layers to include"
-
-    def check_honoured(self, entries: Sequence[PlanEntry], sites: Sequence[_Site]) -> None:
-        """Raise if a layer that was named to be constrained was not."""
-        for pattern in self.include or ():
-            meant = [e for e, s in zip(entries, sites, strict=True) if s.matches(pattern)]
-            if not any(e.constrained for e in meant):
-                reasons = "; ".join(f"{e.name} {e.reason}" for e in meant)
-                raise ValueError(f"constrain: include={pattern!r} asks for what cannot be constrained: {reasons}")
+def _dilate(param: geoopt.ManifoldParameter, radii: list[Tensor], momentum: Tensor | None) -> None:
+    """Give the manifold of a parameter other radii, and multiply point and momentum by the ratio."""
+    manifold = cast(ProductOfGroups, cast(Any, param).manifold)
+    like = param.detach().to(torch.promote_types(param.dtype, torch.float32))
+    before = manifold.radius_map(like)
+    manifold.set_radius(radii)
+    ratio = _moved(manifold, param).radius_map(like) / before
+    param.copy_(param * ratio)
+    if momentum is not None:
+        momentum.copy_(momentum * ratio)
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_Target = tuple[PlanEntry, Tensor, ProductOfGroups]
 
 
-def _is_pointwise(layout: WeightLayout | str, owner: nn.Module) -> bool:
-    """Whether a layer is linear, or a 1x1 convolution."""
-    return isinstance(layout, WeightLayout) and all(k == 1 for k in layout.kernel) and layout.sections == 1
+def _targets(model: nn.Module, entries: Iterable[PlanEntry]) -> list[_Target]:
+    """The parameter that every entry means, and a new manifold for it.
+
+    Raises:
+        ValueError: If the model does not have the parameters that the entries describe.
+    """
+    params = dict(model.named_parameters(remove_duplicate=False))
+    targets: list[_Target] = []
+    for entry in entries:
+        for name in entry.names:
+            shape = tuple(params[name].shape) if name in params else None
+            if shape != entry.shape:
+                raise ValueError(
+                    f"the plan expects a parameter {name!r} of shape {entry.shape}, the model has "
+                    f"{'none of that name' if shape is None else f'shape {shape}'}; attach the plan to the "
+                    "architecture that it was made for"
+                )
+        param = params[entry.name]
+        targets.append((entry, param, _moved(entry.manifold(), param)))
+    return targets
 
 
-def _patterns(patterns: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
-    return (patterns,) if isinstance(patterns, (str, type)) else tuple(patterns)
-
-
-def _check_patterns(argument: str, patterns: Iterable[Pattern], sites: Sequence[_Site]) -> None:
-    for pattern in patterns:
-        if not any(site.matches(pattern) for site in sites):
+def _require_ties(model: nn.Module, entry: PlanEntry) -> None:
+    """Raise ValueError if a tied weight has different values at its places."""
+    first, *others = (model.get_parameter(name) for name in entry.names)
+    for name, param in zip(entry.names[1:], others, strict=True):
+        if param is not first and not (param.is_meta or torch.equal(param, first)):
             raise ValueError(
-                f"constrain: {argument} has {pattern!r}, which matches no parameter; give a parameter name, a module "
-                f"name, a glob or a module type. The parameters are {_few([s.names[0] for s in sites])}"
+                f"the plan expects {entry.name!r} and {name!r} to be one tied weight, the model has different values "
+                "there; attach the plan to the architecture that it was made for"
             )
 
 
-def _settings_for(
-    site: _Site,
-    base: _Settings,
-    rules: Mapping[Pattern, RadiusRule],
-    overrides: Mapping[Pattern, Mapping[str, Any]],
-) -> _Settings:
-    rule = next((rule for pattern, rule in rules.items() if site.matches(pattern)), base.radius)
-    settings = replace(base, radius=rule)
-    for pattern, changes in overrides.items():
-        if site.matches(pattern):
-            unknown = sorted(set(changes) - set(asdict(base)))
-            if unknown:
-                raise ValueError(f"constrain: overrides[{pattern!r}] has {unknown}, expected {sorted(asdict(base))}")
-            settings = replace(settings, **{k: _kinds(v) if k == "manifolds" else v for k, v in changes.items()})
-    return settings
+def _moved(manifold: ProductOfGroups, like: Tensor) -> ProductOfGroups:
+    """The manifold on a parameter's device, its radii in the type that the parameter is computed in."""
+    if like.is_meta:
+        return manifold
+    return manifold.to(device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
-def _kinds(manifolds: str | Sequence[str]) -> tuple[str, ...]:
-    return (manifolds,) if isinstance(manifolds, str) else tuple(manifolds)
-
-
-# -- one parameter --------------------------------------------------------------------------------------------
-
-
-def _left_alone(site: _Site, reason: str) -> PlanEntry:
-    return PlanEntry(site.names, site.module_type, site.shape, reason)
-
-
-def _entry(site: _Site, settings: _Settings, reason: str | None) -> PlanEntry:
-    """What a parameter gets by its settings, or why it is left alone."""
-    layout = site.layout()
-    if isinstance(layout, str) or reason is not None:
-        return _left_alone(site, layout if isinstance(layout, str) else str(reason))
-    components = settings.components
-    if components == "auto":
-        components = "block" if all(k == 1 for k in layout.kernel) else "kernel"
-    rows = layout.out_channels // layout.sections
-    collections = tuple(
-        collection(
-            rows,
-            layout.in_channels,
-            settings.strategy,
-            settings.manifolds,
-            settings.selection,
-            settings.seed,
-            components=components,
-            name=site.names[0] if layout.sections == 1 else f"{site.names[0]}[{section}]",
-        )
-        for section in range(layout.sections)
-    )
-    entry = PlanEntry(
-        site.names,
-        site.module_type,
-        site.shape,
-        layout=layout,
-        collections=collections,
-        radius=settings.radius,
-        bound=settings.bound,
-    )
-    try:
-        entry.manifold()
-    except ValueError as error:
-        return _left_alone(site, f"cannot be constrained like this: {error}")
-    return entry
-
-
-def _initial_point(param: Tensor, manifold: ProductOfGroups, initial: Initial) -> Tensor:
-    value = param.detach().as_subclass(Tensor)
+def _initial_point(value: Tensor, manifold: ProductOfGroups, initial: Initial) -> Tensor | None:
+    """Where a parameter starts; None on the meta device, where there are no values."""
     if value.is_meta:
-        return value
+        return None
     if initial == "project":
         return manifold.projx(value)
     drawn = manifold.random(*value.shape, dtype=value.dtype, device=value.device)
     return manifold.where_constrained(drawn.as_subclass(Tensor), value)
 
 
-def _put_on(model: nn.Module, entry: PlanEntry, param: Tensor, manifold: ProductOfGroups) -> None:
-    """Make a parameter, or what replaces it, a manifold parameter; its values are on the manifold already."""
-    if isinstance(param, geoopt.ManifoldParameter):
-        cast(Any, param).manifold = manifold
-    else:
-        data = param.detach().as_subclass(Tensor)
-        new = geoopt.ManifoldParameter(data, manifold=manifold, requires_grad=param.requires_grad)
+def _move(targets: Sequence[_Target], points: Sequence[Tensor | None]) -> None:
+    """Write new values into parameters."""
+    for (_, param, _), point in zip(targets, points, strict=True):
+        if point is not None:
+            param.detach().copy_(point)
+
+
+def _put_on_manifolds(model: nn.Module, targets: Sequence[_Target]) -> None:
+    """Put parameters on manifolds that their values lie on, and only these parameters of the model's plan."""
+    kept = {name for entry, *_ in targets for name in entry.names}
+    params = dict(model.named_parameters(remove_duplicate=False))
+    before: Plan | None = model.__dict__.get(_ATTRIBUTE)
+    for entry in () if before is None else before.constrained:
+        param = params.get(entry.name)
+        if param is not None and isinstance(param, geoopt.ManifoldParameter) and entry.name not in kept:
+            _replace(model, entry.names, _plain(param))
+    for entry, param, manifold in targets:
+        if isinstance(param, geoopt.ManifoldParameter):
+            cast(Any, param).manifold = manifold
+            new = param
+        else:
+            data = param.detach().as_subclass(Tensor)
+            new = geoopt.ManifoldParameter(data, manifold=manifold, requires_grad=param.requires_grad)
         _replace(model, entry.names, new)
 
 
-def _moved(manifold: ProductOfGroups, like: Tensor) -> ProductOfGroups:
-    """The manifold on a parameter's device, its radii in the type that the parameter is computed in."""
-    return manifold.to(device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+def _plain(param: Tensor) -> nn.Parameter:
+    return nn.Parameter(param.detach().as_subclass(Tensor), param.requires_grad)
 
 
-def _replace(model: nn.Module, names: Iterable[str], param: nn.Parameter) -> None:
+def _replace(model: nn.Module, names: Iterable[str], param: Tensor) -> None:
     for name in names:
         path, _, local = name.rpartition(".")
         setattr(model.get_submodule(path), local, param)
 
 
-def _find(model: nn.Module, entry: PlanEntry) -> Tensor:
-    params = dict(model.named_parameters(remove_duplicate=False))
-    param = params.get(entry.name)
-    if param is None or tuple(param.shape) != entry.shape:
-        found = "none of that name" if param is None else f"shape {tuple(param.shape)}"
-        raise ValueError(
-            f"the plan expects a parameter {entry.name!r} of shape {entry.shape}, the model has {found}; "
-            "attach the plan to the architecture that it was made for"
-        )
-    return param
+def _is_lost(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is gone or has become a plain one; a tensor that functional_call swapped in has not."""
+    *path, local = name.split(".")
+    module: nn.Module | None = model
+    for part in path:  # get_submodule takes ten times as long, and this runs in every forward pass
+        module = module._modules.get(part) if module is not None else None  # pyright: ignore[reportPrivateUsage]
+    param = None if module is None else module._parameters.get(local)  # pyright: ignore[reportPrivateUsage]
+    return param is None or (isinstance(param, nn.Parameter) and not isinstance(param, geoopt.ManifoldParameter))
 
 
-def _is_lost(owner: nn.Module, local: str) -> bool:
-    """Whether a parameter has become a plain one; a tensor that functional_call swapped in has not."""
-    param = owner._parameters.get(local)  # pyright: ignore[reportPrivateUsage]
-    return isinstance(param, nn.Parameter) and not isinstance(param, geoopt.ManifoldParameter)
-
-
-def _few(names: Sequence[str], limit: int = 6) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+# -- printing -------------------------------------------------------------------------------------------------
 
 
 def _row(entry: PlanEntry) -> tuple[str, ...]:
     """The cells of a constrained entry in the printed table."""
     manifold = entry.manifold()
     first = entry.collections[0]
-    kinds = Counter(group.manifold for c in entry.collections for group in c.groups)
+    counts = np.sum([np.bincount(c.group_kinds, minlength=len(c.kinds)) for c in entry.collections], axis=0)
     noun = "blocks" if first.components == "block" else f"{'x'.join(map(str, manifold.layout.kernel))} kernels"
     ranges = [m.radius_range for m, _ in manifold.parts if isinstance(m, ComponentManifold)]
-    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    low, high = min((low for low, _ in ranges), default=1.0), max((high for _, high in ranges), default=1.0)
     return (
         entry.name if len(entry.names) == 1 else f"{entry.name} (also {', '.join(entry.names[1:])})",
         "x".join(map(str, entry.shape)),
         entry.module,
         f"{sum(manifold.partition.counts)} {noun}",
         f"{manifold.n_groups} ({first.strategy})",
-        " + ".join(f"{kinds[kind]} {kind}" for kind in first.kinds if kinds[kind]),
-        f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}",
+        " + ".join(f"{count} {kind}" for kind, count in zip(first.kinds, counts, strict=True) if count),
+        (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}")
+        + (f" / {entry.statistics}" * bool(entry.statistics)),
     )
 
 
@@ -691,41 +579,34 @@ def _row(entry: PlanEntry) -> tuple[str, ...]:
 
 def _store(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
     """Put the plan into the metadata of a state_dict."""
-    local_metadata[_METADATA] = plan_of(module).to_json()
+    local_metadata[_METADATA] = module.__dict__[_ATTRIBUTE].to_json()
 
 
-def _restore(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *_: Any) -> None:
-    """Take over the plan of a checkpoint, after refusing values that are off their manifolds."""
-    plan = plan_of(module)
+def _restore(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *others: Any) -> None:
+    """Take over what a checkpoint's plan says, after refusing values that are off its manifolds."""
+    plan: Plan = module.__dict__[_ATTRIBUTE]
     text = local_metadata.get(_METADATA)
-    stored = plan if text in (None, plan.to_json()) else Plan.from_json(str(text))
-    manifolds = {entry: entry.manifold() for entry in stored.constrained}
-    for entry, manifold in manifolds.items():
+    entries = plan.entries if text is None else Plan.from_json(text).entries
+    targets = _targets(module, (entry for entry in entries if entry.constrained))
+    for entry, _, manifold in targets:
         value = state_dict.get(prefix + entry.name)
         if isinstance(value, Tensor) and not value.is_meta and tuple(value.shape) == entry.shape:
             remedy = "load plain weights before constrain(), which projects them"
-            _moved(manifold, value).require_point(value.detach(), f"{entry.name!r} in the state_dict", remedy)
-    if stored is plan:
-        return
-    kept = {entry.name for entry in stored.constrained}
-    for entry in plan.constrained:
-        param = _find(module, entry)
-        if entry.name not in kept:
-            _replace(module, entry.names, nn.Parameter(param.detach().as_subclass(Tensor), param.requires_grad))
-    for entry, manifold in manifolds.items():
-        param = _find(module, entry)
-        _put_on(module, entry, param, _moved(manifold, param))
-    stored._settle(module)  # pyright: ignore[reportPrivateUsage]
+            manifold.require_point(value.detach(), f"{entry.name!r} in the state_dict", remedy)
+    if entries != plan.entries:
+        _put_on_manifolds(module, targets)
+        plan.entries = entries
+        plan._track()  # pyright: ignore[reportPrivateUsage]
 
 
 def _attach_again(module: nn.Module, incompatible_keys: Any) -> None:
-    """After load_state_dict(assign=True), which makes plain parameters of what it assigns."""
-    plan = plan_of(module)
-    if any(_is_lost(*place) for place in plan._places):  # pyright: ignore[reportPrivateUsage]
+    """After load_state_dict, which makes plain parameters of what it assigns."""
+    plan: Plan = module.__dict__[_ATTRIBUTE]
+    if plan._lost():  # pyright: ignore[reportPrivateUsage]
         plan.attach(module)
 
 
 def _guard(module: nn.Module, inputs: Any) -> None:
     """Refuse to compute with a constrained parameter that has become a plain one."""
     if not torch.compiler.is_compiling():
-        plan_of(module).check()
+        module.__dict__[_ATTRIBUTE].check()

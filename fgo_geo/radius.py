@@ -21,7 +21,15 @@ from torch import Tensor
 
 from fgo_geo.components import Partition
 
-__all__ = ["RadiusRule", "bounding_radius", "check_rule", "group_radii", "kaiming_radius", "unit_frobenius_norm"]
+__all__ = [
+    "RadiusRule",
+    "bounding_radius",
+    "check_bound",
+    "check_rule",
+    "group_radii",
+    "kaiming_radius",
+    "unit_frobenius_norm",
+]
 
 RadiusRule = Literal["kaiming", "unit", "bound"] | float
 
@@ -62,8 +70,9 @@ def kaiming_radius(kind: str, rows: int, columns: int, fan_in: int) -> float:
 def bounding_radius(kind: str, rows: int, columns: int, count: int, bound: float, two_to_one: bool = True) -> float:
     """The radius at which all norms of a group of ``count`` components are at most ``bound``.
 
-    The group's matrix has Frobenius norm ``r F √n``; it bounds the spectral norm, and ``√A`` times it the 2->1 norm. So
-    ``r = β / sqrt(A n F²)``, and ``r = β / sqrt(n F²)`` for Frobenius and spectral norm only.
+    The group's matrix, the components side by side, has Frobenius norm ``r F √n`` (``F`` the norm of a component at
+    radius one). That bounds the spectral norm, and ``√A`` times it the 2->1 norm. So ``r = β / (F √(A n))``, and
+    ``r = β / (F √n)`` for Frobenius and spectral norm only.
 
     Args:
         kind: Manifold kind.
@@ -77,13 +86,19 @@ def bounding_radius(kind: str, rows: int, columns: int, count: int, bound: float
         The radius.
 
     Example:
-        Tight for one square Stiefel component, whose rows all have norm ``r``.
+        Tight for one square Stiefel component: its rows have norm ``r`` too.
 
-        >>> bounding_radius("stiefel", 2, 2, count=1, bound=1.0)
+        >>> round(bounding_radius("stiefel", 2, 2, count=1, bound=1.0), 6)
         0.5
     """
     factor = rows if two_to_one else 1
     return bound / (math.sqrt(factor * count) * unit_frobenius_norm(kind, columns))
+
+
+def check_bound(bound: float) -> None:
+    """Raise ValueError if a bound is not a positive number."""
+    if not (isinstance(bound, (int, float)) and 0 < bound < math.inf):
+        raise ValueError(f"bound must be a positive number, got {bound!r}")
 
 
 def check_rule(rule: object) -> RadiusRule:
@@ -118,10 +133,16 @@ def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0) -> Tensor:
 
     Raises:
         ValueError: If the rule is unknown or the bound not positive.
+
+    Example:
+        >>> from fgo_geo.components import WeightLayout, partition
+        >>> from fgo_geo.grouping import collection
+        >>> pi = collection(4, 1, "pi", ("sphere", "euclidean"))
+        >>> group_radii(partition([pi], WeightLayout((4, 1, 3, 3))), "bound")
+        tensor([0.4082, 1.0000], dtype=torch.float64)
     """
     rule = check_rule(rule)
-    if not (bound > 0 and math.isfinite(bound)):
-        raise ValueError(f"bound must be a positive number, got {bound!r}")
+    check_bound(bound)
     radii = np.ones(sum(len(g) for g in cut.groups))
     for kind, groups, counts, (rows, columns) in zip(cut.kinds, cut.groups, cut.group_sizes, cut.sizes, strict=True):
         if kind == "euclidean" or rule == "unit":
@@ -129,8 +150,7 @@ def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0) -> Tensor:
         if rule == "kaiming":
             radii[groups] = kaiming_radius(kind, rows, columns, cut.layout.fan_in)
         elif rule == "bound":
-            unit = bounding_radius(kind, rows, columns, 1, bound)
-            radii[groups] = unit / np.sqrt(counts)
+            radii[groups] = bounding_radius(kind, rows, columns, 1, bound) / np.sqrt(counts)
         else:
             radii[groups] = rule
     return torch.from_numpy(radii)

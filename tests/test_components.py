@@ -1,0 +1,307 @@
+"""Every weight is cut into the components that its collections name, and put together again without loss."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import Grouped, convolutions, grouped_weights
+from torch import Tensor, nn
+
+from fgo_geo.components import Partition, Segments, WeightLayout, layout_of, partition
+from fgo_geo.grouping import collection
+
+
+def numbered(shape: tuple[int, ...]) -> Tensor:
+    """Every entry is its own position."""
+    return torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
+
+
+def partition_of(grouped: Grouped) -> Partition:
+    return partition(grouped.collections, grouped.layout)
+
+
+# -- layouts -----------------------------------------------------------------------------------------------------
+
+
+@given(module=convolutions())
+def test_channels_are_the_kernels_from_input_to_output_channels(module: Any) -> None:
+    """A unit impulse in one input channel makes every output channel of its group show its kernel."""
+    layout = layout_of(module, "weight")
+    assert isinstance(layout, WeightLayout)
+    assert (layout.out_channels, layout.in_channels) == (module.out_channels, module.in_channels // module.groups)
+    assert layout.fan_in == layout.in_channels * math.prod(module.kernel_size)
+    kernels = layout.channels(module.weight.detach())
+    if layout.storage == "conv":  # which correlates
+        kernels = kernels.flip(list(range(2, kernels.ndim)))
+        module.padding = tuple(k - 1 for k in layout.kernel)
+    outputs_per_group = module.out_channels // module.groups
+    for channel in range(module.in_channels):
+        impulse = torch.zeros(1, module.in_channels, *(1 for _ in layout.kernel))
+        impulse[0, channel] = 1
+        group, c = divmod(channel, layout.in_channels)
+        own = slice(group * outputs_per_group, (group + 1) * outputs_per_group)
+        expected = torch.zeros(module.out_channels, *layout.kernel)
+        expected[own] = kernels[own, c]
+        torch.testing.assert_close(module(impulse)[0].detach(), expected)
+
+
+@given(module=convolutions())
+def test_channels_and_back(module: nn.Module) -> None:
+    layout = layout_of(module, "weight")
+    assert isinstance(layout, WeightLayout)
+    weight = numbered(layout.shape)
+    channels = layout.channels(weight)
+    assert channels.shape == (layout.out_channels, layout.in_channels, *layout.kernel)
+    assert torch.equal(layout.weight(channels), weight)
+
+
+def test_the_sections_of_attention_are_query_key_and_value() -> None:
+    layout = layout_of(nn.MultiheadAttention(4, 2), "in_proj_weight")
+    assert isinstance(layout, WeightLayout)
+    assert (layout.sections, layout.out_channels, layout.in_channels, layout.fan_in) == (3, 12, 4, 4)
+    blocks = partition([collection(4, 4, "layer", "stiefel", components="block")] * 3, layout)
+    (parts,) = blocks.split(numbered((12, 4)))
+    assert torch.equal(parts, numbered((3, 4, 4)))
+
+
+def test_the_groups_of_a_1x1_convolution_are_sections() -> None:
+    for module in (nn.Conv2d(6, 4, 1, groups=2), nn.ConvTranspose2d(6, 4, 1, groups=2)):
+        layout = layout_of(module, "weight")
+        assert isinstance(layout, WeightLayout)
+        assert (layout.sections, layout.out_channels, layout.in_channels) == (2, 4, 3)
+        (parts,) = partition([collection(2, 3, "layer", "sphere", components="block")] * 2, layout).split(module.weight)
+        x = torch.randn(1, 6, 1, 1)
+        halves = [
+            part.mT @ half for part, half in zip(parts, x.reshape(2, 3), strict=True)
+        ]  # wide blocks lie on a side
+        torch.testing.assert_close(torch.cat(halves), (module(x).flatten() - module.bias))
+
+
+REASONS = [
+    (nn.Conv2d(4, 6, 3), "bias", "has one dimension"),
+    (nn.Linear(3, 2), "bias", "has one dimension"),
+    (nn.BatchNorm2d(3), "weight", "normalised features"),
+    (nn.GroupNorm(1, 3), "bias", "normalised features"),
+    (nn.LayerNorm((3, 4)), "weight", "normalised features"),
+    (nn.RMSNorm((3, 4)), "weight", "normalised features"),
+    (nn.Embedding(5, 3), "weight", "lookup table"),
+    (nn.EmbeddingBag(5, 3), "weight", "lookup table"),
+    (nn.Bilinear(2, 3, 4), "weight", "bilinear"),
+    (nn.Bilinear(2, 3, 4), "bias", "has one dimension"),
+    (nn.LSTM(2, 3), "weight_ih_l0", "recurrent"),
+    (nn.GRUCell(2, 3), "weight_hh", "recurrent"),
+    (nn.LazyConv2d(4, 3), "weight", "not initialised"),
+    (nn.MultiheadAttention(4, 2, add_bias_kv=True), "bias_k", "'bias_k' of MultiheadAttention, of unknown layout"),
+    (nn.utils.parametrizations.orthogonal(nn.Linear(3, 2)).parametrizations.weight, "original", "re-parametrised"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "reason"), REASONS)
+def test_what_has_no_layout_has_a_reason(module: nn.Module, name: str, reason: str) -> None:
+    found = layout_of(module, name)
+    assert isinstance(found, str)
+    assert reason in found
+
+
+@pytest.mark.parametrize("name", ["q_proj_weight", "k_proj_weight", "v_proj_weight"])
+def test_separate_projections_of_attention(name: str) -> None:
+    module = nn.MultiheadAttention(4, 2, kdim=3, vdim=5)
+    assert layout_of(module, name) == WeightLayout(tuple(module.get_parameter(name).shape))
+
+
+# -- partitions --------------------------------------------------------------------------------------------------
+
+
+@given(grouped=grouped_weights())
+def test_components_are_those_of_the_collections(grouped: Grouped) -> None:
+    """Every group is a run of one part, of the right kind, and its components hold the entries that they should."""
+    cut = partition_of(grouped)
+    found: dict[int, tuple[str, list[np.ndarray]]] = {}
+    parts = zip(cut.kinds, cut.groups, cut.group_sizes, cut.split(numbered(grouped.shape)), strict=True)
+    for kind, groups, sizes, part in parts:
+        runs = np.split(part.numpy(), np.cumsum(sizes)[:-1])
+        found |= {int(group): (kind, list(run)) for group, run in zip(groups, runs, strict=True)}
+    expected = grouped.groups()
+    assert sorted(found) == list(range(len(expected)))
+    for number, (kind, components) in enumerate(expected):
+        assert found[number][0] == kind
+        np.testing.assert_array_equal(np.stack(found[number][1]), np.stack(components))
+
+
+@given(grouped=grouped_weights())
+def test_every_entry_is_in_exactly_one_component(grouped: Grouped) -> None:
+    parts = partition_of(grouped).split(numbered(grouped.shape))
+    entries = torch.cat([part.flatten() for part in parts])
+    assert torch.equal(entries.sort().values, numbered(grouped.shape).flatten())
+
+
+@given(grouped=grouped_weights(), seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_merge_undoes_split_and_split_undoes_merge(grouped: Grouped, seed: int, dtype: torch.dtype) -> None:
+    cut = partition_of(grouped)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(grouped.shape, generator=generator, dtype=torch.float64).to(dtype)
+    parts = cut.split(weight)
+    assert torch.equal(cut.merge(parts), weight)
+    assert cut.merge(parts).dtype == dtype
+    others = [torch.randn(part.shape, generator=generator) for part in parts]
+    for again, other in zip(cut.split(cut.merge(others)), others, strict=True):
+        assert torch.equal(again, other)
+
+
+@given(grouped=grouped_weights())
+def test_what_a_partition_says_of_its_parts(grouped: Grouped) -> None:
+    cut = partition_of(grouped)
+    parts = cut.split(torch.zeros(grouped.shape))
+    assert [part.shape for part in parts] == [(n, *size) for n, size in zip(cut.counts, cut.sizes, strict=True)]
+    assert all(rows >= columns for rows, columns in cut.sizes)
+    for groups, sizes, count, segments in zip(cut.groups, cut.group_sizes, cut.counts, cut.segments, strict=True):
+        assert len(groups) == len(sizes) == segments.count
+        assert sizes.sum() == count == segments.total
+        ones = torch.ones(count, dtype=torch.float64)
+        assert segments.sum(ones).tolist() == sizes.tolist()
+
+
+@given(grouped=grouped_weights(), seed=st.integers(0, 99))
+def test_gradients_flow_through(grouped: Grouped, seed: int) -> None:
+    cut = partition_of(grouped)
+    weight = torch.zeros(grouped.shape, requires_grad=True)
+    factor = torch.randn(grouped.shape, generator=torch.Generator().manual_seed(seed))
+    (cut.merge(cut.split(weight)) * factor).sum().backward()
+    assert torch.equal(torch.as_tensor(weight.grad), factor)
+
+
+@given(grouped=grouped_weights())
+def test_numbers_per_group_and_per_kernel_reach_their_components(grouped: Grouped) -> None:
+    cut = partition_of(grouped)
+    groups = grouped.groups()
+    per_group = cut.per_component(np.arange(len(groups)))
+    for numbers, values, sizes in zip(cut.groups, per_group, cut.group_sizes, strict=True):
+        np.testing.assert_array_equal(values, np.repeat(numbers, sizes))
+    cells = np.arange(grouped.layout.out_channels * grouped.layout.in_channels)
+    per_kernel = cells.reshape(grouped.layout.out_channels, grouped.layout.in_channels)
+    if grouped.collections[0].components == "block":
+        with pytest.raises(ValueError, match=r"a block is one component.*got shape"):
+            cut.per_component(per_kernel)
+        return
+    kernels = grouped.layout.channels(numbered(grouped.shape)).flatten(0, 1)
+    for part, values in zip(cut.split(numbered(grouped.shape)), cut.per_component(per_kernel), strict=True):
+        first_entries = kernels[torch.from_numpy(values)].flatten(1).amin(1)
+        assert torch.equal(part.flatten(1).amin(1), first_entries)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size"),
+    [
+        ((5,), (5, 1)),
+        ((3, 3), (3, 3)),
+        ((3, 2), (3, 2)),
+        ((2, 3), (3, 2)),
+        ((1, 3), (3, 1)),
+        ((3, 1), (3, 1)),
+        ((2, 3, 4), (6, 4)),
+        ((1, 2, 5), (5, 2)),
+    ],
+)
+def test_wide_kernels_are_transposed(kernel: tuple[int, ...], size: tuple[int, int]) -> None:
+    layout = WeightLayout((2, 2, *kernel))
+    cut = partition([collection(2, 2, "layer", "sphere")], layout)
+    assert cut.sizes == (size,)
+    (part,) = cut.split(numbered(layout.shape))
+    kernel_matrix = numbered(layout.shape)[0, 0].reshape(-1, kernel[-1] if len(kernel) > 1 else 1)
+    assert torch.equal(part[0], kernel_matrix if kernel_matrix.shape == size else kernel_matrix.mT)
+
+
+def test_a_part_costs_no_index_where_kernels_are_in_order() -> None:
+    layout = WeightLayout((4, 4, 3, 3))
+    assert not dict(partition([collection(4, 4, "layer", "sphere")], layout).named_buffers())
+    assert not dict(partition([collection(4, 4, "po", "sphere")], layout).named_buffers())
+    random = partition([collection(4, 4, "pio", ("sphere", "stiefel"), "random")], layout)
+    assert {b.dtype for b in random.buffers()} == {torch.int32}
+    assert not random.state_dict()
+
+
+def test_memory_format_does_not_matter() -> None:
+    grouped = Grouped(WeightLayout((4, 6, 3, 3)), (collection(4, 6, "pio", ("sphere", "stiefel"), "random"),))
+    weight = torch.randn(grouped.shape)
+    for storage in (
+        weight.to(memory_format=torch.channels_last),
+        weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    ):
+        for part, expected in zip(
+            partition_of(grouped).split(storage), partition_of(grouped).split(weight), strict=True
+        ):
+            assert torch.equal(part, expected)
+
+
+def test_equal_blocks_of_one_kind_share_a_part() -> None:
+    blocks = collection(8, 12, "pi", ("sphere", "stiefel", "sphere"), components="block")
+    cut = partition([blocks], WeightLayout((8, 12)))
+    assert cut.kinds == ("sphere", "stiefel")
+    assert cut.counts == (2, 1)
+
+
+@pytest.mark.parametrize("components", ["kernel", "block"])
+def test_indices_follow_the_weight(components: str) -> None:
+    """On the meta device nothing can be read, so a wrong device is an error there, too."""
+    layout = WeightLayout((4, 6, 3, 3))
+    cut = partition([collection(4, 6, "pio", ("sphere", "stiefel"), "random", components=components)], layout)
+    parts = cut.split(torch.zeros(layout.shape, device="meta"))
+    assert cut.merge(parts).shape == layout.shape
+    assert all(s.sum(p.flatten(1).sum(1)).is_meta for s, p in zip(cut.segments, parts, strict=True))
+    assert {b.device.type for b in cut.buffers()} == {"cpu"}
+
+
+# -- segments ----------------------------------------------------------------------------------------------------
+
+sizes_of_segments = st.lists(st.integers(1, 4), min_size=1, max_size=5)
+
+
+@given(sizes=sizes_of_segments | st.integers(1, 4).flatmap(lambda n: st.integers(1, 4).map(lambda g: [n] * g)))
+def test_segments_are_loops_over_groups(sizes: list[int]) -> None:
+    segments = Segments.of(sizes)
+    values = torch.randn(sum(sizes), dtype=torch.float64)
+    runs = values.split(sizes)
+    torch.testing.assert_close(segments.sum(values), torch.stack([run.sum() for run in runs]))
+    assert torch.equal(segments.max(values), torch.stack([run.max() for run in runs]))
+    per_group = torch.arange(len(sizes))
+    assert segments.spread(per_group).tolist() == np.repeat(np.arange(len(sizes)), sizes).tolist()
+    assert (segments.labels is None) == (len(set(sizes)) == 1)
+
+
+@given(parts=st.lists(sizes_of_segments, min_size=1, max_size=4))
+def test_joined_segments_are_one_behind_the_other(parts: list[list[int]]) -> None:
+    joined = Segments.joined([Segments.of(sizes) for sizes in parts], torch.device("cpu"))
+    together = Segments.of([size for sizes in parts for size in sizes])
+    assert (joined.count, joined.total) == (together.count, together.total)
+    groups = torch.arange(joined.count)
+    assert torch.equal(joined.spread(groups), together.spread(groups))
+    values = torch.randn(joined.total, dtype=torch.float64)
+    torch.testing.assert_close(joined.sum(values), together.sum(values))
+
+
+# -- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("collections", "layout", "message"),
+    [
+        ([collection(2, 3, "pi", "sphere")], WeightLayout((3, 2, 3, 3)), r"3 -> 2 channels.*has 2 -> 3; build it with"),
+        ([collection(2, 3, "pi", "sphere")] * 2, WeightLayout((2, 3, 3, 3)), r"1 section\(s\) needs one .* got 2"),
+        ([collection(2, 3, "pi", "sphere")], WeightLayout((2, 3)), r'single numbers.*components="block"'),
+        ([collection(2, 3, "pi", "sphere")], WeightLayout((2, 3, 1, 1)), r'single numbers.*components="block"'),
+        (
+            [collection(2, 3, "pi", "sphere"), collection(2, 3, "pi", "sphere", components="block")],
+            WeightLayout((4, 3), sections=2),
+            r'build every collection with components="block"',
+        ),
+    ],
+)
+def test_collections_that_do_not_fit(collections: list[Any], layout: WeightLayout, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        partition(collections, layout)
