@@ -23,6 +23,7 @@ at least. Entries must be below 1e150 in size, so that squares don't overflow. N
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -97,8 +98,8 @@ def matrix_norms(w: Tensor) -> MatrixNorms:
 def group_norms(components: Tensor, labels: Tensor, n_groups: int) -> MatrixNorms:
     r"""Norms of every group, whose matrix is the concatenation of its components.
 
-    The Gram matrix of ``w_G = (w¹, ..., w^|G|)`` is a segment sum, ``w_G w_Gᵀ = Σ_i wⁱ wⁱᵀ`` of size A x A, and all three
-    norms are read from it::
+    The Gram matrix of ``w_G = (w¹, ..., w^|G|)`` is a segment sum, ``w_G w_Gᵀ = Σ_i wⁱ wⁱᵀ`` of size A x A, and all
+    three norms are read from it::
 
         ‖w_G‖_F² = tr(w_G w_Gᵀ),   ‖w_G‖₂² = λ_max(w_G w_Gᵀ),   ‖w_G‖_{2→1} = Σ_a (w_G w_Gᵀ)_aa^½
 
@@ -128,13 +129,9 @@ def group_norms(components: Tensor, labels: Tensor, n_groups: int) -> MatrixNorm
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels have dtype {labels.dtype}; expected integers, e.g. torch.int64")
     if labels.shape != components.shape[:1]:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}; expected one per component: ({len(components)},)"
-        )
-    if labels.numel() and not (0 <= int(labels.min()) and int(labels.max()) < n_groups):
-        raise ValueError(
-            f"labels range from {int(labels.min())} to {int(labels.max())}; expected [0, {n_groups})"
-        )
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; expected one per component: ({len(components)},)")
+    if labels.numel() and not (int(labels.min()) >= 0 and int(labels.max()) < n_groups):
+        raise ValueError(f"labels range from {int(labels.min())} to {int(labels.max())}; expected [0, {n_groups})")
     x = _double(components, "components")
     size = x.shape[-2]
     gram = x.new_zeros(n_groups, size, size).index_add(0, labels.long(), x @ x.mT)
@@ -160,9 +157,9 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
     stiefel   √B (always)  1 (always) √(AB)
     ========  ===========  =========  ========================
 
-    "Always": every point has this norm. The 2→1 bounds are attained where all rows have the same norm, e.g. on
-    square orthogonal matrices. [Ozay2019]_, Table 2, prints 1, B^¼, B^¼ there, which contradicts its caption's definition:
-    the 3 x 3 identity has 2→1 norm 3 (Mathematics, section 5, errata).
+    "Always": every point has this norm. The 2→1 bounds are attained where all rows have the same norm, e.g. on square
+    orthogonal matrices. [Ozay2019]_, Table 2, prints 1, B^¼, B^¼ there, which contradicts its caption's definition: the
+    3 x 3 identity has 2→1 norm 3 (Mathematics, section 5, errata).
 
     Args:
         kind: ``"sphere"``, ``"oblique"`` or ``"stiefel"``.
@@ -184,18 +181,14 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
     if rows < 1 or columns < 1:
         raise ValueError(f"the component is {rows} x {columns}; expected at least 1 x 1")
     if kind == "stiefel" and rows < columns:
-        raise ValueError(
-            f"a Stiefel component is {rows} x {columns}; expected rows >= columns: transpose it"
-        )
+        raise ValueError(f"a Stiefel component is {rows} x {columns}; expected rows >= columns: transpose it")
     bounds = {
         "sphere": (1.0, 1.0, math.sqrt(rows)),
         "oblique": (math.sqrt(columns), math.sqrt(columns), math.sqrt(rows * columns)),
         "stiefel": (math.sqrt(columns), 1.0, math.sqrt(rows * columns)),
     }
     if kind not in bounds:
-        raise ValueError(
-            f"kind is {kind!r}; expected one of {', '.join(map(repr, bounds))}: other kinds bound no norm"
-        )
+        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, bounds))}: other kinds bound no norm")
     return MatrixNorms(*(torch.tensor(bound, dtype=torch.float64) for bound in bounds[kind]))
 
 
@@ -209,7 +202,7 @@ def conv_operator_norm_circular(
     r"""Operator norm of a convolution with circular padding, exact.
 
     In the Fourier domain the operator is block diagonal, with one ``D x C·s`` matrix per frequency of the output
-    grid; the norm is the largest of their spectral norms. (For a stride of 1: [Sedghi2019]_, theorem 6.)
+    grid; the norm is the largest of their spectral norms.
 
     Args:
         weight: Weight of a 1d, 2d or 3d convolution in torch's layout, shape ``(..., D, C/groups, *kernel)``.
@@ -227,7 +220,7 @@ def conv_operator_norm_circular(
         ValueError: If sizes don't fit together, or the stride doesn't divide the input size.
 
     Source:
-        [Sedghi2019]_; strides by the polyphase form.
+        [Sedghi2019]_ for a stride of 1; strides by space to depth.
 
     Example:
         A moving sum of three has norm 3 (at frequency zero).
@@ -257,16 +250,17 @@ def conv_operator_norm_bound(
 ) -> Tensor:
     r"""Certified upper bound of the operator norm of a convolution with zero padding.
 
-    Two inequalities. (i) On a torus just large enough that no kernel wraps round from inside the input to inside
-    the input, the zero-padded convolution is a sub-matrix of the circular one: some of its rows, and the columns of the
-    input. Its norm is at most the torus's, a maximum over frequencies. (ii) Per frequency, Gram iteration,
-    for t = ``iterations``::
+    The smaller of two bounds. (i) On a torus just large enough that no kernel wraps round from inside the input to
+    inside the input, the zero-padded convolution is a sub-matrix of the circular one: its norm is at most the torus's,
+    a maximum over frequencies. (ii) With the weight's reshaped matrix W the convolution is W times the extraction of
+    patches: its norm is at most ``√m ‖W‖₂`` if no input position is in more than m patches. (Exact for
+    a single output position.) Spectral norms are bounded by Gram iteration, for t = ``iterations``::
 
         ‖W‖₂ <= ‖(WᴴW)^{2^{t-1}}‖_F^{1/2^t} <= rank(W)^{1/2^{t+1}} ‖W‖₂
 
-    Rounding is covered: the result is raised by a bound on the error of all operations. Only matrix products, so
-    it's fast on accelerators and smooth enough to train with. A transposed convolution is the adjoint of the convolution
-    with the same weight tensor and has the same norm: pass the transposed layer's *output* size as ``input_size``.
+    Rounding is covered: the result is raised by a bound on the error of all operations. There are only matrix products,
+    no factorisation. A transposed convolution is the adjoint of the convolution with the same weight tensor and has the
+    same norm: pass the transposed layer's *output* size as ``input_size``.
 
     Memory: about ``16 · frequencies · D · C/groups · s`` bytes, with half as many frequencies as the torus has points
     divided by s, the product of the strides. Axes on which the kernel is 1 wide count as one point.
@@ -278,7 +272,7 @@ def conv_operator_norm_bound(
         padding: Zeros added on both sides, or ``"same"`` or ``"valid"`` as in torch.
         dilation: Dilation.
         groups: Number of convolution groups.
-        iterations: Number t of Gram iterations; each halves the logarithm of inequality (ii)'s gap.
+        iterations: Number t of Gram iterations; each halves the logarithm of the factor of the rank.
 
     Returns:
         Bound of shape ``(...)``.
@@ -288,7 +282,7 @@ def conv_operator_norm_bound(
         ValueError: If sizes don't fit together or the kernel doesn't fit the padded input.
 
     Source:
-        [Delattre2023]_, theorem 2 and algorithm 1.
+        [Delattre2023]_ (Gram iteration).
 
     Example:
         A moving sum of three on four points, zero padded: the norm is 1 + 2 cos(π/5) = 2.618, on the torus it is 3.
@@ -300,10 +294,14 @@ def conv_operator_norm_bound(
     if iterations < 0:
         raise ValueError(f"iterations is {iterations}; expected 0 or more")
     kernel = tuple(weight.shape[-len(size) :])
-    pads = _pads(padding, kernel, stride, dilation)
-    torus = tuple(map(_torus_length, size, kernel, stride, pads, dilation))
+    axes = list(zip(size, kernel, stride, _pads(padding, kernel, stride, dilation), dilation, strict=True))
+    torus, overlaps = zip(*itertools.starmap(_torus_and_overlap, axes), strict=True)
     symbol = _symbol(weight, torus, stride, dilation, groups)
-    bound = _gram_iteration_bound(symbol, iterations).amax((-2, -1))
+    reshaped = _double(weight, "weight").flatten(-len(size) - 1).unflatten(-2, (groups, -1))
+    bound = torch.minimum(
+        _gram_iteration_bound(symbol, iterations).amax((-2, -1)),
+        _gram_iteration_bound(reshaped, iterations).amax(-1) * math.sqrt(math.prod(overlaps)),
+    )
     dtype = _result_dtype(weight.dtype)
     return (bound * (1 + _rounding_slack(symbol, math.prod(kernel), dtype))).to(dtype)
 
@@ -366,7 +364,7 @@ def _rounding_slack(symbol: Tensor, taps: int, dtype: torch.dtype) -> float:
     √rank times the spectral one; the factor 64 is generous for the sums over iterations and for the transform.
     """
     rows, columns = symbol.shape[-2:]
-    steps = 64 * (16 + rows + columns + taps) * math.sqrt(min(rows, columns))
+    steps = 64 * (16 + rows + columns * taps) * math.sqrt(min(rows, columns))
     rounding = 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps
     return steps * torch.finfo(torch.float64).eps + rounding
 
@@ -451,8 +449,8 @@ def _pads(
     return [(p, p) for p in _per_axis(padding, len(kernel), "padding", least=0)]
 
 
-def _torus_length(n: int, kernel: int, stride: int, pads: tuple[int, int], dilation: int) -> int:
-    """Shortest period, a multiple of the stride, at which no tap outside ``[0, n)`` wraps into it."""
+def _torus_and_overlap(n: int, kernel: int, stride: int, pads: tuple[int, int], dilation: int) -> tuple[int, int]:
+    """Per axis: a period at which no tap from outside ``[0, n)`` wraps into it, and the m of bound (ii)."""
     before, after = pads
     reach = dilation * (kernel - 1)
     outputs = (n + before + after - reach - 1) // stride + 1
@@ -462,4 +460,11 @@ def _torus_length(n: int, kernel: int, stride: int, pads: tuple[int, int], dilat
             "that fits: check input_size, padding and dilation"
         )
     overhang = stride * (outputs - 1) + reach - before + 1 - n
-    return -(-(n + max(before, overhang)) // stride) * stride
+    torus = _divide_up(n + max(before, overhang), stride) * stride
+    # Output o reads position c at tap j if s o + d j = c + p; all solutions are (o + i d/gcd, j - i s/gcd).
+    common = math.gcd(stride, dilation)
+    return torus, min(_divide_up(outputs, dilation // common), _divide_up(kernel, stride // common))
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)
