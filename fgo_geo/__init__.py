@@ -4,7 +4,8 @@ from fgo_geo import bounds, grouping, norms, optim
 from fgo_geo.constrain import Plan, constrain, plan_of, unconstrain
 from fgo_geo.grouping import Collection, collection
 from fgo_geo.manifolds import Oblique, ProductOfGroups, ScaledSphere, Stiefel
-from fgo_geo.optim import RiemannianFGSGD, channel_directed, channel_directed_gradient
+from fgo_geo.optim import RiemannianFGSGD
+from fgo_geo.optim.channel_directed import channel_directed, channel_directed_gradient
 
 __all__ = [  # noqa: RUF022  in groups, for readers
     # manifolds

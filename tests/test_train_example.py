@@ -89,6 +89,14 @@ def light_runs(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """Take SIGINT as in the foreground: shells make processes in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A folder in ImageNet's layout: 9 training and 4 validation images of two classes."""
@@ -143,7 +151,7 @@ def test_a_run_prints_plain_lines_and_leaves_its_files(tmp_path, monkeypatch, ca
     header = next(number for number, line in enumerate(lines) if line.split()[:2] == ["epoch", "lr"])
     assert [line.split()[0] for line in lines[header : header + 3]] == ["epoch", "1", "2"]
     assert len(lines) == header + 6
-    assert all(0 < len(line) <= 100 for line in lines[:-1])
+    assert all(0 < len(line) <= 100 for line in lines[header:-1])
     accuracy = results["final"]["test_accuracy"]
     assert f"Final accuracy: {accuracy:.2%} of 360 test images" in printed
     assert f"Largest constraint violation: {results['final']['largest_violation']:.1e}" in printed

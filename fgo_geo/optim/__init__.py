@@ -1,6 +1,9 @@
-"""Optimisers, step sizes, learning-rate schedules and channel-directed gradients."""
+"""Optimisers, step sizes, learning-rate schedules and channel-directed gradients.
 
-from fgo_geo.optim.channel_directed import ChannelDirected, channel_directed, channel_directed_gradient, channel_inner
+``fgo_geo.optim.channel_directed`` is the module; the function of that name is ``fgo_geo.channel_directed``.
+"""
+
+from fgo_geo.optim.channel_directed import ChannelDirected, channel_directed_gradient, channel_inner
 from fgo_geo.optim.fgsgd import RiemannianFGSGD
 from fgo_geo.optim.schedules import RobbinsMonroLR
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
@@ -9,7 +12,6 @@ __all__ = [
     "ChannelDirected",
     "RiemannianFGSGD",
     "RobbinsMonroLR",
-    "channel_directed",
     "channel_directed_gradient",
     "channel_inner",
     "momentum_gain",

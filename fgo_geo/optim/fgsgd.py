@@ -168,7 +168,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         >>> from fgo_geo import ScaledSphere
         >>> a = torch.diag(torch.tensor([1.0, 2.0, 5.0]))
         >>> x = geoopt.ManifoldParameter(torch.ones(3) / 3**0.5, manifold=ScaledSphere())
-        >>> optimizer = RiemannianFGSGD([x], lr=0.5, maximize=True)
+        >>> optimizer = RiemannianFGSGD([x], lr=0.1, maximize=True)
         >>> for _ in range(200):
         ...     optimizer.zero_grad()
         ...     (x @ a @ x).backward()
