@@ -3,7 +3,7 @@ Channel-directed gradients
 ==========================
 
 A gradient before and after: what the three metrics of [Lao2020]_ do along the output channels of a layer. The tutorial
-is :doc:`/channel_directed`; the formulas are in :doc:`/mathematics`, section 7.
+is :doc:`/guides/channel-directed`; the formulas are in :doc:`/mathematics`, section 7.
 """
 
 import matplotlib.pyplot as plt

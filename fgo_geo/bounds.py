@@ -260,8 +260,8 @@ def margins(logits: Tensor, targets: Tensor) -> Tensor:
     """
     if logits.ndim != 2 or logits.shape[1] < 2 or targets.shape != logits.shape[:1]:
         raise ValueError(
-            f"logits have shape {tuple(logits.shape)} and targets {tuple(targets.shape)}; expected (N, classes) with at "
-            "least two classes, and (N,)"
+            f"logits have shape {tuple(logits.shape)} and targets {tuple(targets.shape)}; expected (N, classes) "
+            "with at least two classes, and (N,)"
         )
     if targets.numel() and not (int(targets.min()) >= 0 and int(targets.max()) < logits.shape[1]):
         raise ValueError(

@@ -61,7 +61,8 @@ class PlanEntry:
         radius: The rule for the geometric radius ``γ``.
         bound: The bound of the rule ``"bound"``.
         statistics: The rule for the statistical factor ``λ``; None for ``λ = 1``.
-        channel_scales: ``λ`` of every input channel, as of the latest :meth:`Plan.update_scales`; empty before.
+        channel_scales: ``λ`` of every input channel, as of the latest :meth:`~fgo_geo.Plan.update_scales`;
+            empty before.
     """
 
     names: tuple[str, ...]
@@ -333,7 +334,7 @@ def settings_of(
         ValueError: If an override is unknown or out of range.
     """
     rule = next((rule for pattern, rule in rules.items() if site.matches(pattern)), base.radius)
-    settings = replace(base, radius=rule)
+    settings = base if rule == base.radius else replace(base, radius=rule)
     known = {f.name for f in fields(base)}
     for pattern, changes in overrides.items():
         if site.matches(pattern):
@@ -346,8 +347,8 @@ def settings_of(
     return settings
 
 
-def entry_of(site: Site, settings: Settings, reason: str | None) -> PlanEntry:
-    """What a parameter gets.
+def entry_of(site: Site, settings: Settings, reason: str | None) -> tuple[PlanEntry, ProductOfGroups | None]:
+    """What a parameter gets, and the manifold if it gets one.
 
     Args:
         site: The parameter.
@@ -357,7 +358,7 @@ def entry_of(site: Site, settings: Settings, reason: str | None) -> PlanEntry:
     alone = PlanEntry(site.names, type(site.owners[0]).__name__, site.shape)
     layout = site.layout()
     if isinstance(layout, str) or reason is not None:
-        return replace(alone, reason=layout if isinstance(layout, str) else reason)
+        return replace(alone, reason=layout if isinstance(layout, str) else reason), None
     components = settings.components
     if components == "auto":
         components = "block" if math.prod(layout.kernel) == 1 else "kernel"
@@ -383,7 +384,6 @@ def entry_of(site: Site, settings: Settings, reason: str | None) -> PlanEntry:
         statistics=settings.statistics,
     )
     try:
-        entry.manifold()
+        return entry, entry.manifold()
     except ValueError as error:
-        return replace(alone, reason=f"cannot be constrained like this: {error}")
-    return entry
+        return replace(alone, reason=f"cannot be constrained like this: {error}"), None

@@ -25,9 +25,6 @@ from typing import Any, cast
 import geoopt
 import numpy as np
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from fgo_geo.choose import (
@@ -198,22 +195,20 @@ class Plan:
 
     def __str__(self) -> str:
         """A table of what is constrained, the others by reason, and a sum."""
-        table = Table("parameter", "shape", "layer", "components", "groups", "manifolds", "radius", box=box.SIMPLE)
+        rows: list[tuple[str, ...]] = []
         reasons: dict[str, list[str]] = {}
         for entry in self.entries:
             if entry.reason is None:
-                table.add_row(*_row(entry))
+                param = _parameter(self.model, entry.name) if self.model is not None else None
+                attached = getattr(param, "manifold", None)
+                rows.append(_row(entry, attached if isinstance(attached, ProductOfGroups) else entry.manifold()))
             else:
                 reasons.setdefault(entry.reason, []).extend(entry.names)
-        console = Console(width=10_000, color_system=None, force_terminal=False)
-        with console.capture() as capture:
-            console.print(table)
-        rows = [line.rstrip() for line in capture.get().splitlines() if line.strip()]
         alone = [
             textwrap.fill(f"{', '.join(names)}: {reason}", 160, initial_indent="  ", subsequent_indent="    ")
             for reason, names in reasons.items()
         ]
-        return "\n".join([*rows, "", *(["Left alone:", *alone, ""] if alone else []), self._summary()])
+        return "\n".join([*_table(rows), "", *(["Left alone:", *alone, ""] if alone else []), self._summary()])
 
     def _summary(self) -> str:
         count = sum(math.prod(e.shape) for e in self.constrained)
@@ -353,7 +348,8 @@ def constrain(
     check_patterns("radius", rules, sites)
     check_patterns("overrides", overrides, sites)
     settings = [settings_of(site, base, rules, overrides) for site in sites]
-    entries = [entry_of(site, s, wanted.reason(site)) for site, s in zip(sites, settings, strict=True)]
+    decided = [entry_of(site, s, wanted.reason(site)) for site, s in zip(sites, settings, strict=True)]
+    entries = [entry for entry, _ in decided]
     wanted.check_honoured(entries)
     if not any(entry.constrained for entry in entries):
         reasons = "; ".join(f"{e.name} {e.reason}" for e in entries) or "it has no parameters"
@@ -361,13 +357,15 @@ def constrain(
             f"constrain: nothing is left to constrain ({reasons}); name layers with include=, or pass "
             "first_layer=True or classifier=True"
         )
-    plan = Plan(tuple(entries))
-    targets = _targets(model, plan.constrained)
-    initial_of: dict[PlanEntry, Initial] = {entry: s.initial for s, entry in zip(settings, entries, strict=True)}
-    points = [_initial_point(param.detach(), manifold, initial_of[entry]) for entry, param, manifold in targets]
+    targets: list[_Target] = []
+    points: list[Tensor | None] = []
+    for site, s, (entry, manifold) in zip(sites, settings, decided, strict=True):
+        if manifold is not None:
+            targets.append((entry, site.param, _moved(manifold, site.param)))
+            points.append(_initial_point(site.param.detach(), manifold, s.initial))
     _move(targets, points)
     _put_on_manifolds(model, targets)
-    return plan._settle(model)  # pyright: ignore[reportPrivateUsage]
+    return Plan(tuple(entries))._settle(model)  # pyright: ignore[reportPrivateUsage]
 
 
 def unconstrain(model: nn.Module) -> nn.Module:
@@ -541,22 +539,36 @@ def _replace(model: nn.Module, names: Iterable[str], param: Tensor) -> None:
         setattr(model.get_submodule(path), local, param)
 
 
-def _is_lost(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is gone or has become a plain one; a tensor that functional_call swapped in has not."""
+def _parameter(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter, None if there is none: get_parameter takes ten times as long, and every forward pass asks."""
     *path, local = name.split(".")
     module: nn.Module | None = model
-    for part in path:  # get_submodule takes ten times as long, and this runs in every forward pass
+    for part in path:
         module = module._modules.get(part) if module is not None else None  # pyright: ignore[reportPrivateUsage]
-    param = None if module is None else module._parameters.get(local)  # pyright: ignore[reportPrivateUsage]
+    return None if module is None else module._parameters.get(local)  # pyright: ignore[reportPrivateUsage]
+
+
+def _is_lost(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is gone or has become a plain one; a tensor that functional_call swapped in has not."""
+    param = _parameter(model, name)
     return param is None or (isinstance(param, nn.Parameter) and not isinstance(param, geoopt.ManifoldParameter))
 
 
 # -- printing -------------------------------------------------------------------------------------------------
 
+_HEADER = ("parameter", "shape", "layer", "components", "groups", "manifolds", "radius")
 
-def _row(entry: PlanEntry) -> tuple[str, ...]:
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
+    rule = tuple("-" * width for width in widths)
+    cells = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (_HEADER, rule, *rows))
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:
     """The cells of a constrained entry in the printed table."""
-    manifold = entry.manifold()
     first = entry.collections[0]
     counts = np.sum([np.bincount(c.group_kinds, minlength=len(c.kinds)) for c in entry.collections], axis=0)
     noun = "blocks" if first.components == "block" else f"{'x'.join(map(str, manifold.layout.kernel))} kernels"

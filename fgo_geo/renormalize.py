@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import geoopt
 import numpy as np
@@ -478,4 +478,5 @@ def _give_own_class(module: nn.Module) -> None:
     """Undo that copies of a parametrised module share its class: torch edits it when it removes a parametrization."""
     shared = type(module)
     members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
-    module.__class__ = type(shared.__name__, shared.__bases__, members)
+    own: Any = type(shared.__name__, shared.__bases__, members)
+    module.__class__ = own

@@ -33,7 +33,18 @@ MAY_IMPORT = {
     "renormalize": {*GEOMETRY, "radius", "feature_stats", "norms"},
     "norms": GEOMETRY,
     "bounds": {"linalg", "norms"},
-    "report": {*GEOMETRY, "radius", "feature_stats", "constrain", "renormalize", "norms", "bounds"},
+    "folding": {*GEOMETRY, "constrain", "renormalize"},
+    "report": {
+        *GEOMETRY,
+        "radius",
+        "feature_stats",
+        "choose",
+        "constrain",
+        "renormalize",
+        "folding",
+        "norms",
+        "bounds",
+    },
 }
 
 

@@ -413,7 +413,7 @@ def test_the_plan_prints_every_parameter_once() -> None:
     assert rows["attention.in_proj_weight"][3:8] == ["6", "blocks", "6", "(pi)", "3"]
     assert text.endswith("8 of 23 parameters constrained: 74.2 % of 1,043 numbers")
     assert all(len(line) < 170 for line in text.splitlines())
-    assert "Left alone" not in str(constrain(nn.Linear(3, 3, bias=False), classifier=True))
+    assert "Left alone" not in str(constrain(nn.Linear(8, 8, bias=False), classifier=True))
 
 
 def test_the_plan_is_the_models() -> None:

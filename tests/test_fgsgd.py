@@ -681,6 +681,18 @@ def test_every_parameter_is_one_group_and_the_groups_of_a_product_are_many():
     assert [len(optimizer.step_scales()[p]) for p in params] == [1, 1, 1, 1, 1, groups, 1, 1]
 
 
+def test_step_scales_are_those_of_the_latest_step():
+    params = network()[:3]
+    optimizer = RiemannianFGSGD(params, lr=0.1)
+    run(optimizer, 1)
+    assert list(optimizer.step_scales()) == params
+    params[1].grad = None
+    params[2].grad = torch.zeros_like(params[2])
+    optimizer.step()
+    assert list(optimizer.step_scales()) == [params[0], params[2]]
+    assert optimizer.step_scales()[params[2]].item() == 1
+
+
 def test_memory_formats_and_views_of_gradients_make_no_difference():
     params = [on(ScaledSphere(ndim=2), 4, 3, 3, 3) for _ in range(2)]
     channels_last = params[1].detach().contiguous(memory_format=torch.channels_last)

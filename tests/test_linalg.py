@@ -49,7 +49,7 @@ def orthonormality(q: Tensor) -> float:
 
 @computes_in_float32
 def third_of_product(x: Tensor, y: Tensor, *, offset: float = 0.0, extra: Tensor | None = None) -> Tensor:
-    return (x * y + offset + (0 if extra is None else extra)) / 3
+    return (x * y + offset + (0 if extra is None else extra * extra)) / 3
 
 
 @computes_in_float32

@@ -114,15 +114,19 @@ def test_violation_is_the_largest_residual_of_the_constraint(entry: Entry, data:
         assert float(found) == pytest.approx(expected, rel=2e-2 if entry.oracle is not oracles.STIEFEL else 1e-9)
 
 
-@every_entry
+def test_violation_sees_columns_that_are_not_orthogonal() -> None:
+    x = torch.tensor([[2.0, 1.2], [0.0, 1.6]])
+    assert float(Oblique(2.0).violation(x)) == pytest.approx(0, abs=1e-6)
+    assert float(Stiefel(2.0).violation(x)) == pytest.approx(0.6)
+
+
+@every_geometry
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 @pytest.mark.parametrize("size", [0.0, 1e-40, 1e-30, 1e30])
-def test_projx_of_zero_tiny_and_huge_components(entry: Entry, dtype: torch.dtype, size: float) -> None:
-    case = fixed(entry, 2, 4, 3, radius=0.5, dtype=dtype)
-    z = size * case.gaussian().double()
-    z = z.to(dtype)
-    if not bool(z.isfinite().all()):  # float16 ends at 65504
-        z = z.nan_to_num()
+@pytest.mark.parametrize("rows", [3, 4])
+def test_projx_of_zero_tiny_and_huge_components(entry: Entry, dtype: torch.dtype, size: float, rows: int) -> None:
+    case = fixed(entry, 2, rows, 3, radius=0.5, dtype=dtype)
+    z = (size * case.gaussian().double()).to(dtype).nan_to_num()  # float16 ends at 65504
     p = case.manifold.projx(z)
     assert bool(p.isfinite().all())
     assert float(case.manifold.violation(p).max()) <= 16 * case.eps
@@ -445,15 +449,18 @@ def test_distance_is_a_metric(entry: Entry, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("entry", SPHERICAL, ids=str)
-@given(data=st.data())
-def test_spherical_distance_is_the_angle_to_fifty_digits(entry: Entry, data: st.DataObject) -> None:
+@given(data=st.data(), gap=st.sampled_from([10.0, 1e-2, 1e-6]), side=st.sampled_from([1, -1]))
+def test_spherical_distance_is_the_angle_to_fifty_digits(
+    entry: Entry, data: st.DataObject, gap: float, side: int
+) -> None:
     case = data.draw(cases(entry))
-    x, y = case.point(), case.point()
+    x = case.point()
+    y = case.manifold.projx(side * x + gap * case.ambient())  # anywhere, close by, or close to the antipode
     distances = case.manifold.dist(x, y).flatten()
     for (radius, (a, b)), distance in zip(case.components(x, y), distances, strict=True):
         pairs = zip(a.T, b.T, strict=True) if entry.name == "oblique" else [(a, b)]
         expected = radius * math.hypot(*(oracles.angle(p, q) for p, q in pairs))
-        assert float(distance) == pytest.approx(expected, rel=16 * case.eps)
+        assert float(distance) == pytest.approx(expected, rel=16 * case.eps, abs=4 * case.eps * radius)
 
 
 @pytest.mark.parametrize("entry", SPHERICAL, ids=str)
@@ -723,6 +730,7 @@ def test_radius_forms() -> None:
     with torch.no_grad():
         values.mul_(10)
     assert manifold.radius_range == (0.5, 2.0)
+    assert manifold.radius.tolist() == [0.5, 2.0]  # pyright: ignore[reportAttributeAccessIssue]
     x = torch.ones(2, 3, 2, dtype=torch.float64)
     radius = manifold.radius_for(x)
     assert isinstance(radius, Tensor)

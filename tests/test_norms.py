@@ -350,14 +350,43 @@ def test_a_transposed_convolution_has_the_norm_of_its_adjoint(case, data):
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@pytest.mark.parametrize("padding", ["same", "valid"])
-@pytest.mark.parametrize("kernel", [1, 2, 3, 4])
-@pytest.mark.parametrize("dilation", [1, 3])
-def test_named_paddings(padding, kernel, dilation):
-    weight = randn((2, 3, kernel), seed=kernel)
-    exact = dense_norm(lambda x: F.conv1d(x, weight, padding=padding, dilation=dilation), 3, (40,))
-    bound = conv_operator_norm_bound(weight, [40], padding=padding, dilation=dilation, iterations=12)
-    assert exact <= bound.item() <= 1.05 * exact
+@given(SEEDS, st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.sampled_from(["same", "valid"]))
+def test_named_paddings(seed, size, kernel, dilation, padding):
+    weight = randn((2, 3, kernel), seed)
+    size += dilation * (kernel - 1) if padding == "valid" else 0
+    exact = dense_norm(lambda x: F.conv1d(x, weight, padding=padding, dilation=dilation), 3, (size,))
+    bound = conv_operator_norm_bound(weight, [size], padding=padding, dilation=dilation, iterations=12)
+    assert bound.item() >= exact
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel", "stride", "dilation", "patches"),
+    [
+        ([8], [8], 1, 1, 1),  # one output
+        ([9], [8], 1, 1, 2),  # two outputs
+        ([16], [8], 1, 2, 1),  # two outputs that read even and odd positions
+        ([8, 40], [8, 4], 2, 1, 2),  # one output on one axis; on the other, each position is in 4 / 2 patches
+        ([8, 40], [8, 4], 2, 2, 4),  # dilation and stride have a common divisor: 4 patches with each even position
+    ],
+)
+def test_few_outputs_are_bounded_by_the_reshaped_matrix(size, kernel, stride, dilation, patches):
+    """Where the torus, on which kernels of ones add up to their sum, is far too large."""
+    size = [n if n == 40 else dilation * (n - 1) + 1 if len(size) == 2 else n for n in size]
+    weight = torch.ones(1, 1, *kernel, dtype=torch.float64)
+    options = {"stride": stride, "dilation": dilation}
+    exact = dense_norm(lambda x: CONV[len(size)](x, weight, **options), 1, size)
+    bound = conv_operator_norm_bound(weight, size, **options).item()
+    assert exact <= bound
+    assert bound == pytest.approx(math.sqrt(patches * math.prod(kernel)), rel=1e-9)
+
+
+def test_pointwise_convolutions_have_one_frequency():
+    """Exact at any input size, in little memory: an image of 10¹⁰ pixels has as many frequencies."""
+    weight = randn((3, 2, 1, 1), seed=15)
+    exact = oracle(weight.flatten(1))[1]
+    assert conv_operator_norm_circular(weight, [10**5, 10**5], stride=2).item() == pytest.approx(exact, rel=1e-12)
+    bound = conv_operator_norm_bound(weight, [10**5, 10**5], stride=2, iterations=30)
+    assert exact <= bound.item() <= exact * (1 + 1e-8)
 
 
 def test_the_torus_becomes_tight_for_large_inputs():

@@ -1,0 +1,101 @@
+"""Recompute Table 2 of the FG-SGD paper: the norms of random points on three manifolds, beside the bounds.
+
+    python examples/table2.py
+    python examples/table2.py --sizes 3x3 7x7 --points 100000
+
+For every size A x B the program draws uniformly random points of radius 1 and prints the mean and the largest of their
+Frobenius, spectral and 2→1 norms, the paper's entry, and the bound that follows from the definition of the norms
+(``fgo_geo.norms.manifold_norm_bounds``). Entries that a point exceeds are marked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import fgo_geo
+from fgo_geo.norms import manifold_norm_bounds, matrix_norms
+
+MANIFOLDS = {"sphere": fgo_geo.ScaledSphere(ndim=2), "oblique": fgo_geo.Oblique(), "stiefel": fgo_geo.Stiefel()}
+NORMS = {"frobenius": "‖w‖F", "spectral": "‖w‖2", "two_to_one": "‖w‖2→1"}
+
+
+def paper_entry(norm: str, kind: str, columns: int) -> tuple[str, float] | None:
+    """The entry of Table 2 as printed, in B; None where it is the norm itself, σ(w)."""
+    root = "√B", math.sqrt(columns)
+    fourth = "B^¼", columns**0.25
+    one = "1", 1.0
+    entries = {
+        "frobenius": {"sphere": one, "oblique": root, "stiefel": root},
+        "spectral": {"sphere": None, "oblique": None, "stiefel": one},
+        "two_to_one": {"sphere": one, "oblique": fourth, "stiefel": fourth},
+    }
+    return entries[norm][kind]
+
+
+def table_of(rows: int, columns: int, points: int) -> Table:
+    """The three norms of random points ``rows x columns`` on every manifold."""
+    title = f"A x B = {rows} x {columns}, {points:,} random points"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE)
+    for header in ("norm", "manifold", "mean", "largest", "paper", "", "bound"):
+        table.add_column(header, justify="left" if header in ("norm", "manifold", "") else "right")
+    for norm, symbol in NORMS.items():
+        for kind, manifold in MANIFOLDS.items():
+            values = getattr(matrix_norms(manifold.random(points, rows, columns, dtype=torch.float64)), norm)
+            bound = float(getattr(manifold_norm_bounds(kind, rows, columns), norm))
+            entry = paper_entry(norm, kind, columns)
+            printed = "σ(w)" if entry is None else f"{entry[0]} = {entry[1]:.3f}"
+            exceeded = "exceeded" if entry is not None and float(values.max()) > entry[1] * (1 + 1e-9) else ""
+            table.add_row(
+                symbol, kind, f"{values.mean():.3f}", f"{values.max():.3f}", printed, exceeded, f"{bound:.3f}"
+            )
+    return table
+
+
+def contradictions() -> str:
+    """The two counterexamples to the paper's last row, computed."""
+    identity = matrix_norms(torch.eye(3, dtype=torch.float64))
+    point = MANIFOLDS["sphere"].random(10_000, 5, 3, dtype=torch.float64)
+    mean = matrix_norms(point).two_to_one.mean()
+    return (
+        "The paper's row of ‖w‖2→1 contradicts its own definition, the sum of the norms of the rows, twice:\n"
+        f"1. The 3 x 3 identity is on the oblique and the Stiefel manifold. Its rows have norm 1, so ‖w‖2→1 = "
+        f"{identity.two_to_one:.0f}; the paper has B^¼ = {3**0.25:.3f}.\n"
+        "2. Matrices of Frobenius norm 1 have ‖w‖2→1 >= 1, with equality only if one row holds everything. "
+        f"The mean of random 5 x 3 matrices is {mean:.2f}; the paper has 1.\n"
+        "By the definition ‖w‖2→1 <= √A ‖w‖F: √A on the sphere, √(AB) on the other two."
+    )
+
+
+def size(text: str) -> tuple[int, int]:
+    try:
+        rows, columns = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected AxB, e.g. 5x3, got {text!r}") from None
+    if not rows >= columns >= 1 or rows == 1:
+        raise argparse.ArgumentTypeError(f"expected A >= B >= 1 and A > 1, got {text!r}")
+    return rows, columns
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Print the tables as the command line says."""
+    parser = argparse.ArgumentParser(description="Recompute Table 2 of the FG-SGD paper. Defaults are in parentheses.")
+    sizes = [(3, 3), (5, 3)]
+    parser.add_argument("--sizes", type=size, nargs="+", default=sizes, metavar="AxB", help="component sizes (3x3 5x3)")
+    parser.add_argument("--points", type=int, default=10_000, help="random points per manifold (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the points (%(default)s)")
+    settings = parser.parse_args(arguments)
+    torch.manual_seed(settings.seed)
+    console = Console(highlight=False)
+    for rows, columns in settings.sizes:
+        console.print(table_of(rows, columns, settings.points))
+    console.print(contradictions(), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

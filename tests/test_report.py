@@ -1,0 +1,474 @@
+"""The report: groups found and measured as by a slow loop, measures by their formulas, feasibility, data, export."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import geoopt
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from layers import Grouped, layers
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import fgo_geo
+from fgo_geo.report import Report, report
+
+matplotlib.use("Agg")
+NORMS = ("frobenius", "spectral", "two_to_one")
+renormalize = sys.modules["fgo_geo.renormalize"].renormalize
+
+
+def norms_of(matrix: np.ndarray) -> tuple[float, float, float]:
+    """By definition: root of the sum of squares, largest singular value, sum of the norms of the rows."""
+    return (
+        math.sqrt((matrix**2).sum()),
+        np.linalg.svd(matrix, compute_uv=False)[0],
+        sum(math.sqrt((row**2).sum()) for row in matrix),
+    )
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 3, stride=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 5),
+    )
+
+
+@given(st.data())
+def test_every_group_has_the_norms_of_its_concatenated_components(data):
+    module, name = data.draw(layers())
+    model = nn.Sequential(module.double())
+    strategy = data.draw(st.sampled_from(["pi", "po", "pio"]))
+    kinds = data.draw(st.lists(st.sampled_from(["sphere", "oblique", "stiefel", "euclidean"]), min_size=1, max_size=3))
+    settings = {"strategy": strategy, "include": f"0.{name}", "selection": "random"}
+    try:
+        plan = fgo_geo.constrain(model, manifolds=kinds, **settings)
+    except ValueError:  # components that could not move
+        plan = fgo_geo.constrain(model, manifolds="euclidean", **settings)
+    (entry,) = plan.constrained
+    weight = getattr(module, name).detach().numpy()
+    layer = report(model).layer(f"0.{name}")
+    groups = Grouped(entry.layout, entry.collections).groups()
+    assert layer.kind == "product"
+    assert layer.n_groups == len(groups)
+    for number, (_, components) in enumerate(groups):
+        matrix = np.concatenate([weight.ravel()[positions] for positions in components], axis=1)
+        found = [float(getattr(layer.groups, norm)[number]) for norm in NORMS]
+        np.testing.assert_allclose(found, norms_of(matrix), rtol=1e-7)
+    if entry.layout.storage == "conv":
+        found = [float(getattr(layer.layer, norm)) for norm in NORMS]
+        np.testing.assert_allclose(found, norms_of(weight.reshape(len(weight), -1)), rtol=1e-7)
+
+
+def test_a_plain_weight_is_one_group_and_biases_are_left_out():
+    model = small_network()
+    found = report(model)
+    assert [(layer.name, layer.kind, layer.n_groups) for layer in found.layers] == [
+        ("0.weight", "plain", 1),
+        ("3.weight", "plain", 1),
+        ("7.weight", "plain", 1),
+    ]
+    assert all(layer.violation is layer.feasible is layer.operator_norm is layer.tau is None for layer in found.layers)
+    assert set(found.left_out) == {"0.bias", "1.weight", "1.bias", "3.bias", "7.bias"}
+    assert found.unfolded == 1
+    assert found.measures == ()
+
+
+def formulas(norms: list[list[tuple[float, float, float]]], n: int, width: int) -> dict[str, float]:
+    """Table 1 as it is printed, in floating point."""
+    products = [[math.prod(group[k] for group in layer) for k in range(3)] for layer in norms]
+    f, s, t = zip(*products, strict=True)
+    depth, root = len(norms), math.sqrt(n)
+    ratios = [(a / b) ** (2 / 3) for a, b in zip(t, s, strict=True)]
+    squares = [(a / b) ** 2 for a, b in zip(f, s, strict=True)]
+    return {
+        "neyshabur2015": math.log(2**depth * math.prod(f) / root),
+        "bartlett2017": math.log(math.prod(s) / root * sum(ratios) ** 1.5),
+        "neyshabur2018": math.log(math.prod(s) / root * math.sqrt(depth**2 * width * sum(squares))),
+    }
+
+
+def test_the_measures_are_those_of_table_1_over_groups_and_over_layers():
+    model = small_network()
+    fgo_geo.constrain(model, "pi", ("sphere", "stiefel"), include="3.weight")
+    found = report(model, n_samples=100)
+    for scaling, field in (("groups", "groups"), ("layers", "layer")):
+        norms = [
+            list(zip(*(torch.atleast_1d(n).tolist() for n in getattr(layer, field)), strict=True))
+            for layer in found.layers
+        ]
+        for name, value in formulas(norms, 100, width=6).items():
+            measure = found.measure(name, scaling)
+            assert measure.value == pytest.approx(value, rel=1e-10)
+            assert measure.margin_value is None
+            assert len(measure.factors) == 3
+    with pytest.raises(KeyError, match="neyshabur2018"):
+        found.measure("pac")
+    with pytest.raises(KeyError, match="pass n_samples"):
+        report(model).measure("bartlett2017")
+
+
+def test_a_tied_weight_counts_as_often_as_it_is_used():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.ReLU(), nn.Linear(3, 3, bias=False))
+    separate = report(model, n_samples=10)
+    model[0].weight = model[2].weight
+    tied = report(model, n_samples=10)
+    (layer,) = tied.layers
+    assert (layer.names, layer.uses) == (("0.weight", "2.weight"), 2)
+    assert tied.measure("bartlett2017").factors == (separate.measure("bartlett2017").factors[1],) * 2
+    assert "(also 2.weight)" in str(tied)
+
+
+# -- feasibility -----------------------------------------------------------------------------------
+
+
+def test_constrained_weights_are_feasible_until_they_are_moved_away():
+    model = small_network()
+    fgo_geo.constrain(model, "pio", "sphere", radius="unit", include="3.weight")
+    before = report(model)
+    assert before.feasible
+    assert before.layer("3.weight").feasible
+    assert before.layer("3.weight").violation < 1e-6
+    with torch.no_grad():
+        model[3].weight[1, 2] *= 1.1
+    after = report(model)
+    assert not after.feasible
+    assert after.layer("3.weight").violation == pytest.approx(0.1, rel=1e-4)
+    assert "NOT FEASIBLE: 1 of them, the worst is 3.weight, off by 0.1" in str(after)
+
+
+@pytest.mark.parametrize("manifold", [geoopt.Sphere(), fgo_geo.Oblique(), geoopt.Euclidean()])
+def test_a_single_manifold_is_one_group(manifold):
+    model = nn.Linear(4, 4, bias=False)
+    model.weight = geoopt.ManifoldParameter(manifold.projx(torch.randn(4, 4)), manifold=manifold)
+    free = isinstance(manifold, geoopt.Euclidean)
+    (layer,) = report(model).layers
+    assert layer.n_groups == 1
+    assert (layer.kind, layer.manifolds) == (("plain", "") if free else ("manifold", type(manifold).__name__))
+    with torch.no_grad():
+        model.weight.mul_(1.25)
+    moved = report(model).layers[0]
+    assert (layer.feasible, moved.feasible) == ((None, None) if free else (True, False))
+    if isinstance(manifold, geoopt.Sphere):
+        assert moved.violation == pytest.approx(0.2, rel=1e-4)
+
+
+def test_a_renormalised_weight_is_measured_as_computed_and_held_against_its_bound():
+    model = small_network()
+    renormalize(model[3], manifold=("sphere", "stiefel"), groups="pi", bound=0.5)
+    found = report(model, n_samples=10)
+    layer = found.layer("3.weight")
+    assert (layer.kind, layer.n_groups, layer.module, layer.feasible) == ("renormalised", 12, "Conv2d", True)
+    assert layer.manifolds == "renormalised, pi: 6 sphere + 6 stiefel"
+    assert max(layer.worst(norm) for norm in NORMS) == pytest.approx(0.5, rel=0.2)
+    with torch.no_grad():
+        model[3].parametrizations.weight[0].gamma.mul_(2)
+    after = report(model).layer("3.weight")
+    assert not after.feasible
+    assert after.violation == pytest.approx(max(after.worst(norm) for norm in NORMS) / 0.5 - 1)
+
+
+def test_other_parametrizations_and_missing_values_are_left_out_with_the_reason():
+    model = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), nn.Linear(3, 3), nn.LSTM(3, 3))
+    model.append(nn.Linear(3, 3, device="meta"))
+    found = report(model)
+    assert [layer.name for layer in found.layers] == ["1.weight"]
+    assert "layout is not known" in found.left_out["0.parametrizations.weight.original"]
+    assert "meta device" in found.left_out["3.weight"]
+    with pytest.raises(KeyError, match="recurrent"):
+        found.layer("2.weight_hh_l0")
+    with pytest.raises(ValueError, match=r"no weight to measure.*one dimension"):
+        report(nn.PReLU())
+
+
+@pytest.mark.parametrize("prepare", ["plain", "constrained", "renormalised"])
+def test_a_weight_that_is_not_finite_is_an_error_with_its_name(prepare):
+    model = small_network()
+    if prepare == "constrained":
+        fgo_geo.constrain(model, include="3.weight")
+    if prepare == "renormalised":
+        renormalize(model[3])
+    parameter = model[3].parametrizations.weight.original if prepare == "renormalised" else model[3].weight
+    with torch.no_grad():
+        parameter[0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"'3.weight' has 1 non-finite entry"):
+        report(model)
+
+
+# -- batch normalisation ---------------------------------------------------------------------------
+
+
+def test_folding_measures_the_weights_that_compute_and_leaves_feasibility_alone():
+    model = small_network()
+    fgo_geo.constrain(model, "pio", ("sphere", "stiefel"), include="0.weight")
+    norm = model[1]
+    norm.running_var.fill_(0.25 - norm.eps)
+    plain, folded = report(model), report(model, n_samples=10, fold=True)
+    for name in NORMS:
+        torch.testing.assert_close(
+            getattr(folded.layer("0.weight").groups, name), 2 * getattr(plain.layer("0.weight").groups, name)
+        )
+    assert folded.layer("0.weight").violation == plain.layer("0.weight").violation
+    assert (plain.unfolded, folded.unfolded) == (1, 0)
+    assert folded.left_out["1.weight"] == "is folded into a layer next to it"
+    assert "1 batch normalisations are in no norm" in str(plain)
+    assert isinstance(model[0].weight, geoopt.ManifoldParameter)
+
+
+def test_a_norm_that_cannot_be_folded_is_a_diagonal_layer_in_its_place():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.BatchNorm1d(3, affine=False), nn.ReLU(), nn.Linear(3, 2))
+    model[2].running_var.copy_(torch.tensor([1.0, 4.0, 16.0]) - model[2].eps)
+    found = report(model, n_samples=10, fold=True)
+    assert [(layer.name, layer.kind) for layer in found.layers] == [
+        ("0.weight", "plain"),
+        ("2", "diagonal"),
+        ("4.weight", "plain"),
+    ]
+    expected = norms_of(np.diag([1.0, 0.5, 0.25]))
+    assert [found.layer("2").worst(norm) for norm in NORMS] == pytest.approx(expected, rel=1e-6)
+    assert found.measure("neyshabur2015").factors[1] == pytest.approx(math.log(expected[0]))
+
+
+def test_a_norm_by_the_batch_stays_unfolded():
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
+    found = report(model, fold=True)
+    assert found.unfolded == 1
+    assert "no running statistics" in found.left_out["1.weight"]
+    assert "no fixed maps" in str(found)
+
+
+# -- data ------------------------------------------------------------------------------------------
+
+
+def dense_norm(layer: nn.Module, shape: tuple[int, ...]) -> float:
+    """Largest singular value of the matrix of a layer without bias, column by column."""
+    basis = torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)
+    with torch.no_grad():
+        return float(torch.linalg.svdvals(layer(basis).flatten(1))[0])
+
+
+CASES = {
+    "zeros": (nn.Conv2d(2, 3, 3, padding=1, stride=2, bias=False), 1.5),
+    "circular": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular", bias=False), 1.0),
+    "circular, same": (nn.Conv2d(2, 3, 3, padding="same", padding_mode="circular", bias=False), 1.0),
+    "circular, wider": (nn.Conv2d(2, 3, 3, padding=2, padding_mode="circular", bias=False), None),
+    "reflect": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect", bias=False), None),
+    "transposed": (nn.ConvTranspose2d(2, 4, 3, stride=2, groups=2, bias=False), 1.5),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_convolutions_have_an_operator_norm_at_the_size_that_they_see(case):
+    layer, slack = CASES[case]
+    layer.double()
+    found = report(layer, torch.zeros(1, 2, 6, 6, dtype=torch.float64)).layers[0].operator_norm
+    assert (found is None) == (slack is None)
+    if slack is not None:
+        exact = dense_norm(layer, (2, 6, 6))
+        assert exact * (1 - 1e-9) <= found <= exact * slack * (1 + 1e-9)
+        assert "conv norm <=" in str(report(layer, (2, 6, 6)))
+        assert report(layer, (2, 6, 6), operator_norms=False).layers[0].operator_norm is None
+
+
+@pytest.mark.parametrize("form", ["batch", "size", "labelled", "loader", "unlabelled loader"])
+def test_all_forms_of_data(form):
+    model = small_network().train()
+    model[4].eval()
+    statistics = model[1].running_mean.clone()
+    images, labels = torch.randn(6, 3, 8, 8), torch.tensor([0, 1, 2, 3, 4, 0])
+    data = {
+        "batch": images,
+        "size": (3, 8, 8),
+        "labelled": (images, labels),
+        "loader": DataLoader(TensorDataset(images, labels), batch_size=4),
+        "unlabelled loader": [images],
+    }[form]
+    found = report(model, data, n_samples=10, margin_quantile=0.5)
+    assert [layer.operator_norm is None for layer in found.layers] == [False, False, True]
+    assert [m.training for m in model] == [True] * 4 + [False] + [True] * 3
+    assert torch.equal(model[1].running_mean, statistics)
+    assert not any(m._forward_hooks for m in model)
+    if form not in ("labelled", "loader"):
+        assert found.margin is None
+        return
+    with torch.no_grad():
+        logits = model.eval()(images).numpy()
+    rows = zip(logits, labels.tolist(), strict=True)
+    margins = [row[label] - max(np.delete(row, label)) for row, label in rows]
+    assert found.margin == pytest.approx(np.quantile(margins, 0.5), rel=1e-4)
+
+
+def test_margin_normalised_measures_are_divided_by_the_margin():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    inputs = torch.tensor([[3.0, 0.0], [0.0, 5.0]])
+    found = report(model, (inputs, torch.tensor([0, 1])), n_samples=10, margin_quantile=0.0)
+    assert found.margin == 3.0
+    for measure in found.measures:
+        assert measure.margin_value == pytest.approx(measure.value - math.log(3))
+    assert "all groups, margin 3" in str(found)
+    wrong = report(model, (inputs, torch.tensor([1, 0])), n_samples=10)
+    assert wrong.margin < 0
+    assert all(measure.margin_value is None for measure in wrong.measures)
+    assert "The margin is -4.8" in str(wrong)
+
+
+def test_data_that_do_not_fit_are_refused():
+    class Pair(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x
+
+    with pytest.raises(ValueError, match="data is float; expected a batch"):
+        report(nn.Linear(2, 2), 1.5)
+    with pytest.raises(ValueError, match="must be tensors, got tuple"):
+        report(Pair(2, 2), (torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)))
+    with pytest.raises(ValueError, match="must be tensors, got dict"):
+        report(nn.Linear(2, 2), [{"x": 1}])
+
+
+# -- step sizes ------------------------------------------------------------------------------------
+
+
+def test_step_sizes_of_the_latest_step():
+    model = small_network()
+    fgo_geo.constrain(model, "pio", ("sphere", "stiefel"), include="3.weight")
+    optimizer = fgo_geo.RiemannianFGSGD(model.parameters(), lr=0.1)
+    assert report(model, optimizer=optimizer).layer("3.weight").tau is None
+    (30 * model(torch.randn(8, 3, 8, 8)).square().sum()).backward()
+    optimizer.step()
+    found = report(model, optimizer=optimizer)
+    tau = optimizer.step_scales()[model[3].weight].double().numpy()
+    statistics = found.layer("3.weight").tau
+    assert statistics.share_above_one == np.mean(tau > 1) > 0
+    assert statistics.median == pytest.approx(np.median(tau))
+    assert statistics.maximum == tau.max()
+    assert found.layer("0.weight").tau is None
+    assert "τ > 1" in str(found)
+    with pytest.raises(TypeError, match="optimizer is SGD, which has no step_scales"):
+        report(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+# -- export ----------------------------------------------------------------------------------------
+
+
+def reports() -> tuple[Report, Report]:
+    model = small_network()
+    before = report(model, n_samples=50)
+    fgo_geo.constrain(model, include="3.weight")
+    return before, report(model, n_samples=50)
+
+
+def test_printing_and_comparing():
+    before, after = reports()
+    text = str(after)
+    assert "3.weight" in text
+    assert "log measure, N = 50" in text
+    assert "0.bias, 3.bias, 7.bias: has one dimension" in text
+    assert "1 of 3 layers under constraints" in text
+    side_by_side = before.compare(after, ("plain", "PIO"))
+    (row,) = (line.split() for line in side_by_side.splitlines() if "3.weight" in line)
+    assert row[1:3] == ["1", str(after.layer("3.weight").n_groups)]
+    assert row[3:5] == [f"{each.layer('3.weight').worst('frobenius'):.3g}" for each in (before, after)]
+    assert f"{after.measure('bartlett2017').value:.2f}" in side_by_side
+    assert "neyshabur" not in before.compare(report(small_network()))
+
+
+def test_export_as_plain_data():
+    _, after = reports()
+    data = json.loads(after.to_json())
+    assert data == after.to_dict()
+    row = data["layers"][1]
+    assert (row["name"], row["n_groups"]) == ("3.weight", after.layer("3.weight").n_groups)
+    assert row["spectral_worst"] == after.layer("3.weight").groups.spectral.max().item()
+    assert row["spectral_median"] == np.median(after.layer("3.weight").groups.spectral.numpy())
+    frame = after.to_dataframe()
+    assert list(frame.index) == ["0.weight", "3.weight", "7.weight"]
+    assert frame.loc["3.weight", "feasible"]
+
+
+def test_a_layer_of_zeros_has_measure_zero_and_is_still_json():
+    model = nn.Linear(2, 2)
+    nn.init.zeros_(model.weight)
+    found = report(model, n_samples=5)
+    assert found.measure("neyshabur2015").value == -math.inf
+    assert json.loads(found.to_json())["measures"][0]["value"] == "-inf"
+
+
+def test_plots_show_every_layer():
+    for found, panels in ((reports()[1], 5), (report(small_network()), 3)):
+        figure = found.plot("title")
+        assert len(figure.axes) == panels
+        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0", "3", "7"]
+        figure.canvas.draw()
+        matplotlib.pyplot.close(figure)
+
+
+@pytest.mark.parametrize(("method", "package"), [("plot", "matplotlib"), ("to_dataframe", "pandas")])
+def test_missing_packages_are_named(method, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=f"pip install {package}"):
+        getattr(reports()[0], method)()
+
+
+# -- examples --------------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def example(name: str):
+    """A program of the examples, under another name: one is called like the function under test."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_reports_a_network_and_a_checkpoint(tmp_path, capsys):
+    program = example("report")
+    settings = ["--model", "squeezenet1_1", "--strategy", "layer", "--manifolds", "sphere", "--fold"]
+    assert program.main([*settings, "--output", str(tmp_path / "reports")]) == 0
+    assert "plain and renormalised" in capsys.readouterr().out
+    for name in ("plain", "constrained", "renormalised"):
+        found = json.loads((tmp_path / "reports" / f"{name}.json").read_text())
+        assert found["feasible"]
+        assert (tmp_path / "reports" / f"{name}.png").stat().st_size > 0
+    with pytest.raises(SystemExit):
+        program.main(["--checkpoint", str(tmp_path / "missing.pt")])
+    example("train").main(["--epochs", "1", "--output", str(tmp_path)])
+    capsys.readouterr()
+    assert program.main(["--checkpoint", str(tmp_path / "checkpoint.pt"), "--fold"]) == 0
+    text = capsys.readouterr().out
+    assert "before and after" in text
+    assert "margin" in text
+
+
+def test_table_2_marks_the_entries_that_points_exceed(capsys):
+    program = example("table2")
+    program.main(["--points", "50", "--sizes", "3x3", "4x2"])
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.strip().startswith("‖w‖")]
+    assert len(rows) == 18
+    assert all(("exceeded" in row) == ("2→1" in row) for row in rows)
+    assert any("2→1 = 3; the paper has B^¼ = 1.316" in line for line in lines)
+    with pytest.raises(SystemExit):
+        program.main(["--sizes", "2x3"])
