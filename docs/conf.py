@@ -75,6 +75,7 @@ intersphinx_mapping = {
     "python": ("https://docs.python.org/3", "inventories/python.inv"),
     "numpy": ("https://numpy.org/doc/stable", "inventories/numpy.inv"),
     "matplotlib": ("https://matplotlib.org/stable", "inventories/matplotlib.inv"),
+    "pandas": ("https://pandas.pydata.org/docs", "inventories/pandas.inv"),
     "torch": ("https://docs.pytorch.org/docs/stable", "inventories/torch.inv"),
     "geoopt": ("https://geoopt.readthedocs.io/en/latest", "inventories/geoopt.inv"),
 }
@@ -82,6 +83,7 @@ intersphinx_mapping = {
 # Where the name that code uses, or the place of a definition, is not the name that a project documents.
 _DOCUMENTED_AS = {
     "Axes": "matplotlib.axes.Axes",
+    "Figure": "matplotlib.figure.Figure",
     "Tensor": "torch.Tensor",
     "geoopt.Euclidean": "geoopt.manifolds.Euclidean",
     "geoopt.ManifoldParameter": "geoopt.tensor.ManifoldParameter",

@@ -149,13 +149,13 @@ def group_norms(components: Tensor, labels: Tensor, n_groups: int) -> MatrixNorm
 def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
     r"""The smallest upper bounds of the three norms on a manifold of radius 1; at radius r they are r times these.
 
-    ========  ===========  =========  ========================
-    kind      Frobenius    spectral   2→1
-    ========  ===========  =========  ========================
-    sphere    1 (always)   1          √A
-    oblique   √B (always)  √B         √(AB)
-    stiefel   √B (always)  1 (always) √(AB)
-    ========  ===========  =========  ========================
+    ========  ===========  ===========  ======
+    kind      Frobenius    spectral     2→1
+    ========  ===========  ===========  ======
+    sphere    1 (always)   1            √A
+    oblique   √B (always)  √B           √(AB)
+    stiefel   √B (always)  1 (always)   √(AB)
+    ========  ===========  ===========  ======
 
     "Always": every point has this norm. The 2→1 bounds are attained where all rows have the same norm, e.g. on square
     orthogonal matrices. [Ozay2019]_, Table 2, prints 1, B^¼, B^¼ there, which contradicts its caption's definition: the
