@@ -202,7 +202,7 @@ class _PolarFactor(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore
         u, h, vh = torch.linalg.svd(x, full_matrices=False)
-        return u @ vh, vh.mT.contiguous(), h
+        return polish(u @ vh), vh.mT.contiguous(), h
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -226,7 +226,8 @@ class _PolarPullback(torch.autograd.Function):
         # in the eigenbasis of H. Pairs of zero singular values have no derivative and contribute nothing.
         along = q.mT @ grad
         sums = h.unsqueeze(-1) + h.unsqueeze(-2)
-        skew = v.mT @ (along - along.mT) @ v
+        turned = v.mT @ along @ v
+        skew = turned - turned.mT  # its diagonal is zero, not the rounding of zero: it is divided by h
         rotation = q @ (v @ _divide_or_zero(skew, sums) @ v.mT)
         if q.shape[-2] == q.shape[-1]:
             return rotation  # nothing is across; its rounding, divided by a small h, would not be nothing

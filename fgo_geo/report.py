@@ -439,7 +439,7 @@ class Report:
                 ax.hlines(rows, low[rows], high[rows], color=colour, lw=1)
                 ax.hlines(rows, lower[rows], upper[rows], color=colour, lw=4, alpha=0.5)
                 ax.plot(middle[rows], rows, "o", color=colour, ms=3.5, label=kind)
-        if (quantiles > 0).all():
+        if low.min() > 0 and high.max() > 5 * low.min():
             ax.set_xscale("log")
         ax.set_title(f"{_TITLES[norm]} of the groups", fontsize=9)
 

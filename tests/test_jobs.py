@@ -238,14 +238,26 @@ def test_equal_manifolds_of_many_layers_share_a_job() -> None:
 def test_layers_that_have_been_smaller_have_a_job_of_their_own() -> None:
     """Their momentum may be longer, relative to the radius, than that of layers that have always been as large."""
     grouped = Grouped(WeightLayout((4, 3, 3, 3)), (collection(4, 3, "layer", "stiefel"),))
-    params = [parameter(grouped, 0.5, seed) for seed in range(2)]
+    params = [parameter(grouped, radius) for radius in (0.5, 0.5, 0.1)]
     params[1].manifold.set_radius(0.1)
     params[1].manifold.set_radius(0.5)
     assert params[1].manifold.smallest_radii == [0.1]
     for param in params:
         param.grad = normal(param.shape, 0)
     jobs = join([piece for p in params for piece in pieces_of(p, p.manifold, None)])
-    assert [job.smallest_radius for job in jobs] == [0.5, 0.1]
+    assert [job.smallest_radius for job in jobs] == [0.5, 0.1, 0.1]
+
+
+def test_layers_that_share_a_manifold_with_many_radii_are_kept_apart() -> None:
+    manifold = ProductOfGroups(collection(4, 3, "layer", "sphere"), (4, 3, 3, 3), 0.5 + normal((4, 3), 0).abs())
+    params = [geoopt.ManifoldParameter(manifold.random(4, 3, 3, 3, dtype=torch.float64)) for _ in range(2)]
+    optimizer = RiemannianFGSGD(params, lr=0.1)
+    for step in range(2):
+        for number, param in enumerate(params):
+            param.grad = normal(param.shape, 10 * step + number)
+        optimizer.step()
+    for param in params:
+        assert float(manifold.violation(param.detach()).max()) < 1e-12
 
 
 @pytest.mark.parametrize("radius_invariant", [False, True])
@@ -253,16 +265,13 @@ def test_growing_radii_keep_long_momentum_on_the_stiefel_manifold(radius_invaria
     """The bound on steps follows from the smallest radius so far, since dilated momentum keeps its relative length."""
     grouped = Grouped(WeightLayout((4, 3, 3, 3)), (collection(4, 3, "layer", "stiefel"),))
     param = parameter(grouped, 0.01)
-    optimizer = RiemannianFGSGD([param], lr=0.3, momentum=0.9, radius_invariant=radius_invariant)
-    grad = normal(grouped.shape, 0)
-    for _ in range(30):
-        param.grad = grad
-        optimizer.step()
-    with torch.no_grad():
-        param.manifold.set_radius(1.0)
-        param.mul_(100.0)
-        optimizer.state[param]["momentum_buffer"].mul_(100.0)
-    for _ in range(3):
-        param.grad = torch.zeros_like(grad)
+    optimizer = RiemannianFGSGD([param], lr=0.05, momentum=0.9, radius_invariant=radius_invariant)
+    for step in range(4):
+        param.grad = normal(grouped.shape, 0) * (0 if step > 1 else 0.06)
         optimizer.step()
         assert float(param.manifold.violation(param.detach()).max()) < 1e-12
+        if step == 1:
+            with torch.no_grad():
+                param.manifold.set_radius(1.0)
+                param.mul_(100.0)
+                optimizer.state[param]["momentum_buffer"].mul_(100.0)

@@ -177,7 +177,7 @@ def test_the_bounds_hold_for_every_raw_weight(
         with torch.no_grad():
             raw_of(layer).copy_(size * normal(seed, *raw_of(layer).shape))
         assert layer.weight.dtype == dtype
-        assert excess(layer, norms, bound) <= 2 * torch.finfo(dtype).eps + ORACLE_ERROR
+        assert excess(layer, norms, bound) <= 4 * torch.finfo(dtype).eps + ORACLE_ERROR
 
 
 @given(layers, groupings())

@@ -287,6 +287,13 @@ def test_convolutions_have_an_operator_norm_at_the_size_that_they_see(case):
         assert report(layer, (2, 6, 6), operator_norms=False).layers[0].operator_norm is None
 
 
+def test_a_tied_convolution_has_no_operator_norm_if_one_of_its_uses_has_none():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
+    assert report(model[0], (2, 6, 6)).layers[0].operator_norm > 0
+    model[1].weight = model[0].weight
+    assert report(model, (2, 6, 6)).layers[0].operator_norm is None
+
+
 @pytest.mark.parametrize("form", ["batch", "size", "labelled", "loader", "unlabelled loader"])
 def test_all_forms_of_data(form):
     model = small_network().train()
