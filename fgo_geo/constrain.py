@@ -117,6 +117,10 @@ class Plan:
         Raises:
             ValueError: If a parameter is missing, has another shape, or is off its manifold. Nothing has changed then.
         """
+        if self.model is not None and self.model is not model:
+            raise ValueError(
+                "this plan belongs to another model already; attach a copy, Plan.from_json(plan.to_json()), instead"
+            )
         targets = _targets(model, self.constrained)
         points: list[Tensor | None] = []
         for entry, param, manifold in targets:
@@ -600,6 +604,12 @@ def _restore(module: nn.Module, state_dict: Any, prefix: str, local_metadata: di
     text = local_metadata.get(_METADATA)
     entries = plan.entries if text is None else Plan.from_json(text).entries
     targets = _targets(module, (entry for entry in entries if entry.constrained))
+    absent = [entry.name for entry, *_ in targets if prefix + entry.name not in state_dict]
+    if absent and entries != plan.entries:
+        raise ValueError(
+            f"the state_dict has another plan than the model and lacks {few(absent)}, so the weights that the model "
+            "keeps would be on the wrong manifolds; load the whole state_dict, or constrain the model with the same seed"
+        )
     for entry, _, manifold in targets:
         value = state_dict.get(prefix + entry.name)
         if isinstance(value, Tensor) and not value.is_meta and tuple(value.shape) == entry.shape:

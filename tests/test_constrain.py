@@ -354,6 +354,10 @@ def test_other_types(dtype: torch.dtype) -> None:
     plan = constrain(model, radius="bound")
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert_on_manifolds(plan, 16 * torch.finfo(dtype).eps)
+    for entry, param in zip(plan.constrained, plan.parameters().values(), strict=True):
+        exact = entry.manifold().radius_map(param.detach().double())
+        radius = param.manifold.radius_map(param.detach().double())
+        torch.testing.assert_close(radius, exact, rtol=1e-15 if dtype == torch.float64 else 1e-7, atol=0)
 
 
 # -- and back ----------------------------------------------------------------------------------------------------
@@ -1049,7 +1053,7 @@ def test_half_precision_follows_the_features() -> None:
         ({"radius": "large"}, ValueError, "radius must be"),
         ({"radius": -1.0}, ValueError, "radius must be"),
         ({"radius": {"conv": "large"}}, ValueError, "radius must be"),
-        ({"bound": 0.0}, ValueError, "bound must be a positive number"),
+        ({"bound": 0.0}, ValueError, "^bound must be a positive number"),
         ({"components": "rows"}, ValueError, "components must be one of"),
         ({"initial": "zero"}, ValueError, "initial must be one of"),
         ({"statistics": "var"}, ValueError, "statistics must be one of"),
@@ -1128,3 +1132,27 @@ def test_entries_are_records() -> None:
     entry = PlanEntry(("a.weight", "b.weight"), "Linear", (2, 2), reason="is excluded")
     assert (entry.name, entry.constrained) == ("a.weight", False)
     assert PlanEntry.from_dict(json.loads(json.dumps(entry.to_dict()))) == entry
+
+
+def test_a_plan_of_one_model_is_not_attached_to_another():
+    first, second = (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 6, 3)) for _ in range(2))
+    plan = fgo_geo.constrain(first, "po", "sphere")
+    with pytest.raises(ValueError, match="belongs to another model already; attach a copy"):
+        plan.attach(second, project=True)
+    assert fgo_geo.plan_of(first) is plan
+    fgo_geo.Plan.from_json(plan.to_json()).attach(second, project=True)
+    assert fgo_geo.plan_of(second).model is second
+
+
+def test_a_checkpoint_of_another_plan_without_all_weights_is_refused_before_anything_changes():
+    model, other = (nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 6, 3)) for _ in range(2))
+    fgo_geo.constrain(model, "pi", ("sphere", "stiefel"), seed=0)
+    fgo_geo.constrain(other, "pi", ("sphere", "stiefel"), seed=1)
+    state = other.state_dict()
+    del state["1.weight"]
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match=r"has another plan than the model and lacks 1\.weight"):
+        model.load_state_dict(state, strict=False)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    for param in fgo_geo.plan_of(model).parameters().values():
+        assert param.manifold.violation(param.detach()).max() < 1e-5

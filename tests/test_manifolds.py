@@ -607,21 +607,22 @@ def test_batch_and_tensor_radius_are_a_loop_over_components(method: str, case: C
 
 @every_method
 @every_entry
-def test_points_broadcast_against_vectors(entry: Entry, method: str) -> None:
+def test_every_argument_broadcasts_over_the_batch(entry: Entry, method: str) -> None:
     case = fixed(entry, 5, 4, 3)
-    letters = METHODS[method][0]
-    x = fixed(entry, 4, 3).point() if entry.name != "sphere" else fixed(entry, 3).point()
-    everywhere = x.expand(case.shape)
-    y = case.manifold.expmap(everywhere, case.tangent(everywhere, 0.9))
-    values = {"y": y, "a": case.ambient(), "u": case.tangent(everywhere), "v": case.tangent(everywhere), "b": 1.0}
-    others = tuple(values[letter] for letter in letters[1:])
-    first = x if letters[0] == "x" else values["a"]
-    for result, expected in zip(
-        results(case.manifold, method, (first, *others)),
-        results(case.manifold, method, (first.expand(case.shape), *others)),
-        strict=True,
-    ):
-        torch.testing.assert_close(result.expand_as(expected), expected, rtol=0, atol=1e-14)
+    one = case.point()[(0,) * len(case.batch)].expand(case.shape)
+    x = case.manifold.expmap(one, case.tangent(one, 0.3))
+    values = {"x": x, "y": case.manifold.expmap(x, case.tangent(x, 0.3)), "b": 1.5}
+    values |= {"a": case.ambient(), "u": case.tangent(x), "v": case.tangent(x)}
+    for single in set(METHODS[method][0]) - {"b"}:
+        component = values[single][(1,) * len(case.batch)]
+        outcomes = []
+        for alone in (component, component.expand(case.shape)):
+            args = tuple({**values, single: alone}[letter] for letter in METHODS[method][0])
+            outcomes.append(results(case.manifold, method, args))
+        for result, expected in zip(*outcomes, strict=True):
+            if len(METHODS[method][0]) > 1:
+                assert result.shape == expected.shape
+            torch.testing.assert_close(result.expand_as(expected), expected, rtol=0, atol=1e-13)
 
 
 @every_method

@@ -359,6 +359,22 @@ def test_named_paddings(seed, size, kernel, dilation, padding):
     assert bound.item() >= exact
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@pytest.mark.parametrize(
+    ("weight", "size", "stride", "padding"),
+    [
+        ([1.0, -1.0], 3, 1, "same"),  # reads one position after the input and none before
+        ([1.0, 1.0, -1.0], 2, 2, 1),  # reads one position before the input and none after
+        ([1.0, -1.0, 1.0], 3, 1, 1),
+    ],
+)
+def test_padding_does_not_wrap_round(weight, size, stride, padding):
+    """With a shorter period, taps on the padding would read the other end of the input and cancel."""
+    weight = torch.tensor(weight, dtype=torch.float64).reshape(1, 1, -1)
+    exact = dense_norm(lambda x: F.conv1d(x, weight, stride=stride, padding=padding), 1, (size,))
+    assert conv_operator_norm_bound(weight, [size], stride, padding).item() >= exact
+
+
 @pytest.mark.parametrize(
     ("size", "kernel", "stride", "dilation", "patches"),
     [

@@ -278,7 +278,7 @@ class ComponentManifold(EmbeddedManifold):
                 raise TypeError(f"{self.name}: radius must be floating point, got dtype {radius.dtype}; use .float()")
             # Not persistent: like a radius that is a number, it is configuration and no state.
             self.register_buffer("radius", radius.detach().clone(), persistent=False)
-        elif isinstance(radius, Real):
+        elif isinstance(radius, Real) and not isinstance(radius, bool):
             self.radius = float(radius)
         else:
             raise TypeError(f"{self.name}: radius must be a real number or a tensor, got {radius!r}")

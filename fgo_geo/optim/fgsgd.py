@@ -37,7 +37,7 @@ __all__ = ["RiemannianFGSGD", "fgsgd_update"]
 StepSize = Literal["theorem", "constant"]
 Update = Literal["retraction", "exponential"]
 
-_UNKNOWN_LR_BOUND = 16.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
+_UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
 
 
 class _Options(TypedDict):
@@ -126,8 +126,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     r"""Riemannian SGD whose step size follows from the convergence theorem of FG-SGD.
 
     Every group ``G`` moves by ``-(lr / τ) grad`` with ``τ = ( max{1, R² (2 + R)²} )^{1/2}``, ``R`` the norm of its
-    Riemannian gradient ([Ozay2019]_, eq. 7). A parameter on a manifold is one group. Steps are never longer than
-    ``(√2 - 1) lr`` (with momentum ``μ``: ``(√2 - 1) lr / (1 - μ)``), whatever the gradient.
+    Riemannian gradient ([Ozay2019]_, eq. 7). A parameter on a manifold is one group. With the defaults, steps on
+    manifolds are never longer than ``(√2 - 1) lr`` (with momentum ``μ``: ``(√2 - 1) lr / (1 - μ)``), whatever the
+    gradient.
 
     Works for every manifold of Geoopt. Plain parameters and those on :class:`geoopt.Euclidean` take the step of
     :class:`torch.optim.SGD`, bit for bit. ``p.grad`` is read, never written. Weight decay acts where it means
@@ -145,16 +146,17 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             rounding drift).
         step_size: ``"theorem"`` divides by ``τ``; ``"constant"`` does not.
         rho: Bound ``ρ`` on the geodesic distance to the minimum.
-        curvature: Bound ``c`` on the sectional curvature; None for eq. 7 (``c <= 1``), ``"manifold"`` for the
-            manifold's own ``1/r²``.
+        curvature: Bound ``c`` on the sectional curvature; None for eq. 7 (``c <= 1``), ``"manifold"`` for our
+            manifolds' own ``1/r²`` (zero on Euclidean components, one on Geoopt's manifolds).
         radius_invariant: Measure ``R`` on the manifold of radius one. Training at radius ``r`` is then the same as
             training at radius one with the weight multiplied by ``r`` in the forward pass; eq. 7 as printed measures
             ``R`` where the weight lives.
         update: ``"retraction"`` or ``"exponential"`` (map).
         adapt_euclidean: Divide by ``τ`` on plain parameters too.
-        check_finite: Raise on a gradient that is not finite, before anything has changed. None checks
+        check_finite: Raise on a gradient on a manifold that is not finite, before anything has changed. None checks
             where reading the answer is free: on the CPU, outside of ``torch.compile``. Elsewhere such a group takes
-            no gradient in this step, stays on its manifold, and is counted in :meth:`skipped_groups`.
+            no gradient in this step, stays on its manifold, and is counted in :meth:`skipped_groups`. Plain
+            parameters are not checked, as in :class:`torch.optim.SGD`.
         maximize: Ascend instead of descend.
         foreach: For plain parameters, as in :class:`torch.optim.SGD`.
         fused: For plain parameters, as in :class:`torch.optim.SGD`.
@@ -233,6 +235,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             group.setdefault("longest_step", math.inf)  # its buffers may be of any length
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
+            _check_options(group)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, after checking its options and that its points lie on their manifolds.
@@ -273,7 +276,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
         Raises:
             RuntimeError: If a gradient is sparse. Nothing has changed then.
-            FloatingPointError: If a gradient is not finite and ``check_finite`` applies. Nothing has changed then.
+            FloatingPointError: If a gradient on a manifold is not finite and ``check_finite`` applies. Nothing has
+                changed then.
         """
         loss = None
         if closure is not None:
@@ -298,8 +302,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         """The divisors ``τ`` of the latest step.
 
         Returns:
-            For every parameter on a manifold that had a gradient, a tensor with one ``τ`` per group, on the parameter's
-            device. Reading it is the caller's synchronisation, not the step's.
+            For every parameter on a manifold that had a gradient (with ``adapt_euclidean``, for plain ones too), a
+            tensor with one ``τ`` per group, on the parameter's device. Reading it is the caller's synchronisation,
+            not the step's.
         """
         scales: dict[Tensor, Tensor] = {}
         for param, taus in self._step_scales.items():
@@ -523,7 +528,10 @@ def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
         return theorem_step_scale(norm, options["rho"], 0.0)
     if options["radius_invariant"] or not isinstance(job.manifold, ComponentManifold):
         return theorem_step_scale(norm, options["rho"])
-    own = torch.as_tensor(job.manifold.curvature_bound, dtype=norm.dtype, device=norm.device)
+    own = job.manifold.curvature_bound
+    if not isinstance(own, Tensor):
+        return theorem_step_scale(norm, options["rho"], own)
+    own = own.to(dtype=norm.dtype, device=norm.device)
     batch = job.x.shape[: -job.manifold.ndim]
     return theorem_step_scale(norm, options["rho"], job.groups.max(own.expand(batch).flatten()))
 
