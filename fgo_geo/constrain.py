@@ -6,11 +6,11 @@ shape and memory format on a :class:`~fgo_geo.ProductOfGroups`, so the model, it
 reads parameters work as before.
 
 The plan stays with the model. It travels in the metadata of ``state_dict``, so that groups and radii survive saving and
-loading exactly, and it guards what torch would lose in silence: a forward pass through a weight that has become a plain
-parameter (by ``to("meta")``, ``to_empty`` or sharding) is an error that names :meth:`Plan.attach`; after
+loading exactly, and it guards what torch would lose in silence: a forward pass of a model whose weights have become
+plain parameters (by ``to("meta")``, ``to_empty`` or sharding) is an error that names :meth:`Plan.attach`; after
 ``load_state_dict`` the plan attaches itself.
 
-This is the only file that rewrites a module.
+What a parameter gets is decided in :mod:`fgo_geo.choose`; this is the only file that rewrites a module.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import geoopt
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fgo_geo.choose import (
     Components,
@@ -329,7 +330,7 @@ def constrain(
         The plan.
 
     Raises:
-        ValueError: If the model is constrained already, a pattern matches nothing, a setting is unknown, a layer
+        ValueError: If the model is constrained or distributed already, a pattern matches nothing, a setting is unknown, a layer
             that was named cannot be constrained, or nothing is left to constrain. Nothing has changed then.
 
     Example:
@@ -342,7 +343,7 @@ def constrain(
         >>> bool(model[2].weight.manifold.violation(model[2].weight).max() < 1e-5)
         True
     """
-    _refuse_constrained(model)
+    _require_fresh(model)
     rules: Mapping[Pattern, RadiusRule] = radius if isinstance(radius, Mapping) else {}
     rule: RadiusRule = "kaiming" if isinstance(radius, Mapping) else radius
     overrides = overrides or {}
@@ -413,7 +414,12 @@ def _plans(model: nn.Module) -> list[Plan]:
 # -- changing a model -----------------------------------------------------------------------------------------
 
 
-def _refuse_constrained(model: nn.Module) -> None:
+def _require_fresh(model: nn.Module) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "constrain: this model is wrapped in DistributedDataParallel, which would go on with the old parameters; "
+            "constrain the model before wrapping it"
+        )
     if _plans(model) or any(isinstance(p, geoopt.ManifoldParameter) for p in model.parameters()):
         raise ValueError(
             "constrain: this model, or a part of it, has manifold parameters already; call fgo_geo.unconstrain(model) "
@@ -607,8 +613,8 @@ def _restore(module: nn.Module, state_dict: Any, prefix: str, local_metadata: di
     absent = [entry.name for entry, *_ in targets if prefix + entry.name not in state_dict]
     if absent and entries != plan.entries:
         raise ValueError(
-            f"the state_dict has another plan than the model and lacks {few(absent)}, so the weights that the model "
-            "keeps would be on the wrong manifolds; load the whole state_dict, or constrain the model with the same seed"
+            f"the state_dict has another plan than the model and lacks {few(absent)}, so the weights that the "
+            "model keeps would be on the wrong manifolds; load the whole state_dict, or constrain the model with the same seed"
         )
     for entry, _, manifold in targets:
         value = state_dict.get(prefix + entry.name)
