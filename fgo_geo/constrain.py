@@ -330,8 +330,9 @@ def constrain(
         The plan.
 
     Raises:
-        ValueError: If the model is constrained or distributed already, a pattern matches nothing, a setting is unknown, a layer
-            that was named cannot be constrained, or nothing is left to constrain. Nothing has changed then.
+        ValueError: If the model is constrained or distributed already, a pattern matches nothing, a setting is
+            unknown, a layer that was named cannot be constrained, or nothing is left to constrain. Nothing has changed
+            then.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
@@ -613,8 +614,9 @@ def _restore(module: nn.Module, state_dict: Any, prefix: str, local_metadata: di
     absent = [entry.name for entry, *_ in targets if prefix + entry.name not in state_dict]
     if absent and entries != plan.entries:
         raise ValueError(
-            f"the state_dict has another plan than the model and lacks {few(absent)}, so the weights that the "
-            "model keeps would be on the wrong manifolds; load the whole state_dict, or constrain the model with the same seed"
+            f"the state_dict has another plan than the model and lacks {few(absent)}, so the weights that the model "
+            "keeps would be on the wrong manifolds; load the whole state_dict, or constrain the model with the same "
+            "settings"
         )
     for entry, _, manifold in targets:
         value = state_dict.get(prefix + entry.name)

@@ -34,24 +34,25 @@ def double(*values):
 # -- Table 1 as printed, in numbers of any size ------------------------------------------------------------------------
 
 
-def product(values):
-    return mpmath.fprod(mpmath.mpf(float(value)) for value in values.reshape(-1))
+def products(norms, field):
+    """The product over the groups of every layer."""
+    return [mpmath.fprod(map(mpmath.mpf, getattr(layer, field).reshape(-1).tolist())) for layer in norms]
 
 
 def printed(name, norms, n_samples, margin=1.0, distance_norms=None, width=1.0, depth_factor="exponential"):
     """Natural logarithm of a bound of Table 1, by its formula."""
     depth = len(norms)
     with mpmath.workdps(40):
-        frobenius = [product(layer.frobenius) for layer in distance_norms or norms]
-        two_to_one = [product(layer.two_to_one) for layer in distance_norms or norms]
-        spectral = [product(layer.spectral) for layer in norms]
         rate = 1 / (mpmath.mpf(margin) * mpmath.sqrt(n_samples))
         if name == "neyshabur2015":
             factor = {"exponential": mpmath.mpf(2) ** depth, "golowich": mpmath.sqrt(depth), "none": 1}[depth_factor]
-            return float(mpmath.log(factor * rate * mpmath.fprod(frobenius)))
+            return float(mpmath.log(factor * rate * mpmath.fprod(products(norms, "frobenius"))))
+        spectral = products(norms, "spectral")
         if name == "bartlett2017":
+            two_to_one = products(distance_norms or norms, "two_to_one")
             ratios = [mpmath.power(t / s, mpmath.mpf(2) / 3) for t, s in zip(two_to_one, spectral, strict=True)]
             return float(mpmath.log(rate * mpmath.fprod(spectral) * mpmath.power(mpmath.fsum(ratios), 1.5)))
+        frobenius = products(distance_norms or norms, "frobenius")
         widths = width if isinstance(width, list) else [width] * depth
         ratios = [w * (f / s) ** 2 for w, f, s in zip(widths, frobenius, spectral, strict=True)]
         return float(mpmath.log(rate * mpmath.fprod(spectral) * depth * mpmath.sqrt(mpmath.fsum(ratios))))

@@ -8,11 +8,13 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import geoopt
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import layers
@@ -1102,6 +1104,17 @@ def test_constraining_what_has_lost_its_manifolds() -> None:
     constrain(model)
     with pytest.raises(ValueError, match="already"):
         constrain(model.to("meta").to_empty(device="cpu"))
+
+
+def test_constraining_what_is_distributed(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = net()
+        with pytest.raises(ValueError, match="constrain the model before wrapping it"):
+            constrain(nn.parallel.DistributedDataParallel(model))
+        assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    finally:
+        dist.destroy_process_group()
 
 
 def test_constraining_with_parameters_declared_by_hand() -> None:

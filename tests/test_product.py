@@ -243,6 +243,18 @@ def test_one_group_is_one_manifold(kind: str, radius: float) -> None:
         assert torch.equal(getattr(product, method)(*tensors), getattr(single, method)(*tensors)), method
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 1, 5), (4, 3, 5, 1), (4, 3, 5)])
+def test_all_kinds_of_kernels_with_one_row_or_column_are_spheres(shape: tuple[int, ...]) -> None:
+    sphere, *others = (ProductOfGroups(collection(4, 3, "layer", kind), shape, 0.4) for kind in list(SINGLE)[:3])
+    case = Case(Grouped(sphere.layout, sphere.collections), sphere, [[0.4] * 12], seed=0)
+    for method, letters in METHODS.items():
+        if method in ("transp_follow_expmap", "logmap"):
+            continue  # Stiefel transports by projection; its logarithm is iterative
+        tensors = arguments(case, letters)
+        for other in others:
+            close(getattr(other, method)(*tensors), getattr(sphere, method)(*tensors))
+
+
 def flat_kernels(x: Tensor) -> Tensor:
     return x.reshape(12, 6)
 

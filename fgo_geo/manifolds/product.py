@@ -68,7 +68,7 @@ class ProductOfGroups(EmbeddedManifold):
             ``(D, C)`` with one per kernel; for every part of the partition a tensor ``(n,)`` with one per component; or
             a function of the partition that returns one of these.
         exact: Let :meth:`retr` and :meth:`retr_transp` follow geodesics. They are reversible then, as Geoopt's
-            samplers demand.
+            samplers demand. For a parameter at hand: ``param.manifold.exact = True``.
 
     Attributes:
         partition: How the weight is cut into components.
