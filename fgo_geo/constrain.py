@@ -7,8 +7,8 @@ reads parameters work as before.
 
 The plan stays with the model. It travels in the metadata of ``state_dict``, so that groups and radii survive saving and
 loading exactly, and it guards what torch would lose in silence: a forward pass of a model whose weights have become
-plain parameters (by ``to("meta")``, ``to_empty`` or sharding) is an error that names :meth:`Plan.attach`; after
-``load_state_dict`` the plan attaches itself.
+plain parameters (by ``to("meta")``, ``to_empty`` or sharding) is an error that names :meth:`Plan.attach` (inside
+``torch.compile`` nothing checks, call :meth:`Plan.check`); after ``load_state_dict`` the plan attaches itself.
 
 What a parameter gets is decided in :mod:`fgo_geo.choose`; this is the only file that rewrites a module.
 """
@@ -116,7 +116,8 @@ class Plan:
             This plan, now the model's.
 
         Raises:
-            ValueError: If a parameter is missing, has another shape, or is off its manifold. Nothing has changed then.
+            ValueError: If a parameter is missing, has another shape, or is off its manifold, or the plan is another
+                model's. Nothing has changed then.
         """
         if self.model is not None and self.model is not model:
             raise ValueError(
