@@ -71,16 +71,15 @@ def neyshabur2015(
 ) -> Tensor:
     r"""Frobenius measure, ``log( f(L) · Π_l Π_g δ_F / (γ √N) )``.
 
-    Left out: the norm of the inputs, the number of classes and constants. The theorem's ``2^{L-1}`` is ``2^L`` in
-    Table 1.
+    Left out: the norm of the inputs, the number of classes and constants.
 
     Args:
         norms: One :class:`~fgo_geo.norms.MatrixNorms` per layer; its fields hold one number per group, shape
             ``(G_l,)``, or one for the whole layer, shape ``()``.
         n_samples: Number N of training samples.
         margin: The margin γ > 0 that the logits are divided by, in units of the logits; 1 gives Table 1.
-        depth_factor: ``f(L)``: ``"exponential"`` is ``2^L`` ([Neyshabur2015]_), ``"golowich"`` is ``√L``
-            ([Golowich2018]_, theorem 1), ``"none"`` is 1.
+        depth_factor: ``f(L)``: ``"exponential"`` is ``2^L`` (Table 1), ``"golowich"`` is ``√L``, the dependence on the
+            depth to which [Golowich2018]_ improved it, ``"none"`` is 1.
 
     Returns:
         The natural logarithm, a float64 scalar.
@@ -91,7 +90,7 @@ def neyshabur2015(
             positive, or the depth factor is unknown.
 
     Source:
-        [Ozay2019]_, Table 1; [Neyshabur2015]_, theorem 1 with p = q = 2.
+        [Ozay2019]_, Table 1, which attributes it to [Neyshabur2015]_.
 
     Example:
         Two layers of Frobenius norm 3 and four samples: 2² · 9 / 2 = 18.
@@ -181,11 +180,10 @@ def neyshabur2018(
 ) -> Tensor:
     r"""PAC-Bayesian spectral measure, ``log( Π_l Π_g δ₂ / (γ √N) · ( L² ϖ Σ_l Π_g (δ_F / δ₂)² )^{1/2} )``.
 
-    The theorem has the weights themselves in the numerator (reference zero). Its proof puts a Gaussian prior around
-    zero; with a prior around another matrix that is fixed before the data are seen, such as the initialisation, the
-    distance takes their place (``distance_norms``).
+    The numerator holds the weights themselves, or their distances from reference matrices that are fixed before the
+    data are seen, such as the initialisation (``distance_norms``): so [Bartlett2017]_, section 3.4, quotes the bound.
 
-    Left out: the bound on the norm of the inputs, the factor ``√log(L ϖ)``, the constant and the term ``log(L N/δ)``.
+    Left out: the norm of the inputs, logarithmic factors, constants and the term of the confidence.
 
     Args:
         norms: Norms of the weights as in :func:`neyshabur2015`.
@@ -204,7 +202,7 @@ def neyshabur2018(
         ValueError: As :func:`bartlett2017`, or if a width isn't positive or there isn't one per layer.
 
     Source:
-        [Ozay2019]_, Table 1; [Neyshabur2018]_, theorem 1.
+        [Ozay2019]_, Table 1; [Neyshabur2018]_, as quoted in [Bartlett2017]_, section 3.4.
 
     Example:
         One layer with ‖W‖₂ = 2 and ‖W‖_F = 3, width 4, nine samples: 2 · √(4 · (3/2)²) / 3 = 2.
@@ -252,7 +250,7 @@ def margins(logits: Tensor, targets: Tensor) -> Tensor:
         ValueError: If the shapes don't fit, there are fewer than two classes, or a target is out of range.
 
     Source:
-        [Bartlett2017]_, section 1.
+        [Bartlett2017]_, section 1.1.
 
     Example:
         >>> margins(torch.tensor([[3.0, 1.0, 0.0], [0.0, 2.0, 5.0]]), torch.tensor([0, 1]))

@@ -33,6 +33,7 @@ __all__ = [
     "Site",
     "Wanted",
     "check_patterns",
+    "collections_of",
     "entry_of",
     "few",
     "settings_of",
@@ -260,7 +261,12 @@ class Wanted:
 
 
 def check_patterns(argument: str, patterns: Iterable[Pattern], sites: Sequence[Site]) -> None:
-    """Raise ValueError if a pattern matches no parameter."""
+    """Raise ValueError if there are no patterns but a word, or one matches no parameter."""
+    if isinstance(patterns, str):
+        raise ValueError(
+            f"constrain: {argument} is {patterns!r}; expected a mapping from names, globs or module types, e.g. "
+            f'{{"layer4.*": ...}}'
+        )
     for pattern in patterns:
         if not isinstance(pattern, (str, type)):
             raise ValueError(f"constrain: {argument} has {pattern!r}, expected a name, a glob or a module type")
@@ -338,6 +344,11 @@ def settings_of(
     known = {f.name for f in fields(base)}
     for pattern, changes in overrides.items():
         if site.matches(pattern):
+            if not isinstance(changes, Mapping):
+                raise ValueError(
+                    f"constrain: overrides[{pattern!r}] is {changes!r}; expected a mapping from arguments to values, "
+                    'e.g. {"strategy": "layer", "manifolds": "stiefel"}'
+                )
             if unknown := set(changes) - known:
                 raise ValueError(f"constrain: overrides[{pattern!r}] may change {sorted(known)}, got {sorted(unknown)}")
             try:
@@ -359,26 +370,19 @@ def entry_of(site: Site, settings: Settings, reason: str | None) -> tuple[PlanEn
     layout = site.layout()
     if isinstance(layout, str) or reason is not None:
         return replace(alone, reason=layout if isinstance(layout, str) else reason), None
-    components = settings.components
-    if components == "auto":
-        components = "block" if math.prod(layout.kernel) == 1 else "kernel"
-    collections = [
-        collection(
-            layout.out_channels // layout.sections,
-            layout.in_channels,
-            settings.strategy,
-            settings.manifolds,
-            settings.selection,
-            settings.seed,
-            components=components,
-            name=alone.name if layout.sections == 1 else f"{alone.name}[{section}]",
-        )
-        for section in range(layout.sections)
-    ]
+    collections = collections_of(
+        layout,
+        settings.strategy,
+        settings.manifolds,
+        settings.selection,
+        settings.seed,
+        settings.components,
+        alone.name,
+    )
     entry = replace(
         alone,
         layout=layout,
-        collections=tuple(collections),
+        collections=collections,
         radius=settings.radius,
         bound=settings.bound,
         statistics=settings.statistics,
@@ -387,3 +391,46 @@ def entry_of(site: Site, settings: Settings, reason: str | None) -> tuple[PlanEn
         return entry, entry.manifold()
     except ValueError as error:
         return replace(alone, reason=f"cannot be constrained like this: {error}"), None
+
+
+def collections_of(
+    layout: WeightLayout,
+    strategy: str,
+    manifolds: str | Sequence[str],
+    selection: str,
+    seed: int,
+    components: Components,
+    name: str,
+) -> tuple[Collection, ...]:
+    """The groups of a weight: one collection per section of its layout.
+
+    Args:
+        layout: How the weight is stored.
+        strategy: As in :func:`fgo_geo.grouping.collection`, like the next three.
+        manifolds: Manifold kinds.
+        selection: ``"random"`` or ``"deterministic"``.
+        seed: Seed of a random selection.
+        components: ``"kernel"``, ``"block"``, or ``"auto"``: kernels for spatial convolutions, blocks of the matrix
+            for all others.
+        name: The layer's name; a random selection depends on it, and on the number of the section.
+
+    Example:
+        >>> packed = WeightLayout((12, 4), sections=3)
+        >>> [made.name for made in collections_of(packed, "layer", "sphere", "random", 0, "auto", "attention")]
+        ['attention[0]', 'attention[1]', 'attention[2]']
+    """
+    if components == "auto":
+        components = "block" if math.prod(layout.kernel) == 1 else "kernel"
+    return tuple(
+        collection(
+            layout.out_channels // layout.sections,
+            layout.in_channels,
+            strategy,
+            manifolds,
+            selection,
+            seed,
+            components=components,
+            name=name if layout.sections == 1 else f"{name}[{section}]",
+        )
+        for section in range(layout.sections)
+    )

@@ -16,14 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fgo_geo.components import Partition, WeightLayout
+from fgo_geo.components import CONVOLUTIONS, Partition, WeightLayout
 
 __all__ = [
     "FeatureStatistics",
@@ -33,6 +33,7 @@ __all__ = [
     "component_lambda",
     "is_tracked",
     "kernel_lambda",
+    "require_trackable",
     "rescaling_lambda",
     "track",
     "untrack",
@@ -172,8 +173,6 @@ def _of_all_processes(count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor,
 
 # -- layers ------------------------------------------------------------------------------------------------------
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
 
 @dataclass(frozen=True)
 class TrackingHandle:
@@ -221,20 +220,30 @@ def track(module: nn.Module, momentum: float | None = 0.1) -> TrackingHandle:
         >>> handle.statistics.num_batches_tracked
         tensor(1)
     """
-    kind = type(module).__name__
-    if not isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
-        raise TypeError(f"track takes a convolution or a linear layer, got a {kind}: its input has no known channels")
-    if is_tracked(module):
-        raise ValueError(f"this {kind} is tracked already; untrack it first")
-    weight = module.weight
-    if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise ValueError(f"this {kind} has no weight yet; run a forward pass through it first")
-    channels = module.in_features if isinstance(module, nn.Linear) else module.in_channels
-    dtype = torch.promote_types(weight.dtype, torch.float32)
-    statistics = FeatureStatistics(channels, momentum, weight.device, dtype).train(module.training)
+    require_trackable(module)
+    layer = cast("nn.Linear | nn.Conv2d", module)
+    channels = layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    statistics = FeatureStatistics(channels, momentum, layer.weight.device, dtype).train(module.training)
     statistics.hook = module.register_forward_pre_hook(_record, with_kwargs=True)
     setattr(module, _ATTRIBUTE, statistics)
     return TrackingHandle(module)
+
+
+def require_trackable(module: nn.Module) -> None:
+    """Raise if :func:`track` would.
+
+    Raises:
+        TypeError: If the module is no convolution and no linear layer.
+        ValueError: If it is tracked already, or lazy and not initialised yet.
+    """
+    kind = type(module).__name__
+    if not isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        raise TypeError(f"track takes a convolution or a linear layer, got a {kind}: its input has no known channels")
+    if is_tracked(module):
+        raise ValueError(f"this {kind} is tracked already; untrack it first")
+    if isinstance(module.weight, nn.parameter.UninitializedParameter):
+        raise ValueError(f"this {kind} has no weight yet; run a forward pass through it first")
 
 
 def is_tracked(module: nn.Module) -> bool:

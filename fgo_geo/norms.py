@@ -26,19 +26,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fgo_geo.components import Partition
+
 __all__ = [
     "MatrixNorms",
+    "Norm",
     "conv_operator_norm_bound",
     "conv_operator_norm_circular",
     "group_norms",
     "manifold_norm_bounds",
     "matrix_norms",
+    "norms_of_groups",
 ]
+
+Norm = Literal["frobenius", "spectral", "2->1"]  # the fields of MatrixNorms, in words and in their order
 
 
 class MatrixNorms(NamedTuple):
@@ -146,8 +153,43 @@ def group_norms(components: Tensor, labels: Tensor, n_groups: int) -> MatrixNorm
     )
 
 
+def norms_of_groups(cut: Partition, weight: Tensor) -> MatrixNorms:
+    """Norms of every group of a weight: :func:`group_norms` for each part of its partition.
+
+    Args:
+        cut: The partition of the weight.
+        weight: The weight, as its layer stores it.
+
+    Returns:
+        Norms of shape ``(G,)``, in the order of the collections.
+
+    Raises:
+        TypeError: If the weight isn't real and floating point.
+
+    Example:
+        A linear layer whose input channels are one group on a sphere and one on an oblique manifold.
+
+        >>> from fgo_geo.components import WeightLayout, partition
+        >>> from fgo_geo.grouping import collection
+        >>> pi = collection(2, 2, "pi", ("sphere", "oblique"), components="block")
+        >>> cut = partition([pi], WeightLayout((2, 2)))
+        >>> norms_of_groups(cut, torch.tensor([[3.0, 0.0], [4.0, 1.0]])).frobenius
+        tensor([5., 1.])
+    """
+    per_part: list[MatrixNorms] = []
+    for segments, components in zip(cut.segments, cut.split(weight), strict=True):
+        if segments.count == segments.total:
+            per_part.append(matrix_norms(components))
+        else:
+            labels = segments.spread(torch.arange(segments.count, device=components.device))
+            per_part.append(group_norms(components, labels, segments.count))
+    order = torch.from_numpy(np.concatenate(cut.groups)).to(weight.device)
+    fields = (torch.cat(field) for field in zip(*per_part, strict=True))
+    return MatrixNorms(*(torch.empty_like(field).index_copy(0, order, field) for field in fields))
+
+
 def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
-    r"""The smallest upper bounds of the three norms on a manifold of radius 1; at radius r they are r times these.
+    r"""The smallest upper bounds of the three norms at radius 1; at radius r they are r times these.
 
     ========  ===========  ===========  ======
     kind      Frobenius    spectral     2→1
@@ -155,14 +197,16 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
     sphere    1 (always)   1            √A
     oblique   √B (always)  √B           √(AB)
     stiefel   √B (always)  1 (always)   √(AB)
+    spectral  √B           1            √(AB)
     ========  ===========  ===========  ======
 
-    "Always": every point has this norm. The 2→1 bounds are attained where all rows have the same norm, e.g. on square
-    orthogonal matrices. [Ozay2019]_, Table 2, prints 1, B^¼, B^¼ there, which contradicts its caption's definition: the
-    3 x 3 identity has 2→1 norm 3 (Mathematics, section 5, errata).
+    "Always": every point has this norm. ``"spectral"`` is the ball of the spectral norm, the convex hull of the Stiefel
+    manifold; norms are convex, so its bounds are the same. The 2→1 bounds are attained where all rows have the same
+    norm, e.g. on square orthogonal matrices. [Ozay2019]_, Table 2, prints 1, B^¼, B^¼ there (sphere, oblique, Stiefel),
+    which contradicts its caption's definition: the 3 x 3 identity has 2→1 norm 3 (Mathematics, section 5, errata).
 
     Args:
-        kind: ``"sphere"``, ``"oblique"`` or ``"stiefel"``.
+        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"`` or ``"spectral"``.
         rows: A, the component's rows.
         columns: B, its columns.
 
@@ -171,7 +215,7 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
 
     Raises:
         ValueError: For another kind (a Euclidean component has no bound), sizes below 1, or ``rows < columns`` on
-            the Stiefel manifold.
+            the Stiefel manifold and in its hull.
 
     Example:
         >>> bounds = manifold_norm_bounds("stiefel", rows=3, columns=3)
@@ -180,12 +224,14 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
     """
     if rows < 1 or columns < 1:
         raise ValueError(f"the component is {rows} x {columns}; expected at least 1 x 1")
-    if kind == "stiefel" and rows < columns:
-        raise ValueError(f"a Stiefel component is {rows} x {columns}; expected rows >= columns: transpose it")
+    if kind in ("stiefel", "spectral") and rows < columns:
+        raise ValueError(f"a {kind} component is {rows} x {columns}; expected rows >= columns: transpose it")
+    of_stiefel = (math.sqrt(columns), 1.0, math.sqrt(rows * columns))
     bounds = {
         "sphere": (1.0, 1.0, math.sqrt(rows)),
         "oblique": (math.sqrt(columns), math.sqrt(columns), math.sqrt(rows * columns)),
-        "stiefel": (math.sqrt(columns), 1.0, math.sqrt(rows * columns)),
+        "stiefel": of_stiefel,
+        "spectral": of_stiefel,
     }
     if kind not in bounds:
         raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, bounds))}: other kinds bound no norm")

@@ -6,6 +6,8 @@ the geometric factor ``γ``, a constant known from shapes:
 * :func:`kaiming_radius` keeps the signal: a uniformly random point has entry variance ``2 / fan_in``;
 * :func:`bounding_radius` bounds the norms of the whole group by ``β``.
 
+Both read from :func:`~fgo_geo.norms.manifold_norm_bounds` what norms a component has at radius one.
+
 :func:`group_radii` evaluates a rule for every group of a partition. The statistical factor ``λ`` is measured while
 training, see :mod:`fgo_geo.feature_stats`.
 """
@@ -13,13 +15,15 @@ training, see :mod:`fgo_geo.feature_stats`.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fgo_geo.components import Partition
+from fgo_geo.norms import Norm, manifold_norm_bounds
 
 __all__ = [
     "RadiusRule",
@@ -28,24 +32,13 @@ __all__ = [
     "check_rule",
     "group_radii",
     "kaiming_radius",
-    "unit_frobenius_norm",
 ]
 
 RadiusRule = Literal["kaiming", "unit", "bound"] | float
 
 
-def unit_frobenius_norm(kind: str, columns: int) -> float:
-    """Frobenius norm of a component at radius one: 1 for the sphere, ``√B`` for oblique and Stiefel.
-
-    Example:
-        >>> unit_frobenius_norm("stiefel", 4)
-        2.0
-    """
-    return 1.0 if kind == "sphere" else math.sqrt(columns)
-
-
 def kaiming_radius(kind: str, rows: int, columns: int, fan_in: int) -> float:
-    """The radius at which a uniformly random component has entry variance ``2 / fan_in``.
+    """The radius at which a uniformly random component has entry variance ``2 / fan_in`` ([He2015]_).
 
     A component ``A x B`` of norm ``r F`` (``F`` the norm at radius one) has entry variance ``r² F² / (A B)``, hence
     ``r = sqrt(2 A B / (fan_in F²))``: ``sqrt(2 / C)`` for sphere kernels, ``sqrt(2 / (C B))`` for oblique and Stiefel
@@ -60,44 +53,54 @@ def kaiming_radius(kind: str, rows: int, columns: int, fan_in: int) -> float:
     Returns:
         The radius.
 
+    Raises:
+        ValueError: If components of this kind have no norm that their radius bounds.
+
     Example:
         >>> kaiming_radius("sphere", 3, 3, fan_in=8 * 9)
         0.5
     """
-    return math.sqrt(2 * rows * columns / fan_in) / unit_frobenius_norm(kind, columns)
+    return math.sqrt(2 * rows * columns / fan_in) / float(manifold_norm_bounds(kind, rows, columns).frobenius)
 
 
-def bounding_radius(kind: str, rows: int, columns: int, count: int, bound: float, two_to_one: bool = True) -> float:
-    """The radius at which all norms of a group of ``count`` components are at most ``bound``.
+def bounding_radius(
+    kind: str, rows: int, columns: int, count: int, bound: float, norms: Sequence[Norm] = get_args(Norm)
+) -> float:
+    """The largest radius at which the wanted norms of a group are at most ``bound``, wherever its components are.
 
-    The group's matrix, the components side by side, has Frobenius norm ``r F √n`` (``F`` the norm of a component at
-    radius one). That bounds the spectral norm, and ``√A`` times it the 2->1 norm. So ``r = β / (F √(A n))``, and
-    ``r = β / (F √n)`` for Frobenius and spectral norm only.
+    If a norm is at most ``b`` on the manifold of radius one, then that of ``n`` components of radius ``γ`` side by side
+    is at most ``γ b √n``, for each of the three norms; so ``γ = β / (√n max b)``. With all three norms the largest is
+    the 2->1 norm, ``b = √A F`` for components of Frobenius norm ``F``: ``γ = β / sqrt(A Σ F²)``.
 
     Args:
-        kind: Manifold kind.
-        rows: ``A``.
-        columns: ``B``.
-        count: Number of components ``n`` of the group.
+        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"``, or ``"spectral"`` for the ball of the spectral norm.
+        rows: Rows ``A`` of a component.
+        columns: Columns ``B`` of a component.
+        count: Number ``n`` of components of the group.
         bound: The bound ``β > 0``.
-        two_to_one: Whether the 2->1 norm is bounded too.
+        norms: The norms to bound.
 
     Returns:
-        The radius.
+        The radius ``γ``.
+
+    Raises:
+        ValueError: If components of this kind have no norm that their radius bounds.
 
     Example:
-        Tight for one square Stiefel component: its rows have norm ``r`` too.
+        All three norms of four 3 x 3 kernels, and the spectral norm alone.
 
-        >>> round(bounding_radius("stiefel", 2, 2, count=1, bound=1.0), 6)
+        >>> round(1 / bounding_radius("stiefel", 3, 3, count=4, bound=1.0), 6)
+        6.0
+        >>> bounding_radius("stiefel", 3, 3, count=4, bound=1.0, norms=["spectral"])
         0.5
     """
-    factor = rows if two_to_one else 1
-    return bound / (math.sqrt(factor * count) * unit_frobenius_norm(kind, columns))
+    of_norm = dict(zip(get_args(Norm), manifold_norm_bounds(kind, rows, columns), strict=True))
+    return bound / (math.sqrt(count) * max(float(of_norm[norm]) for norm in norms))
 
 
 def check_bound(bound: float) -> None:
     """Raise ValueError if a bound is not a positive number."""
-    if not (isinstance(bound, (int, float)) and 0 < bound < math.inf):
+    if not (isinstance(bound, (int, float)) and not isinstance(bound, bool) and 0 < bound < math.inf):
         raise ValueError(f"bound must be a positive number, got {bound!r}")
 
 
@@ -120,13 +123,14 @@ def check_rule(rule: object) -> RadiusRule:
     raise ValueError(f'radius must be "kaiming", "unit", "bound" or a positive number, got {rule!r}')
 
 
-def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0) -> Tensor:
+def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0, norms: Sequence[Norm] = get_args(Norm)) -> Tensor:
     """The radius of every group by a rule; one where there is no constraint.
 
     Args:
         cut: The partition of a weight.
         rule: ``"kaiming"``, ``"unit"`` (1), ``"bound"`` or a number.
         bound: The bound of the rule ``"bound"``.
+        norms: The norms that the rule ``"bound"`` bounds.
 
     Returns:
         One radius per group in double precision, shape ``(G,)``, in the order of the collection.
@@ -150,7 +154,7 @@ def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0) -> Tensor:
         if rule == "kaiming":
             radii[groups] = kaiming_radius(kind, rows, columns, cut.layout.fan_in)
         elif rule == "bound":
-            radii[groups] = bounding_radius(kind, rows, columns, 1, bound) / np.sqrt(counts)
+            radii[groups] = bounding_radius(kind, rows, columns, 1, bound, norms) / np.sqrt(counts)
         else:
             radii[groups] = rule
     return torch.from_numpy(radii)

@@ -9,7 +9,8 @@ For every component ``i`` there are two stages ([Ozay2019]_; "Mathematics", sect
    (by the column norms), the Stiefel manifold (polar factor), or the ball of the spectral norm (divide by it where it
    exceeds one);
 2. *re-parameterise*: ``γ`` is the largest radius at which the wanted norms of a group are at most ``β``, see
-   :func:`bounding_scale`; ``λ`` is one, or follows the statistics of the features, see :mod:`fgo_geo.feature_stats`.
+   :func:`~fgo_geo.radius.bounding_radius`; ``λ`` is one, or follows the statistics of the features, see
+   :mod:`fgo_geo.feature_stats`.
 
 :class:`Renormalization` does this to all components of a weight at once, as a parametrization of
 :mod:`torch.nn.utils.parametrize`. :func:`renormalize` registers it, :func:`update_scales` refreshes ``λ`` once per
@@ -23,10 +24,9 @@ weight decay usually are made for.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import geoopt
 import numpy as np
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fgo_geo.choose import Components, collections_of
 from fgo_geo.components import WeightLayout, layout_of, partition
 from fgo_geo.feature_stats import (
     FullPrecisionBuffers,
@@ -41,68 +42,31 @@ from fgo_geo.feature_stats import (
     TrackingHandle,
     component_lambda,
     is_tracked,
+    require_trackable,
     rescaling_lambda,
     track,
     untrack,
 )
-from fgo_geo.grouping import Collection, collection
+from fgo_geo.grouping import Collection
 from fgo_geo.linalg import computes_in_float32, has_closed_form, polar_factor, require_finite, spectral_norm_3
 from fgo_geo.manifolds.product import component_manifold
 from fgo_geo.manifolds.sphere import normalise
-from fgo_geo.norms import manifold_norm_bounds, matrix_norms
-from fgo_geo.radius import check_bound, kaiming_radius
+from fgo_geo.norms import Norm, matrix_norms, norms_of_groups
+from fgo_geo.radius import check_bound, group_radii, kaiming_radius
 
 __all__ = [
-    "Norm",
     "Renormalization",
-    "bounding_scale",
     "remove_renormalization",
     "renormalization_of",
     "renormalize",
     "update_scales",
 ]
 
-Norm = Literal["frobenius", "spectral", "2->1"]
-Components = Literal["auto", "kernel", "block"]
-
 _NORMS: tuple[Norm, ...] = get_args(Norm)
 _KINDS = ("sphere", "oblique", "stiefel", "spectral")
 
 
 # -- one component -----------------------------------------------------------------------------------------------
-
-
-def bounding_scale(
-    kind: str, rows: int, columns: int, count: int, bound: float, norms: Sequence[Norm] = _NORMS
-) -> float:
-    r"""The largest ``γ`` at which the wanted norms of a group are at most ``bound``, wherever its components are.
-
-    If a norm is at most ``b`` on the manifold of radius one, then that of ``n`` components of radius ``γ`` side by side
-    is at most ``γ b √n``, for each of the three norms; so ``γ = β / (√n max b)``. The spectral ball is the convex hull
-    of the Stiefel manifold, and norms are convex: its bounds ``b`` are the same.
-
-    Args:
-        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"`` or ``"spectral"``.
-        rows: Rows ``A`` of a component.
-        columns: Columns ``B`` of a component.
-        count: Number ``n`` of components of the group.
-        bound: The bound ``β``.
-        norms: The norms to bound.
-
-    Returns:
-        The scale ``γ``.
-
-    Example:
-        All three norms of four 3 x 3 kernels, and the spectral norm alone.
-
-        >>> round(1 / bounding_scale("stiefel", 3, 3, count=4, bound=1.0), 6)
-        6.0
-        >>> bounding_scale("stiefel", 3, 3, count=4, bound=1.0, norms=["spectral"])
-        0.5
-    """
-    bounds = manifold_norm_bounds("stiefel" if kind == "spectral" else kind, rows, columns)
-    of_norm = dict(zip(_NORMS, (bounds.frobenius, bounds.spectral, bounds.two_to_one), strict=True))
-    return bound / (math.sqrt(count) * max(float(of_norm[norm]) for norm in norms))
 
 
 def _carry(kind: str, x: Tensor, source: float | Tensor, target: float | Tensor) -> Tensor:
@@ -177,9 +141,7 @@ class Renormalization(FullPrecisionBuffers):
         for kind, size in parts:
             _require_room(kind, size)
         self._raw_radius = [kaiming_radius(kind, *size, layout.fan_in) for kind, size in parts]
-        per_group = np.empty(sum(map(len, cut.groups)))
-        for (kind, size), groups, counts in zip(parts, cut.groups, cut.group_sizes, strict=True):
-            per_group[groups] = bounding_scale(kind, *size, 1, bound, norms) / np.sqrt(counts)
+        per_group = group_radii(cut, "bound", bound, norms).numpy()
         gamma = np.concatenate(cut.per_component(per_group))
         if like.dtype != torch.float64:
             gamma = np.nextafter(gamma.astype(np.float32), np.float32(0))  # rounded down: a bound is a bound
@@ -227,6 +189,19 @@ class Renormalization(FullPrecisionBuffers):
         worst = torch.cat([segments.max(part) for segments, part in parts])
         order = torch.from_numpy(np.concatenate(cut.groups)).to(worst.device)
         return self.bound * torch.empty_like(worst).index_copy(0, order, worst)
+
+    def violation(self, weight: Tensor) -> Tensor:
+        """By how much the norms of a weight exceed what is guaranteed, relative to that.
+
+        Args:
+            weight: A weight of this shape; that of the layer exceeds nothing, up to rounding.
+
+        Returns:
+            The excess of the worst norm of every group, 0 where there is none: float64, shape ``(G,)``.
+        """
+        measured = dict(zip(_NORMS, norms_of_groups(self.partition, weight.double()), strict=True))
+        worst = torch.stack([measured[norm] for norm in self.norms]).amax(0)
+        return (worst / self.guarantee().to(worst) - 1).clamp(min=0)
 
     def extra_repr(self) -> str:
         """The groups and what is bounded."""
@@ -297,9 +272,9 @@ def renormalize(
         The module.
 
     Raises:
-        TypeError: With statistics, if the module is no convolution or linear layer.
-        ValueError: If the parameter has no layout, is constrained or parametrised already, or holds NaN or infinity, or
-            an argument is not understood. Nothing has changed then.
+        TypeError: If the module is no module; with statistics, if it is no convolution or linear layer.
+        ValueError: If the parameter has no layout or no values, is constrained or parametrised already, or holds NaN or
+            infinity, or an argument is not understood. Nothing has changed then.
 
     Example:
         >>> layer = renormalize(nn.Linear(4, 2), manifold="stiefel")
@@ -314,25 +289,24 @@ def renormalize(
     check_bound(bound)
     if statistics not in (None, *get_args(LambdaRule)):
         raise ValueError(f"renormalize: statistics must be None or one of {get_args(LambdaRule)}, got {statistics!r}")
-    if isinstance(groups, str):
-        collections = _collections(layout, groups, manifold or "sphere", selection, seed, components)
-    elif manifold is not None:
-        raise ValueError(
-            f"renormalize: a collection has its own manifolds, got manifold={manifold!r} too; leave it out"
-        )
-    else:
-        collections = (groups,) if isinstance(groups, Collection) else tuple(groups)
+    collections = _collections(layout, name, groups, manifold, selection, seed, components)
     renormalization = Renormalization(collections, layout, norms, bound, statistics, param)
     require_finite(param.detach(), f"{type(module).__name__}.{name}")
-    if statistics is not None and not is_tracked(module):
-        track(module)
-        renormalization.owns_statistics = True
+    renormalization.owns_statistics = statistics is not None and not is_tracked(module)
+    if renormalization.owns_statistics:
+        require_trackable(module)
     parametrize.register_parametrization(module, name, renormalization)
+    if renormalization.owns_statistics:
+        track(module)
     return module
 
 
 def _plain_weight(module: nn.Module, name: str) -> tuple[nn.Parameter, WeightLayout]:
     """A module's parameter and its layout, if it can be renormalised."""
+    if not (isinstance(module, nn.Module) and isinstance(name, str)):
+        raise TypeError(
+            f"renormalize takes a torch.nn.Module and the name of a parameter, got {type(module).__name__} and {name!r}"
+        )
     what = f"{type(module).__name__}.{name}"
     if parametrize.is_parametrized(module, name):
         raise ValueError(f"renormalize: {what} is re-parametrised already: remove the parametrization first")
@@ -345,11 +319,13 @@ def _plain_weight(module: nn.Module, name: str) -> tuple[nn.Parameter, WeightLay
     layout = layout_of(module, name)
     if isinstance(layout, str):
         raise ValueError(f"renormalize: {what} {layout}")
+    if param.is_meta:
+        raise ValueError(f"renormalize: {what} is on the meta device: give it values first")
     return param, layout
 
 
 def _checked_norms(norms: Sequence[Norm]) -> tuple[Norm, ...]:
-    words = (norms,) if isinstance(norms, str) else tuple(norms)
+    words = (norms,) if isinstance(norms, str) or not isinstance(norms, Sequence) else tuple(norms)
     if not words or any(word not in _NORMS for word in words):
         raise ValueError(f"renormalize: norms must be some of {_NORMS}, got {norms!r}")
     return cast("tuple[Norm, ...]", words)
@@ -357,37 +333,38 @@ def _checked_norms(norms: Sequence[Norm]) -> tuple[Norm, ...]:
 
 def _collections(
     layout: WeightLayout,
-    strategy: str,
-    manifold: str | Sequence[str],
+    name: str,
+    groups: Any,
+    manifold: Any,
     selection: str,
     seed: int,
     components: Components,
 ) -> tuple[Collection, ...]:
-    """One collection per section of a layout; :mod:`fgo_geo.grouping` doesn't know the spectral ball."""
+    """The groups that :func:`renormalize` is asked for; :mod:`fgo_geo.grouping` doesn't know the spectral ball."""
+    if not isinstance(groups, str):
+        if manifold is not None:
+            raise ValueError(
+                f"renormalize: a collection has its own manifolds, got manifold={manifold!r} too; leave it out"
+            )
+        made = tuple(cast("Sequence[Any]", groups)) if isinstance(groups, Sequence) else (groups,)
+        if not all(isinstance(each, Collection) for each in made):
+            raise ValueError(
+                f"renormalize: groups is {groups!r}; expected a strategy such as 'pio', a Collection, or a sequence of "
+                "them, one per section of a packed weight"
+            )
+        return made
     if components not in get_args(Components):
         raise ValueError(f"renormalize: components must be one of {get_args(Components)}, got {components!r}")
-    if components == "auto":
-        components = "block" if math.prod(layout.kernel) == 1 else "kernel"
-    kinds = (manifold,) if isinstance(manifold, str) else tuple(manifold)
-    balls = [isinstance(kind, str) and kind.casefold() == "spectral" for kind in kinds]
-    stand_ins = ["euclidean" if ball else kind for kind, ball in zip(kinds, balls, strict=True)]
-
-    def section(number: int) -> Collection:
-        rows = layout.out_channels // layout.sections
-        made = collection(
-            rows,
-            layout.in_channels,
-            strategy,
-            stand_ins,
-            selection,
-            seed,
-            components=components,
-            name=str(number),
-        )
-        kinds = ("spectral" if ball else kind for kind, ball in zip(made.kinds, balls, strict=True))
-        return replace(made, kinds=tuple(kinds))
-
-    return tuple(map(section, range(layout.sections)))
+    manifold = "sphere" if manifold is None else manifold
+    kinds = (manifold,) if isinstance(manifold, str) else manifold
+    if not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in cast("Sequence[Any]", kinds)):
+        raise ValueError(f"renormalize: manifold is {manifold!r}; expected one of {_KINDS}, or several of them")
+    balls = [kind.casefold() == "spectral" for kind in cast("Sequence[str]", kinds)]
+    stand_ins = ["euclidean" if ball else kind for kind, ball in zip(cast("Sequence[str]", kinds), balls, strict=True)]
+    return tuple(
+        replace(made, kinds=tuple("spectral" if ball else k for k, ball in zip(made.kinds, balls, strict=True)))
+        for made in collections_of(layout, groups, stand_ins, selection, seed, components, name)
+    )
 
 
 def renormalization_of(module: nn.Module, name: str = "weight") -> Renormalization:

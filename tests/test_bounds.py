@@ -142,6 +142,21 @@ def test_float32_norms_and_numbers_are_accepted():
         assert measure([MatrixNorms(1.5, 1.25, 2.5)], 9) == measure([MatrixNorms(*(f[0] for f in exact))], 9)
 
 
+@given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 6), SEEDS)
+def test_bartlett2017_never_exceeds_neyshabur2018(depth, rows, columns, seed):
+    """From ‖w‖_{2→1} <= √A ‖w‖_F and ‖c‖_{2/3} <= L ‖c‖₂; equal for equal layers whose rows have one norm."""
+    rng = np.random.default_rng(seed)
+    norms, distances = (
+        [matrix_norms(torch.from_numpy(rng.standard_normal((rows, columns)))) for _ in range(depth)] * 2
+        for _ in range(2)
+    )
+    for reference in (None, distances):
+        smaller = bartlett2017(norms, 10, distance_norms=reference)
+        assert smaller <= neyshabur2018(norms, 10, width=float(rows), distance_norms=reference) + 1e-12
+    flat = [matrix_norms(torch.ones(rows, columns, dtype=torch.float64))] * depth
+    assert bartlett2017(flat, 10).item() == pytest.approx(neyshabur2018(flat, 10, width=float(rows)).item())
+
+
 # -- Zero --------------------------------------------------------------------------------------------------------------
 
 ZERO = MatrixNorms(*double(0.0, 0.0, 0.0))
@@ -218,7 +233,7 @@ def test_names_and_normalisations_of_dziugaite2020(suite):
         assert ours[name].item() == pytest.approx(0.5 * (value - np.log(m)), rel=1e-12), name
 
 
-def test_names_and_normalisations_of_neyshabur2018(suite):
+def test_names_and_normalisations_of_generalization_bounds(suite):
     weights, initial, norms, distances, gamma, m = suite
     d, inputs, parameters = len(weights), 3 * 32 * 32, 12345
     fro = np.prod([np.linalg.norm(w) for w in weights]) / gamma

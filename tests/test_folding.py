@@ -183,6 +183,15 @@ def test_what_cannot_be_folded_is_kept_with_the_reason(case):
     assert_same_outputs(model, folded, torch.randn(2, 3, 4, 4, dtype=torch.float64))
 
 
+def test_synchronised_norms_are_folded_too():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))))
+    assert isinstance(model[1], nn.SyncBatchNorm)
+    folded, (record,) = fold_batchnorm(model)
+    assert (record.layer, record.side) == ("0", "output")
+    assert isinstance(folded[1], nn.Identity)
+    assert_same_outputs(model, folded, torch.randn(2, 3, 4, 4, dtype=torch.float64))
+
+
 def test_a_norm_by_the_batch_is_no_fixed_map():
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)))
     folded, (record,) = fold_batchnorm(model)

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import grouped_weights
 
 from fgo_geo import norms
+from fgo_geo.components import partition
 from fgo_geo.norms import (
     MatrixNorms,
     conv_operator_norm_bound,
@@ -21,6 +23,7 @@ from fgo_geo.norms import (
     group_norms,
     manifold_norm_bounds,
     matrix_norms,
+    norms_of_groups,
 )
 
 SEEDS = st.integers(0, 2**31)
@@ -94,6 +97,16 @@ def test_group_norms_are_those_of_the_concatenation(case):
     actual = group_norms(components, labels, n_groups)
     assert all(field.shape == (n_groups,) and field.dtype == components.dtype for field in actual)
     assert_norms(actual, expected, rtol=1e-13 if components.dtype == torch.float64 else 1e-7)
+
+
+@given(grouped=grouped_weights(), seed=SEEDS, dtype=st.sampled_from([torch.float64, torch.float32]))
+def test_norms_of_the_groups_of_a_weight_stand_in_the_order_of_the_collections(grouped, seed, dtype):
+    weight = randn(grouped.shape, seed, dtype)
+    entries = weight.double().flatten()
+    matrices = [torch.cat([entries[torch.from_numpy(m)] for m in members], 1) for _, members in grouped.groups()]
+    actual = norms_of_groups(partition(grouped.collections, grouped.layout), weight)
+    assert all(field.shape == (len(matrices),) and field.dtype == dtype for field in actual)
+    assert_norms(actual, [oracle(m) for m in matrices], rtol=1e-13 if dtype == torch.float64 else 1e-7)
 
 
 def test_a_group_of_one_component_is_the_component():
@@ -536,7 +549,7 @@ def bound(size=(4, 4), **options):
         (lambda: group_norms(C, -torch.arange(3), 2), ValueError, r"labels range from -2 to 0"),
         (lambda: group_norms(C.int(), torch.arange(3), 3), TypeError, r"components has dtype torch.int32"),
         (lambda: manifold_norm_bounds("euclidean", 3, 3), ValueError, r"kind is 'euclidean'; expected one of 'sphere'"),
-        (lambda: manifold_norm_bounds("stiefel", 2, 3), ValueError, r"a Stiefel component is 2 x 3.*transpose"),
+        (lambda: manifold_norm_bounds("stiefel", 2, 3), ValueError, r"a stiefel component is 2 x 3.*transpose"),
         (lambda: manifold_norm_bounds("sphere", 0, 3), ValueError, r"the component is 0 x 3"),
         (lambda: circular(size=(5, 4), stride=2), ValueError, r"stride \(2, 2\) doesn't divide input_size \(5, 4\)"),
         (lambda: circular(W[0, 0], [5]), ValueError, r"weight has shape \(3, 3\) and input_size is \(5,\)"),

@@ -16,16 +16,11 @@ from torch import nn
 from fgo_geo import ProductOfGroups
 from fgo_geo.components import WeightLayout, partition
 from fgo_geo.grouping import collection
-from fgo_geo.radius import (
-    bounding_radius,
-    check_bound,
-    check_rule,
-    group_radii,
-    kaiming_radius,
-    unit_frobenius_norm,
-)
+from fgo_geo.radius import bounding_radius, check_bound, check_rule, group_radii, kaiming_radius
 
 CONSTRAINED = ["sphere", "oblique", "stiefel"]
+KINDS = [*CONSTRAINED, "spectral"]
+NORMS = ("frobenius", "spectral", "2->1")
 
 
 def drawn(grouped: Grouped, rule: Any, bound: float, seed: int) -> np.ndarray:
@@ -62,16 +57,38 @@ def test_bound_is_tight_for_one_square_stiefel_component() -> None:
     assert norms(matrix)[2] == pytest.approx(2.0)
 
 
-def test_bound_is_tight_for_a_sphere_component_of_equal_rows() -> None:
-    radius = bounding_radius("sphere", 4, 3, count=1, bound=1.0)
-    assert norms(np.full((4, 3), radius / math.sqrt(12)))[2] == pytest.approx(1.0)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wanted", [NORMS, NORMS[:2], NORMS[:1], NORMS[1:2], NORMS[2:]])
+@given(a=st.integers(1, 6), b=st.integers(1, 6), n=st.integers(1, 9), bound=st.floats(0.01, 50))
+def test_bound_is_the_largest_radius_that_bounds(kind: str, wanted: Any, a: int, b: int, n: int, bound: float) -> None:
+    a, b = max(a, b), min(a, b)
+    # All norms are largest where equal components have rows of equal norm; there is such a Stiefel point if a = b.
+    constant = np.full((a, b), 1 / math.sqrt(a))
+    points = {"sphere": constant / math.sqrt(b), "oblique": constant}
+    point = points.get(kind, np.eye(a, b))
+    group = np.concatenate([bounding_radius(kind, a, b, n, bound, wanted) * point] * n, axis=1)
+    largest = max(value for norm, value in zip(NORMS, norms(group), strict=True) if norm in wanted)
+    if kind in points or a == b or "2->1" not in wanted:
+        assert largest == pytest.approx(bound)
+    else:
+        assert largest <= bound
 
 
 @pytest.mark.parametrize("kind", CONSTRAINED)
-@pytest.mark.parametrize("count", [1, 7])
-def test_without_the_2_to_1_norm_the_frobenius_norm_is_the_bound(kind: str, count: int) -> None:
-    radius = bounding_radius(kind, 6, 3, count, bound=1.5, two_to_one=False)
-    assert math.sqrt(count) * radius * unit_frobenius_norm(kind, 3) == pytest.approx(1.5)
+@given(a=st.integers(1, 6), b=st.integers(1, 6), n=st.integers(1, 9))
+def test_bound_has_the_closed_form_of_the_paper(kind: str, a: int, b: int, n: int) -> None:
+    """β / sqrt(A Σ F²), without the 2->1 norm β / sqrt(Σ F²), for components of Frobenius norm F at radius one."""
+    a, b = max(a, b), min(a, b)
+    squares = n if kind == "sphere" else n * b
+    assert bounding_radius(kind, a, b, n, 2.0) == pytest.approx(2 / math.sqrt(a * squares))
+    assert bounding_radius(kind, a, b, n, 2.0, NORMS[:2]) == pytest.approx(2 / math.sqrt(squares))
+
+
+@pytest.mark.parametrize("rule", [kaiming_radius, bounding_radius])
+@pytest.mark.parametrize("kind", ["euclidean", "Sphere", ""])
+def test_kinds_without_a_norm_that_a_radius_bounds(rule: Any, kind: str) -> None:
+    with pytest.raises(ValueError, match=f"kind is '{kind}'; expected one of 'sphere'.*other kinds bound no norm"):
+        rule(kind, 3, 3, *((1, 1.0) if rule is bounding_radius else (9,)))
 
 
 @pytest.mark.parametrize("kind", CONSTRAINED)
@@ -126,7 +143,7 @@ def test_rules_that_are_none(rule: object) -> None:
         check_rule(rule)
 
 
-@pytest.mark.parametrize("bound", [0, -1.0, math.inf, math.nan, "1"], ids=repr)
+@pytest.mark.parametrize("bound", [0, -1.0, math.inf, math.nan, "1", True], ids=repr)
 def test_bounds_that_are_none(bound: Any) -> None:
     with pytest.raises(ValueError, match="bound must be a positive number, got"):
         check_bound(bound)

@@ -21,7 +21,7 @@ from fgo_geo.feature_stats import is_tracked, track
 from fgo_geo.grouping import collection
 from fgo_geo.radius import bounding_radius
 from fgo_geo.renormalize import (
-    bounding_scale,
+    Renormalization,
     remove_renormalization,
     renormalization_of,
     renormalize,
@@ -139,32 +139,6 @@ def groupings(draw: st.DrawFn) -> dict[str, Any]:
 layers = st.sampled_from(sorted(LAYERS))
 
 
-# -- the scale -----------------------------------------------------------------------------------------------------
-
-
-@given(st.sampled_from(KINDS), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), norm_sets, st.floats(0.01, 50))
-def test_the_scale_is_the_largest_that_bounds(kind: str, a: int, b: int, n: int, norms: list[str], bound: float):
-    a, b = max(a, b), min(a, b)
-    # All norms are largest where equal components have rows of equal norm; there is such a Stiefel point if a = b.
-    constant = np.full((a, b), 1 / math.sqrt(a))
-    points = {"sphere": constant / math.sqrt(b), "oblique": constant}
-    point = points.get(kind, np.eye(a, b))
-    largest = max(norms_of([bounding_scale(kind, a, b, n, bound, norms) * point] * n)[norm] for norm in norms)
-    if kind in points or a == b or "2->1" not in norms:
-        assert largest == pytest.approx(bound)
-    else:
-        assert largest <= bound
-
-
-@given(st.sampled_from(KINDS[:3]), st.integers(1, 6), st.integers(1, 6), st.integers(1, 9), norm_sets)
-def test_the_scale_is_the_bounding_radius_of_constrained_weights(kind: str, a: int, b: int, n: int, norms: list[str]):
-    a, b = max(a, b), min(a, b)
-    expected = bounding_radius(kind, a, b, n, 2.0, two_to_one="2->1" in norms)
-    if (kind, norms) == ("stiefel", ["spectral"]):
-        expected *= math.sqrt(b)
-    assert bounding_scale(kind, a, b, n, 2.0, norms) == pytest.approx(expected)
-
-
 # -- the weight ----------------------------------------------------------------------------------------------------
 
 
@@ -180,6 +154,19 @@ def test_the_bounds_hold_for_every_raw_weight(
         assert excess(layer, norms, bound) <= 4 * torch.finfo(dtype).eps + ORACLE_ERROR
 
 
+@given(layers, groupings(), norm_sets, st.sampled_from([0.3, 4.0]), seeds)
+def test_the_violation_is_the_excess_of_the_worst_norm(
+    name: str, grouping: dict[str, Any], norms: Any, bound: float, seed: int
+):
+    layer = renormalize(LAYERS[name](dtype=torch.float64), norms=norms, bound=bound, **grouping)
+    step = renormalization_of(layer)
+    assert step.violation(layer.weight).max() <= ORACLE_ERROR
+    other = bound * normal(seed, *layer.weight.shape, dtype=torch.float64)
+    groups = [norms_of(components) for _, components in group_components(layer, other)]
+    expected = [max(0.0, *(group[norm] / bound - 1 for norm in norms)) for group in groups]
+    np.testing.assert_allclose(step.violation(other), expected, rtol=1e-9, atol=1e-12)
+
+
 @given(layers, groupings())
 def test_a_weight_is_projected_component_by_component(name: str, grouping: dict[str, Any]):
     layer = LAYERS[name](dtype=torch.float64)
@@ -187,7 +174,7 @@ def test_a_weight_is_projected_component_by_component(name: str, grouping: dict[
     before, after = (group_components(renormalized, m.weight) for m in (layer, renormalized))
     for (kind, old), (_, new) in zip(before, after, strict=True):
         for matrix, point in zip(old, new, strict=True):
-            radius = bounding_scale(kind, *point.shape, len(new), 1.0)
+            radius = bounding_radius(kind, *point.shape, len(new), 1.0)
             np.testing.assert_allclose(point, nearest(kind, matrix, radius), atol=1e-13)
 
 
@@ -238,7 +225,7 @@ def test_a_zero_component_gives_a_point(kind: str):
                 if kind == "spectral":
                     assert not component.any()
                 else:
-                    scale = bounding_scale(kind, *component.shape, len(components), 1.0, ["spectral"])
+                    scale = bounding_radius(kind, *component.shape, len(components), 1.0, ["spectral"])
                     np.testing.assert_allclose(component, nearest(kind, component, scale), atol=1e-6 * scale)
                     assert component.any()
 
@@ -329,32 +316,56 @@ def test_every_bound_holds_at_every_step_of_every_optimiser(kind: str, optimizer
         model.bfloat16()
     chosen = OPTIMIZERS[optimizer](list(model.parameters()))
 
+    eps = torch.finfo(torch.bfloat16 if mode == "bfloat16" else torch.float32).eps
+
     def closure() -> Tensor:
         chosen.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
             loss = loss_of(model)
             assert model[5].weight.dtype == (torch.bfloat16 if mode == "bfloat16" else torch.float32)
+            assert max(excess(model[position]) for position in WEIGHTED) <= 2 * eps
         loss.backward()
         return loss
 
-    eps = torch.finfo(torch.bfloat16 if mode == "bfloat16" else torch.float32).eps
     for _ in range(4):
         before = model[0].weight.detach().clone()
         chosen.step(closure)
         assert not torch.equal(model[0].weight, before)
-        assert max(excess(model[position]) for position in WEIGHTED) <= 2 * eps
+    closure()
 
 
 @every_kind
-def test_every_bound_holds_at_every_step_of_muon(kind: str):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_every_bound_holds_at_every_step_of_muon(kind: str, autocast: bool):
     layer: Any = renormalize(nn.Linear(7, 5), manifold=kind)
     optimizer = getattr(torch.optim, "Muon", torch.optim.SGD)  # torch has Muon since 2.9
     muon = optimizer([raw_of(layer)], lr=1.0, weight_decay=0.5)
-    for step in range(4):
+    for step in range(5):
         muon.zero_grad()
-        layer(normal(step, 3, 7)).square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = layer(normal(step, 3, 7)).square().sum()
+            assert excess(layer) <= 2 * torch.finfo(torch.float32).eps
+        loss.backward()
         muon.step()
-        assert excess(layer) <= 2 * torch.finfo(torch.float32).eps
+
+
+@every_kind
+@pytest.mark.parametrize("rule", ["max1", "std"])
+def test_the_guarantee_holds_while_the_statistics_change(kind: str, rule: Any):
+    model = renormalized_network(manifold=kind, statistics=rule)
+    adam = torch.optim.Adam(model.parameters(), lr=0.5)
+    for step in range(5):
+        adam.zero_grad()
+        loss_of(model, seed=step).backward()
+        adam.step()
+        update_scales(model)
+        for position in WEIGHTED:
+            renormalization = renormalization_of(model[position])
+            assert renormalization.violation(model[position].weight).max() <= 4 * torch.finfo(torch.float32).eps
+            assert (
+                excess(model[position], bound=float(renormalization.guarantee())) <= 4 * torch.finfo(torch.float32).eps
+            )
+            assert rule == "std" or excess(model[position]) <= 2 * torch.finfo(torch.float32).eps
 
 
 def test_adamw_learns():
@@ -543,9 +554,19 @@ def test_layers_that_have_no_layout_are_refused_with_the_reason():
         (nn.Linear(3, 2), "bias", r"Linear\.bias has one dimension"),
         (nn.Linear(3, 2), "wait", r"Linear\.wait is no parameter; this module has \['weight', 'bias'\]"),
         (nn.LazyLinear(2), "weight", r"LazyLinear\.weight is not initialised yet: run a forward pass"),
+        (nn.Linear(3, 2, device="meta"), "weight", r"Linear\.weight is on the meta device: give it values first"),
+        (nn.Sequential(nn.Linear(3, 2)), "weight", r"Sequential\.weight is no parameter; this module has \[\]"),
+        (nn.ParameterDict({"a": torch.eye(2)}), "a", r"ParameterDict\.a is 'a' of ParameterDict, of unknown layout"),
     ):
         with pytest.raises(ValueError, match=f"^renormalize: {message}"):
             renormalize(layer, name)
+
+
+def test_what_is_no_module_is_refused():
+    for module, name in (("fc", "weight"), (nn.Linear(2, 2).weight, "weight"), (nn.Linear(2, 2), 3)):
+        message = rf"renormalize takes a torch\.nn\.Module and the name of a parameter, got {type(module).__name__} and"
+        with pytest.raises(TypeError, match=message):
+            renormalize(module, name)  # pyright: ignore
 
 
 def test_weights_that_something_else_governs_are_refused():
@@ -571,6 +592,14 @@ def test_weights_that_something_else_governs_are_refused():
         ({"norms": ("nuclear",)}, "norms must be some of"),
         ({"bound": 0.0}, "bound must be a positive number, got 0.0"),
         ({"statistics": "max"}, r"statistics must be None or one of \('max1', 'std'\), got 'max'"),
+        ({"groups": 3}, "groups is 3; expected a strategy such as 'pio', a Collection, or a sequence of them"),
+        ({"groups": ["pi"]}, r"groups is \['pi'\]; expected a strategy"),
+        ({"manifold": 3}, r"manifold is 3; expected one of \('sphere', 'oblique', 'stiefel', 'spectral'\), or several"),
+        ({"manifold": ("sphere", 3)}, r"manifold is \('sphere', 3\); expected one of"),
+        ({"manifold": ()}, "manifolds must name at least one of"),
+        ({"norms": 3}, "norms must be some of .*, got 3"),
+        ({"bound": True}, "bound must be a positive number, got True"),
+        ({"bound": "1"}, "bound must be a positive number, got '1'"),
         ({"components": "kernels"}, r"components must be one of \('auto', 'kernel', 'block'\), got 'kernels'"),
         ({"components": "kernel"}, 'components="block"'),
         ({"manifold": ("stiefel", "stiefel", "stiefel"), "groups": "pi", "components": "block"}, None),
@@ -596,10 +625,23 @@ def test_a_weight_that_is_not_finite_is_refused():
     assert not is_tracked(layer)
 
 
+def test_a_layer_that_cannot_be_parametrised_is_not_tracked(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("the decomposition did not converge")
+
+    layer = nn.Linear(3, 2)
+    monkeypatch.setattr(Renormalization, "right_inverse", fail)
+    with pytest.raises(RuntimeError, match="did not converge"):
+        renormalize(layer, statistics="max1")
+    assert not is_tracked(layer)
+    assert not parametrize.is_parametrized(layer)
+
+
 def test_packed_attention_projections_are_three_layers_without_statistics():
     attention = nn.MultiheadAttention(6, 2)
     with pytest.raises(TypeError, match="got a MultiheadAttention"):
         renormalize(attention, "in_proj_weight", statistics="std")
+    assert not parametrize.is_parametrized(attention)
     renormalize(attention, "in_proj_weight", "stiefel")
     assert len(renormalization_of(attention, "in_proj_weight").collections) == 3
     for projection in attention.in_proj_weight.detach().numpy().reshape(3, 6, 6):

@@ -345,10 +345,88 @@ def test_data_that_do_not_fit_are_refused():
 
     with pytest.raises(ValueError, match="data is float; expected a batch"):
         report(nn.Linear(2, 2), 1.5)
-    with pytest.raises(ValueError, match="must be tensors, got tuple"):
+    with pytest.raises(ValueError, match="the outputs must be a tensor, got tuple; leave data out, or wrap"):
         report(Pair(2, 2), (torch.zeros(1, 2), torch.zeros(1, dtype=torch.long)))
-    with pytest.raises(ValueError, match="must be tensors, got dict"):
+    with pytest.raises(ValueError, match="the inputs must be a tensor, got dict"):
         report(nn.Linear(2, 2), [{"x": 1}])
+    with pytest.raises(ValueError, match="the labels must be a tensor, got list"):
+        report(nn.Linear(2, 2), (torch.zeros(1, 2), [0]))
+    for nothing in ([], iter(())):
+        with pytest.raises(ValueError, match="holds no batch; leave it out, or give one"):
+            report(nn.Linear(2, 2), nothing)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3)
+
+    def forward(self, x):
+        return self.conv(input=x)
+
+
+def test_a_convolution_may_be_called_by_keyword():
+    model = ByKeyword()
+    assert report(model, (2, 6, 6)).layers[0].operator_norm == report(model.conv, (2, 6, 6)).layers[0].operator_norm
+
+
+@pytest.mark.parametrize("model", [[nn.Linear(2, 2)], {"weight": torch.eye(2)}, torch.eye(2), "resnet50"], ids=type)
+def test_what_is_no_module_is_refused(model):
+    with pytest.raises(TypeError, match=rf"report: model is {type(model).__name__}; expected a torch.nn.Module"):
+        report(model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_samples": 0}, "n_samples is 0; expected the number of training samples"),
+        ({"n_samples": "50k"}, "n_samples is '50k'; expected the number"),
+        ({"n_samples": math.inf}, "n_samples is inf; expected the number"),
+        ({"margin_quantile": 3.0}, r"margin_quantile is 3.0; expected a number in \[0, 1\]"),
+        ({"depth_factor": "linear"}, r"depth_factor is 'linear'; expected one of \('exponential', 'golowich'"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_measured(arguments, message):
+    with pytest.raises(ValueError, match=f"report: {message}"):
+        report(nn.Linear(2, 2, device="meta"), **arguments)
+
+
+def test_the_number_of_samples_may_come_from_numpy():
+    layer = nn.Linear(2, 2)
+    assert report(layer, n_samples=np.int64(7)).to_json() == report(layer, n_samples=7).to_json()
+
+
+def test_a_model_without_parameters():
+    with pytest.raises(ValueError, match="report: ReLU has no weight to measure: there are no parameters"):
+        report(nn.ReLU(), (3,))
+    norm = nn.BatchNorm1d(3, affine=False)
+    norm.running_var.fill_(4 - norm.eps)
+    (layer,) = report(norm, (3,), fold=True).layers
+    assert (layer.name, layer.kind, layer.worst("spectral")) == ("", "diagonal", pytest.approx(0.5))
+
+
+def test_a_collection_of_parameters_has_no_layers():
+    for parameters in (nn.ParameterDict({"a": torch.eye(2)}), nn.ParameterList([torch.eye(2)])):
+        message = rf"{type(parameters).__name__} has no weight to measure: \w is '\w' .*of unknown layout.*matrix_norms"
+        with pytest.raises(ValueError, match=message):
+            report(parameters)
+
+
+def test_a_weight_declared_by_hand_is_measured_wherever_it_is():
+    points = fgo_geo.Oblique(radius=0.5).random(6, 2, 3, 3)
+    layer = nn.ParameterDict({"w": geoopt.ManifoldParameter(points, manifold=points.manifold), "b": torch.zeros(6)})
+    model = nn.ModuleDict({"own": layer, "table": nn.Embedding(3, 3)})
+    table = geoopt.Sphere().projx(torch.randn(3, 3))
+    model["table"].weight = geoopt.ManifoldParameter(table, manifold=geoopt.Sphere())
+    found = report(model)
+    assert [each.name for each in found.layers] == ["own.w"]
+    assert (found.layers[0].kind, found.layers[0].feasible) == ("manifold", True)
+    expected = norms_of(points.double().numpy().reshape(6, 18))
+    assert [float(getattr(found.layers[0].layer, norm)) for norm in NORMS] == pytest.approx(expected)
+    assert "lookup table" in found.left_out["table.weight"]
+    with torch.no_grad():
+        layer["w"][0, 0] *= 2
+    assert not report(model).feasible
 
 
 # -- step sizes ------------------------------------------------------------------------------------
@@ -390,12 +468,36 @@ def test_printing_and_comparing():
     assert "log measure, N = 50" in text
     assert "0.bias, 3.bias, 7.bias: has one dimension" in text
     assert "1 of 3 layers under constraints" in text
+    layer = after.layer("3.weight")
+    (line,) = (line for line in text.splitlines() if line.startswith("  3.weight"))
+    for norm in NORMS:
+        values = getattr(layer.groups, norm).numpy()
+        assert f" {values.max():.3g} / {np.median(values):.3g} " in line
+    assert line.split()[-2:] == [f"{layer.violation:.1e}", "yes"]
+    assert layer.n_groups > 1
+    with torch.no_grad():
+        moved = small_network()
+        fgo_geo.constrain(moved, include="3.weight")
+        moved[3].weight.mul_(1.5)
+    off = report(moved).layer("3.weight").violation
+    (line,) = (line for line in str(report(moved)).splitlines() if line.startswith("  3.weight"))
+    assert line.split()[-2:] == [f"{off:.1e}", "NO"]
+    assert off >= 0.5
     side_by_side = before.compare(after, ("plain", "PIO"))
     (row,) = (line.split() for line in side_by_side.splitlines() if "3.weight" in line)
     assert row[1:3] == ["1", str(after.layer("3.weight").n_groups)]
     assert row[3:5] == [f"{each.layer('3.weight').worst('frobenius'):.3g}" for each in (before, after)]
     assert f"{after.measure('bartlett2017').value:.2f}" in side_by_side
     assert "neyshabur" not in before.compare(report(small_network()))
+    with pytest.raises(TypeError, match="compare takes another report, got Sequential: measure it"):
+        before.compare(small_network())
+
+
+@pytest.mark.parametrize("statistic", ["worst", "median"])
+def test_norms_have_three_names(statistic):
+    layer = report(nn.Linear(2, 2)).layers[0]
+    with pytest.raises(ValueError, match="norm is '2->1'; expected one of 'frobenius', 'spectral', 'two_to_one'"):
+        getattr(layer, statistic)("2->1")
 
 
 def test_export_as_plain_data():
@@ -417,6 +519,10 @@ def test_a_layer_of_zeros_has_measure_zero_and_is_still_json():
     found = report(model, n_samples=5)
     assert found.measure("neyshabur2015").value == -math.inf
     assert json.loads(found.to_json())["measures"][0]["value"] == "-inf"
+    figure = found.plot()
+    figure.canvas.draw()
+    assert [text.get_text() for text in figure.axes[4].texts] == ["-inf"] * 6
+    matplotlib.pyplot.close(figure)
 
 
 def test_plots_show_every_layer():
@@ -467,6 +573,21 @@ def test_the_example_reports_a_network_and_a_checkpoint(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "before and after" in text
     assert "margin" in text
+
+
+def test_the_example_compares_the_certified_bound_with_the_exact_norm(capsys):
+    program = example("operator_norms")
+    layer = nn.Conv2d(2, 2, 3, padding=1, bias=False).double()
+    assert program.exact_norm(layer.weight.detach(), 4) == pytest.approx(dense_norm(layer, (2, 4, 4)))
+    *bounds, torus = program.ratios(2, 4, seed=0)
+    assert bounds == sorted(bounds, reverse=True)
+    assert 1 < torus <= bounds[-1] < bounds[0]
+    program.main(["--cases", "2x3", "1x4", "--seeds", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.count("±") for line in lines if "x" in line and "±" in line][-2:] == [8, 8]
+    for wrong in (["--cases", "3"], ["--cases", "0x3"], ["--seeds", "1"]):
+        with pytest.raises(SystemExit):
+            program.main(wrong)
 
 
 def test_table_2_marks_the_entries_that_points_exceed(capsys):

@@ -1,0 +1,305 @@
+"""The record that a report is: plain numbers in frozen dataclasses, and their export.
+
+A :class:`Report` holds a :class:`LayerReport` for every weight and a :class:`Measure` for every generalisation measure.
+Nothing here computes; :mod:`fgo_geo.report.reading` does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from torch import Tensor
+
+from fgo_geo.folding import BatchNormRecord
+from fgo_geo.norms import MatrixNorms
+from fgo_geo.report.plot import draw
+from fgo_geo.report.table import comparison, tables
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+
+__all__ = ["Kind", "LayerReport", "Measure", "Report", "Scaling", "TauStatistics"]
+
+Kind = Literal["plain", "product", "manifold", "renormalised", "diagonal"]
+Scaling = Literal["groups", "layers"]
+
+
+@dataclass(frozen=True)
+class TauStatistics:
+    """The divisors ``τ`` of a layer's step sizes in the optimiser's latest step.
+
+    Attributes:
+        share_above_one: Share of the groups with ``τ > 1``, whose step the theorem shortened.
+        median: Median over the groups.
+        maximum: Largest of the groups.
+    """
+
+    share_above_one: float
+    median: float
+    maximum: float
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReport:
+    """What one weight obeys.
+
+    Attributes:
+        names: Its names in the model; more than one if the weight is tied.
+        module: Type of the layer that uses it.
+        shape: Its shape.
+        kind: ``"plain"``, on a ``"product"`` of groups, on a single ``"manifold"``, ``"renormalised"``, or the
+            ``"diagonal"`` matrix of a batch normalisation that could not be folded.
+        manifolds: The groups' manifold kinds, in words; empty for plain weights.
+        groups: Norms of every group, float64, shape ``(G,)``.
+        layer: Norms of the matrix ``(D, C·kh·kw)`` of the whole weight, float64 scalars.
+        operator_norm: Upper bound of the norm of the convolution as a linear operator at its input size (exact for
+            circular padding); None if the sizes are not known, and for other layers.
+        violation: Largest relative violation of a constraint; None without constraints.
+        feasible: Whether the violation is no more than rounding explains; None without constraints.
+        uses: Number of layers that use the weight.
+        tau: Statistics of the step sizes; None without.
+    """
+
+    names: tuple[str, ...]
+    module: str
+    shape: tuple[int, ...]
+    kind: Kind
+    manifolds: str
+    groups: MatrixNorms
+    layer: MatrixNorms
+    operator_norm: float | None = None
+    violation: float | None = None
+    feasible: bool | None = None
+    uses: int = 1
+    tau: TauStatistics | None = None
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups."""
+        return len(self.groups.frobenius)
+
+    def worst(self, norm: str) -> float:
+        """The largest norm of a group.
+
+        Args:
+            norm: ``"frobenius"``, ``"spectral"`` or ``"two_to_one"``.
+
+        Raises:
+            ValueError: For another norm.
+        """
+        return float(self._of_groups(norm).max())
+
+    def median(self, norm: str) -> float:
+        """The median over the groups of a norm; arguments as of :meth:`worst`."""
+        return float(self._of_groups(norm).quantile(0.5))
+
+    def _of_groups(self, norm: str) -> Tensor:
+        if norm not in MatrixNorms._fields:
+            raise ValueError(f"norm is {norm!r}; expected one of {', '.join(map(repr, MatrixNorms._fields))}")
+        return getattr(self.groups, norm)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; norms of groups as largest, median and smallest."""
+        summary = {
+            f"{norm}_{word}": value
+            for norm in MatrixNorms._fields
+            for word, value in (
+                ("worst", self.worst(norm)),
+                ("median", self.median(norm)),
+                ("smallest", float(self._of_groups(norm).min())),
+                ("layer", float(getattr(self.layer, norm))),
+            )
+        }
+        tau = self.tau
+        return {
+            "name": self.name,
+            "also": list(self.names[1:]),
+            "module": self.module,
+            "shape": list(self.shape),
+            "kind": self.kind,
+            "manifolds": self.manifolds,
+            "n_groups": self.n_groups,
+            **summary,
+            "operator_norm_bound": self.operator_norm,
+            "violation": self.violation,
+            "feasible": self.feasible,
+            "uses": self.uses,
+            "tau_share_above_one": None if tau is None else tau.share_above_one,
+            "tau_median": None if tau is None else tau.median,
+            "tau_maximum": None if tau is None else tau.maximum,
+        }
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One generalisation measure of the model, all natural logarithms; see :mod:`fgo_geo.bounds`.
+
+    Attributes:
+        name: ``"neyshabur2015"``, ``"bartlett2017"`` or ``"neyshabur2018"``.
+        scaling: ``"groups"`` multiplies over all groups (Table 1 of [Ozay2019]_), ``"layers"`` takes one group per
+            layer: the classical form.
+        value: The measure with margin 1.
+        margin_value: The measure divided by the margin; None without a positive margin.
+        factors: Every layer's factor of the product, in the order of :attr:`Report.chain`.
+        scale: What does not depend on the weights.
+    """
+
+    name: str
+    scaling: Scaling
+    value: float
+    margin_value: float | None
+    factors: tuple[float, ...]
+    scale: float
+
+    @property
+    def heading(self) -> str:
+        """The scaling in words."""
+        return "all groups" if self.scaling == "groups" else "one group per layer"
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """The norms, feasibility and measures of a model. ``print(report)`` shows them as a table.
+
+    Attributes:
+        layers: All measured weights, in the order of the model.
+        left_out: The parameters that are not measured, with the reason.
+        measures: Three measures in two scalings; none without ``n_samples``.
+        n_samples: Number N of training samples.
+        margin: The quantile of the margins on the data; None without labelled data.
+        batch_norms: What became of the batch normalisations; empty unless they were folded.
+        unfolded: Number of batch normalisations that the measures leave out.
+    """
+
+    layers: tuple[LayerReport, ...]
+    left_out: Mapping[str, str]
+    measures: tuple[Measure, ...] = ()
+    n_samples: int | None = None
+    margin: float | None = None
+    batch_norms: tuple[BatchNormRecord, ...] = ()
+    unfolded: int = 0
+
+    @property
+    def chain(self) -> tuple[LayerReport, ...]:
+        """The layers that the measures multiply: those of a tied weight as often as it is used."""
+        return tuple(layer for layer in self.layers for _ in range(layer.uses))
+
+    @property
+    def feasible(self) -> bool:
+        """Whether every constrained weight obeys its constraints; True if there is none."""
+        return all(layer.feasible is not False for layer in self.layers)
+
+    def layer(self, name: str) -> LayerReport:
+        """The layer with a parameter of this name.
+
+        Raises:
+            KeyError: If there is none, with the reason if it was left out.
+        """
+        for layer in self.layers:
+            if name in layer.names:
+                return layer
+        raise KeyError(f"{name!r} is not measured: it {self.left_out.get(name, 'is no parameter of the model')}")
+
+    def measure(self, name: str, scaling: Scaling = "groups") -> Measure:
+        """The measure of a name and scaling.
+
+        Raises:
+            KeyError: If there is none.
+        """
+        for measure in self.measures:
+            if (measure.name, measure.scaling) == (name, scaling):
+                return measure
+        known = ", ".join(dict.fromkeys(m.name for m in self.measures)) or "none: pass n_samples"
+        raise KeyError(f"there is no measure {name!r} scaled by {scaling!r}; the names are {known}")
+
+    # -- export ------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: numbers, strings, lists and dictionaries."""
+        return {
+            "n_samples": self.n_samples,
+            "margin": self.margin,
+            "feasible": self.feasible,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "measures": [{**vars(m), "factors": list(m.factors)} for m in self.measures],
+            "left_out": dict(self.left_out),
+            "batch_norms": [
+                {"name": r.name, "layer": r.layer, "side": r.side, "reason": r.reason, "norm": r.norm}
+                for r in self.batch_norms
+            ],
+            "unfolded": self.unfolded,
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """The same as JSON; the logarithm of zero, which JSON does not have, is the string ``"-inf"``."""
+        return json.dumps(_json_numbers(self.to_dict()), indent=indent, allow_nan=False)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """The layers as a table, one row each, indexed by name.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("Report.to_dataframe needs pandas, which is missing: pip install pandas") from error
+        return pandas.DataFrame([layer.to_dict() for layer in self.layers]).set_index("name")
+
+    # -- for readers -------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        """Tables of the layers and of the measures, and what is left out."""
+        return tables(self)
+
+    def compare(self, other: Report, labels: tuple[str, str] = ("before", "after")) -> str:
+        """This report and another side by side: worst norms of the layers, and the measures.
+
+        Args:
+            other: The report of the same architecture after training, constraining or renormalising it.
+            labels: What to call the two.
+
+        Returns:
+            Two tables as text; a layer that only one of them has leaves the other's cells empty.
+
+        Raises:
+            TypeError: If ``other`` is no report.
+        """
+        if not isinstance(other, Report):
+            raise TypeError(f"compare takes another report, got {type(other).__name__}: measure it with report() first")
+        return comparison(self, other, labels)
+
+    def plot(self, title: str | None = None) -> Figure:
+        """Draw the norms of every layer's groups, and, with measures, every layer's factor of them.
+
+        A line is the range over a layer's groups, its thick part holds the middle half, the dot is the median.
+
+        Args:
+            title: Title of the figure.
+
+        Returns:
+            A new figure.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        return draw(self, title)
+
+
+def _json_numbers(value: Any) -> Any:
+    """Plain data with non-finite numbers as strings."""
+    if isinstance(value, dict):
+        return {key: _json_numbers(item) for key, item in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_json_numbers(item) for item in cast("list[Any]", value)]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

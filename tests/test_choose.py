@@ -1,0 +1,57 @@
+"""What each parameter gets: messages for arguments of the wrong kind, raised before the model is changed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fgo_geo
+from fgo_geo.choose import collections_of
+from fgo_geo.components import WeightLayout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("layer4.*", r"overrides is 'layer4\.\*'; expected a mapping from names, globs or module types"),
+        ({"0": "stiefel"}, r"overrides\['0'\] is 'stiefel'; expected a mapping from arguments to values, e\.g\. \{"),
+        ({"0": ["stiefel"]}, r"overrides\['0'\] is \['stiefel'\]; expected a mapping"),
+        ({"0": {"manifold": "stiefel"}}, r"overrides\['0'\] may change .*'manifolds'.*, got \['manifold'\]"),
+        ({"5": {}}, "overrides has '5', which matches no parameter"),
+    ],
+)
+def test_overrides_are_a_mapping_of_mappings(overrides, message):
+    model = nn.Sequential(nn.Linear(3, 3))
+    weight = model[0].weight
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match=f"constrain: {message}"):
+        fgo_geo.constrain(model, include="0", overrides=overrides)
+    assert model[0].weight is weight
+    assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("layout", "components", "expected"),
+    [
+        (WeightLayout((4, 3, 3, 3)), "auto", "kernel"),
+        (WeightLayout((4, 3, 3, 3)), "block", "block"),
+        (WeightLayout((4, 3, 1, 1)), "auto", "block"),
+        (WeightLayout((4, 3)), "auto", "block"),
+    ],
+)
+def test_kernels_of_spatial_convolutions_are_components_of_their_own(layout, components, expected):
+    (made,) = collections_of(layout, "layer", "sphere", "deterministic", 0, components, "name")
+    assert (made.components, made.name, made.out_channels, made.in_channels) == (expected, "name", 4, 3)
+
+
+def test_sections_get_groups_of_their_own():
+    layout = WeightLayout((12, 4), sections=3)
+    made = collections_of(layout, "pi", ("sphere", "oblique"), "random", 0, "auto", "attention")
+    assert [(each.name, each.out_channels, each.in_channels) for each in made] == [
+        ("attention[0]", 4, 4),
+        ("attention[1]", 4, 4),
+        ("attention[2]", 4, 4),
+    ]
+    columns = {tuple(map(tuple, (group.columns.tolist() for group in each.groups))) for each in made}
+    assert len(columns) > 1, "sections draw alike"
