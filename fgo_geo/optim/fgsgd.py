@@ -17,8 +17,10 @@ tangent at the point that its step started from. Manifolds of Geoopt that define
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any, Literal, TypedDict, cast, get_args, overload
 
 import geoopt
@@ -28,8 +30,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
+from fgo_geo import kernels
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups
-from fgo_geo.optim.jobs import Job, Piece, join, manifold_of, pieces_of, put_back
+from fgo_geo.optim.jobs import FusedJob, Job, Piece, join, manifold_of, pieces_of, put_back
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
 
 __all__ = ["RiemannianFGSGD", "fgsgd_update"]
@@ -200,7 +203,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        self._step_scales: dict[Tensor, tuple[Tensor, ...]] = {}
+        self._step_scales: dict[Tensor, Tensor | tuple[Tensor, ...]] = {}
         self._skipped: dict[torch.device, Tensor] = {}
         defaults = {
             "lr": lr,
@@ -286,11 +289,14 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         groups = cast(list[_Options], self.param_groups)
         self._refuse_sparse(groups)
         work = [(group, *self._prepare(group)) for group in groups]
-        norms = [[self._group_norms(group, job) for job in jobs] for group, _, jobs in work]
+        norms = [[self._group_norms(group, job) for job in jobs] for group, _, _, jobs in work]
+        fused_norms = [[self._fused_norms(group, job) for job in fused] for group, _, fused, _ in work]
         self._step_scales.clear()  # torch.compile drops assignments to an optimiser's attributes
-        for (group, plain, jobs), squared in zip(work, norms, strict=True):
+        for (group, plain, fused, jobs), squared, fused_squared in zip(work, norms, fused_norms, strict=True):
             self._step_plain(group, plain)
             self._step_jobs(group, jobs, squared)
+            for job, squared_norms in zip(fused, fused_squared, strict=True):
+                self._step_fused(group, job, squared_norms)
         for group in groups:
             if group["stabilize"] is not None:
                 group["step"] += 1
@@ -309,8 +315,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         scales: dict[Tensor, Tensor] = {}
         for param, taus in self._step_scales.items():
             manifold = manifold_of(param)
-            product = isinstance(manifold, ProductOfGroups)
-            scales[param] = manifold.in_collection_order(taus) if product else taus[0]
+            if isinstance(taus, Tensor):
+                scales[param] = taus
+            else:
+                product = isinstance(manifold, ProductOfGroups)
+                scales[param] = manifold.in_collection_order(taus) if product else taus[0]
         return scales
 
     def skipped_groups(self) -> int:
@@ -356,9 +365,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                         "build the layer with sparse=False or use geoopt's SparseRiemannianSGD for it"
                     )
 
-    def _prepare(self, group: _Options) -> tuple[list[Tensor], list[Job]]:
-        """Split a group into plain parameters and jobs, and make the jobs' gradients Riemannian."""
+    def _prepare(self, group: _Options) -> tuple[list[Tensor], list[FusedJob], list[Job]]:
+        """Split a group into plain parameters, fused jobs and jobs, and make the jobs' gradients Riemannian."""
         plain: list[Tensor] = []
+        fused: dict[ModuleType, FusedJob] = {}
         pieces: list[Piece] = []
         for param in group["params"]:
             if param.grad is None or param.numel() == 0:
@@ -368,7 +378,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 plain.append(param)
             else:
                 buffer = self._momentum_of(param)
-                pieces += pieces_of(param, manifold or self._default_manifold, buffer)
+                path, task = self._fused(group, param, manifold, buffer)
+                if path is not None and task is not None:
+                    fused.setdefault(path, FusedJob(path, [], [])).add(param, task)
+                else:
+                    pieces += pieces_of(param, manifold or self._default_manifold, buffer)
         jobs = join(pieces)
         for job in jobs:
             grad = -job.grad if group["maximize"] else job.grad
@@ -376,7 +390,32 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 # Always a new tensor: Geoopt's Lorentz manifold writes into the gradient that it is given.
                 grad = grad.add(job.x, alpha=group["weight_decay"])
             job.grad = job.manifold.egrad2rgrad(job.x, grad)
-        return plain, jobs
+        return plain, list(fused.values()), jobs
+
+    def _fused(
+        self, group: _Options, param: Tensor, manifold: geoopt.Manifold | None, buffer: Tensor | None
+    ) -> tuple[ModuleType | None, kernels.Task | None]:
+        """The fused path for a parameter and its task there, if there is one."""
+        if not isinstance(manifold, ProductOfGroups) or group["update"] != "retraction":
+            return None, None
+        if group["momentum"] == 0:
+            buffer = None
+        elif buffer is not None and buffer.stride() != param.stride():  # since then the model has been stored otherwise
+            buffer = self.state[param]["momentum_buffer"] = torch.empty_like(param).copy_(buffer).detach()
+        task = kernels.task_of(param, manifold, buffer)
+        return (None if task is None else kernels.fused_path(task)), task
+
+    def _fused_norms(self, options: _Options, job: FusedJob) -> Tensor:
+        """Squared norm of the gradient of every group; not finite for groups to leave out, if that is not refused."""
+        squared = kernels.squared_norms(job.path, job.tasks, _fused_options(options))
+        finite = torch.isfinite(squared)
+        if not _checks(options, squared):
+            self._count_skipped(finite)
+        elif not bool(finite.all()):
+            counts = [task.table.groups for task in job.tasks]
+            bad = next(p for p, ok in zip(job.params, finite.split(counts), strict=True) if not bool(ok.all()))
+            raise self._not_finite(bad, cast(geoopt.Manifold, manifold_of(bad)))
+        return squared
 
     def _group_norms(self, options: _Options, job: Job) -> Tensor:
         """Squared norm of the gradient of every group, after refusing or leaving out what is not finite."""
@@ -386,18 +425,18 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         inner = job.manifold.inner(job.x, job.grad, grad)
         squared = job.sum(inner.real if inner.is_complex() else inner).clamp_min(0)  # Lorentz rounds below zero
         finite = torch.isfinite(squared)
-        check = options["check_finite"]
-        if check is None:
-            check = squared.device.type == "cpu" and not torch.compiler.is_compiling()
-        if not check:
+        if not _checks(options, squared):
             self._count_skipped(finite)
             job.grad = torch.where(job.spread(finite), job.grad, 0)
             return torch.where(finite, squared, 0)
         if bool(finite.all()):
             return squared
         bad = next(p for p, ok in zip(job.pieces, job.split_groups(finite), strict=True) if not bool(ok.all()))
-        raise FloatingPointError(
-            f"RiemannianFGSGD: the gradient of {self._name_of(bad.param)} on {bad.manifold} is not finite (or its "
+        raise self._not_finite(bad.param, bad.manifold)
+
+    def _not_finite(self, param: Tensor, manifold: geoopt.Manifold) -> FloatingPointError:
+        return FloatingPointError(
+            f"RiemannianFGSGD: the gradient of {self._name_of(param)} on {manifold} is not finite (or its "
             "squared norm overflows); no parameter was changed. Lower the learning rate, clip the gradient, or use a "
             "GradScaler in half precision"
         )
@@ -455,6 +494,19 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             buffers = [None] * len(taus) if buffer is None else job.split(buffer)
             results.update(zip(job.pieces, zip(job.split(x), buffers, taus, strict=True), strict=True))
         self._write(results)
+
+    def _step_fused(self, options: _Options, job: FusedJob, squared: Tensor) -> None:
+        _longest_step(options)  # the batched code may take over after a change of path
+        finite = torch.isfinite(squared)
+        tau = _fused_step_scale(options, job, torch.where(finite, squared, 0).sqrt())
+        if options["momentum"] != 0:
+            for number, (param, task) in enumerate(zip(job.params, job.tasks, strict=True)):
+                if task.buffer is None:
+                    buffer = self.state[param]["momentum_buffer"] = torch.empty_like(task.weight)
+                    job.tasks[number] = dataclasses.replace(task, buffer=buffer, first=True)
+        kernels.update(job.path, job.tasks, torch.where(finite, 1 / tau, 0), _fused_options(options))
+        counts = [task.table.groups for task in job.tasks]
+        self._step_scales.update(zip(job.params, tau.split(counts), strict=True))
 
     def _write(self, results: dict[Piece, tuple[Tensor, Tensor | None, Tensor]]) -> None:
         """Put the new components of every parameter back where they came from."""
@@ -534,6 +586,39 @@ def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
     own = own.to(dtype=norm.dtype, device=norm.device)
     batch = job.x.shape[: -job.manifold.ndim]
     return theorem_step_scale(norm, options["rho"], job.groups.max(own.expand(batch).flatten()))
+
+
+def _checks(options: _Options, norms: Tensor) -> bool:
+    """Whether to raise on norms that are not finite: if asked to, or if reading them is free."""
+    if options["check_finite"] is None:
+        return norms.device.type == "cpu" and not torch.compiler.is_compiling()
+    return options["check_finite"]
+
+
+def _fused_options(options: _Options) -> kernels.StepOptions:
+    return kernels.StepOptions(
+        lr=options["lr"],
+        momentum=options["momentum"],
+        dampening=options["dampening"],
+        nesterov=options["nesterov"],
+        weight_decay=options["weight_decay"],
+        maximize=options["maximize"],
+        radius_invariant=options["radius_invariant"],
+    )
+
+
+def _fused_step_scale(options: _Options, job: FusedJob, norm: Tensor) -> Tensor:
+    """The divisors of the learning rate, one per group of all tasks; ones for a constant step."""
+    if options["step_size"] == "constant":
+        return torch.ones_like(norm)
+    curvature = options["curvature"]
+    if curvature is None:
+        return theorem_step_scale(norm, options["rho"])
+    if curvature == "manifold":
+        tables = [task.table for task in job.tasks]
+        own = [t.constrained.to(norm.dtype) if options["radius_invariant"] else t.curvature for t in tables]
+        return theorem_step_scale(norm, options["rho"], torch.cat(own))
+    return theorem_step_scale(norm, options["rho"], curvature)
 
 
 def _longest_step(options: _Options) -> float:

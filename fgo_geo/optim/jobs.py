@@ -14,15 +14,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import geoopt
 import torch
 from torch import Tensor
 
 from fgo_geo.components import Segments
+from fgo_geo.kernels import Task
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 
-__all__ = ["Job", "Piece", "join", "manifold_of", "pieces_of", "put_back"]
+__all__ = ["FusedJob", "Job", "Piece", "join", "manifold_of", "pieces_of", "put_back"]
 
 _JOIN_LIMIT = 2**16  # entries; larger pieces keep the cores busy on their own, joining them would only copy
 
@@ -147,6 +149,26 @@ class Job:
     def split_groups(self, values: Tensor) -> list[Tensor]:
         """One tensor per piece of a tensor with one number per group."""
         return list(values.split([piece.groups.count for piece in self.pieces]))
+
+
+@dataclass
+class FusedJob:
+    """Parameters whose step a fused path takes.
+
+    Attributes:
+        path: The path, of :mod:`fgo_geo.kernels`.
+        params: The parameters.
+        tasks: What the path needs of each.
+    """
+
+    path: ModuleType
+    params: list[Tensor]
+    tasks: list[Task]
+
+    def add(self, param: Tensor, task: Task) -> None:
+        """Add a parameter."""
+        self.params.append(param)
+        self.tasks.append(task)
 
 
 def join(pieces: Sequence[Piece]) -> list[Job]:

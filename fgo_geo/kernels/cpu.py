@@ -1,0 +1,191 @@
+"""The fused path on the CPU: a compiled extension, called on memory addresses.
+
+``fused.cpp`` is built when the package is installed, where there is a C++ compiler, and knows neither Python nor torch.
+Without it everything works, by the batched torch code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fgo_geo.kernels.task import StepOptions, Task
+
+__all__ = ["DESCRIPTION", "NOT_BUILT", "reason", "squared_norms", "update"]
+
+DESCRIPTION = "compiled sweeps on the CPU"
+NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
+
+_ABI = 1  # of fused.cpp; a file built from another version is left alone
+_LARGEST = (49, 7)  # component size that fused.cpp has room for
+_PER_THREAD = 2**16  # entries below which another thread costs more than it saves
+
+
+class _Task(ctypes.Structure):
+    """``fgo_task`` of fused.cpp."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("weight", "grad", "buffer", "codes", "radii", "squared_norms", "scales")
+        ),
+        ("radius", ctypes.c_double * 4),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
+        *((name, ctypes.c_int32) for name in ("a", "b", "i_stride", "j_stride", "first", "unused")),
+        ("groups", ctypes.c_int64),
+    )
+
+
+class _Options(ctypes.Structure):
+    """``fgo_options`` of fused.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),
+        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant")),
+    )
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled extension, or None if it was not built."""
+    folder = Path(__file__).parent
+    for suffix in EXTENSION_SUFFIXES:
+        path = folder / f"_fused{suffix}"
+        if path.exists():
+            try:
+                loaded = ctypes.CDLL(str(path))
+            except OSError:  # built for another machine
+                continue
+            if loaded.fgo_abi() == _ABI:
+                return loaded
+    return None
+
+
+def reason(task: Task) -> str | None:
+    """Why the path cannot take a parameter, None if it can.
+
+    Args:
+        task: The parameter with its gradient.
+
+    Returns:
+        A reason, or None.
+    """
+    weight = task.weight
+    if weight.device.type != "cpu":
+        return f"the compiled sweeps run on the CPU, the weight is on {weight.device}"
+    if weight.dtype not in (torch.float32, torch.float64):
+        return f"the compiled sweeps take float32 and float64, got {weight.dtype}"
+    if task.grad.dtype != weight.dtype or (task.buffer is not None and task.buffer.dtype != weight.dtype):
+        return "weight, gradient and momentum have different types"
+    if task.table.size[0] > _LARGEST[0] or task.table.size[1] > _LARGEST[1]:
+        return f"components of {task.table.size} are larger than {_LARGEST}"
+    if _strides(task) is None:
+        return f"the strides {weight.stride()} of the weight are those of no memory format"
+    return NOT_BUILT if library() is None else None
+
+
+def _strides(task: Task) -> tuple[int, int] | None:
+    """Strides of a component's rows and columns, None if there are none or entries share their memory."""
+    shape, strides = task.weight.shape, task.weight.stride()
+    size = 1
+    for stride, length in sorted(zip(strides, shape, strict=True)):
+        if length > 1 and stride != size:
+            return None
+        size *= length
+    if len(shape) == 3:
+        i, j = strides[2], 0
+    else:
+        i, j = strides[-2:]
+        if len(shape) == 5 and shape[2] > 1 and strides[2] != shape[3] * i:
+            return None
+    return (j, i) if task.table.wide else (i, j)
+
+
+def squared_norms(tasks: Sequence[Task], options: StepOptions) -> Tensor:
+    """Squared norms of the Riemannian gradients of all groups, one behind the other, in float64."""
+    norms = torch.zeros(sum(task.table.groups for task in tasks), dtype=torch.float64)
+    _sweep("fgo_norms", tasks, options, norms=norms)
+    return norms
+
+
+def update(tasks: Sequence[Task], scales: Tensor, options: StepOptions) -> None:
+    """Take the step of all tasks, given ``1 / τ`` of all groups; zero leaves a group's gradient out."""
+    _sweep("fgo_update", tasks, options, scales=scales)
+
+
+def _sweep(
+    name: str,
+    tasks: Sequence[Task],
+    options: StepOptions,
+    norms: Tensor | None = None,
+    scales: Tensor | None = None,
+) -> None:
+    alive: list[Tensor] = []  # what has an address in the tables below
+    tables: dict[torch.dtype, list[_Task]] = {}
+    first_group = 0
+    for task in tasks:
+        entry = _entry(task, alive)
+        if norms is not None:
+            entry.squared_norms = norms[first_group:].data_ptr()
+        if scales is not None:
+            own = scales[first_group : first_group + task.table.groups].to(task.weight.dtype)
+            alive.append(own)
+            entry.scales = own.data_ptr()
+        first_group += task.table.groups
+        tables.setdefault(task.weight.dtype, []).append(entry)
+    chosen = _Options(
+        float(options.lr),
+        options.momentum,
+        options.dampening,
+        options.weight_decay,
+        options.nesterov,
+        options.maximize,
+        options.radius_invariant,
+    )
+    sweep = getattr(library(), name)
+    for dtype, entries in tables.items():
+        work = sum(entry.rows * entry.columns * entry.a * entry.b for entry in entries)
+        threads = max(1, min(torch.get_num_threads(), work // _PER_THREAD))
+        table = (_Task * len(entries))(*entries)
+        is_double = int(dtype == torch.float64)
+        sweep(table, ctypes.c_int64(len(entries)), ctypes.byref(chosen), is_double, ctypes.c_int(threads))
+
+
+def _entry(task: Task, alive: list[Tensor]) -> _Task:
+    weight, table = task.weight, task.table
+    grad = task.grad if task.grad.stride() == weight.stride() else torch.empty_like(weight).copy_(task.grad)
+    strides = _strides(task)
+    assert strides is not None
+    radii = None if table.radii is None else table.radii.to(weight.dtype)
+    alive += [grad] if radii is None else [grad, radii]
+    rows, columns = table.codes.shape
+    row_stride, column_stride = weight.stride()[:2]
+    if columns == 1:
+        rows, columns, column_stride = 1, rows, row_stride
+    elif row_stride == columns * column_stride:  # all kernels one behind the other
+        rows, columns = 1, rows * columns
+    return _Task(
+        weight=weight.data_ptr(),
+        grad=grad.data_ptr(),
+        buffer=None if task.buffer is None else task.buffer.data_ptr(),
+        first=task.first,
+        codes=table.codes.data_ptr(),
+        radii=None if radii is None else radii.data_ptr(),
+        radius=(ctypes.c_double * 4)(*(1.0 if math.isnan(r) else r for r in table.radius)),
+        rows=rows,
+        columns=columns,
+        row_stride=row_stride,
+        column_stride=column_stride,
+        a=table.size[0],
+        b=table.size[1],
+        i_stride=strides[0],
+        j_stride=strides[1],
+        groups=table.groups,
+    )

@@ -1,0 +1,323 @@
+"""The fused paths against the batched torch code: the same map, and the same promises."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import geoopt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from fgo_geo import ProductOfGroups, RiemannianFGSGD, constrain, kernels
+from fgo_geo.components import WeightLayout
+from fgo_geo.grouping import collection
+from fgo_geo.kernels import cpu
+from fgo_geo.kernels.task import KINDS
+
+built = pytest.mark.skipif(cpu.library() is None, reason="the extension was not built: there is no C++ compiler")
+
+TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}
+FORMATS = {2: [torch.contiguous_format], 3: [torch.contiguous_format]}
+FORMATS |= {4: [torch.contiguous_format, torch.channels_last], 5: [torch.contiguous_format, torch.channels_last_3d]}
+
+
+def weight_on(manifold: ProductOfGroups, dtype: torch.dtype, memory_format: Any, seed: int) -> Any:
+    shape = manifold.layout.shape
+    point = manifold.random(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    return as_parameter(point.as_subclass(Tensor).to(memory_format=memory_format), manifold)
+
+
+def as_parameter(point: Tensor, manifold: ProductOfGroups) -> Any:
+    build: Any = geoopt.ManifoldParameter  # its constructor has no usable annotation
+    return build(point, manifold=manifold)
+
+
+def trained(path: Any, weights: Sequence[nn.Parameter], steps: int, scale: float, **options: Any) -> dict[str, Any]:
+    """Weights, momentum and step scales after some steps along a path."""
+    weights = [copy.deepcopy(w) for w in weights]
+    optimizer = RiemannianFGSGD(weights, **{"lr": 0.1, **options})
+    generator = torch.Generator().manual_seed(1)
+    with kernels.use_path(path):
+        for _ in range(steps):
+            for weight in weights:
+                grad = torch.randn(weight.shape, dtype=torch.float64, generator=generator)
+                weight.grad = torch.empty_like(weight).copy_(scale * grad)
+            optimizer.step()
+    scales = optimizer.step_scales()
+    return {
+        "weights": [w.detach() for w in weights],
+        "momentum": [optimizer.state[w]["momentum_buffer"] for w in weights if options.get("momentum")],
+        "scales": [scales[w] for w in weights],
+    }
+
+
+def assert_close(actual: dict[str, list[Tensor]], expected: dict[str, list[Tensor]], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        for a, e in zip(actual[name], expected[name], strict=True):
+            size = max(1.0, float(e.abs().max()))
+            error = float((a / size - e.to(a.dtype) / size).abs().max())
+            assert error <= tolerance, f"{name} differ by {error}"
+
+
+kernel_sizes = st.one_of(
+    st.sampled_from([(3, 3), (5, 5), (7, 7), (3, 1), (1, 3), (2, 4), (3,), (5,), (2, 2, 2), (3, 3, 3), (3, 2, 1)]),
+    st.tuples(st.integers(2, 7), st.integers(2, 7)),
+)
+option_sets = st.sampled_from(
+    [
+        {},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True},
+        {"momentum": 0.5, "dampening": 0.3, "maximize": True},
+        {"momentum": 0.9, "weight_decay": 0.1},
+        {"weight_decay": 0.1, "maximize": True},
+        {"momentum": 0.9, "radius_invariant": True},
+        {"momentum": 0.9, "curvature": "manifold"},
+        {"curvature": "manifold", "radius_invariant": True, "rho": 0.01},
+        {"momentum": 0.9, "step_size": "constant", "lr": 0.01},
+        {"rho": 0.1, "curvature": 3.0},
+    ]
+)
+
+
+@built
+@given(data=st.data(), kernel=kernel_sizes, options=option_sets)
+def test_fused_is_the_batched_step(data: st.DataObject, kernel: tuple[int, ...], options: dict[str, Any]):
+    draw = data.draw
+    out_channels, in_channels = draw(st.integers(1, 21)), draw(st.integers(1, 21))
+    kinds = draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=4, unique=True))
+    strategy = draw(st.sampled_from(["pi", "po", "pio", "layer"]))
+    selection = draw(st.sampled_from(["random", "deterministic"]))
+    transposed = draw(st.booleans())
+    shape = (in_channels, out_channels, *kernel) if transposed else (out_channels, in_channels, *kernel)
+    kinds = kinds[:1] if strategy == "layer" else kinds
+    groups = collection(out_channels, in_channels, strategy, kinds, selection, 0)
+    radius = draw(st.sampled_from(["number", "kind", "kernel"]))
+    radii = {
+        "number": 0.7,
+        "kind": dict(zip(KINDS, (1.0, 0.5, 1.5, 2.0), strict=True)),
+        "kernel": 0.5 + torch.rand(out_channels, in_channels, generator=torch.Generator().manual_seed(3)),
+    }[radius]
+    manifold = ProductOfGroups(groups, WeightLayout(shape, "transposed" if transposed else "conv"), radii)
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    memory_format = draw(st.sampled_from(FORMATS[len(shape)]))
+    weight = weight_on(manifold, dtype, memory_format, draw(st.integers(0, 99)))
+    scale = draw(st.sampled_from([0.0, 1e-3, 0.1, 1.0, 1e3]))
+    fused = trained("fused", [weight], 3, scale, **options)
+    assert_close(fused, trained("reference", [weight], 3, scale, **options), TOLERANCE[dtype])
+    assert fused["weights"][0].stride() == weight.stride()
+    assert float(manifold.violation(fused["weights"][0]).max()) <= TOLERANCE[dtype]
+
+
+def product(strategy: str = "pio", shape: tuple[int, ...] = (40, 24, 3, 3), **kwargs: Any) -> ProductOfGroups:
+    return ProductOfGroups(collection(shape[0], shape[1], strategy, KINDS, "random", 0), shape, **kwargs)
+
+
+@built
+@pytest.mark.parametrize("strategy", ["pi", "po", "pio"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_every_number_of_threads_gives_the_same_step(strategy: str, threads: int):
+    weights = [weight_on(product(strategy, (130, 70, 3, 3)), torch.float64, torch.channels_last, 0)]
+    weights += [weight_on(product(strategy), torch.float32, torch.contiguous_format, 1)]
+    expected = trained("reference", weights, 2, 0.3, momentum=0.9)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_close(trained("fused", weights, 2, 0.3, momentum=0.9), expected, TOLERANCE[torch.float32])
+    finally:
+        torch.set_num_threads(before)
+
+
+@built
+@pytest.mark.parametrize("length", [1e-4, 0.02, 0.5, 5.0, 50.0, 1e3, 1e5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_steps_of_every_length_end_on_the_manifold(length: float, dtype: torch.dtype):
+    manifold = product()
+    weight = weight_on(manifold, dtype, torch.contiguous_format, 0)
+    options = {"step_size": "constant", "lr": length}
+    fused = trained("fused", [weight], 1, 1.0, **options)
+    assert float(manifold.violation(fused["weights"][0]).max()) <= 8 * torch.finfo(dtype).eps
+    expected = trained("reference", [as_parameter(weight.detach().double(), manifold)], 1, 1.0, **options)
+    tolerance = TOLERANCE[dtype] * max(1.0, length) ** 2  # of a long step's polar factor, by its condition
+    assert_close(fused, expected, tolerance)
+
+
+@built
+def test_ten_thousand_steps_do_not_drift():
+    manifold = product(shape=(16, 16, 3, 3))
+    weight = weight_on(manifold, torch.float32, torch.channels_last, 0)
+    after = trained("fused", [weight], 10_000, 0.1, momentum=0.9)["weights"][0]
+    assert float(manifold.violation(after).max()) <= 1e-6
+
+
+@built
+def test_every_dimension_of_points_is_dealt_with_alike():
+    """One channel, one row, one kernel: strides of dimensions of size one mean nothing."""
+    for shape in [(1, 17, 3, 3), (17, 1, 3, 3), (1, 1, 3, 3), (33, 1, 1, 3), (1, 9, 3, 1)]:
+        for memory_format in FORMATS[4]:
+            groups = collection(shape[0], shape[1], "layer", ("oblique",))
+            weight = weight_on(ProductOfGroups(groups, shape), torch.float64, memory_format, 0)
+            expected = trained("reference", [weight], 2, 0.3, momentum=0.9)
+            assert_close(trained("fused", [weight], 2, 0.3, momentum=0.9), expected, 1e-13)
+
+
+@built
+def test_gradient_and_momentum_in_another_memory_format():
+    manifold = product()
+    weight = weight_on(manifold, torch.float64, torch.channels_last, 0)
+    grads = [torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(k)) for k in (1, 2)]
+    results = []
+    for path in ("fused", "reference"):
+        own = copy.deepcopy(weight)
+        optimizer = RiemannianFGSGD([own], lr=0.1, momentum=0.9)
+        with kernels.use_path(path):
+            own.grad = grads[0].contiguous()
+            optimizer.step()
+            state = optimizer.state[own]
+            state["momentum_buffer"] = state["momentum_buffer"].contiguous()
+            own.grad = grads[1]
+            optimizer.step()
+        results.append(own.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-13)
+
+
+@built
+def test_paths_can_change_between_steps_and_with_a_checkpoint():
+    weight = weight_on(product(), torch.float64, torch.contiguous_format, 0)
+    expected = trained("reference", [weight], 4, 0.3, momentum=0.9)["weights"][0]
+    own = copy.deepcopy(weight)
+    optimizer = RiemannianFGSGD([own], lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    for path in ("fused", "reference", "fused", "auto"):
+        own.grad = 0.3 * torch.randn(own.shape, dtype=torch.float64, generator=generator)
+        fresh = RiemannianFGSGD([own], lr=0.1, momentum=0.9)
+        fresh.load_state_dict(optimizer.state_dict())
+        optimizer = fresh
+        with kernels.use_path(path):
+            optimizer.step()
+    torch.testing.assert_close(own.detach(), expected, rtol=0, atol=1e-13)
+
+
+@built
+def test_nothing_changes_before_a_gradient_is_refused():
+    weights = [weight_on(product(seed), torch.float32, torch.contiguous_format, 0) for seed in ("po", "pi")]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    weights[1].grad[3, 2, 1, 0] = float("nan")
+    optimizer = RiemannianFGSGD([("first", weights[0]), ("second", weights[1])], lr=0.1, momentum=0.9)
+    before = [w.detach().clone() for w in weights]
+    with kernels.use_path("fused"), pytest.raises(FloatingPointError, match=r"the gradient of 'second'.*no parameter"):
+        optimizer.step()
+    for weight, old in zip(weights, before, strict=True):
+        torch.testing.assert_close(weight.detach(), old, rtol=0, atol=0)
+    assert not optimizer.state
+
+
+@built
+def test_a_group_without_a_finite_gradient_is_left_out_and_counted():
+    manifold = product("po")
+    results = []
+    for path in ("fused", "reference"):
+        weight = weight_on(manifold, torch.float64, torch.channels_last, 0)
+        optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9, check_finite=False)
+        with kernels.use_path(path):
+            for step in range(3):
+                weight.grad = torch.empty_like(weight).fill_(0.1 * (step + 1))
+                weight.grad[2, 5, 0, 0] = float("inf") if step == 1 else 0.0
+                optimizer.step()
+        assert optimizer.skipped_groups() == 1
+        results.append(weight.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-13)
+
+
+@built
+def test_autograd_notices_that_the_weight_has_changed():
+    weight = weight_on(product(), torch.float32, torch.contiguous_format, 0)
+    loss = weight.square().sum()
+    weight.grad = torch.ones_like(weight)
+    with kernels.use_path("fused"):
+        RiemannianFGSGD([weight], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@built
+def test_new_radii_are_seen():
+    manifold = product("po", radius=1.0)
+    weight = weight_on(manifold, torch.float64, torch.contiguous_format, 0)
+    weight.grad = torch.ones_like(weight)
+    optimizer = RiemannianFGSGD([weight], lr=0.1)
+    with kernels.use_path("fused"):
+        optimizer.step()
+        manifold = weight.manifold
+        manifold.set_radius(2.0)
+        weight.data = manifold.projx(weight.data)
+        optimizer.step()
+    assert float(manifold.violation(weight.detach()).max()) <= 1e-14
+
+
+def test_a_copied_model_takes_the_same_step():
+    model = constrain_a_model()
+    again = copy.deepcopy(model)
+    for m in (model, again):
+        for p in m.parameters():
+            p.grad = torch.ones_like(p)
+        RiemannianFGSGD(m.parameters(), lr=0.1, momentum=0.9).step()
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def constrain_a_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 5, groups=2), nn.ConvTranspose2d(8, 4, (1, 3)))
+    constrain(model, strategy="pio", manifolds=KINDS)
+    return model
+
+
+@built
+@pytest.mark.parametrize("reason", ["take float32 and float64, got torch.bfloat16", "strides"])
+def test_what_cannot_be_fused_says_why(reason: str):
+    dtype = torch.float32 if reason == "strides" else torch.bfloat16
+    weight = weight_on(product(shape=(4, 4, 3, 3, 3)), dtype, torch.contiguous_format, 0)
+    if reason == "strides":
+        weight.data = weight.data.transpose(2, 3).contiguous().transpose(2, 3)
+    weight.grad = torch.zeros_like(weight)
+    optimizer = RiemannianFGSGD([weight], lr=0.1)
+    with kernels.use_path("fused"), pytest.raises(RuntimeError, match=reason):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_without_the_extension_everything_works_and_it_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(kernels, "_said", set())
+    weight = weight_on(product(), torch.float32, torch.contiguous_format, 0)
+    expected = trained("reference", [weight], 2, 0.3, momentum=0.9)
+    with caplog.at_level(logging.WARNING, "fgo_geo"):
+        actual = trained("auto", [weight], 2, 0.3, momentum=0.9)
+    assert_close(actual, expected, 0.0)
+    assert [r.getMessage() for r in caplog.records] == [f"step by the batched torch code: {cpu.NOT_BUILT}"]
+
+
+@built
+def test_the_active_path_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_said", set())
+    with caplog.at_level(logging.INFO, "fgo_geo"):
+        trained("auto", [weight_on(product(), torch.float32, torch.contiguous_format, 0)], 3, 0.3)
+    assert [r.getMessage() for r in caplog.records] == ["fused step: compiled sweeps on the CPU"]
+
+
+@pytest.mark.parametrize("path", ["fast", "", None])
+def test_an_unknown_path_is_refused(path: Any):
+    with (
+        pytest.raises(ValueError, match=r"the path must be one of \('auto', 'fused', 'reference'\), got"),
+        kernels.use_path(path),
+    ):
+        pass
