@@ -52,10 +52,11 @@ def use_path(path: Path) -> Generator[None]:
         ValueError: If there is no such path.
 
     Example:
+        >>> import geoopt
         >>> from fgo_geo import ProductOfGroups, RiemannianFGSGD
         >>> from fgo_geo.grouping import collection
         >>> manifold = ProductOfGroups(collection(4, 2, "po", ("sphere",)), (4, 2, 3, 3))
-        >>> weight = torch.nn.Parameter(manifold.random(4, 2, 3, 3))
+        >>> weight = geoopt.ManifoldParameter(manifold.random(4, 2, 3, 3).detach(), manifold=manifold)
         >>> weight.grad = torch.ones_like(weight)
         >>> with use_path("reference"):
         ...     RiemannianFGSGD([weight], lr=0.1).step()

@@ -23,7 +23,7 @@ __all__ = ["DESCRIPTION", "NOT_BUILT", "reason", "squared_norms", "update"]
 DESCRIPTION = "compiled sweeps on the CPU"
 NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
 
-_ABI = 1  # of fused.cpp; a file built from another version is left alone
+_ABI = 2  # of fused.cpp; a file built from another version is left alone
 _LARGEST = (49, 7)  # component size that fused.cpp has room for
 _PER_THREAD = 2**16  # entries below which another thread costs more than it saves
 
@@ -32,13 +32,11 @@ class _Task(ctypes.Structure):
     """``fgo_task`` of fused.cpp."""
 
     _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in ("weight", "grad", "buffer", "codes", "radii", "squared_norms", "scales")
-        ),
+        *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "codes", "row_groups", "radii")),
+        *((name, ctypes.c_void_p) for name in ("squared_norms", "scales")),
         ("radius", ctypes.c_double * 4),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
-        *((name, ctypes.c_int32) for name in ("a", "b", "i_stride", "j_stride", "first", "unused")),
+        *((name, ctypes.c_int32) for name in ("a", "b", "i_stride", "j_stride", "first", "skips")),
         ("groups", ctypes.c_int64),
     )
 
@@ -138,6 +136,7 @@ def _sweep(
             own = scales[first_group : first_group + task.table.groups].to(task.weight.dtype)
             alive.append(own)
             entry.scales = own.data_ptr()
+            entry.skips = not bool(own.all())
         first_group += task.table.groups
         tables.setdefault(task.weight.dtype, []).append(entry)
     chosen = _Options(
@@ -167,9 +166,10 @@ def _entry(task: Task, alive: list[Tensor]) -> _Task:
     alive += [grad] if radii is None else [grad, radii]
     rows, columns = table.codes.shape
     row_stride, column_stride = weight.stride()[:2]
+    row_groups = table.row_groups
     if columns == 1:
-        rows, columns, column_stride = 1, rows, row_stride
-    elif row_stride == columns * column_stride:  # all kernels one behind the other
+        rows, columns, column_stride, row_groups = 1, rows, row_stride, None
+    elif row_stride == columns * column_stride and row_groups is None:  # all kernels one behind the other
         rows, columns = 1, rows * columns
     return _Task(
         weight=weight.data_ptr(),
@@ -177,6 +177,7 @@ def _entry(task: Task, alive: list[Tensor]) -> _Task:
         buffer=None if task.buffer is None else task.buffer.data_ptr(),
         first=task.first,
         codes=table.codes.data_ptr(),
+        row_groups=None if row_groups is None else row_groups.data_ptr(),
         radii=None if radii is None else radii.data_ptr(),
         radius=(ctypes.c_double * 4)(*(1.0 if math.isnan(r) else r for r in table.radius)),
         rows=rows,

@@ -37,13 +37,14 @@ struct fgo_task {
   const void *grad;
   void *buffer;            // null without momentum
   const int32_t *codes;    // per kernel: group * 4 + kind (0 Euclidean, 1 sphere, 2 oblique, 3 Stiefel)
+  const int32_t *row_groups;  // per row and kind, where that determines the group, -1 where the kind does not occur; or null
   const void *radii;       // per kernel, or null: radius[kind]
   double *squared_norms;   // per group: added to by fgo_norms
   const void *scales;      // per group: 1 / tau, read by fgo_update; zero leaves the gradient out
   double radius[4];
   int64_t rows, columns, row_stride, column_stride;
   int32_t a, b, i_stride, j_stride;
-  int32_t first, unused;   // first: the buffer holds nothing yet
+  int32_t first, skips;    // the buffer holds nothing yet; some scale is zero
   int64_t groups;
 };
 
@@ -87,6 +88,7 @@ constexpr double safety = 1.05;  // head room for points that have drifted off t
 #define FGO_NAMESPACE avx2
 #define FGO_TARGET FGO_AVX2
 #define FGO_ANY(w) (!__builtin_ia32_ptestz256(w, w))
+#define FGO_LOOK_UP(values, index) __builtin_ia32_permvarsf256(values, index)
 #include "fused_sweeps.hpp"
 #endif
 
@@ -154,7 +156,7 @@ void share(sweep run, const fgo_task *tasks, int64_t count, const fgo_options *o
 
 extern "C" {
 
-int fgo_abi() { return 1; }
+int fgo_abi() { return 2; }
 
 int fgo_lanes_target() {
 #ifdef FGO_AVX2

@@ -31,6 +31,16 @@ template <class T> FGO_INLINE vec<T> load(const T *p) {
   return v;
 }
 
+// values[index[l]] for every lane, index in 0..3.
+template <class T> FGO_INLINE vec<T> look_up(const vec<T> &values, const mask<T> &index) {
+#ifdef FGO_LOOK_UP
+  if constexpr (sizeof(T) == 4) return FGO_LOOK_UP(values, index);
+#endif
+  vec<T> v;
+  for (int l = 0; l < lanes<T>; ++l) v[l] = values[index[l]];
+  return v;
+}
+
 template <class T> FGO_INLINE void store(T *p, vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // 8 x 8 transposition of single precision: v[l][e] becomes v[e][l].
@@ -132,7 +142,7 @@ template <class T> struct lane_facts {
   mask<T> kind;
   vec<T> inverse_square;                      // of the radius
   vec<T> shared, own, across;                 // inverse_square where the kind is: sphere; oblique, Stiefel; Stiefel
-  bool any_free, any_stiefel, any_constraint;
+  bool any_stiefel, any_constraint;
 };
 
 template <class T, bool RADII>
@@ -148,13 +158,12 @@ FGO_INLINE lane_facts<T> learn(const vec<T> &table, const int32_t *codes, const 
   if constexpr (RADII) {
     for (int l = 0; l < L; ++l) f.inverse_square[l] = 1 / (radii[l < count ? l : 0] * radii[l < count ? l : 0]);
   } else {
-    for (int l = 0; l < L; ++l) f.inverse_square[l] = table[f.kind[l]];
+    f.inverse_square = look_up<T>(table, f.kind);
   }
   const vec<T> none = {};
   f.shared = f.kind == 1 ? f.inverse_square : none;
   f.own = f.kind > 1 ? f.inverse_square : none;
   f.across = f.kind > 2 ? f.inverse_square : none;
-  f.any_free = any<T>(f.kind == 0);
   f.any_stiefel = any<T>(f.kind > 2);
   f.any_constraint = any<T>(f.kind);
   return f;
@@ -324,7 +333,6 @@ FGO_TARGET __attribute__((noinline)) void retract_far(vec<T> *y, vec<T> *e, vec<
           facts.across[l] = f.across[half + l];
           long_length[l] = length[half + l];
         }
-        facts.any_free = f.any_free;
         facts.any_stiefel = f.any_stiefel;
         facts.any_constraint = f.any_constraint;
         for (int k = 0; k < a * b; ++k)
@@ -396,6 +404,10 @@ FGO_TARGET void sweep_chunks(const fgo_task *task, const fgo_options *o, double 
   for (int64_t number = begin; number < end; ++number) {
     const int64_t row = number / per_row, first = number % per_row * chunk;
     const int64_t last = first + chunk < t.columns ? first + chunk : t.columns;
+    vec<T> row_scales = {}, row_sums[4] = {};
+    const int32_t *row_groups = t.row_groups ? t.row_groups + 4 * row : nullptr;
+    if (UPDATE && row_groups)
+      for (int k = 0; k < 4; ++k) row_scales[k] = row_groups[k] < 0 ? T(0) : scales[row_groups[k]];
     const bool foresee = t.column_stride == 1 && row + 1 < t.rows;
     for (int64_t column = first; column < last; column += L) {
       const int count = last - column < L ? int(last - column) : L;
@@ -412,7 +424,7 @@ FGO_TARGET void sweep_chunks(const fgo_task *task, const fgo_options *o, double 
       vec<T> w[size], h[size];
       read<T, K>(weight, at, offset, n, w);
       read<T, K>(grad, at, offset, n, h);
-      if (decay != 0 && f.any_free) {
+      if (decay != 0) {
         const vec<T> shrink = f.kind == 0 ? none + sign * decay : none;
         for (int e = 0; e < n; ++e) h[e] += shrink * w[e];
       }
@@ -420,12 +432,22 @@ FGO_TARGET void sweep_chunks(const fgo_task *task, const fgo_options *o, double 
         vec<T> sum = {};
         if (f.any_constraint) project<T, A, B>(w, h, f, a, b);
         for (int e = 0; e < n; ++e) sum += h[e] * h[e];
-        add_up<T>(sums, codes, invariant ? sum / f.inverse_square : sum, count);
+        if (invariant) sum /= f.inverse_square;
+        if (!t.row_groups) {
+          add_up<T>(sums, codes, sum, count);
+          continue;
+        }
+        if (count < L)
+          for (int l = count; l < L; ++l) sum[l] = 0;
+        for (int k = 0; k < 4; ++k) row_sums[k] += f.kind == k ? sum : none;
         continue;
       }
       vec<T> rate, step[size], length = {};
-      for (int l = 0; l < L; ++l) rate[l] = scales[codes[l < count ? l : 0] >> 2];
-      if (any<T>(rate == none))
+      if (t.row_groups)
+        rate = look_up<T>(row_scales, f.kind);
+      else
+        for (int l = 0; l < L; ++l) rate[l] = scales[codes[l < count ? l : 0] >> 2];
+      if (t.skips)
         for (int e = 0; e < n; ++e) h[e] = rate == none ? none : h[e];
       if (invariant) rate /= f.inverse_square;
       const vec<T> share = take * rate;
@@ -448,6 +470,10 @@ FGO_TARGET void sweep_chunks(const fgo_task *task, const fgo_options *o, double 
       retract<T, A, B>(w, length * (lr * lr) * f.inverse_square, f, a, b);
       write<T, K>(weight, at, offset, n, w);
     }
+    if (!UPDATE && row_groups)
+      for (int k = 0; k < 4; ++k)
+        for (int l = 0; l < L; ++l)
+          if (row_groups[k] >= 0) sums[2 * row_groups[k]] += row_sums[k][l];
   }
 }
 

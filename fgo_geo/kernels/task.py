@@ -52,6 +52,8 @@ class KernelTable:
 
     Attributes:
         codes: ``4 * group + kind`` of every kernel, shape of the weight's first two dimensions, int32.
+        row_groups: Group of every row's kernels of a kind, shape ``(rows, 4)``, -1 where the kind does not occur; None
+            if row and kind do not determine the group.
         radius: Radius of every kind; one for kinds that do not occur.
         radii: Radius of every kernel in float64 where it differs within a kind, else None.
         curvature: Bound on the sectional curvature of every group, float64; zero on Euclidean ones.
@@ -61,6 +63,7 @@ class KernelTable:
     """
 
     codes: Tensor
+    row_groups: Tensor | None
     radius: tuple[float, float, float, float]
     radii: Tensor | None
     curvature: Tensor
@@ -119,9 +122,11 @@ def _build(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
         return weight.flatten(2)[:, :, 0].contiguous().to(device)
 
     kernel = manifold.layout.kernel
+    all_codes = in_memory_order(codes)
     wide = len(kernel) > 1 and math.prod(kernel[:-1]) < kernel[-1]
     return KernelTable(
-        codes=in_memory_order(codes),
+        codes=all_codes,
+        row_groups=_groups_of_rows(all_codes),
         radius=(radius[0], radius[1], radius[2], radius[3]),
         radii=in_memory_order(radii) if any(map(math.isnan, radius)) else None,
         curvature=curvature.to(device),
@@ -129,6 +134,19 @@ def _build(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
         size=(a, b),
         wide=wide,
     )
+
+
+def _groups_of_rows(codes: Tensor) -> Tensor | None:
+    """Group of every row and kind, if these two determine the group."""
+    groups, kinds = codes // 4, codes % 4
+    found = torch.full((len(codes), len(KINDS)), -1, dtype=torch.int32, device=codes.device)
+    for kind in range(len(KINDS)):
+        there = kinds == kind
+        largest = torch.where(there, groups, -1).amax(1)
+        if bool((there & (groups != largest[:, None])).any()):
+            return None
+        found[:, kind] = largest
+    return found
 
 
 @dataclass(frozen=True, eq=False)
