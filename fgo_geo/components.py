@@ -201,8 +201,16 @@ class Partition(nn.Module, abc.ABC):
         """The components of every part, shape ``(n, A, B)`` each with ``A >= B``."""
 
     @abc.abstractmethod
-    def merge(self, parts: Sequence[Tensor]) -> Tensor:
-        """Inverse of :meth:`split`."""
+    def merge(self, parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
+        """Inverse of :meth:`split`.
+
+        Args:
+            parts: The components of every part.
+            like: A weight whose order of dimensions in memory the result takes as far as that is cheap.
+
+        Returns:
+            The weight.
+        """
 
     @abc.abstractmethod
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
@@ -256,6 +264,9 @@ class KernelPartition(Partition):
 
     The components of a part are sorted by group, so groups are segments. Costs one 32-bit index per kernel, and
     another for the way back.
+
+    In memory the components are a structure of arrays: the kernel number runs fastest, so that one entry of all kernels
+    is one long vector (see :func:`fgo_geo.linalg.small_product`).
     """
 
     order: Tensor | None
@@ -282,21 +293,26 @@ class KernelPartition(Partition):
 
     def split(self, weight: Tensor) -> list[Tensor]:
         """The kernels of every kind, sorted by group."""
-        channels = self.layout.channels(weight)
-        kernels = channels.reshape(channels.shape[0] * channels.shape[1], *self._matrix)
-        if self.order is not None:
-            kernels = kernels.index_select(0, self.order.to(kernels.device))
-        return list((kernels.mT if self._wide else kernels).split(list(self.counts)))
+        channels = self.layout.channels(weight).flatten(2)
+        if _channels_last(channels):
+            planes = _sorted_planes(channels.permute(2, 0, 1).flatten(1), self.order)
+        else:
+            planes = _planes(_sorted_rows(channels.flatten(0, 1), self.order))
+        kernels = _stored(planes).unflatten(0, self._matrix)
+        kernels = kernels.permute(2, 1, 0) if self._wide else kernels.permute(2, 0, 1)
+        return list(kernels.split(list(self.counts)))
 
-    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+    def merge(self, parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
         """Inverse of :meth:`split`."""
-        kernels = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-        if self._wide:
-            kernels = kernels.mT
-        if self.inverse is not None:
-            kernels = kernels.index_select(0, self.inverse.to(kernels.device))
         layout = self.layout
-        return layout.weight(kernels.reshape(layout.out_channels, layout.in_channels, *layout.kernel))
+        parts = [(part.mT if self._wide else part).flatten(1) for part in parts]
+        if like is not None and _channels_last(layout.channels(like).flatten(2)):
+            planes = _sorted_planes(torch.cat([part.mT for part in parts], 1), self.inverse)
+            channels = planes.unflatten(1, (layout.out_channels, layout.in_channels)).permute(1, 2, 0)
+        else:
+            kernels = _sorted_rows(_rows(parts), self.inverse)
+            channels = kernels.unflatten(0, (layout.out_channels, layout.in_channels))
+        return layout.weight(channels.unflatten(2, layout.kernel))
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)``, or per kernel ``(D, C)``, in the order of the components of every part."""
@@ -306,6 +322,56 @@ class KernelPartition(Partition):
         if self.order is not None:
             kernels = kernels[self.order.cpu().numpy()]
         return np.split(kernels, np.cumsum(self.counts)[:-1])
+
+
+def _channels_last(channels: Tensor) -> bool:
+    """Whether the input channels of ``(D, C, K)`` run faster in memory than the entries of a kernel."""
+    return channels.stride(1) < channels.stride(2)
+
+
+def _sorted_rows(kernels: Tensor, order: Tensor | None) -> Tensor:
+    """Kernels ``(n, K)`` in the given order."""
+    return kernels if order is None else kernels.index_select(0, order.to(kernels.device))
+
+
+def _sorted_planes(planes: Tensor, order: Tensor | None) -> Tensor:
+    """Kernels ``(n, K)``, stored as ``(K, n)``, in the given order."""
+    if order is None:
+        return planes
+    return planes.gather(1, order.to(planes.device, torch.int64).expand(planes.shape[0], -1))
+
+
+# Narrow matrices are turned over one entry after the other, which is several times faster than torch's general copy;
+# torch.compile writes its own loops.
+
+
+def _planes(kernels: Tensor) -> Tensor:
+    """Kernels ``(n, K)`` stored as ``(K, n)``."""
+    if torch.compiler.is_compiling():
+        return kernels.mT.contiguous()
+    return torch.stack(kernels.unbind(1))
+
+
+def _stored(planes: Tensor) -> Tensor:
+    """The same, in memory: as_strided keeps torch.compile from gathering anew wherever the result is used."""
+    if torch.compiler.is_compiling():
+        planes = planes.contiguous()
+        return planes.as_strided(planes.shape, (planes.shape[1], 1))
+    return planes
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    """Kernels ``(n, K)`` one behind the other, stored kernel by kernel."""
+    if torch.compiler.is_compiling() or all(part.is_contiguous() for part in parts):
+        return torch.cat(list(parts))
+    rows = parts[0].new_empty(sum(len(part) for part in parts), parts[0].shape[1])
+    start = 0
+    for part in parts:
+        stop = start + len(part)
+        for entry in range(part.shape[1]):
+            rows[start:stop, entry] = part[:, entry]
+        start = stop
+    return rows
 
 
 def _sorted_by(groups: np.ndarray, group_of: np.ndarray) -> np.ndarray:
@@ -336,10 +402,14 @@ class BlockPartition(Partition):
         self.sizes = tuple((max(a, b), min(a, b)) for _, a, b in parts)
         self._wide = tuple(a < b for _, a, b in parts)
         self._whole = len(blocks) == 1
+        self._row_spans: list[slice | None] = []
+        self._column_spans: list[slice | None] = []
         for position, part in enumerate(parts.values()):
-            rows, columns = (torch.from_numpy(np.stack(index)) for index in list(zip(*part, strict=True))[1:])
-            self.register_buffer(f"rows{position}", rows, persistent=False)
-            self.register_buffer(f"columns{position}", columns, persistent=False)
+            rows, columns = (np.stack(index) for index in list(zip(*part, strict=True))[1:])
+            self.register_buffer(f"rows{position}", torch.from_numpy(rows), persistent=False)
+            self.register_buffer(f"columns{position}", torch.from_numpy(columns), persistent=False)
+            self._row_spans.append(_span(rows))
+            self._column_spans.append(_span(columns))
 
     def _index(self, part: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Rows ``(n, A, 1)`` and columns ``(n, 1, B)`` of a part's blocks."""
@@ -352,10 +422,10 @@ class BlockPartition(Partition):
         if self._whole:
             blocks = [matrix.unsqueeze(0)]
         else:
-            blocks = [matrix[self._index(part, matrix.device)] for part in range(len(self.kinds))]
+            blocks = [self._block(matrix, part) for part in range(len(self.kinds))]
         return [b.mT if wide else b for b, wide in zip(blocks, self._wide, strict=True)]
 
-    def merge(self, parts: Sequence[Tensor]) -> Tensor:
+    def merge(self, parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
         """Inverse of :meth:`split`."""
         layout = self.layout
         blocks = [p.mT if wide else p for p, wide in zip(parts, self._wide, strict=True)]
@@ -364,8 +434,38 @@ class BlockPartition(Partition):
         else:
             matrix = blocks[0].new_empty(layout.out_channels, layout.fan_in)
             for part, block in enumerate(blocks):
-                matrix.index_put_(self._index(part, matrix.device), block)
+                self._fill(matrix, part, block)
         return layout.weight(matrix.reshape(layout.out_channels, layout.in_channels, *layout.kernel))
+
+    # Whole rows are copied several times faster than single entries, and runs of them need no copy at all.
+
+    def _block(self, matrix: Tensor, part: int) -> Tensor:
+        """The blocks ``(n, A, B)`` of a part."""
+        rows, columns = self._row_spans[part], self._column_spans[part]
+        row_index, column_index = self._index(part, matrix.device)
+        if columns is not None:
+            chosen = matrix[:, columns]
+            if rows is not None:
+                return chosen[rows].unsqueeze(0)
+            return chosen.index_select(0, row_index.flatten()).unflatten(0, row_index.shape[:2])
+        if rows is not None:
+            return (
+                matrix[rows].index_select(1, column_index.flatten()).unflatten(1, column_index.shape[::2]).movedim(1, 0)
+            )
+        return matrix[row_index, column_index]
+
+    def _fill(self, matrix: Tensor, part: int, blocks: Tensor) -> None:
+        """Write the blocks of a part where :meth:`_block` found them."""
+        rows, columns = self._row_spans[part], self._column_spans[part]
+        row_index, column_index = self._index(part, matrix.device)
+        if rows is not None and columns is not None:
+            matrix[rows, columns] = blocks[0]
+        elif columns is not None:
+            matrix[:, columns].index_copy_(0, row_index.flatten(), blocks.flatten(0, 1))
+        elif rows is not None:
+            matrix[rows].index_copy_(1, column_index.flatten(), blocks.movedim(0, 1).flatten(1))
+        else:
+            matrix.index_put_((row_index, column_index), blocks)
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)`` in the order of the components; a block has no number per kernel."""
@@ -374,6 +474,13 @@ class BlockPartition(Partition):
                 f"a block is one component, so numbers are given per group, shape (G,), got shape {values.shape}"
             )
         return [values[g] for g in self.groups]
+
+
+def _span(index: np.ndarray) -> slice | None:
+    """The run of numbers that the index ``(n, A)`` of ``n`` blocks holds, if every block has the same run."""
+    start = int(index[0, 0])
+    stop = start + index.shape[1]
+    return slice(start, stop) if bool((index == np.arange(start, stop)).all()) else None
 
 
 _NORMALISATIONS = (

@@ -519,7 +519,7 @@ def _move(targets: Sequence[_Target], points: Sequence[Tensor | None]) -> None:
     """Write new values into parameters."""
     for (_, param, _), point in zip(targets, points, strict=True):
         if point is not None:
-            param.detach().copy_(point)
+            param.detach().copy_(point.clone())  # a projected point may be a view of what it is copied to
 
 
 def _put_on_manifolds(model: nn.Module, targets: Sequence[_Target]) -> None:

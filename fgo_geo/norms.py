@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.components import Partition
+from fgo_geo.linalg import root_of_sum
 
 __all__ = [
     "MatrixNorms",
@@ -94,7 +95,7 @@ def matrix_norms(w: Tensor) -> MatrixNorms:
     x = _double(w, "w")
     return _rounded(
         MatrixNorms(
-            frobenius=torch.linalg.vector_norm(x, dim=(-2, -1)),
+            frobenius=root_of_sum(x, (-2, -1)).squeeze((-2, -1)),
             spectral=_sqrt(_largest_eigenvalue(_short_side_gram(x))),
             two_to_one=torch.linalg.vector_norm(x, dim=-1).sum(-1),
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -226,17 +227,36 @@ def test_a_part_costs_no_index_where_kernels_are_in_order() -> None:
     assert not random.state_dict()
 
 
-def test_memory_format_does_not_matter() -> None:
-    grouped = Grouped(WeightLayout((4, 6, 3, 3)), (collection(4, 6, "pio", ("sphere", "stiefel"), "random"),))
-    weight = torch.randn(grouped.shape)
-    for storage in (
-        weight.to(memory_format=torch.channels_last),
-        weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
-    ):
-        for part, expected in zip(
-            partition_of(grouped).split(storage), partition_of(grouped).split(weight), strict=True
-        ):
+@given(grouped=grouped_weights(), seed=st.integers(0, 99))
+def test_memory_format_does_not_matter(grouped: Grouped, seed: int) -> None:
+    """However a weight's dimensions are ordered in memory, its parts are the same, and so is what is made of them."""
+    cut = partition_of(grouped)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(grouped.shape, generator=generator)
+    parts = cut.split(weight)
+    rows = [part.contiguous() for part in parts]
+    for order in itertools.permutations(range(weight.ndim)):
+        inverse = [order.index(dim) for dim in range(weight.ndim)]
+        stored = weight.permute(order).contiguous().permute(inverse)
+        for part, expected in zip(cut.split(stored), parts, strict=True):
             assert torch.equal(part, expected)
+        assert torch.equal(cut.merge(parts, like=stored), weight)
+        assert torch.equal(cut.merge(rows, like=stored), weight)
+
+
+@pytest.mark.parametrize("shape", [(8, 6, 3, 3), (8, 6, 2, 3), (8, 6, 5), (8, 6, 2, 3, 2)])
+@pytest.mark.parametrize("last", [False, True])
+def test_kernels_are_a_structure_of_arrays(shape: tuple[int, ...], last: bool) -> None:
+    """The kernel number runs fastest in memory, and a merged weight lies there as it did."""
+    weight = numbered(shape)
+    if last:
+        weight = weight.movedim(1, -1).contiguous().movedim(-1, 1)
+    cut = partition([collection(8, 6, "po", ("sphere", "oblique"), "random")], WeightLayout(shape))
+    for part in cut.split(weight):
+        assert part.stride(0) == 1
+    merged = cut.merge(cut.split(weight), like=weight)
+    assert (merged.stride(1) == 1) == last
+    assert cut.merge(cut.split(weight)).is_contiguous()
 
 
 def test_equal_blocks_of_one_kind_share_a_part() -> None:

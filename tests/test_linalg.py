@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -13,12 +14,18 @@ from torch import Tensor
 
 from fgo_geo.linalg import (
     computes_in_float32,
+    inner_sum,
     newton_schulz_schedule,
     polar_factor,
     polar_newton_schulz,
+    polar_series,
     polish,
     qr_factor,
     require_finite,
+    root_of_sum,
+    series_limit,
+    small_product,
+    subtract_product,
     sym,
 )
 
@@ -323,3 +330,114 @@ def test_polish_squares_the_error(seed: int, size: tuple[int, int]) -> None:
     polished = torch.linalg.svdvals(polish(y)).sort().values
     torch.testing.assert_close(polished, (1 - 1.5 * error**2 - error**3 / 2).sort().values, rtol=0, atol=16 * EPS)
     torch.testing.assert_close(polar_factor(polish(y)), polar_factor(y), rtol=0, atol=64 * EPS)
+
+
+# -- tiny matrices, large batches ----------------------------------------------------------------------------------
+
+
+def planes(x: Tensor) -> Tensor:
+    """The same matrices, the batch fastest in memory."""
+    return x.movedim((-2, -1), (0, 1)).contiguous().movedim((0, 1), (-2, -1))
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def columns(x: Tensor) -> Tensor:
+    """The same matrices, stored column by column."""
+    return x.mT.contiguous().mT
+
+
+LAYOUTS = [as_it_is, planes, columns]
+
+
+@given(
+    seed=seeds,
+    batch=st.sampled_from([(), (1,), (5,), (2, 3)]),
+    size=st.tuples(*[st.integers(1, 9)] * 3),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 3),
+)
+def test_products_are_sums_over_entries(seed: int, batch: tuple[int, ...], size: tuple[int, ...], layouts: Any) -> None:
+    a, k, b = size
+    left, right, start = normal(seed, *batch, a, k), normal(seed + 1, *batch, k, b), normal(seed + 2, *batch, a, b)
+    expected = np.einsum("...ik,...kj->...ij", left.numpy(), right.numpy())
+    first, second, third = (layout(x) for layout, x in zip(layouts, (left, right, start), strict=True))
+    np.testing.assert_allclose(small_product(first, second).numpy(), expected, atol=32 * EPS)
+    np.testing.assert_allclose(subtract_product(third, first, second).numpy(), start.numpy() - expected, atol=32 * EPS)
+    assert torch.equal(third, start)
+
+
+@pytest.mark.parametrize("dim", [(-1,), (-2,), (-2, -1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sums_over_rows_and_columns(dim: tuple[int, ...], layout: Any) -> None:
+    a, b = normal(0, 4, 5, 3), normal(1, 4, 5, 3)
+    dot = (a.numpy() * b.numpy()).sum(dim, keepdims=True)
+    np.testing.assert_allclose(inner_sum(layout(a), layout(b), dim).numpy(), dot, atol=32 * EPS)
+    norm = np.sqrt((a.numpy() ** 2).sum(dim, keepdims=True))
+    np.testing.assert_allclose(root_of_sum(layout(a), dim).numpy(), norm, atol=32 * EPS)
+
+
+def test_products_with_the_batch_fastest_stay_so() -> None:
+    """Nothing falls back to a product per matrix, nor to its layout."""
+    a = planes(normal(0, 50, 4, 3))
+    gram = small_product(a.mT, a)
+    for result in (gram, small_product(a, gram), subtract_product(a, a, gram), polish(a)):
+        assert result.stride(0) == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_products_and_sums_are_differentiable(layout: Any) -> None:
+    a, b, c = (normal(seed, 3, 2, 2).requires_grad_() for seed in range(3))
+    assert torch.autograd.gradcheck(lambda a, b: small_product(layout(a), layout(b)), (a, b))
+    assert torch.autograd.gradcheck(lambda a, b, c: subtract_product(layout(c), layout(a), layout(b)), (a, b, c))
+    assert torch.autograd.gradcheck(lambda a, b: inner_sum(layout(a), layout(b), (-2,)), (a, b))
+    assert torch.autograd.gradgradcheck(lambda a: root_of_sum(layout(a), (-2, -1)), (a,))
+    zero = torch.zeros(3, 2, 2, dtype=torch.float64, requires_grad=True)
+    root_of_sum(layout(zero), (-2, -1)).sum().backward()
+    assert torch.equal(torch.as_tensor(zero.grad), torch.zeros(3, 2, 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norms_show_what_is_not_finite(layout: Any) -> None:
+    a = torch.ones(3, 2, 2)
+    a[0, 1, 0], a[1, 0, 1] = torch.nan, torch.inf
+    norms = root_of_sum(layout(a), (-2, -1)).flatten().tolist()
+    assert math.isnan(norms[0])
+    assert norms[1:] == [math.inf, 2.0]
+
+
+@given(seed=seeds, size=sizes, radius=st.sampled_from([0.02, 1.0, 40.0]), layout=st.sampled_from(LAYOUTS))
+def test_newton_schulz_at_a_radius(seed: int, size: tuple[int, int], radius: float, layout: Any) -> None:
+    """One bound for all matrices, or one per matrix: the polar factor times the radius."""
+    values = 1 + 0.4 * torch.rand(6, size[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    y = with_singular_values(seed, *size, values)
+    left, _, right = np.linalg.svd(y.numpy(), full_matrices=False)
+    schedule = newton_schulz_schedule(0.96, EPS)
+    radii = torch.full((6, 1, 1), radius, dtype=torch.float64)
+    for excess, r in ((0.96, radius), (values.amax(1) ** 2 - 1, radii)):
+        result = polar_newton_schulz(layout(radius * y), excess, schedule, r)
+        np.testing.assert_allclose(result.numpy() / radius, left @ right, atol=64 * EPS)
+
+
+@given(seed=st.integers(0, 99), relative=st.floats(0, 1), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_the_series_reaches_the_precision_that_its_limit_promises(seed: int, relative: float, dtype: torch.dtype):
+    """Singular values up to the limit, rounding aside; twice the limit is eight times the error."""
+    precision = torch.finfo(dtype).eps
+    generator = torch.Generator().manual_seed(seed)
+    u, _, vh = torch.linalg.svd(torch.randn(9, 4, dtype=torch.float64, generator=generator), full_matrices=False)
+    excess = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=torch.float64) * relative * series_limit(precision)
+    y = (u * (1 + excess).sqrt() @ vh).to(dtype)
+    factor = polar_series(1.7 * y, 1.7).double() / 1.7
+    assert float((factor - u @ vh).abs().max()) <= 8 * precision
+
+
+def test_the_limit_of_the_series_is_sharp():
+    y = torch.tensor([[1.0], [0.0]], dtype=torch.float64) * (1 + series_limit(1e-9)) ** 0.5
+    assert float((polar_series(y)[0, 0] - 1).abs()) == pytest.approx(1e-9, rel=2e-3)
+
+
+def test_a_norm_over_millions_of_entries_is_exact_to_rounding():
+    x = torch.randn(2048, 1024, generator=torch.Generator().manual_seed(0))
+    expected = float(x.double().square().sum().sqrt())
+    assert float(root_of_sum(x, (-2, -1))) == pytest.approx(expected, rel=1e-7)

@@ -19,8 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import ENTRIES, Case, Entry, any_case, cases
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fgo_geo
 from fgo_geo import Oblique, ScaledSphere, Stiefel
+from fgo_geo.linalg import newton_schulz_schedule
 from fgo_geo.manifolds import ComponentManifold
 
 every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=str)
@@ -1069,8 +1072,8 @@ def test_bounded_retraction_is_the_retraction(entry: Entry, data: st.DataObject,
     u = case.tangent(x, share * bound)
     y = case.manifold.retract_bounded(x, u, bound)
     assert float(case.manifold.violation(y).max()) <= 32 * case.eps
-    case.close(y, case.manifold.retr(x, u), factor=32 * (1 + (share * bound) ** 2 / 8))
-    assert torch.equal(case.manifold.retract_bounded(x, u, None), case.manifold.retr(x, u))
+    for result in (y, case.manifold.retract_bounded(x, u, None)):
+        case.close(result, case.manifold.retr(x, u), factor=32 * (1 + (share * bound) ** 2 / 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -1098,12 +1101,72 @@ def test_bounded_retraction_corrects_drift(bound: float) -> None:
         torch.testing.assert_close(y, case.manifold.projx(drifted + u), rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize("bound", [100.1, math.inf, math.nan])
-def test_beyond_the_largest_bound_the_factorisation_is_used(bound: float) -> None:
+@pytest.mark.parametrize("bound", [100.1, math.inf, math.nan, None])
+def test_beyond_the_largest_bound_the_factorisation_is_used(bound: float | None) -> None:
     case = Case(ENTRIES[3], (3,), (6, 4), 2.0, torch.float32, seed=0)
     x = case.point()
-    u = case.tangent(x, 99.0)
+    u = case.tangent(x, 100.05)
     assert torch.equal(case.manifold.retract_bounded(x, u, bound), case.manifold.retr(x, u))
+
+
+def test_what_cannot_be_read_is_bounded_by_the_caller_alone() -> None:
+    """On the meta device, as on an accelerator, no factorisation is called only if the bound is known."""
+    x = torch.zeros(3, 6, 4, device="meta")
+    assert Stiefel().retract_bounded(x, x, 0.5).shape == x.shape
+    compiled = torch.compile(Stiefel().retract_bounded, fullgraph=True, backend="aot_eager")
+    case = Case(ENTRIES[3], (3,), (6, 4), 1.0, torch.float64, seed=0)
+    x = case.point()
+    u = case.tangent(x, 0.1)
+    expected = case.manifold.retr(x, u)
+    case.close(compiled(x, u, 0.2), expected)
+    case.close(torch.func.vmap(lambda x, u: Stiefel().retract_bounded(x, u, 0.2))(x, u), expected)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert Stiefel().retract_bounded(x, u, 0.2).shape == x.shape
+
+
+def test_reading_the_longest_step_saves_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where reading is free the schedule follows from the longest step of the batch; its result is as exact."""
+    case = Case(ENTRIES[3], (5,), (6, 4), 2.0, torch.float64, seed=0)
+    x = case.point()
+    lengths = torch.tensor([0.0, 0.01, 0.3, 0.2, 0.1], dtype=torch.float64)[:, None, None]
+    u = case.tangent(x) * lengths
+    expected = case.manifold.retr(x, u)
+    asked: list[float] = []
+
+    def schedule(excess: float, precision: float) -> tuple[float, ...]:
+        asked.append(excess)
+        return newton_schulz_schedule(excess, precision)
+
+    monkeypatch.setattr(fgo_geo.manifolds.stiefel, "newton_schulz_schedule", schedule)
+    for bound in (0.31, 3.0, 1000.0, math.inf, None):
+        case.close(case.manifold.retract_bounded(x, u, bound), expected)
+    assert asked == pytest.approx([0.09] * 5)
+
+
+def test_a_step_longer_than_its_bound_or_not_finite_falls_back_on_the_bound() -> None:
+    """What the caller says holds for the schedule, every matrix keeps its own scale, and none spoils the others."""
+    case = Case(ENTRIES[3], (3,), (6, 4), 1.0, torch.float64, seed=0)
+    x = case.point()
+    u = case.tangent(x, 0.4)
+    expected = case.manifold.retr(x, u)
+    for bad in (torch.nan, 10.0):
+        steps = torch.cat((u[:2], u[2:] * bad))
+        y = case.manifold.retract_bounded(x, steps, 0.4)
+        torch.testing.assert_close(y[:2], expected[:2], rtol=0, atol=32 * case.eps)
+        assert bool(y[2].isnan().all()) if math.isnan(bad) else bool((torch.linalg.matrix_norm(y[2], 2) <= 1).all())
+
+
+@every_entry
+@pytest.mark.parametrize("method", ["proju", "retr", "retract_bounded", "expmap", "inner", "norm", "dist", "violation"])
+def test_results_do_not_depend_on_the_order_in_memory(entry: Entry, method: str) -> None:
+    """Up to rounding: the batch may run fastest, or the entries of a component."""
+    case = Case(entry, (8,), (4, 3), 0.5, torch.float64, seed=0)
+    x = case.point()
+    arguments = {"violation": (x,), "dist": (x, case.point()), "retract_bounded": (x, case.tangent(x, 0.3), 0.3)}
+    tensors = arguments.get(method, (x, case.tangent(x, 0.3)))
+    planes = [t.movedim(0, -1).contiguous().movedim(-1, 0) if isinstance(t, Tensor) else t for t in tensors]
+    results = [getattr(case.manifold, method)(*args) for args in (tensors, planes)]
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=64 * case.eps)
 
 
 def test_bounded_retraction_uses_matrix_products_only(monkeypatch: pytest.MonkeyPatch) -> None:

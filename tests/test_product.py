@@ -235,12 +235,31 @@ def product_of(kind: str, radius: float = 1.0, exact: bool = False) -> ProductOf
 @pytest.mark.parametrize("kind", SINGLE)
 @pytest.mark.parametrize("radius", [1.0, 0.4])
 def test_one_group_is_one_manifold(kind: str, radius: float) -> None:
-    """Bit for bit: a layer with one group computes what a parameter on the component manifold computes."""
+    """Bit for bit: a layer with one group computes what a parameter on the component manifold computes.
+
+    That is, a parameter whose kernels lie in memory as those of the product: the order of sums depends on it.
+    """
     product, single = product_of(kind, radius), SINGLE[kind](radius)
     case = Case(Grouped(product.layout, product.collections), product, [[radius] * 12], seed=0)
     for method, letters in METHODS.items():
         tensors = arguments(case, letters)
-        assert torch.equal(getattr(product, method)(*tensors), getattr(single, method)(*tensors)), method
+        planes = [t.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1) for t in tensors]
+        assert torch.equal(getattr(product, method)(*tensors), getattr(single, method)(*planes)), method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_lie_in_memory_as_the_point_does(method: str) -> None:
+    """The numbers do not depend on where they lie, bit for bit; a channels-last weight keeps its fast dimension."""
+    mixed = collection(6, 4, "pio", tuple(SINGLE), "random")
+    product = ProductOfGroups(mixed, (6, 4, 3, 3), 0.7)
+    case = Case(Grouped(product.layout, product.collections), product, [[0.7] * 24], seed=0)
+    tensors = arguments(case, METHODS[method])
+    result = getattr(product, method)(*tensors)
+    last = getattr(product, method)(*(t.contiguous(memory_format=torch.channels_last) for t in tensors))
+    assert torch.equal(result, last)
+    if result.shape == product.layout.shape:
+        assert result.is_contiguous()
+        assert last.stride(1) == 1
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 1, 5), (4, 3, 5, 1), (4, 3, 5)])

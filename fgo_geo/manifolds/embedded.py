@@ -24,7 +24,7 @@ import torch
 from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
-from fgo_geo.linalg import computes_in_float32, require_finite
+from fgo_geo.linalg import computes_in_float32, inner_sum, require_finite, root_of_sum
 
 __all__ = ["ComponentManifold", "EmbeddedManifold"]
 
@@ -64,13 +64,13 @@ class EmbeddedManifold(geoopt.Manifold):
         Returns:
             Inner products over the leading dimensions.
         """
-        product = (u * (u if v is None else v)).sum(self._component_dims, keepdim=True)
+        product = inner_sum(u, u if v is None else v, self._component_dims)
         return self._per_component(x, product, keepdim)
 
     @computes_in_float32
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
         """Norm of tangent vectors, per component; differentiable (with gradient zero) at ``u = 0``."""
-        norm = torch.linalg.vector_norm(u, dim=self._component_dims, keepdim=True)
+        norm = root_of_sum(u, self._component_dims)
         return self._per_component(x, norm, keepdim)
 
     def _per_component(self, x: Tensor, values: Tensor, keepdim: bool) -> Tensor:

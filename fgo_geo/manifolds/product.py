@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fgo_geo.components import Partition, Segments, WeightLayout, partition
 from fgo_geo.grouping import MANIFOLD_KINDS, Collection
-from fgo_geo.linalg import computes_in_float32
+from fgo_geo.linalg import computes_in_float32, root_of_sum
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold, flat_shape
 from fgo_geo.manifolds.oblique import Oblique
 from fgo_geo.manifolds.sphere import ScaledSphere
@@ -177,7 +177,7 @@ class ProductOfGroups(EmbeddedManifold):
         split = [self.partition.split(t) for t in tensors]
         call = operation if callable(operation) else _method(operation)
         parts = [call(manifold, *parts) for (manifold, _), *parts in zip(self.parts, *split, strict=True)]
-        return self.partition.merge(parts)
+        return self.partition.merge(parts, like=tensors[0])
 
     def radius_map(self, x: Tensor) -> Tensor:
         """The radius of every entry's component, in the shape of the weight; one where there is no constraint.
@@ -292,7 +292,7 @@ class ProductOfGroups(EmbeddedManifold):
         """Geodesic distance: the root of the sum of the components' squared distances."""
         split = (self.partition.split(x), self.partition.split(y))
         distances = [manifold.dist(a, b) for (manifold, _), a, b in zip(self.parts, *split, strict=True)]
-        distance = torch.linalg.vector_norm(torch.cat(distances))
+        distance = root_of_sum(torch.cat(distances), (-1,))
         return distance.reshape((1,) * (self.ndim * keepdim))
 
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:

@@ -13,21 +13,13 @@ import math
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import computes_in_float32
+from fgo_geo.linalg import computes_in_float32, inner_sum, root_of_sum
 from fgo_geo.manifolds.embedded import ComponentManifold
 
 __all__ = ["ScaledSphere", "SphericalManifold"]
 
 Dims = tuple[int, ...]
 Radius = float | Tensor
-
-
-def _dot(a: Tensor, b: Tensor, dim: Dims) -> Tensor:
-    return (a * b).sum(dim, keepdim=True)
-
-
-def _norm(a: Tensor, dim: Dims) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=dim, keepdim=True)
 
 
 def _sinc(t: Tensor) -> Tensor:
@@ -55,12 +47,12 @@ def normalise(x: Tensor, radius: Radius, dim: Dims) -> Tensor:
 
 def _onto(y: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """``r y / ‖y‖`` for a vector that is neither tiny nor huge."""
-    return y * (radius / _norm(y, dim))
+    return y * (radius / root_of_sum(y, dim))
 
 
 def project_tangent(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Tangent projection, ``u - <x, u> / r² x``."""
-    return u - x * (_dot(x, u, dim) / radius**2)
+    return torch.addcmul(u, x, inner_sum(x, u, dim) / radius**2, value=-1)
 
 
 def retract(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
@@ -70,13 +62,13 @@ def retract(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
 
 def exponential(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Exponential map, ``cos(t) x + sin(t) / t u``, normalised so that rounding does not add up over many steps."""
-    t = _norm(u, dim) / radius
+    t = root_of_sum(u, dim) / radius
     return _onto(torch.cos(t) * x + _sinc(t) * u, radius, dim)
 
 
 def angle(x: Tensor, y: Tensor, dim: Dims) -> Tensor:
     """Angle, ``2 atan2(‖x - y‖, ‖x + y‖)``, accurate at zero and at the antipode."""
-    return 2 * torch.atan2(_norm(x - y, dim), _norm(x + y, dim))
+    return 2 * torch.atan2(root_of_sum(x - y, dim), root_of_sum(x + y, dim))
 
 
 def logarithm(x: Tensor, y: Tensor, radius: Radius, dim: Dims) -> Tensor:
@@ -88,13 +80,13 @@ def logarithm(x: Tensor, y: Tensor, radius: Radius, dim: Dims) -> Tensor:
     theta = angle(x, y, dim)
     far = theta > math.pi / 2
     toward = project_tangent(x, torch.where(far, y + x, y - x), radius, dim)
-    antipodal = far & (_norm(toward, dim) <= 4 * torch.finfo(x.dtype).eps * radius)
+    antipodal = far & (root_of_sum(toward, dim) <= 4 * torch.finfo(x.dtype).eps * radius)
     position = _position(x, dim)
     size = x.abs()
     smallest = torch.where(size == size.amin(dim, keepdim=True), position, position.numel()).amin(dim, keepdim=True)
     sideways = project_tangent(x, (position == smallest).to(x.dtype), radius, dim)
     toward = torch.where(antipodal, sideways, toward)
-    length = _norm(toward, dim)
+    length = root_of_sum(toward, dim)
     return toward * torch.where(length > 0, radius * theta / torch.where(length > 0, length, 1), 1)
 
 
@@ -104,8 +96,8 @@ def parallel_transport(x: Tensor, u: Tensor, v: Tensor, radius: Radius, dim: Dim
     ``v - <u, v> / r² ( sinc²(t/2) / 2 u + sinc(t) x )`` with ``sinc(t) = sin(t) / t``: the textbook formula without
     its division by ``‖u‖``.
     """
-    t = _norm(u, dim) / radius
-    along = _dot(u, v, dim) / radius**2
+    t = root_of_sum(u, dim) / radius
+    along = inner_sum(u, v, dim) / radius**2
     return v - along * (_sinc(t / 2) ** 2 / 2 * u + _sinc(t) * x)
 
 
@@ -126,7 +118,7 @@ class SphericalManifold(ComponentManifold):
     @computes_in_float32
     def violation(self, x: Tensor) -> Tensor:
         """Largest relative deviation of a norm, ``| ‖x‖ / r - 1 |``, per component."""
-        deviation = (_norm(x, self._dims) / self.radius_for(x) - 1).abs()
+        deviation = (root_of_sum(x, self._dims) / self.radius_for(x) - 1).abs()
         return deviation.amax(self._component_dims)
 
     @computes_in_float32

@@ -13,6 +13,7 @@ three retractions:
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -20,11 +21,17 @@ from torch import Tensor
 
 from fgo_geo.linalg import (
     computes_in_float32,
+    inner_sum,
     newton_schulz_schedule,
     polar_factor,
     polar_newton_schulz,
+    polar_series,
     polish,
     qr_factor,
+    reads_for_free,
+    series_limit,
+    small_product,
+    subtract_product,
     sym,
 )
 from fgo_geo.manifolds.embedded import ComponentManifold
@@ -34,9 +41,10 @@ __all__ = ["Stiefel"]
 Retraction = Literal["polar", "qr"]
 
 
-def project_tangent(q: Tensor, v: Tensor) -> Tensor:
-    """Tangent projection on the unit manifold, ``v - q sym(qᵀv)`` ([Edelman1998]_, eq. 2.4)."""
-    return v - q @ sym(q.mT @ v)
+def project_tangent(x: Tensor, u: Tensor, radius: float | Tensor = 1.0) -> Tensor:
+    """Tangent projection, ``u - x sym(xᵀu) / r²`` ([Edelman1998]_, eq. 2.4)."""
+    along = small_product(x.mT, u)
+    return subtract_product(u, x, (along + along.mT) * (0.5 / radius**2))
 
 
 def exponential(q: Tensor, v: Tensor) -> Tensor:
@@ -92,6 +100,8 @@ def logarithm(q: Tensor, y: Tensor, max_rounds: int = 500) -> Tensor:
         v = v + gap
         points = geodesic(q, v, _GEODESIC_STEPS)
     error = torch.linalg.matrix_norm(y - points[-1]).detach().max()
+    if bool(error <= 4 * tolerance):  # as near as rounding lets it come
+        return v
     raise RuntimeError(
         f"Stiefel.logmap: no geodesic found after {max_rounds} rounds (largest error of the end point "
         f"{float(error):.3g} radii); the points lie farther apart than the injectivity "
@@ -107,7 +117,8 @@ def _with_norm_of(v: Tensor, reference: Tensor) -> Tensor:
 
 
 # Rounding in the Gram matrix of y grows with the square of the bound.
-_POLISH_BOUND = 4.0  # beyond, the result is polished
+_DRIFT = 2e-3  # of xᵀx / r², the most that an optimiser accepts (EmbeddedManifold.require_point)
+_POLISH_BOUND = 1.0  # beyond, the result is polished
 _LARGEST_BOUND = 100.0  # beyond, the Gram matrix is too ill-conditioned for single precision
 
 
@@ -157,7 +168,7 @@ class Stiefel(ComponentManifold):
         """Largest entry of ``| xᵀx / r² - I |``, per component."""
         q = x / self.radius_for(x)
         identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        return (q.mT @ q - identity).abs().amax((-2, -1))
+        return (small_product(q.mT, q) - identity).abs().amax((-2, -1))
 
     @computes_in_float32
     def projx(self, x: Tensor) -> Tensor:
@@ -183,7 +194,14 @@ class Stiefel(ComponentManifold):
     @computes_in_float32
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Tangent projection, ``u - x sym(xᵀu) / r²``."""
-        return project_tangent(x / self.radius_for(x), u)
+        return project_tangent(x, u, self.radius_for(x))
+
+    @computes_in_float32
+    def projected_square(self, x: Tensor, u: Tensor) -> Tensor:
+        """Squared norm of ``proju(x, u)`` per component, ``‖u‖² - ‖sym(xᵀu)‖² / r²``: one product, not two."""
+        along = sym(small_product(x.mT, u))
+        normal = inner_sum(along, along, (-2, -1)) / self.radius_for(x) ** 2
+        return (inner_sum(u, u, (-2, -1)) - normal).clamp_min(0).squeeze((-2, -1))
 
     @computes_in_float32
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
@@ -195,25 +213,38 @@ class Stiefel(ComponentManifold):
     def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None) -> Tensor:
         """The polar retraction by matrix products alone, in a number of iterations that follows from the bound.
 
+        Where reading is free (on the CPU, outside ``torch.compile``) the longest step of the batch is measured and
+        takes the place of a bound that is farther off, or missing. A factorisation is called if neither is at most
+        100.
+
         Per component of size ``A x B`` it costs two products with the long side (``4AB²`` flops; four for a bound above
-        4) and three of size ``B`` per iteration: three iterations up to ``‖u‖ <= 0.41 r`` in single precision.
+        1) and three of size ``B`` per iteration: three iterations up to ``‖u‖ <= 0.41 r`` in single precision.
 
         Args:
             x: Points.
             u: Tangent vectors at ``x``.
-            bound: Bound on ``‖u‖ / r`` per component, or None if there is none.
+            bound: Bound on ``‖u‖ / r`` per component, or None if none is known.
 
         Returns:
             ``retr(x, u)`` up to rounding.
         """
-        if bound is None or not bound <= _LARGEST_BOUND or self.retraction != "polar":
+        if self.retraction != "polar":
             return self.retr(x, u)
         radius = self.radius_for(x)
-        v = u / radius
-        schedule = newton_schulz_schedule(bound * bound, torch.finfo(x.dtype).eps)
-        excess = v.square().sum((-2, -1))
-        factor = polar_newton_schulz(x / radius + v, excess, schedule)
-        return radius * (factor if bound <= _POLISH_BOUND else polish(factor))
+        squared = math.inf if bound is None else bound**2
+        excess: Tensor | float = (inner_sum(u, u, (-2, -1)) / radius**2).squeeze((-2, -1))
+        if u.numel() > 0 and reads_for_free(u):
+            largest = float(excess.detach().amax())
+            if largest <= squared:  # NaN is not
+                excess = squared = largest
+        if not squared <= _LARGEST_BOUND**2:
+            return self.retr(x, u)
+        precision = torch.finfo(x.dtype).eps
+        if squared + _DRIFT <= series_limit(precision):
+            return polar_series(x + u, radius)
+        schedule = newton_schulz_schedule(squared, precision)
+        y = polar_newton_schulz(x + u, excess, schedule, radius)
+        return y if squared <= _POLISH_BOUND**2 else radius * polish(y / radius)
 
     @computes_in_float32
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
