@@ -18,7 +18,7 @@ from torch import Tensor
 from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel
 from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
-from fgo_geo.optim import theorem_step_bound
+from fgo_geo.optim import fgsgd, theorem_step_bound
 from fgo_geo.optim.jobs import join, pieces_of, put_back
 
 GEOMETRIES: dict[str, Any] = {
@@ -174,8 +174,9 @@ def test_a_product_of_one_group_trains_like_a_single_manifold(momentum: float) -
             product.grad = other.grad = normal(shape, step)
             for optimizer in optimizers:
                 optimizer.step()
-            assert torch.equal(product.detach(), other.detach())
-        assert float(optimizers[0].step_scales()[product]) == float(optimizers[1].step_scales()[other])
+            torch.testing.assert_close(product.detach(), other.detach().as_subclass(Tensor), rtol=0, atol=1e-15)
+        scales = [optimizer.step_scales()[p] for optimizer, p in zip(optimizers, (product, other), strict=True)]
+        assert float(scales[0]) == pytest.approx(float(scales[1]), rel=1e-13)
 
 
 @given(grouped=grouped_weights(movable=True), options=options(), seed=st.integers(0, 99))
@@ -220,7 +221,7 @@ def test_joining_loses_and_changes_nothing(grouped: list[Grouped], seed: int) ->
     assert set(found) == set(pieces)
     for param in params:
         own = sorted((p for p in pieces if p.param is param), key=lambda piece: piece.part)
-        assert torch.equal(put_back(param.manifold, [found[p][0] for p in own]), param.detach())
+        assert torch.equal(put_back(param.manifold, [found[p][0] for p in own], param), param.detach())
         squared = param.manifold.in_collection_order([found[p][1] for p in own])
         torch.testing.assert_close(squared, param.manifold.group_inner(param.detach(), param.grad))
 
@@ -275,3 +276,39 @@ def test_growing_radii_keep_long_momentum_on_the_stiefel_manifold(radius_invaria
                 param.manifold.set_radius(1.0)
                 param.mul_(100.0)
                 optimizer.state[param]["momentum_buffer"].mul_(100.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"radius_invariant": True}, {"dampening": 0.3}, {"maximize": True}], ids=str)
+@pytest.mark.parametrize("radius", [1.0, 0.3])
+def test_one_projection_for_gradient_and_momentum_is_the_same_step(
+    options: dict[str, Any], radius: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results: list[tuple[Tensor, ...]] = []
+    projections: list[bool] = []
+    for large in (16, 10**9):
+        monkeypatch.setattr(fgsgd, "_LARGE_MATRIX", large)
+        start = Stiefel(radius).projx(normal((2, 40, 20), 1))
+        param = geoopt.ManifoldParameter(start, manifold=Stiefel(radius))
+        optimizer = RiemannianFGSGD([param], lr=0.1, momentum=0.9, **options)
+        for step in range(4):
+            param.grad = normal(param.shape, 2 + step)
+            before = param.detach().clone()
+            optimizer.step()
+            buffer = optimizer.state[param]["momentum_buffer"]
+            if step == 3:
+                tangent, _ = param.manifold._check_vector_on_tangent(before, buffer, atol=1e-12, rtol=0)
+                projections.append(tangent)
+        results.append((param.detach(), buffer, optimizer.step_scales()[param]))
+    assert projections == [True, True]
+    for late, early in zip(*results, strict=True):
+        torch.testing.assert_close(late.as_subclass(Tensor), early.as_subclass(Tensor), rtol=1e-12, atol=1e-13)
+
+
+@given(a=st.integers(1, 24), b=st.integers(1, 24), radius=st.floats(0.1, 10), seed=st.integers(0, 99))
+def test_the_square_of_a_projection_needs_no_projection(a: int, b: int, radius: float, seed: int) -> None:
+    shape = (3, max(a, b, 2), min(a, b))
+    manifold = Stiefel(radius)
+    x, u = manifold.projx(normal(shape, seed)), normal(shape, seed + 1)
+    expected = manifold.proju(x, u).square().sum((-2, -1))
+    torch.testing.assert_close(manifold.projected_square(x, u), expected, rtol=1e-12, atol=1e-12)
+    assert float(manifold.projected_square(x, x).max()) <= 1e-12 * radius**2

@@ -150,6 +150,16 @@ def test_steps_of_every_length_end_on_the_manifold(length: float, dtype: torch.d
 
 
 @built
+def test_a_kind_can_occur_twice_with_different_radii():
+    groups = collection(8, 6, "po", ("oblique", "stiefel", "oblique"))
+    counts = ProductOfGroups(groups, (8, 6, 3, 3)).partition.counts
+    radii = [torch.full((count,), 0.5 + part, dtype=torch.float64) for part, count in enumerate(counts)]
+    weight = weight_on(ProductOfGroups(groups, (8, 6, 3, 3), radii), torch.float64, torch.contiguous_format, 0)
+    expected = trained("reference", [weight], 2, 0.3, momentum=0.9)
+    assert_close(trained("fused", [weight], 2, 0.3, momentum=0.9), expected, 1e-13)
+
+
+@built
 def test_ten_thousand_steps_do_not_drift():
     manifold = product(shape=(16, 16, 3, 3))
     weight = weight_on(manifold, torch.float32, torch.channels_last, 0)

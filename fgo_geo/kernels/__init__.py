@@ -26,16 +26,18 @@ from typing import Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from fgo_geo.kernels import cpu
+from fgo_geo.kernels import cpu, gpu
 from fgo_geo.kernels.task import StepOptions, Task, task_of
+from fgo_geo.linalg import traces
 
-__all__ = ["Path", "StepOptions", "Task", "fused_path", "squared_norms", "task_of", "update", "use_path"]
+__all__ = ["Path", "StepOptions", "Task", "active", "fused_path", "squared_norms", "task_of", "update", "use_path"]
 
 Path = Literal["auto", "fused", "reference"]
 
 _logger = logging.getLogger("fgo_geo")
 _said: set[str] = set()
 _path: Path = "auto"
+_PATHS: dict[str, ModuleType] = {"cpu": cpu, "cuda": gpu}  # by device
 
 
 @contextmanager
@@ -78,6 +80,11 @@ def _checked(path: str, what: str) -> Path:
 _path = _checked(os.environ.get("FGO_GEO_PATH", "auto"), "FGO_GEO_PATH")
 
 
+def active() -> bool:
+    """Whether fused paths are asked at all: not inside ``torch.compile`` or where operations are only traced."""
+    return _path != "reference" and not torch.compiler.is_compiling() and not traces()
+
+
 def fused_path(task: Task) -> ModuleType | None:
     """The fused path for a parameter, or None if the batched torch code has to do it.
 
@@ -90,9 +97,7 @@ def fused_path(task: Task) -> ModuleType | None:
     Raises:
         RuntimeError: If the path ``"fused"`` is forced and there is none, with the reason.
     """
-    if _path == "reference" or torch.compiler.is_compiling():
-        return None
-    module = cpu
+    module = _PATHS.get(task.weight.device.type, cpu)
     reason = module.reason(task)
     if reason is None:
         _say_once(f"fused step: {module.DESCRIPTION}", logging.INFO)
@@ -102,7 +107,7 @@ def fused_path(task: Task) -> ModuleType | None:
             f"no fused path for a weight of shape {tuple(task.weight.shape)}: {reason}; use_path('auto') takes the "
             "batched torch code instead"
         )
-    if reason is cpu.NOT_BUILT:
+    if reason is cpu.NOT_BUILT or reason.startswith("Triton "):  # an installation lacks it, not a weight
         _say_once(f"step by the batched torch code: {reason}", logging.WARNING)
     return None
 

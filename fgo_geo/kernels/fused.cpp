@@ -73,6 +73,8 @@ template <class T> constexpr T precision = sizeof(T) == 4 ? T(1.1920929e-7) : T(
 // Up to this ‖e‖² two or four terms of the series suffice: precision^(2/3) and precision^(2/5).
 template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T(9.2e-11),
                                                   sizeof(T) == 4 ? T(1.7e-3) : T(9.4e-7)};
+// Up to this ‖u‖² / r² the centred series has an error below the root (the fourth root) of the precision.
+template <class T> constexpr T centred_limit = sizeof(T) == 4 ? T(0.6) : T(0.5);
 constexpr int most_rounds = 50;  // of Newton-Schulz, more than any finite step needs
 constexpr double safety = 1.05;  // head room for points that have drifted off the manifold
 

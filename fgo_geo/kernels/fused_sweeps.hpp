@@ -284,6 +284,41 @@ template <class T, int B> FGO_INLINE void series(const vec<T> *e, vec<T> *z, boo
     }
 }
 
+// z <- (I + e)^(-1/2) for eigenvalues of e in [0, length]: the series about the middle of the interval, then Newton's
+// method for the inverse root, z (3 I - z² (I + e)) / 2, which squares the error.
+template <class T, int B>
+FGO_INLINE void centred_series(vec<T> *e, const vec<T> &length, vec<T> *z, bool diagonal, int b_) {
+  const int b = B ? B : b_;
+  constexpr int size = B ? B * B : max_b * max_b;
+  const vec<T> middle = 1 + T(0.5) * length, inverse = 1 / middle, scale = root<T>(inverse);
+  vec<T> about[size], product[size];
+  for (int j = 0; j < b; ++j) {
+    about[j * b + j] = (e[j * b + j] - T(0.5) * length) * inverse;
+    e[j * b + j] += 1;
+    if (!diagonal)
+      for (int k = j + 1; k < b; ++k) about[j * b + k] = about[k * b + j] = e[j * b + k] * inverse;
+  }
+  series<T, B>(about, z, true, diagonal, b_);
+  for (int round = 0; round < (sizeof(T) == 4 ? 1 : 2); ++round) {
+    if (diagonal) {
+      for (int j = 0; j < b; ++j) {
+        const vec<T> root = round ? z[j * b + j] : z[j * b + j] * scale;
+        z[j * b + j] = root * (T(1.5) - T(0.5) * e[j * b + j] * root * root);
+      }
+      continue;
+    }
+    if (round == 0)
+      for (int k = 0; k < b * b; ++k) z[k] *= scale;
+    commuting_product<T, B>(z, z, about, b_);
+    commuting_product<T, B>(about, e, product, b_);
+    for (int j = 0; j < b; ++j)
+      for (int k = 0; k < b; ++k)
+        about[j * b + k] = j == k ? T(1.5) - T(0.5) * product[j * b + k] : T(-0.5) * product[j * b + k];
+    commuting_product<T, B>(z, about, product, b_);
+    for (int k = 0; k < b * b; ++k) z[k] = product[k];
+  }
+}
+
 // z <- (I + e)^(-1/2) for eigenvalues of e in [0, length], by the scaled Newton-Schulz iteration of
 // fgo_geo.linalg.polar_newton_schulz; overwrites e.
 template <class T, int B> FGO_TARGET __attribute__((noinline)) void newton_schulz(vec<T> *e, const vec<T> &length, vec<T> *z, int b_) {
@@ -368,6 +403,12 @@ FGO_INLINE void retract(vec<T> *y, const vec<T> &length, const lane_facts<T> &f,
   const bool two_more = any<T>(~(distance <= series_limit<T>[0]));
   if (!two_more || !any<T>(~(distance <= series_limit<T>[1]))) {
     series<T, B>(e, z, two_more, diagonal, b_);
+    multiply<T, A, B>(y, z, diagonal, a_, b_);
+    return;
+  }
+  const vec<T> bound = f.kind == 0 ? vec<T>{} : length;
+  if (!any<T>(~(bound <= centred_limit<T>))) {
+    centred_series<T, B>(e, bound, z, diagonal, b_);
     multiply<T, A, B>(y, z, diagonal, a_, b_);
     return;
   }

@@ -104,6 +104,7 @@ def _build(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
     curvature = torch.zeros(manifold.n_groups, dtype=torch.float64)
     constrained = torch.zeros(manifold.n_groups, dtype=torch.bool)
     radius = [1.0] * len(KINDS)
+    radii_of_kind: dict[int, set[float]] = {}
     codes: list[Tensor] = []
     radii: list[Tensor] = []
     for kind, groups, (part, segments) in zip(cut.kinds, cut.groups, manifold.parts, strict=True):
@@ -112,7 +113,9 @@ def _build(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
         radii.append(torch.ones(segments.total, dtype=torch.float64))
         if isinstance(part, ComponentManifold):
             own = part.radius
-            radius[number] = math.nan if isinstance(own, Tensor) else own
+            numbers = radii_of_kind.setdefault(number, set())  # a kind can occur twice
+            numbers.add(math.nan if isinstance(own, Tensor) else own)
+            radius[number] = own if not isinstance(own, Tensor) and numbers == {own} else math.nan
             radii[-1] = radii[-1] * (own.detach().double().cpu() if isinstance(own, Tensor) else own)
             curvature[groups] = segments.max(radii[-1] ** -2)
             constrained[groups] = True

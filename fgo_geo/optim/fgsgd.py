@@ -31,7 +31,7 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from fgo_geo import kernels
-from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups
+from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups, Stiefel
 from fgo_geo.optim.jobs import FusedJob, Job, Piece, join, manifold_of, pieces_of, put_back
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
 
@@ -40,6 +40,7 @@ __all__ = ["RiemannianFGSGD", "fgsgd_update"]
 StepSize = Literal["theorem", "constant"]
 Update = Literal["retraction", "exponential"]
 
+_LARGE_MATRIX = 16  # columns
 _UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
 
 
@@ -79,6 +80,7 @@ def fgsgd_update(
     nesterov: bool = False,
     update: Update = "retraction",
     bound: float | None = None,
+    tangent: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Add momentum to a scaled Riemannian gradient and move ([Ozay2019]_, algorithm 1, lines 8-9).
 
@@ -93,6 +95,8 @@ def fgsgd_update(
         nesterov: Take Nesterov's direction, ``grad + momentum * buffer``.
         update: Move along the retraction or the exponential map.
         bound: Bound on the length of the step relative to the radius, if one is known.
+        tangent: Whether ``grad`` is tangent already. If not, there is momentum, and no Nesterov step, and one
+            projection does for both.
 
     Returns:
         The new points and the new buffer (None without momentum).
@@ -109,8 +113,9 @@ def fgsgd_update(
         if buffer is None:
             buffer = grad
         else:
-            carried = manifold.proju(x, buffer) if lazy else buffer
-            buffer = momentum * carried + (1 - dampening) * grad
+            carried = manifold.proju(x, buffer) if lazy and tangent else buffer
+            buffer = torch.add((1 - dampening) * grad if dampening else grad, carried, alpha=momentum)
+            buffer = buffer if tangent else manifold.proju(x, buffer)
         direction = grad + momentum * buffer if nesterov else buffer
     rate = lr.reshape(()) if isinstance(lr, Tensor) else lr  # without dimensions it leaves the type alone
     step = -rate * direction
@@ -315,8 +320,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         scales: dict[Tensor, Tensor] = {}
         for param, taus in self._step_scales.items():
             manifold = manifold_of(param)
-            if isinstance(taus, Tensor):
-                scales[param] = taus
+            if isinstance(taus, Tensor):  # from a fused path, which adds up in double precision
+                scales[param] = taus.to(torch.promote_types(param.dtype, torch.float32))
             else:
                 product = isinstance(manifold, ProductOfGroups)
                 scales[param] = manifold.in_collection_order(taus) if product else taus[0]
@@ -389,14 +394,15 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             if not isinstance(job.manifold, EmbeddedManifold):
                 # Always a new tensor: Geoopt's Lorentz manifold writes into the gradient that it is given.
                 grad = grad.add(job.x, alpha=group["weight_decay"])
-            job.grad = job.manifold.egrad2rgrad(job.x, grad)
+            job.tangent = not _projects_late(group, job)
+            job.grad = job.manifold.egrad2rgrad(job.x, grad) if job.tangent else grad
         return plain, list(fused.values()), jobs
 
     def _fused(
         self, group: _Options, param: Tensor, manifold: geoopt.Manifold | None, buffer: Tensor | None
     ) -> tuple[ModuleType | None, kernels.Task | None]:
         """The fused path for a parameter and its task there, if there is one."""
-        if not isinstance(manifold, ProductOfGroups) or group["update"] != "retraction":
+        if not isinstance(manifold, ProductOfGroups) or group["update"] != "retraction" or not kernels.active():
             return None, None
         if group["momentum"] == 0:
             buffer = None
@@ -419,10 +425,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
     def _group_norms(self, options: _Options, job: Job) -> Tensor:
         """Squared norm of the gradient of every group, after refusing or leaving out what is not finite."""
-        grad = job.grad
-        if options["radius_invariant"] and isinstance(job.manifold, ComponentManifold):
-            job.grad = grad * job.manifold.radius_for(job.x) ** 2
-        inner = job.manifold.inner(job.x, job.grad, grad)
+        manifold, grad = job.manifold, job.grad
+        if options["radius_invariant"] and isinstance(manifold, ComponentManifold):
+            radius = manifold.radius_for(job.x)
+            grad = grad * radius  # on the manifold of radius one
+            job.grad = grad * radius
+        inner = manifold.inner(job.x, grad) if job.tangent else cast(Stiefel, manifold).projected_square(job.x, grad)
         squared = job.sum(inner.real if inner.is_complex() else inner).clamp_min(0)  # Lorentz rounds below zero
         finite = torch.isfinite(squared)
         if not _checks(options, squared):
@@ -489,6 +497,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 nesterov=options["nesterov"],
                 update=options["update"],
                 bound=_step_bound(options, job, longest),
+                tangent=job.tangent,
             )
             taus = job.split_groups(torch.ones_like(squared) if tau is None else tau)
             buffers = [None] * len(taus) if buffer is None else job.split(buffer)
@@ -517,13 +526,13 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             manifold = manifold_of(param) or self._default_manifold
             pieces.sort(key=lambda piece: piece.part)
             xs, buffers, taus = zip(*(results[piece] for piece in pieces), strict=True)
-            param.copy_(put_back(manifold, xs))
+            param.copy_(put_back(manifold, xs, param))
             self._step_scales[param] = taus
             if buffers[0] is not None:
                 state = self.state[param]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.empty_like(param)
-                state["momentum_buffer"].copy_(put_back(manifold, buffers))
+                state["momentum_buffer"].copy_(put_back(manifold, buffers, param))
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -586,6 +595,13 @@ def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
     own = own.to(dtype=norm.dtype, device=norm.device)
     batch = job.x.shape[: -job.manifold.ndim]
     return theorem_step_scale(norm, options["rho"], job.groups.max(own.expand(batch).flatten()))
+
+
+def _projects_late(options: _Options, job: Job) -> bool:
+    """Whether gradient and momentum of a job are projected at once: worth it where products are what a step costs."""
+    late = options["momentum"] != 0 and not options["nesterov"] and options["update"] == "retraction"
+    large = isinstance(job.manifold, Stiefel) and job.x.shape[-1] >= _LARGE_MATRIX
+    return late and large and job.buffer is not None
 
 
 def _checks(options: _Options, norms: Tensor) -> bool:

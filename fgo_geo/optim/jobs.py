@@ -97,9 +97,9 @@ def pieces_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -
     return [Piece(param, part, m, r, groups, xs, gs, bs) for part, ((m, groups), r, xs, gs, bs) in enumerate(parts)]
 
 
-def put_back(manifold: geoopt.Manifold, components: Sequence[Tensor]) -> Tensor:
-    """The tensor of the parameter's shape whose pieces are given."""
-    return manifold.partition.merge(components) if isinstance(manifold, ProductOfGroups) else components[0]
+def put_back(manifold: geoopt.Manifold, components: Sequence[Tensor], like: Tensor) -> Tensor:
+    """The tensor of the parameter's shape whose pieces are given; ``like`` is the parameter."""
+    return manifold.partition.merge(components, like) if isinstance(manifold, ProductOfGroups) else components[0]
 
 
 @dataclass
@@ -113,6 +113,7 @@ class Job:
         x: Components.
         grad: Gradients at the components.
         buffer: Momentum of the components, None before the first step.
+        tangent: Whether the gradients have been projected onto the tangent spaces.
     """
 
     pieces: list[Piece]
@@ -121,6 +122,7 @@ class Job:
     x: Tensor
     grad: Tensor
     buffer: Tensor | None
+    tangent: bool = False
 
     @property
     def smallest_radius(self) -> float:
@@ -194,7 +196,10 @@ def _job(pieces: list[Piece]) -> Job:
     component = first.x.shape[-first.manifold.ndim :]
 
     def joined(tensors: Iterable[Tensor]) -> Tensor:
-        return torch.cat([t.reshape(-1, *component) for t in tensors])
+        if len(component) != 2:
+            return torch.cat([t.reshape(-1, *component) for t in tensors])
+        # Small matrices are stored with their number running fastest, see components.KernelPartition.
+        return torch.cat([t.reshape(-1, *component).permute(1, 2, 0) for t in tensors], 2).permute(2, 0, 1)
 
     groups = Segments.joined([p.groups for p in pieces], first.x.device)
     buffer = None if first.buffer is None else joined(p.buffer for p in pieces if p.buffer is not None)
