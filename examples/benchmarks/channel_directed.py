@@ -1,31 +1,28 @@
-"""What channel-directed gradients add to an optimiser's step, on the parameter shapes of ResNet-50.
+"""What channel-directed gradients add to an optimiser's step, on the parameter shapes of a network.
 
-    python examples/benchmarks/channel_directed.py                  # SGD and AdamW, a minute on one CPU core
+    python examples/benchmarks/channel_directed.py                  # ResNet-50, SGD and AdamW, a minute on one CPU core
     python examples/benchmarks/channel_directed.py --device cuda --rounds 100 --json channel_directed.json
 
-Every round times each variant once, in a new order, in the same process: bare, and attached with each metric. The
-figures are over the rounds: the median time of a step, and the median and two quantiles of its ratio to the bare
-step of the same round. Gradients are set anew, outside the clock, before every step.
+The variants are the bare optimiser, and the same one with each metric attached. Gradients are set anew, outside the
+clock, before every step; ratios are to the bare step of the same round.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import random
-import time
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
+import timing
 import torch
-import torchvision
-from torch import Tensor, nn
+from contestants import model_of
+from timing import Columns
+from torch import nn
 
 from fgo_geo.optim.channel_directed import channel_directed
 
-OPTIMISERS = {
+OPTIMISERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
     "SGD, momentum 0.9": lambda params: torch.optim.SGD(params, lr=1e-6, momentum=0.9),
     "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-6),
 }
@@ -36,105 +33,57 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "h1 free": {"metric": "h1", "lam": 1.0, "ends": "free"},
     "h1t periodic": {"metric": "h1t", "lam": 1e3},
 }
-QUANTILES = (0.1, 0.5, 0.9)
+COLUMNS: Columns = {
+    "optimiser": lambda row: row["optimizer"],
+    "gradients": lambda row: row["variant"],
+    **timing.TIMES,
+}
 
 
-def weights(device: torch.device) -> list[nn.Parameter]:
-    """Random parameters with the shapes of ResNet-50's, without its memory for activations."""
+def weights(model: str, device: torch.device) -> list[nn.Parameter]:
+    """Random parameters with the shapes of a model's, without its memory for activations."""
     with torch.device("meta"):
-        model = torchvision.models.resnet50()
-    return [nn.Parameter(0.01 * torch.randn(p.shape, device=device)) for p in model.parameters()]
+        shapes = [param.shape for param in model_of(model).parameters()]
+    return [nn.Parameter(0.01 * torch.randn(shape, device=device)) for shape in shapes]
 
 
-def seconds(optimizer: torch.optim.Optimizer, gradients: list[Tensor], device: torch.device) -> float:
-    """The time of one step with fresh gradients."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter, gradient in zip(params, gradients, strict=True):
-        parameter.grad.copy_(gradient)
-    synchronize(device)
-    start = time.perf_counter()
-    optimizer.step()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure(name: str, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """One row per variant of an optimiser."""
-    params = weights(device)
+def measure(name: str, options: argparse.Namespace) -> tuple[str, list[dict[str, Any]], dict[str, str]]:
+    """Title, one row per variant of an optimiser, and what was left out."""
+    device = options.device
+    params = weights(options.model, device)
     gradients = [torch.randn_like(p) for p in params]
     for parameter in params:
         parameter.grad = torch.empty_like(parameter)
     optimizer = OPTIMISERS[name](params)
     # Activations come and go in training: an allocator that has freed a large tensor keeps memory at hand.
     torch.empty(2**22, device=device)
-    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for round_number in range(rounds + 2):
-        for variant in random.sample(list(VARIANTS), len(VARIANTS)):
-            options = VARIANTS[variant]
-            handle = channel_directed(optimizer, **options) if options else None
-            elapsed = seconds(optimizer, gradients, device)
-            if handle:
-                handle.remove()
-            if round_number >= 2:  # the first two warm up
-                times[variant].append(elapsed)
-    bare = np.array(times["bare"])
-    return [
-        {
-            "optimizer": name,
-            "variant": variant,
-            "milliseconds": 1e3 * float(np.median(times[variant])),
-            "ratio": dict(
-                zip(map(str, QUANTILES), np.quantile(times[variant] / bare, QUANTILES).tolist(), strict=True)
-            ),
-        }
-        for variant in VARIANTS
-    ]
+
+    def seconds(variant: str) -> float:
+        arguments = VARIANTS[variant]
+        handle = channel_directed(optimizer, **arguments) if arguments else None
+        for parameter, gradient in zip(params, gradients, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.copy_(gradient)
+        elapsed = timing.seconds(optimizer.step, device)
+        if handle:
+            handle.remove()
+        return elapsed
+
+    rows = {variant: partial(seconds, variant) for variant in timing.chosen(list(VARIANTS), options, "bare")}
+    times, left_out = timing.interleaved(rows, options.rounds, options.budget)
+    records = [{"optimizer": name, "variant": v, **row} for v, row in timing.figures(times, "bare").items()]
+    return f"{options.model}'s {len(params)} parameters, {name}", records, left_out
 
 
-def machine(device: torch.device) -> str:
-    """Processor, threads and versions, in one line."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-    ]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    accelerator = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return (
-        f"{processor}{accelerator}; {torch.get_num_threads()} threads; {platform.system()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    random.seed(options.seed)
-
-    where = machine(options.device)
-    print(f"{where}\nResNet-50's 161 parameters, {options.rounds} rounds\n")
-    print(f"{'optimiser':<18} {'gradients':<13} {'ms / step':>10} {'ratio':>7} {'10 %':>7} {'90 %':>7}")
-    rows: list[dict[str, Any]] = []
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = timing.argument_parser(__doc__ or "", rounds=30)
+    parser.add_argument("--model", help="name of torchvision (resnet50)")
+    options = timing.parse(parser, arguments)
+    options.model = options.model or ("tiny" if options.quick else "resnet50")
+    results = timing.Results("channel_directed", COLUMNS, options, model=options.model)
     for name in OPTIMISERS:
-        for row in measure(name, options.rounds, options.device):
-            low, middle, high = row["ratio"].values()
-            figures = f"{row['milliseconds']:>10.1f} {middle:>7.2f} {low:>7.2f} {high:>7.2f}"
-            print(f"{name:<18} {row['variant']:<13} {figures}", flush=True)
-            rows.append(row)
-    if options.json:
-        record = {"machine": where, "rounds": options.rounds, "seed": options.seed, "rows": rows}
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+        results.add(*measure(name, options))
+    results.write()
 
 
 if __name__ == "__main__":

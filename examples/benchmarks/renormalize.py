@@ -4,25 +4,20 @@
     python examples/benchmarks/renormalize.py --training --device cuda --batch 128 --rounds 50 --json renormalize.json
 
 The weights of a renormalised layer are computed anew in every pass; their cost does not depend on the batch. Single
-layers get inputs of the size that they have in the network. Every round times each variant once, in a new order, in the
-same process: plain, and renormalised in several ways. The figures are over the rounds: the median time of the
-pass, and the median and two quantiles of its ratio to the plain pass of the same round.
+layers get inputs of the size that they have in the network. Ratios are to the plain pass of the same round.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import random
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import numpy as np
+import timing
 import torch
-import torchvision
+from contestants import model_of
+from timing import Columns
 from torch import Tensor, nn
 
 from fgo_geo.renormalize import renormalize
@@ -41,9 +36,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1x1, 64 -> 256, 56 x 56": (lambda: nn.Conv2d(64, 256, 1, bias=False), (64, 56, 56)),
     "1x1, 512 -> 2048, 7 x 7": (lambda: nn.Conv2d(512, 2048, 1, bias=False), (512, 7, 7)),
     "linear, 2048 -> 1000": (lambda: nn.Linear(2048, 1000), (2048,)),
-    "ResNet-50, 224 x 224": (lambda: torchvision.models.resnet50(), (3, 224, 224)),
+    "ResNet-50, 224 x 224": (lambda: model_of("resnet50"), (3, 224, 224)),
 }
-QUANTILES = (0.1, 0.5, 0.9)
+QUICK = {"3x3, 8 -> 8, 6 x 6": (lambda: nn.Conv2d(8, 8, 3, bias=False), (8, 6, 6))}
+COLUMNS: Columns = {"weights": lambda row: row["variant"], **timing.TIMES}
 
 
 def renormalized(model: nn.Module, arguments: dict[str, Any] | None) -> nn.Module:
@@ -54,93 +50,42 @@ def renormalized(model: nn.Module, arguments: dict[str, Any] | None) -> nn.Modul
     return model
 
 
-def seconds(model: nn.Module, x: Tensor, training: bool) -> float:
-    """The time of one pass."""
-    model.zero_grad()
-    synchronize(x.device)
-    start = time.perf_counter()
+def run(model: nn.Module, x: Tensor, training: bool) -> None:
+    """One pass."""
     y = model(x)
     if training:
         y.backward(torch.ones_like(y))
-    synchronize(x.device)
-    return time.perf_counter() - start
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per variant of a layer, or of the whole model."""
-    make, shape = LAYERS[name]
-    models = {variant: renormalized(make(), arguments).to(options.device) for variant, arguments in VARIANTS.items()}
+def measure(name: str, options: argparse.Namespace) -> tuple[str, list[dict[str, Any]], dict[str, str]]:
+    """Title, one row per variant of a layer or of the whole model, and what was left out."""
+    make, shape = (QUICK | LAYERS)[name]
+    chosen = timing.chosen(list(VARIANTS), options, "plain")
+    models = {variant: renormalized(make(), VARIANTS[variant]).to(options.device) for variant in chosen}
     x = torch.randn(options.batch, *shape, device=options.device)
-    times: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for round_number in range(options.rounds + 1):
-        for variant in random.sample(list(VARIANTS), len(VARIANTS)):
-            elapsed = seconds(models[variant], x, options.training)
-            if round_number >= 1:  # the first warms up
-                times[variant].append(elapsed)
-    plain = np.array(times["plain"])
-    return [
-        {
-            "layer": name,
-            "variant": variant,
-            "milliseconds": 1e3 * float(np.median(times[variant])),
-            "ratio": dict(
-                zip(map(str, QUANTILES), np.quantile(times[variant] / plain, QUANTILES).tolist(), strict=True)
-            ),
-        }
-        for variant in VARIANTS
-    ]
 
+    def seconds(variant: str) -> float:
+        models[variant].zero_grad()
+        return timing.seconds(lambda: run(models[variant], x, options.training), options.device)
 
-def machine(device: torch.device) -> str:
-    """Processor, threads and versions, in one line."""
-    cpuinfo = Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-    ]
-    processor = names[0] if names else platform.processor() or platform.machine()
-    accelerator = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return (
-        f"{processor}{accelerator}; {torch.get_num_threads()} threads; {platform.system()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}"
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--training", action="store_true", help="time forward and backward, not forward alone")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", nargs="*", choices=list(LAYERS), default=list(LAYERS), metavar="LAYER")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="write the figures here, too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    random.seed(options.seed)
-
-    where = machine(options.device)
+    rows = {variant: partial(seconds, variant) for variant in chosen}
+    times, left_out = timing.interleaved(rows, options.rounds, options.budget)
+    records = [{"layer": name, "variant": v, **row} for v, row in timing.figures(times, "plain").items()]
     what = "forward and backward" if options.training else "forward"
-    print(f"{where}\n{what}, batch {options.batch}, {options.rounds} rounds\n")
-    print(f"{'layer':<25} {'weights':<22} {'ms':>9} {'ratio':>7} {'10 %':>7} {'90 %':>7}")
-    rows: list[dict[str, Any]] = []
-    for name in options.layers:
-        for row in measure(name, options):
-            rows.append(row)
-            low, middle, high = row["ratio"].values()
-            print(
-                f"{row['layer']:<25} {row['variant']:<22} {row['milliseconds']:>9.1f} "
-                f"{middle:>7.2f} {low:>7.2f} {high:>7.2f}"
-            )
-    if options.json:
-        record = {"machine": where, "pass": what, "batch": options.batch, "rounds": options.rounds, "rows": rows}
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    return f"{name}: {what}, batch {options.batch}", records, left_out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = timing.argument_parser(__doc__ or "", rounds=5)
+    parser.add_argument("--training", action="store_true", help="time forward and backward, not forward alone")
+    parser.add_argument("--batch", type=int, help="inputs in a batch (16)")
+    parser.add_argument("--layers", nargs="+", choices=list(LAYERS), metavar="LAYER", help=f"of {'; '.join(LAYERS)}")
+    options = timing.parse(parser, arguments)
+    options.batch = options.batch or (2 if options.quick else 16)
+    results = timing.Results("renormalize", COLUMNS, options, training=options.training, batch=options.batch)
+    for name in options.layers or (QUICK if options.quick else LAYERS):
+        results.add(*measure(name, options))
+    results.write()
 
 
 if __name__ == "__main__":
