@@ -21,7 +21,6 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
-#include <thread>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -141,10 +140,10 @@ void share(sweep run, const fgo_task *tasks, int64_t count, const fgo_options *o
       if (begin < end) run(tasks + k, options, sums ? sum + 2 * groups[k] : nullptr, begin, end);
     }
   };
-  std::vector<std::thread> others;
-  for (int number = 1; number < threads; ++number) others.emplace_back(share_of, number);
-  share_of(0);
-  for (auto &thread : others) thread.join();
+  // The threads are torch's own: it has loaded OpenMP's library by the same name. Others would wait for a processor while
+  // torch's spin on theirs.
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int number = 0; number < threads; ++number) share_of(number);
   if (sums)
     for (int64_t k = 0; k < count; ++k)
       for (int number = 0; number < threads; ++number)
