@@ -312,3 +312,22 @@ def test_the_square_of_a_projection_needs_no_projection(a: int, b: int, radius: 
     expected = manifold.proju(x, u).square().sum((-2, -1))
     torch.testing.assert_close(manifold.projected_square(x, u), expected, rtol=1e-12, atol=1e-12)
     assert float(manifold.projected_square(x, x).max()) <= 1e-12 * radius**2
+
+
+@pytest.mark.parametrize("normal_part", [0.0, 2e3, 2e4, 2e5])
+def test_a_gradient_that_is_almost_normal_is_measured_as_well(normal_part: float) -> None:
+    """R = 3 beside a normal part that leaves nothing of it in a difference of squares."""
+    manifold = Stiefel()
+    start = manifold.projx(normal((64, 16), 1, torch.float32))
+    param = geoopt.ManifoldParameter(start, manifold=manifold)
+    optimizer = RiemannianFGSGD([param], lr=0.1, momentum=1e-6)
+    for step in range(2):
+        x = param.detach().double()
+        tangent = manifold.proju(x, normal((64, 16), 2 + step))
+        square = normal((16, 16), 5)
+        across = x @ (square + square.mT)
+        param.grad = (3 * tangent / tangent.norm() + normal_part * across / across.norm()).float()
+        optimizer.step()
+        exact = float(manifold.proju(x, param.grad.double()).norm())
+        assert float(optimizer.step_scales()[param]) == pytest.approx(exact * (2 + exact), rel=1e-3)
+        assert float(manifold.violation(param.detach())) <= 1e-6

@@ -48,7 +48,7 @@ def use_path(path: Path) -> Generator[None]:
 
     Args:
         path: ``"auto"`` takes the fastest that applies; ``"reference"`` the batched torch code; ``"fused"`` is
-            ``"auto"`` that raises for a product of groups that no fused path can take.
+            ``"auto"`` that raises for kernels whose type, size or strides no fused path can take.
 
     Raises:
         ValueError: If there is no such path.

@@ -61,7 +61,8 @@ def library() -> ctypes.CDLL | None:
                 loaded = ctypes.CDLL(str(path))
             except OSError:  # built for another machine
                 continue
-            if loaded.fgo_abi() == _ABI:
+            abi = getattr(loaded, "fgo_abi", None)
+            if abi is not None and abi() == _ABI:
                 return loaded
     return None
 
@@ -101,7 +102,8 @@ def _strides(task: Task) -> tuple[int, int] | None:
         i, j = strides[2], 0
     else:
         i, j = strides[-2:]
-        if len(shape) == 5 and shape[2] > 1 and strides[2] != shape[3] * i:
+        folded = range(2, len(shape) - 2)  # leading dimensions of the kernel, which form its rows with the last but one
+        if any(shape[d] > 1 and strides[d] != shape[d + 1] * strides[d + 1] for d in folded):
             return None
     return (j, i) if task.table.wide else (i, j)
 

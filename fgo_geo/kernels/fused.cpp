@@ -159,14 +159,6 @@ extern "C" {
 
 int fgo_abi() { return 2; }
 
-int fgo_lanes_target() {
-#ifdef FGO_AVX2
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return 0;
-#endif
-}
-
 void fgo_norms(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   share(is_double ? choose<double>().norms : choose<float>().norms, tasks, count, options, threads, true);
 }

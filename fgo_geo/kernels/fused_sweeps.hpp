@@ -141,7 +141,6 @@ template <class T> FGO_INLINE void prefetch(const void *base, int64_t start, int
 template <class T> struct lane_facts {
   mask<T> kind;
   vec<T> inverse_square;                      // of the radius
-  vec<T> shared, own, across;                 // inverse_square where the kind is: sphere; oblique, Stiefel; Stiefel
   bool any_stiefel, any_constraint;
 };
 
@@ -160,10 +159,6 @@ FGO_INLINE lane_facts<T> learn(const vec<T> &table, const int32_t *codes, const 
   } else {
     f.inverse_square = look_up<T>(table, f.kind);
   }
-  const vec<T> none = {};
-  f.shared = f.kind == 1 ? f.inverse_square : none;
-  f.own = f.kind > 1 ? f.inverse_square : none;
-  f.across = f.kind > 2 ? f.inverse_square : none;
   f.any_stiefel = any<T>(f.kind > 2);
   f.any_constraint = any<T>(f.kind);
   return f;
@@ -173,6 +168,7 @@ FGO_INLINE lane_facts<T> learn(const vec<T> &table, const int32_t *codes, const 
 template <class T, int A, int B>
 FGO_INLINE void project(const vec<T> *w, vec<T> *h, const lane_facts<T> &f, int a_, int b_) {
   const int a = A ? A : a_, b = B ? B : b_;
+  const vec<T> none = {};
   vec<T> s[B ? B * B : max_b * max_b], trace = {};
   for (int j = 0; j < b; ++j) {
     vec<T> sum = w[j] * h[j];
@@ -180,7 +176,10 @@ FGO_INLINE void project(const vec<T> *w, vec<T> *h, const lane_facts<T> &f, int 
     s[j * b + j] = sum;
     trace += sum;
   }
-  for (int j = 0; j < b; ++j) s[j * b + j] = f.shared * trace + f.own * s[j * b + j];
+  for (int j = 0; j < b; ++j) {  // masked: a huge Euclidean component must not become 0 * infinity
+    const vec<T> own = s[j * b + j];
+    s[j * b + j] = f.kind == 0 ? none : f.kind == 1 ? f.inverse_square * trace : f.inverse_square * own;
+  }
   if (!f.any_stiefel) {
     for (int i = 0; i < a; ++i)
       for (int j = 0; j < b; ++j) h[i * b + j] -= w[i * b + j] * s[j * b + j];
@@ -190,7 +189,7 @@ FGO_INLINE void project(const vec<T> *w, vec<T> *h, const lane_facts<T> &f, int 
     for (int k = j + 1; k < b; ++k) {
       vec<T> sum = w[j] * h[k] + w[k] * h[j];
       for (int i = 1; i < a; ++i) sum += w[i * b + j] * h[i * b + k] + w[i * b + k] * h[i * b + j];
-      s[j * b + k] = s[k * b + j] = sum * (T(0.5) * f.across);
+      s[j * b + k] = s[k * b + j] = f.kind > 2 ? sum * (T(0.5) * f.inverse_square) : none;
     }
   for (int i = 0; i < a; ++i)
     for (int k = 0; k < b; ++k)
@@ -212,7 +211,7 @@ template <class T, int B> FGO_INLINE void commuting_product(const vec<T> *x, con
 template <class T, int A, int B>
 FGO_INLINE vec<T> excess(const vec<T> *y, vec<T> *e, const lane_facts<T> &f, int a_, int b_) {
   const int a = A ? A : a_, b = B ? B : b_;
-  const vec<T> none = {}, off = f.kind == 0 ? none : none + T(1);
+  const vec<T> none = {};
   vec<T> trace = {}, norm = {};
   for (int j = 0; j < b; ++j) {
     vec<T> sum = y[j] * y[j];
@@ -221,7 +220,8 @@ FGO_INLINE vec<T> excess(const vec<T> *y, vec<T> *e, const lane_facts<T> &f, int
     trace += sum;
   }
   for (int j = 0; j < b; ++j) {
-    e[j * b + j] = f.shared * trace + (f.own * e[j * b + j] - off);
+    const vec<T> own = f.kind == 1 ? trace : e[j * b + j];
+    e[j * b + j] = f.kind == 0 ? none : own * f.inverse_square - 1;
     norm += e[j * b + j] * e[j * b + j];
   }
   if (!f.any_stiefel) return norm;
@@ -229,7 +229,7 @@ FGO_INLINE vec<T> excess(const vec<T> *y, vec<T> *e, const lane_facts<T> &f, int
     for (int k = j + 1; k < b; ++k) {
       vec<T> sum = y[j] * y[k];
       for (int i = 1; i < a; ++i) sum += y[i * b + j] * y[i * b + k];
-      e[j * b + k] = e[k * b + j] = sum * f.across;
+      e[j * b + k] = e[k * b + j] = f.kind > 2 ? sum * f.inverse_square : none;
       norm += 2 * e[j * b + k] * e[j * b + k];
     }
   return norm;
@@ -287,7 +287,7 @@ template <class T, int B> FGO_INLINE void series(const vec<T> *e, vec<T> *z, boo
 // z <- (I + e)^(-1/2) for eigenvalues of e in [0, length]: the series about the middle of the interval, then Newton's
 // method for the inverse root, z (3 I - z² (I + e)) / 2, which squares the error.
 template <class T, int B>
-FGO_INLINE void centred_series(vec<T> *e, const vec<T> &length, vec<T> *z, bool diagonal, int b_) {
+FGO_INLINE void centred_series(vec<T> *e, const vec<T> &length, vec<T> *z, int b_) {
   const int b = B ? B : b_;
   constexpr int size = B ? B * B : max_b * max_b;
   const vec<T> middle = 1 + T(0.5) * length, inverse = 1 / middle, scale = root<T>(inverse);
@@ -295,18 +295,10 @@ FGO_INLINE void centred_series(vec<T> *e, const vec<T> &length, vec<T> *z, bool 
   for (int j = 0; j < b; ++j) {
     about[j * b + j] = (e[j * b + j] - T(0.5) * length) * inverse;
     e[j * b + j] += 1;
-    if (!diagonal)
-      for (int k = j + 1; k < b; ++k) about[j * b + k] = about[k * b + j] = e[j * b + k] * inverse;
+    for (int k = j + 1; k < b; ++k) about[j * b + k] = about[k * b + j] = e[j * b + k] * inverse;
   }
-  series<T, B>(about, z, true, diagonal, b_);
+  series<T, B>(about, z, true, false, b_);
   for (int round = 0; round < (sizeof(T) == 4 ? 1 : 2); ++round) {
-    if (diagonal) {
-      for (int j = 0; j < b; ++j) {
-        const vec<T> root = round ? z[j * b + j] : z[j * b + j] * scale;
-        z[j * b + j] = root * (T(1.5) - T(0.5) * e[j * b + j] * root * root);
-      }
-      continue;
-    }
     if (round == 0)
       for (int k = 0; k < b * b; ++k) z[k] *= scale;
     commuting_product<T, B>(z, z, about, b_);
@@ -353,9 +345,8 @@ template <class T, int A, int B>
 FGO_TARGET __attribute__((noinline)) void retract_far(vec<T> *y, vec<T> *e, vec<T> *z, const vec<T> &length,
                                                       const lane_facts<T> &f, int a_, int b_) {
   const int a = A ? A : a_, b = B ? B : b_;
-  const vec<T> none = {};
   if constexpr (sizeof(T) == 4) {
-    if (any<T>((length > T(100)) & (f.kind != 0))) {
+    if (any<T>(length > T(100))) {
       constexpr int size = A ? A * B : max_a * max_b;
       for (int half = 0; half < 8; half += 4) {
         lane_facts<double> facts;
@@ -363,9 +354,6 @@ FGO_TARGET __attribute__((noinline)) void retract_far(vec<T> *y, vec<T> *e, vec<
         for (int l = 0; l < 4; ++l) {
           facts.kind[l] = f.kind[half + l];
           facts.inverse_square[l] = f.inverse_square[half + l];
-          facts.shared[l] = f.shared[half + l];
-          facts.own[l] = f.own[half + l];
-          facts.across[l] = f.across[half + l];
           long_length[l] = length[half + l];
         }
         facts.any_stiefel = f.any_stiefel;
@@ -380,15 +368,11 @@ FGO_TARGET __attribute__((noinline)) void retract_far(vec<T> *y, vec<T> *e, vec<
       return;
     }
   }
-  if (!f.any_stiefel)
-    for (int j = 0; j < b; ++j)
-      for (int k = 0; k < b; ++k)
-        if (j != k) e[j * b + k] = none;
-  newton_schulz<T, B>(e, f.kind == 0 ? none : length, z, b_);
+  newton_schulz<T, B>(e, length, z, b_);
   multiply<T, A, B>(y, z, false, a_, b_);
   excess<T, A, B>(y, e, f, a_, b_);  // what rounding has left
-  series<T, B>(e, z, false, !f.any_stiefel, b_);
-  multiply<T, A, B>(y, z, !f.any_stiefel, a_, b_);
+  series<T, B>(e, z, false, false, b_);
+  multiply<T, A, B>(y, z, false, a_, b_);
 }
 
 // Metric projection onto the manifold, y <- y (I + E)^(-1/2); `length` is ‖u‖² / r² of the step u that led to y.
@@ -406,13 +390,26 @@ FGO_INLINE void retract(vec<T> *y, const vec<T> &length, const lane_facts<T> &f,
     multiply<T, A, B>(y, z, diagonal, a_, b_);
     return;
   }
-  const vec<T> bound = f.kind == 0 ? vec<T>{} : length;
-  if (!any<T>(~(bound <= centred_limit<T>))) {
-    centred_series<T, B>(e, bound, z, diagonal, b_);
-    multiply<T, A, B>(y, z, diagonal, a_, b_);
+  // Spheres first, and exactly: this holds however far the component was off its manifold.
+  const vec<T> none = {}, one = none + T(1);
+  const mask<T> spherical = (f.kind == 1) | (f.kind == 2);
+  for (int j = 0; j < b; ++j) {
+    const vec<T> stretch = spherical ? 1 / root<T>(1 + e[j * b + j]) : one;
+    for (int i = 0; i < (A ? A : a_); ++i) y[i * b + j] *= stretch;
+    e[j * b + j] = spherical ? none : e[j * b + j];
+  }
+  if (diagonal) return;
+  // ‖E‖ beyond what the step explains: a point that was not on its manifold.
+  const mask<T> stiefel = f.kind > 2;
+  const vec<T> explained = length + T(4e-3), measured = root<T>(distance);
+  const mask<T> astray = ~(distance <= T(b) * explained * explained);
+  const vec<T> bound = stiefel ? (astray ? measured : length) : none;
+  if (!any<T>((astray | ~(bound <= centred_limit<T>)) & stiefel)) {
+    centred_series<T, B>(e, bound, z, b_);
+    multiply<T, A, B>(y, z, false, a_, b_);
     return;
   }
-  retract_far<T, A, B>(y, e, z, length, f, a_, b_);
+  retract_far<T, A, B>(y, e, z, bound, f, a_, b_);
 }
 
 // -- sweeps ------------------------------------------------------------------------------------------------------

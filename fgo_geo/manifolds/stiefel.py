@@ -214,8 +214,7 @@ class Stiefel(ComponentManifold):
         """The polar retraction by matrix products alone, in a number of iterations that follows from the bound.
 
         Where reading is free (on the CPU, outside ``torch.compile``) the longest step of the batch is measured and
-        takes the place of a bound that is farther off, or missing. A factorisation is called if neither is at most
-        100.
+        takes the place of the bound. A factorisation is called if it is more than 100.
 
         Per component of size ``A x B`` it costs two products with the long side (``4AB²`` flops; four for a bound above
         1) and three of size ``B`` per iteration: three iterations up to ``‖u‖ <= 0.41 r`` in single precision.
@@ -235,7 +234,7 @@ class Stiefel(ComponentManifold):
         excess: Tensor | float = (inner_sum(u, u, (-2, -1)) / radius**2).squeeze((-2, -1))
         if u.numel() > 0 and reads_for_free(u):
             largest = float(excess.detach().amax())
-            if largest <= squared:  # NaN is not
+            if not math.isnan(largest):
                 excess = squared = largest
         if not squared <= _LARGEST_BOUND**2:
             return self.retr(x, u)

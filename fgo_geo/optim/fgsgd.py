@@ -31,6 +31,7 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from fgo_geo import kernels
+from fgo_geo.linalg import reads_for_free
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups, Stiefel
 from fgo_geo.optim.jobs import FusedJob, Job, Piece, join, manifold_of, pieces_of, put_back
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
@@ -41,6 +42,7 @@ StepSize = Literal["theorem", "constant"]
 Update = Literal["retraction", "exponential"]
 
 _LARGE_MATRIX = 16  # columns
+_CANCELLATION = 0.01  # of a gradient's square is tangent at least, or it is projected before it is measured
 _UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
 
 
@@ -407,7 +409,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if group["momentum"] == 0:
             buffer = None
         elif buffer is not None and buffer.stride() != param.stride():  # since then the model has been stored otherwise
-            buffer = self.state[param]["momentum_buffer"] = torch.empty_like(param).copy_(buffer).detach()
+            buffer = torch.empty_like(param.detach()).copy_(buffer)
         task = kernels.task_of(param, manifold, buffer)
         return (None if task is None else kernels.fused_path(task)), task
 
@@ -430,7 +432,13 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             radius = manifold.radius_for(job.x)
             grad = grad * radius  # on the manifold of radius one
             job.grad = grad * radius
-        inner = manifold.inner(job.x, grad) if job.tangent else cast(Stiefel, manifold).projected_square(job.x, grad)
+        inner = manifold.inner(job.x, grad)
+        if not job.tangent:
+            whole, inner = inner, cast(Stiefel, manifold).projected_square(job.x, grad)
+            if not bool((inner >= _CANCELLATION * whole).all()):  # little is left of the gradient, and much rounding
+                grad, job.grad = manifold.proju(job.x, grad), manifold.proju(job.x, job.grad)
+                job.tangent = True
+                inner = manifold.inner(job.x, grad)
         squared = job.sum(inner.real if inner.is_complex() else inner).clamp_min(0)  # Lorentz rounds below zero
         finite = torch.isfinite(squared)
         if not _checks(options, squared):
@@ -511,8 +519,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if options["momentum"] != 0:
             for number, (param, task) in enumerate(zip(job.params, job.tasks, strict=True)):
                 if task.buffer is None:
-                    buffer = self.state[param]["momentum_buffer"] = torch.empty_like(task.weight)
-                    job.tasks[number] = dataclasses.replace(task, buffer=buffer, first=True)
+                    task = dataclasses.replace(task, buffer=torch.empty_like(task.weight), first=True)
+                    job.tasks[number] = task
+                self.state[param]["momentum_buffer"] = task.buffer
         kernels.update(job.path, job.tasks, torch.where(finite, 1 / tau, 0), _fused_options(options))
         counts = [task.table.groups for task in job.tasks]
         self._step_scales.update(zip(job.params, tau.split(counts), strict=True))
@@ -601,7 +610,7 @@ def _projects_late(options: _Options, job: Job) -> bool:
     """Whether gradient and momentum of a job are projected at once: worth it where products are what a step costs."""
     late = options["momentum"] != 0 and not options["nesterov"] and options["update"] == "retraction"
     large = isinstance(job.manifold, Stiefel) and job.x.shape[-1] >= _LARGE_MATRIX
-    return late and large and job.buffer is not None
+    return late and large and job.buffer is not None and reads_for_free(job.x)
 
 
 def _checks(options: _Options, norms: Tensor) -> bool:
