@@ -359,6 +359,10 @@ def _collections(
     kinds = (manifold,) if isinstance(manifold, str) else manifold
     if not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in cast("Sequence[Any]", kinds)):
         raise ValueError(f"renormalize: manifold is {manifold!r}; expected one of {_KINDS}, or several of them")
+    known = (*_KINDS, "euclidean", "sp", "ob", "st", "eu")  # Euclidean groups are refused with a reason, later
+    unknown = [kind for kind in cast("Sequence[str]", kinds) if kind.casefold() not in known]
+    if unknown:
+        raise ValueError(f"renormalize: manifold holds {unknown[0]!r}; expected one of {_KINDS}, or several of them")
     balls = [kind.casefold() == "spectral" for kind in cast("Sequence[str]", kinds)]
     stand_ins = ["euclidean" if ball else kind for kind, ball in zip(cast("Sequence[str]", kinds), balls, strict=True)]
     return tuple(

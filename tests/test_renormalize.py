@@ -582,7 +582,10 @@ def test_weights_that_something_else_governs_are_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"manifold": "cube"}, "a manifold kind must be one of"),
+        (
+            {"manifold": "cube"},
+            r"manifold holds 'cube'; expected one of \('sphere', 'oblique', 'stiefel', 'spectral'\)",
+        ),
         ({"manifold": "euclidean"}, r"groups of kind 'euclidean' have no bounded norm; use one of \('sphere'"),
         ({"manifold": ("sphere", "stiefel")}, "strategy 'layer' puts the whole layer on one manifold"),
         ({"groups": "pip"}, "strategy must be one of"),
