@@ -368,6 +368,8 @@ def constrain(
     points: list[Tensor | None] = []
     for site, s, (entry, manifold) in zip(sites, settings, decided, strict=True):
         if manifold is not None:
+            if not site.param.is_meta:
+                require_finite(site.param.detach(), f"constrain: {entry.name!r}")
             targets.append((entry, site.param, _moved(manifold, site.param)))
             points.append(_initial_point(site.param.detach(), manifold, s.initial))
     _move(targets, points)

@@ -326,7 +326,7 @@ def constrain_a_model() -> nn.Module:
 
 
 @built
-@pytest.mark.parametrize("reason", ["take float32 and float64, got torch.bfloat16", "strides"])
+@pytest.mark.parametrize("reason", ["fused steps take float32 and float64, got torch.bfloat16", "strides"])
 def test_what_cannot_be_fused_says_why(reason: str):
     dtype = torch.float32 if reason == "strides" else torch.bfloat16
     weight = weight_on(product(shape=(4, 4, 3, 3, 3)), dtype, torch.contiguous_format, 0)

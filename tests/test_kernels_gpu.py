@@ -370,7 +370,7 @@ def test_what_cannot_be_fused_says_why(monkeypatch):
     monkeypatch.setattr(gpu, "_INTERPRETED", True)
     monkeypatch.setattr(gpu, "_missing", lambda device: None)
     assert gpu.reason(task_on_cpu()) is None
-    assert gpu.reason(task_on_cpu(torch.bfloat16)) == "the Triton sweeps take float32 and float64, got torch.bfloat16"
+    assert gpu.reason(task_on_cpu(torch.bfloat16)) == "fused steps take float32 and float64, got torch.bfloat16"
     assert gpu.reason(task_on_cpu(shape=(2, 2, 8, 7))) == "components of 8 x 7 are larger than 49 entries"
     task = task_on_cpu(shape=(4, 4, 3, 3, 3))
     weight = task.weight.transpose(2, 3)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fgo_geo.kernels.task import StepOptions, Task
+from fgo_geo.kernels.task import StepOptions, Task, gradient_of, place_of, problem_of
 
 __all__ = ["DESCRIPTION", "NOT_BUILT", "reason", "squared_norms", "update"]
 
@@ -79,33 +79,9 @@ def reason(task: Task) -> str | None:
     weight = task.weight
     if weight.device.type != "cpu":
         return f"the compiled sweeps run on the CPU, the weight is on {weight.device}"
-    if weight.dtype not in (torch.float32, torch.float64):
-        return f"the compiled sweeps take float32 and float64, got {weight.dtype}"
-    if task.grad.dtype != weight.dtype or (task.buffer is not None and task.buffer.dtype != weight.dtype):
-        return "weight, gradient and momentum have different types"
     if task.table.size[0] > _LARGEST[0] or task.table.size[1] > _LARGEST[1]:
         return f"components of {task.table.size} are larger than {_LARGEST}"
-    if _strides(task) is None:
-        return f"the strides {weight.stride()} of the weight are those of no memory format"
-    return NOT_BUILT if library() is None else None
-
-
-def _strides(task: Task) -> tuple[int, int] | None:
-    """Strides of a component's rows and columns, None if there are none or entries share their memory."""
-    shape, strides = task.weight.shape, task.weight.stride()
-    size = 1
-    for stride, length in sorted(zip(strides, shape, strict=True)):
-        if length > 1 and stride != size:
-            return None
-        size *= length
-    if len(shape) == 3:
-        i, j = strides[2], 0
-    else:
-        i, j = strides[-2:]
-        folded = range(2, len(shape) - 2)  # leading dimensions of the kernel, which form its rows with the last but one
-        if any(shape[d] > 1 and strides[d] != shape[d + 1] * strides[d + 1] for d in folded):
-            return None
-    return (j, i) if task.table.wide else (i, j)
+    return problem_of(task) or (NOT_BUILT if library() is None else None)
 
 
 def squared_norms(tasks: Sequence[Task], options: StepOptions) -> Tensor:
@@ -161,18 +137,11 @@ def _sweep(
 
 def _entry(task: Task, alive: list[Tensor]) -> _Task:
     weight, table = task.weight, task.table
-    grad = task.grad if task.grad.stride() == weight.stride() else torch.empty_like(weight).copy_(task.grad)
-    strides = _strides(task)
-    assert strides is not None
+    grad = gradient_of(task)
+    place = place_of(task, by_rows=table.row_groups is not None)
+    row_groups = table.row_groups if place.rows > 1 else None
     radii = None if table.radii is None else table.radii.to(weight.dtype)
     alive += [grad] if radii is None else [grad, radii]
-    rows, columns = table.codes.shape
-    row_stride, column_stride = weight.stride()[:2]
-    row_groups = table.row_groups
-    if columns == 1:
-        rows, columns, column_stride, row_groups = 1, rows, row_stride, None
-    elif row_stride == columns * column_stride and row_groups is None:  # all kernels one behind the other
-        rows, columns = 1, rows * columns
     return _Task(
         weight=weight.data_ptr(),
         grad=grad.data_ptr(),
@@ -182,13 +151,13 @@ def _entry(task: Task, alive: list[Tensor]) -> _Task:
         row_groups=None if row_groups is None else row_groups.data_ptr(),
         radii=None if radii is None else radii.data_ptr(),
         radius=(ctypes.c_double * 4)(*(1.0 if math.isnan(r) else r for r in table.radius)),
-        rows=rows,
-        columns=columns,
-        row_stride=row_stride,
-        column_stride=column_stride,
+        rows=place.rows,
+        columns=place.columns,
+        row_stride=place.row_stride,
+        column_stride=place.column_stride,
         a=table.size[0],
         b=table.size[1],
-        i_stride=strides[0],
-        j_stride=strides[1],
+        i_stride=place.i_stride,
+        j_stride=place.j_stride,
         groups=table.groups,
     )

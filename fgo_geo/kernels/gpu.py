@@ -37,8 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgo_geo.kernels import cpu
-from fgo_geo.kernels.task import KernelTable, StepOptions, Task
+from fgo_geo.kernels.task import KernelTable, StepOptions, Task, gradient_of, place_of, problem_of
 
 __all__ = ["DESCRIPTION", "reason", "squared_norms", "update"]
 
@@ -98,18 +97,9 @@ def reason(task: Task) -> str | None:
         return f"the Triton sweeps run on {runs_on}, the weight is on {weight.device}"
     if weight.is_cuda and weight.device.index != torch.cuda.current_device():
         return f"the weight is on {weight.device}, the current device is cuda:{torch.cuda.current_device()}"
-    if weight.dtype not in (torch.float32, torch.float64):
-        return f"the Triton sweeps take float32 and float64, got {weight.dtype}"
-    if task.grad.dtype != weight.dtype or (task.buffer is not None and task.buffer.dtype != weight.dtype):
-        return "weight, gradient and momentum have different types"
     if a * b > _LARGEST:
         return f"components of {a} x {b} are larger than {_LARGEST} entries"
-    if _component_strides(task) is None:
-        return f"the strides {weight.stride()} of the weight are those of no memory format"
-    return _missing(weight.device)
-
-
-_component_strides = cpu._strides  # pyright: ignore[reportPrivateUsage]
+    return problem_of(task) or _missing(weight.device)
 
 
 def squared_norms(tasks: Sequence[Task], options: StepOptions) -> Tensor:
@@ -279,17 +269,9 @@ def _launches(tasks: Sequence[Task], options: StepOptions, segments: _Segments) 
 def _row(task: Task, number: int, segments: _Segments, alive: list[Tensor]) -> tuple[tuple[int, ...], bool]:
     """The task's row, but for its last entry, and whether the kernel number runs fastest in memory."""
     weight, table = task.weight, task.table
-    grad = task.grad if task.grad.stride() == weight.stride() else torch.empty_like(weight).copy_(task.grad)
-    strides = _component_strides(task)
-    assert strides is not None
+    grad, place = gradient_of(task), place_of(task)
     squares = _inverse_squares(table)
     alive += [grad, squares]
-    rows, columns = table.codes.shape
-    row_stride, column_stride = weight.stride()[:2]
-    if columns == 1:
-        rows, columns, row_stride, column_stride = 1, rows, 0, row_stride
-    elif row_stride == columns * column_stride:  # all kernels one behind the other
-        rows, columns, row_stride = 1, rows * columns, 0
     row = (
         weight.data_ptr(),
         grad.data_ptr(),
@@ -299,14 +281,15 @@ def _row(task: Task, number: int, segments: _Segments, alive: list[Tensor]) -> t
         segments.positions[number].data_ptr(),
         segments.first_group[number],
         segments.first_kernel[number],
-        rows * columns,
-        columns,
-        row_stride,
-        column_stride,
-        *strides,
+        place.rows * place.columns,
+        place.columns,
+        place.row_stride,
+        place.column_stride,
+        place.i_stride,
+        place.j_stride,
         int(task.first) + 2 * int(table.radii is not None),
     )
-    return row, column_stride == 1
+    return row, place.column_stride == 1
 
 
 def _bits(number: float) -> int:

@@ -17,7 +17,18 @@ from torch import Tensor
 from fgo_geo.components import KernelPartition
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 
-__all__ = ["KINDS", "KernelTable", "StepOptions", "Task", "table_of", "task_of"]
+__all__ = [
+    "KINDS",
+    "KernelTable",
+    "Place",
+    "StepOptions",
+    "Task",
+    "gradient_of",
+    "place_of",
+    "problem_of",
+    "table_of",
+    "task_of",
+]
 
 KINDS = ("euclidean", "sphere", "oblique", "stiefel")
 """Manifold kinds by their numbers in a code."""
@@ -186,3 +197,74 @@ def task_of(param: Tensor, manifold: ProductOfGroups, buffer: Tensor | None) -> 
         return None
     grad = torch.as_tensor(param.grad)
     return Task(param.detach(), grad.detach(), buffer, False, table_of(manifold, param.device))
+
+
+# -- where the kernels lie -------------------------------------------------------------------------------------------
+
+
+def problem_of(task: Task) -> str | None:
+    """Why no fused path can take a parameter, whatever the device; None if one can."""
+    weight = task.weight
+    if weight.dtype not in (torch.float32, torch.float64):
+        return f"fused steps take float32 and float64, got {weight.dtype}"
+    if task.grad.dtype != weight.dtype or (task.buffer is not None and task.buffer.dtype != weight.dtype):
+        return "weight, gradient and momentum have different types"
+    if _component_strides(task) is None:
+        return f"the strides {weight.stride()} of the weight are those of no memory format"
+    return None
+
+
+def gradient_of(task: Task) -> Tensor:
+    """The gradient, stored as the weight is; a copy only if it is not."""
+    return task.grad if task.grad.stride() == task.weight.stride() else torch.empty_like(task.weight).copy_(task.grad)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where kernels lie: kernel ``(row, column)``, and entry ``(i, j)`` of its component behind its start."""
+
+    rows: int
+    columns: int
+    row_stride: int
+    column_stride: int
+    i_stride: int
+    j_stride: int
+
+
+def place_of(task: Task, by_rows: bool = False) -> Place:
+    """Where the kernels of a weight lie; as a single row where they lie at equal distances.
+
+    Args:
+        task: A parameter for which :func:`problem_of` is None.
+        by_rows: Keep rows of several kernels apart.
+
+    Returns:
+        The place.
+    """
+    strides = _component_strides(task)
+    assert strides is not None
+    rows, columns = task.weight.shape[:2]
+    row_stride, column_stride = task.weight.stride()[:2]
+    if columns == 1:
+        rows, columns, row_stride, column_stride = 1, rows, 0, row_stride
+    elif row_stride == columns * column_stride and not by_rows:  # all kernels one behind the other
+        rows, columns, row_stride = 1, rows * columns, 0
+    return Place(rows, columns, row_stride, column_stride, *strides)
+
+
+def _component_strides(task: Task) -> tuple[int, int] | None:
+    """Strides of a component's rows and columns, None if there are none or entries share their memory."""
+    shape, strides = task.weight.shape, task.weight.stride()
+    size = 1
+    for stride, length in sorted(zip(strides, shape, strict=True)):
+        if length > 1 and stride != size:
+            return None
+        size *= length
+    if len(shape) == 3:
+        i, j = strides[2], 0
+    else:
+        i, j = strides[-2:]
+        folded = range(2, len(shape) - 2)  # leading dimensions of the kernel, which form its rows with the last but one
+        if any(shape[d] > 1 and strides[d] != shape[d + 1] * strides[d + 1] for d in folded):
+            return None
+    return (j, i) if task.table.wide else (i, j)
