@@ -58,8 +58,8 @@ def write(folder: Path, reports: dict[str, Report]) -> None:
     """Leave every report in a folder, as JSON and as a picture."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, each in reports.items():
-        (folder / f"{name}.json").write_text(each.to_json() + "\n", encoding="utf-8")
-        each.plot(name).savefig(folder / f"{name}.png", dpi=100)
+        each.to_json(folder / f"{name}.json")
+        each.plot(name, folder / f"{name}.png")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

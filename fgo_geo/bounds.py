@@ -75,7 +75,9 @@ def neyshabur2015(
 
     Args:
         norms: One :class:`~fgo_geo.norms.MatrixNorms` per layer; its fields hold one number per group, shape
-            ``(G_l,)``, or one for the whole layer, shape ``()``.
+            ``(G_l,)``, or one for the whole layer, shape ``()``: of a convolution, ``matrix_norms(weight.flatten(1))``.
+            Norms of single kernels, as ``matrix_norms(weight)`` gives them, are none of a layer; they are refused where
+            their shape ``(D, C)`` tells (that of one-dimensional convolutions, ``(D,)``, looks like D groups).
         n_samples: Number N of training samples.
         margin: The margin γ > 0 that the logits are divided by, in units of the logits; 1 gives Table 1.
         depth_factor: ``f(L)``: ``"exponential"`` is ``2^L`` (Table 1), ``"golowich"`` is ``√L``, the dependence on the
@@ -85,9 +87,9 @@ def neyshabur2015(
         The natural logarithm, a float64 scalar.
 
     Raises:
-        TypeError: If ``norms`` is a single ``MatrixNorms``.
-        ValueError: If there are no norms, a norm is negative or not finite, ``n_samples`` or ``margin`` isn't
-            positive, or the depth factor is unknown.
+        TypeError: If ``norms`` is no sequence of ``MatrixNorms``.
+        ValueError: If there are no norms, a norm is negative or not finite, norms of a layer have more than one
+            dimension, ``n_samples`` or ``margin`` isn't positive, or the depth factor is unknown.
 
     Source:
         [Ozay2019]_, Table 1, which attributes it to [Neyshabur2015]_.
@@ -312,11 +314,25 @@ def _log_values(norms: Sequence[MatrixNorms], field: str, name: str) -> list[Ten
     """Checked logarithms of one norm, one tensor of groups per layer."""
     if isinstance(norms, MatrixNorms):
         raise TypeError(f"{name} is one MatrixNorms; expected a sequence with one per layer: [{name}]")
+    if not isinstance(norms, Sequence):
+        raise TypeError(f"{name} is {type(norms).__name__}; expected a sequence with one MatrixNorms per layer")
     if not norms:
         raise ValueError(f"{name} is empty; expected one MatrixNorms per layer")
     logs: list[Tensor] = []
     for layer, layer_norms in enumerate(norms):
-        values = torch.as_tensor(getattr(layer_norms, field), dtype=torch.float64).reshape(-1)
+        if not isinstance(layer_norms, MatrixNorms):
+            raise TypeError(
+                f"{name}[{layer}] is {type(layer_norms).__name__}; expected a MatrixNorms: measure a layer's weight "
+                "with fgo_geo.norms.matrix_norms(weight.flatten(1))"
+            )
+        values = torch.as_tensor(getattr(layer_norms, field), dtype=torch.float64)
+        if values.ndim > 1:
+            raise ValueError(
+                f"{name}[{layer}].{field} has shape {tuple(values.shape)}; expected () for a layer or (G,) for its "
+                "groups. Norms of an unflattened convolution are those of its kernels: use "
+                "fgo_geo.norms.matrix_norms(weight.flatten(1))"
+            )
+        values = values.reshape(-1)
         valid = (values >= 0) & values.isfinite()
         if not values.numel() or not bool(valid.all()):
             wrong = values[~valid][:1].tolist() or "no group"

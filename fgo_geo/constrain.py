@@ -380,7 +380,8 @@ def constrain(
 def unconstrain(model: nn.Module) -> nn.Module:
     """Turn all manifold parameters of a model into plain ones, with the same values, in place.
 
-    The outputs stay the same. For export, or to go on with another optimiser.
+    The outputs stay the same. For export, or to go on with another optimiser. Renormalised weights stay as they are:
+    :func:`~fgo_geo.remove_renormalization` makes those plain.
 
     Args:
         model: A constrained model.

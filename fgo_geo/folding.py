@@ -85,6 +85,9 @@ def fold_batchnorm(model: nn.Module) -> tuple[nn.Module, tuple[BatchNormRecord, 
     Returns:
         The copy, and one record per batch normalisation in the order of the model.
 
+    Raises:
+        TypeError: If the model is no module.
+
     Source:
         The formulas are those of :mod:`torch.nn.utils.fusion`, for both sides and all layouts.
 
@@ -96,6 +99,11 @@ def fold_batchnorm(model: nn.Module) -> tuple[nn.Module, tuple[BatchNormRecord, 
         >>> folded[1]
         Identity()
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"fold_batchnorm: model is {type(model).__name__}; expected a torch.nn.Module. A state_dict has no layers: "
+            "load it into its model first"
+        )
     folded = _plain_copy(model).eval()
     norms = [(name, module) for name, module in folded.named_modules() if isinstance(module, _BATCH_NORMS)]
     try:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ __all__ = [
     "manifold_norm_bounds",
     "matrix_norms",
     "norms_of_groups",
+    "two_to_one_norm",
 ]
 
 Norm = Literal["frobenius", "spectral", "2->1"]  # the fields of MatrixNorms, in words and in their order
@@ -70,7 +71,8 @@ def matrix_norms(w: Tensor) -> MatrixNorms:
     the zero matrix.
 
     Args:
-        w: Matrices, shape ``(..., A, B)``: components, blocks, or a layer's ``weight.flatten(1)``.
+        w: Matrices, shape ``(..., A, B)``: components, blocks, or a layer's ``weight.flatten(1)``. A convolution's
+            weight as it is stored is taken for a batch of kernels, not for one matrix.
 
     Returns:
         Norms of shape ``(...)``.
@@ -87,20 +89,39 @@ def matrix_norms(w: Tensor) -> MatrixNorms:
         >>> norms.frobenius.item(), norms.spectral.item(), norms.two_to_one.item()
         (5.0, 4.0, 7.0)
     """
-    if w.ndim < 2 or 0 in w.shape[-2:]:
-        raise ValueError(
-            f"w has shape {tuple(w.shape)}; expected (..., A, B) with at least one row and one column: "
-            "flatten a convolution's weight with weight.flatten(1) first"
-        )
-    x = _double(w, "w")
+    x = _matrices(w)
     return _rounded(
         MatrixNorms(
             frobenius=root_of_sum(x, (-2, -1)).squeeze((-2, -1)),
             spectral=_sqrt(_largest_eigenvalue(_short_side_gram(x))),
-            two_to_one=torch.linalg.vector_norm(x, dim=-1).sum(-1),
+            two_to_one=_sum_of_row_norms(x),
         ),
         w.dtype,
     )
+
+
+def two_to_one_norm(w: Tensor) -> Tensor:
+    """The 2→1 norm of every matrix alone: of the three, the one that depends on which side is up.
+
+    Args:
+        w: As in :func:`matrix_norms`.
+
+    Returns:
+        Norms of shape ``(...)``.
+
+    Raises:
+        TypeError: As :func:`matrix_norms`.
+        ValueError: As :func:`matrix_norms`.
+
+    Source:
+        [Ozay2019]_, Table 2 (definition).
+
+    Example:
+        >>> wide = torch.tensor([[1.0, 1.0, 1.0, 1.0]])
+        >>> two_to_one_norm(wide).item(), two_to_one_norm(wide.mT).item()
+        (2.0, 4.0)
+    """
+    return _sum_of_row_norms(_matrices(w)).to(_result_dtype(w.dtype))
 
 
 def group_norms(components: Tensor, labels: Tensor, n_groups: int) -> MatrixNorms:
@@ -241,7 +262,7 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
 
 def conv_operator_norm_circular(
     weight: Tensor,
-    input_size: Sequence[int],
+    input_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
@@ -253,7 +274,8 @@ def conv_operator_norm_circular(
 
     Args:
         weight: Weight of a 1d, 2d or 3d convolution in torch's layout, shape ``(..., D, C/groups, *kernel)``.
-        input_size: Spatial size of the layer's input, one number per spatial axis.
+        input_size: Spatial size of the layer's input, one number per spatial axis; an integer is the size on all axes
+            of a weight without leading dimensions.
         stride: Stride, a divisor of the input size: the output then has ``input_size / stride`` positions, as with
             "same" padding. The offset of the kernel doesn't matter.
         dilation: Dilation.
@@ -288,7 +310,7 @@ def conv_operator_norm_circular(
 
 def conv_operator_norm_bound(
     weight: Tensor,
-    input_size: Sequence[int],
+    input_size: int | Sequence[int],
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
@@ -314,7 +336,8 @@ def conv_operator_norm_bound(
 
     Args:
         weight: Weight of a 1d, 2d or 3d convolution in torch's layout, shape ``(..., D, C/groups, *kernel)``.
-        input_size: Spatial size of the layer's input, one number per spatial axis.
+        input_size: Spatial size of the layer's input, one number per spatial axis; an integer is the size on all axes
+            of a weight without leading dimensions.
         stride: Stride.
         padding: Zeros added on both sides, or ``"same"`` or ``"valid"`` as in torch.
         dilation: Dilation.
@@ -351,6 +374,20 @@ def conv_operator_norm_bound(
     )
     dtype = _result_dtype(weight.dtype)
     return (bound * (1 + _rounding_slack(symbol, math.prod(kernel), dtype))).to(dtype)
+
+
+def _matrices(w: Tensor) -> Tensor:
+    """Checked matrices in float64."""
+    if w.ndim < 2 or 0 in w.shape[-2:]:
+        raise ValueError(
+            f"w has shape {tuple(w.shape)}; expected (..., A, B) with at least one row and one column: "
+            "flatten a convolution's weight with weight.flatten(1) first"
+        )
+    return _double(w, "w")
+
+
+def _sum_of_row_norms(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1).sum(-1)
 
 
 def _double(w: Tensor, what: str) -> Tensor:
@@ -447,16 +484,17 @@ def _symbol(
 
 def _conv_geometry(
     weight: Tensor,
-    input_size: Sequence[int],
+    input_size: int | Sequence[int],
     stride: int | Sequence[int],
     dilation: int | Sequence[int],
     groups: int,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Checked input size, stride and dilation, one number per spatial axis."""
-    axes = len(input_size)
+    axes = len(input_size) if isinstance(input_size, Sequence) else weight.ndim - 2
     if axes < 1 or weight.ndim < axes + 2 or 0 in weight.shape[-axes - 2 :]:
+        given = tuple(input_size) if isinstance(input_size, Sequence) else input_size
         raise ValueError(
-            f"weight has shape {tuple(weight.shape)} and input_size is {tuple(input_size)}; expected a weight "
+            f"weight has shape {tuple(weight.shape)} and input_size is {given!r}; expected a weight "
             "(..., D, C/groups, *kernel) with as many kernel axes as input_size has numbers"
         )
     if groups < 1 or weight.shape[-axes - 2] % groups:
@@ -471,9 +509,9 @@ def _conv_geometry(
 
 
 def _per_axis(value: int | Sequence[int], axes: int, name: str, least: int) -> tuple[int, ...]:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
-    if len(values) != axes or any(v < least for v in values):
-        raise ValueError(f"{name} is {value}; expected {axes} integers >= {least}, or one for all axes")
+    values: tuple[Any, ...] = tuple(value) if isinstance(value, Sequence) else (value,) * axes
+    if len(values) != axes or not all(isinstance(v, (int, np.integer, torch.SymInt)) and v >= least for v in values):
+        raise ValueError(f"{name} is {value!r}; expected {axes} integers >= {least}, or one for all axes")
     return values
 
 

@@ -319,6 +319,16 @@ def test_margin_of_a_model_in_training_is_a_number():
         ([ONE, MatrixNorms(*double(math.nan, math.nan, math.nan))], {}, ValueError, r"norms\[1\].\w+ holds \[nan\]"),
         ([ONE, MatrixNorms(*double(math.inf, math.inf, math.inf))], {}, ValueError, r"norms\[1\].\w+ holds \[inf\]"),
         ([MatrixNorms(*torch.ones(3, 0))], {}, ValueError, r"norms\[0\].\w+ holds no group"),
+        ([ONE, torch.eye(2)], {}, TypeError, r"norms\[1\] is Tensor; expected a MatrixNorms: measure a layer's weight"),
+        ([(1.0, 1.0, 1.0)], {}, TypeError, r"norms\[0\] is tuple; expected a MatrixNorms"),
+        (torch.ones(3), {}, TypeError, r"norms is Tensor; expected a sequence with one MatrixNorms per layer"),
+        ({"fc": ONE}, {}, TypeError, r"norms is dict; expected a sequence with one MatrixNorms per layer"),
+        (
+            [ONE, matrix_norms(torch.ones(4, 3, 5, 5))],
+            {},
+            ValueError,
+            r"norms\[1\].\w+ has shape \(4, 3\); expected \(\) for a layer or \(G,\) .*\(weight.flatten\(1\)\)",
+        ),
     ],
 )
 def test_errors_of_every_measure(measure, norms, options, error, message):
@@ -335,6 +345,8 @@ def test_errors_of_every_measure(measure, norms, options, error, message):
         ([ONE, ONE, ONE], ValueError, r"distance_norms has \[1, 1, 1\] groups per layer and norms \[1, 2\]"),
         ([ONE, ONE], ValueError, r"distance_norms has \[1, 1\] groups per layer and norms \[1, 2\]"),
         ([ONE, MatrixNorms(*-torch.ones(3, 2))], ValueError, r"distance_norms\[1\].\w+ holds \[-1.0\]"),
+        ([ONE, torch.eye(2)], TypeError, r"distance_norms\[1\] is Tensor; expected a MatrixNorms"),
+        ([ONE, MatrixNorms(*torch.ones(3, 1, 2))], ValueError, r"distance_norms\[1\].\w+ has shape \(1, 2\)"),
     ],
 )
 def test_errors_of_distances(measure, distances, error, message):

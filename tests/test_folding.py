@@ -239,3 +239,12 @@ def test_the_copy_of_a_constrained_or_renormalised_model_is_plain(prepare):
     assert set(folded.state_dict()) == {"0.weight", "0.bias", "3.weight", "3.bias"}
     assert list(model.state_dict()) == keys
     assert_same_outputs(model, folded, torch.randn(2, 3, 8, 8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 2).state_dict(), [nn.Linear(2, 2)], torch.eye(2)], ids=type)
+def test_what_is_no_module_is_refused(model):
+    message = (
+        rf"fold_batchnorm: model is {type(model).__name__}; expected a torch.nn.Module. A state_dict has no layers"
+    )
+    with pytest.raises(TypeError, match=message):
+        fold_batchnorm(model)

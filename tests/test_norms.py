@@ -24,6 +24,7 @@ from fgo_geo.norms import (
     manifold_norm_bounds,
     matrix_norms,
     norms_of_groups,
+    two_to_one_norm,
 )
 
 SEEDS = st.integers(0, 2**31)
@@ -66,6 +67,14 @@ def test_matrix_norms_are_the_definitions(w):
     assert all(field.shape == w.shape[:-2] for field in actual)
     # Rank-deficient matrices have singular values of size √eps where zeros belong, but not as the largest one.
     assert_norms(actual, [oracle(m) for m in w.reshape(-1, *w.shape[-2:])], rtol=1e-13 if double else 1e-7)
+
+
+@given(matrices(dtypes=(torch.float64, torch.float32, torch.bfloat16)))
+def test_the_two_to_one_norm_alone_is_the_same_and_sees_which_side_is_up(w):
+    for matrix in (w, w.mT):
+        torch.testing.assert_close(two_to_one_norm(matrix), matrix_norms(matrix).two_to_one, rtol=0, atol=0)
+        expected = [oracle(m)[2] for m in matrix.reshape(-1, *matrix.shape[-2:])]
+        np.testing.assert_allclose(two_to_one_norm(matrix).flatten().double().numpy(), expected, rtol=1e-6, atol=1e-15)
 
 
 @given(matrices())
@@ -459,6 +468,15 @@ def test_operator_norm_and_norm_of_the_reshaped_matrix(case):
     assert operator <= math.sqrt(taps) * reshaped * (1 + 1e-12)
 
 
+@given(st.sampled_from([1, 2, 3]), st.integers(3, 6), SEEDS)
+def test_an_integer_is_the_size_on_all_axes(axes, size, seed):
+    weight = randn((2, 3, *[3, 2, 1][:axes]), seed)
+    assert conv_operator_norm_bound(weight, size, padding=1) == conv_operator_norm_bound(weight, [size] * axes, 1, 1)
+    assert conv_operator_norm_circular(weight, size) == conv_operator_norm_circular(weight, [size] * axes)
+    from_numpy = conv_operator_norm_bound(weight, tuple(np.full(axes, size)), np.int64(1), np.int64(1))
+    assert from_numpy == conv_operator_norm_bound(weight, size, padding=1)
+
+
 def test_leading_dimensions_are_a_batch():
     weights = randn((2, 3, 4, 2, 3, 3), seed=10)
     circular = conv_operator_norm_circular(weights, [4, 6], stride=(1, 2), groups=2)
@@ -536,6 +554,8 @@ def bound(size=(4, 4), **options):
         (lambda: matrix_norms(torch.ones(3)), ValueError, r"w has shape \(3,\).*weight.flatten\(1\)"),
         (lambda: matrix_norms(torch.ones(3, 0)), ValueError, r"w has shape \(3, 0\)"),
         (lambda: matrix_norms(torch.ones(2, 2).int()), TypeError, r"w has dtype torch.int32"),
+        (lambda: two_to_one_norm(torch.ones(4)), ValueError, r"w has shape \(4,\).*weight.flatten\(1\)"),
+        (lambda: two_to_one_norm(torch.ones(2, 2).short()), TypeError, r"w has dtype torch.int16"),
         (lambda: matrix_norms(torch.ones(2, 2).cfloat()), TypeError, r"w has dtype torch.complex64"),
         (lambda: group_norms(C[0], torch.arange(2), 2), ValueError, r"components have shape \(2, 2\)"),
         (lambda: group_norms(C, torch.ones(3), 2), TypeError, r"labels have dtype torch.float32; expected integers"),
@@ -555,6 +575,14 @@ def bound(size=(4, 4), **options):
         (lambda: circular(W[0, 0], [5]), ValueError, r"weight has shape \(3, 3\) and input_size is \(5,\)"),
         (lambda: circular(size=()), ValueError, r"input_size is \(\); expected a weight"),
         (lambda: circular(size=[0, 4]), ValueError, r"input_size is \[0, 4\]; expected 2 integers >= 1"),
+        (lambda: circular(size=0), ValueError, r"input_size is 0; expected 2 integers >= 1, or one for all axes"),
+        (lambda: circular(size=8.0), ValueError, r"input_size is 8.0; expected 2 integers >= 1"),
+        (lambda: bound(size=(8.5, 8)), ValueError, r"input_size is \(8.5, 8\); expected 2 integers >= 1"),
+        (lambda: bound(size="88"), ValueError, r"input_size is '88'; expected 2 integers >= 1"),
+        (lambda: bound(size=None), ValueError, r"input_size is None; expected 2 integers >= 1"),
+        (lambda: bound(stride=2.0), ValueError, r"stride is 2.0; expected 2 integers >= 1"),
+        (lambda: bound(padding=0.5), ValueError, r"padding is 0.5; expected 2 integers >= 0"),
+        (lambda: circular(W[0, 0], 8), ValueError, r"weight has shape \(3, 3\) and input_size is 8; expected a weight"),
         (lambda: circular(groups=3), ValueError, r"groups is 3; expected a divisor of the weight's 4 output channels"),
         (lambda: circular(groups=0), ValueError, r"groups is 0"),
         (lambda: circular(stride=(1, 1, 1)), ValueError, r"stride is \(1, 1, 1\); expected 2 integers"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import math
@@ -13,7 +14,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from layers import Grouped, layers
 from torch import nn
@@ -76,6 +77,69 @@ def test_every_group_has_the_norms_of_its_concatenated_components(data):
         np.testing.assert_allclose(found, norms_of(weight.reshape(len(weight), -1)), rtol=1e-7)
 
 
+BLOCKS = {
+    "linear": lambda i, o: nn.Linear(i, o),
+    "1x1": lambda i, o: nn.Conv2d(i, o, 1),
+    "3x2": lambda i, o: nn.Conv2d(i, o, (3, 2)),
+    "transposed": lambda i, o: nn.ConvTranspose1d(i, o, 3),
+}
+
+
+@given(st.sampled_from(list(BLOCKS)), st.integers(1, 12), st.integers(1, 12), st.integers(0, 99))
+@example("linear", 64, 10, 0)
+@example("linear", 10, 64, 0)
+def test_the_same_numbers_have_the_same_norms_and_measures_whatever_governs_them(kind, inputs, outputs, seed):
+    """A weight that is one block stands on its short side as a group, and is (outputs, inputs) in the measures."""
+    torch.manual_seed(seed)
+    constrained = nn.Sequential(BLOCKS[kind](inputs, outputs)).double()
+    weight = constrained[0].weight
+    shape = weight.transpose(0, 1) if kind == "transposed" else weight
+    wide = shape.shape[0] < math.prod(shape.shape[1:])
+    plain = copy.deepcopy(constrained)
+    if weight.numel() > 1:
+        fgo_geo.constrain(constrained, "layer", "sphere", include="0.weight", components="block")
+    with torch.no_grad():
+        plain[0].weight.copy_(constrained[0].weight)
+    renormalised = copy.deepcopy(plain)
+    renormalize(renormalised[0], manifold="spectral", components="block", bound=1e4)  # far inside the ball
+
+    entries = plain[0].weight.detach().numpy()
+    matrix = (entries.swapaxes(0, 1) if kind == "transposed" else entries).reshape(outputs, -1)
+    for model in (plain, constrained, renormalised):
+        found = report(model, n_samples=10)
+        (layer,) = found.layers
+        assert layer.one_block
+        assert [layer.worst(norm) for norm in NORMS] == pytest.approx(norms_of(matrix.T if wide else matrix), rel=1e-10)
+        assert [float(getattr(layer.layer, norm)) for norm in NORMS] == pytest.approx(norms_of(matrix), rel=1e-10)
+        width = max(outputs, inputs)
+        for name, value in formulas([[norms_of(matrix)]], 10, width).items():
+            for scaling in ("groups", "layers"):
+                assert found.measure(name, scaling).value == pytest.approx(value, rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("strategy", ["pi", "po"])
+@pytest.mark.parametrize("size", [(64, 10), (10, 64), (10, 8)])
+def test_the_same_groups_have_the_same_norms_constrained_and_renormalised(strategy, size):
+    """Two blocks of half the inputs (PI) or outputs (PO), on their short sides."""
+    torch.manual_seed(0)
+    constrained = nn.Sequential(nn.Linear(*size).double())
+    renormalised = copy.deepcopy(constrained)
+    kinds = ("euclidean", "euclidean")
+    fgo_geo.constrain(constrained, strategy, kinds, selection="deterministic", include="0.weight")
+    renormalize(renormalised[0], manifold=("spectral", "spectral"), groups=strategy, bound=1e4)
+    first, second = (report(model, n_samples=10) for model in (constrained, renormalised))
+    halves = np.split(constrained[0].weight.detach().numpy(), 2, axis=1 if strategy == "pi" else 0)
+    expected = [norms_of(half if len(half) >= len(half.T) else half.T) for half in halves]
+    for found in (first, second):
+        assert not found.layers[0].one_block
+        groups = torch.stack(list(found.layers[0].groups), dim=1)
+        np.testing.assert_allclose(groups.numpy(), expected, rtol=1e-10)
+        for name, value in formulas([expected], 10, max(size)).items():
+            assert found.measure(name, "groups").value == pytest.approx(value, rel=1e-10)
+    for mine, theirs in zip(first.measures, second.measures, strict=True):
+        assert mine.value == pytest.approx(theirs.value, rel=1e-10)
+
+
 def test_a_plain_weight_is_one_group_and_biases_are_left_out():
     model = small_network()
     found = report(model)
@@ -104,15 +168,17 @@ def formulas(norms: list[list[tuple[float, float, float]]], n: int, width: int) 
     }
 
 
+PLACES = ((0, 6), (3, 4), (7, 5))  # layers of the small network and their outputs
+
+
 def test_the_measures_are_those_of_table_1_over_groups_and_over_layers():
     model = small_network()
     fgo_geo.constrain(model, "pi", ("sphere", "stiefel"), include="3.weight")
     found = report(model, n_samples=100)
-    for scaling, field in (("groups", "groups"), ("layers", "layer")):
-        norms = [
-            list(zip(*(torch.atleast_1d(n).tolist() for n in getattr(layer, field)), strict=True))
-            for layer in found.layers
-        ]
+    whole = [[norms_of(model[number].weight.detach().double().numpy().reshape(n, -1))] for number, n in PLACES]
+    groups = list(zip(*(n.tolist() for n in found.layer("3.weight").groups), strict=True))
+    assert len(groups) == 12
+    for scaling, norms in (("groups", [whole[0], groups, whole[2]]), ("layers", whole)):
         for name, value in formulas(norms, 100, width=6).items():
             measure = found.measure(name, scaling)
             assert measure.value == pytest.approx(value, rel=1e-10)
@@ -332,10 +398,73 @@ def test_margin_normalised_measures_are_divided_by_the_margin():
     for measure in found.measures:
         assert measure.margin_value == pytest.approx(measure.value - math.log(3))
     assert "all groups, margin 3" in str(found)
+    assert (found.n_labelled, json.loads(found.to_json())["n_labelled"]) == (2, 2)
     wrong = report(model, (inputs, torch.tensor([1, 0])), n_samples=10)
     assert wrong.margin < 0
     assert all(measure.margin_value is None for measure in wrong.measures)
     assert "The margin is -4.8" in str(wrong)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 3)
+
+    def forward(self, x):
+        return self.conv(input=x)
+
+
+class SelfAttention(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x)[0]
+
+
+def test_a_report_without_measures_says_what_they_need():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    labelled = (torch.tensor([[3.0, 0.0], [0.0, 5.0], [0.0, 4.0]]), torch.tensor([0, 1, 1]))
+    found = report(model, labelled, margin_quantile=0.0)
+    assert (found.measures, found.margin, found.n_labelled) == ((), 3.0, 3)
+    missing = "There are no measures: pass n_samples, the number of training samples."
+    assert str(found).endswith(f"{missing} The margin is 3, of 3 labelled samples.")
+    assert str(report(model)).endswith(missing)
+    assert report(model, labelled[0]).n_labelled == 0
+    assert "There are no measures" not in str(report(model, labelled, n_samples=3))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (
+            nn.Conv2d(3, 4, 3),
+            (1, 8, 8),
+            r"Conv2d fails at data of shape \(1, 1, 8, 8\) and type torch.float32: Runtime",
+        ),
+        (nn.Conv2d(3, 4, 3), torch.zeros(2, 3, 2, 2), r"data of shape \(2, 3, 2, 2\) .*Kernel size can't be greater"),
+        (nn.Linear(4, 2), (3,), r"Linear fails at data of shape \(1, 3\).*Give data that the model takes"),
+        (nn.Linear(4, 2), torch.zeros(1, 4).long(), r"data of shape \(1, 4\) and type torch.int64: RuntimeError"),
+        (nn.Sequential(nn.Flatten(5), nn.Linear(4, 2)), (4,), r"Sequential fails at .*: IndexError"),
+        (nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), (4,), r"Sequential fails at .*: ValueError"),
+        (nn.MultiheadAttention(4, 1), (4,), r"MultiheadAttention fails at .*: TypeError: .* missing 2 required"),
+        (SelfAttention(4, 1), (2, 3), r"SelfAttention fails at data of shape \(1, 2, 3\) .*: AssertionError"),
+        (ByKeyword(), (3, 6, 6), r"ByKeyword fails at data of shape \(1, 3, 6, 6\).*or leave data out"),
+        (nn.Conv2d(3, 4, 3), (3, -8, 8), r"data is \(3, -8, 8\); expected the size of one input, of numbers >= 1"),
+    ],
+)
+def test_data_that_the_model_does_not_take(model, data, message):
+    with pytest.raises(ValueError, match=f"report: .*{message}"):
+        report(model, data)
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_running_out_of_memory_stays_what_it_is():
+    class Hungry(nn.Linear):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        report(Hungry(2, 2), (2,))
 
 
 def test_data_that_do_not_fit_are_refused():
@@ -356,15 +485,6 @@ def test_data_that_do_not_fit_are_refused():
             report(nn.Linear(2, 2), nothing)
 
 
-class ByKeyword(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 2, 3)
-
-    def forward(self, x):
-        return self.conv(input=x)
-
-
 def test_a_convolution_may_be_called_by_keyword():
     model = ByKeyword()
     assert report(model, (2, 6, 6)).layers[0].operator_norm == report(model.conv, (2, 6, 6)).layers[0].operator_norm
@@ -380,6 +500,9 @@ def test_what_is_no_module_is_refused(model):
     ("arguments", "message"),
     [
         ({"n_samples": 0}, "n_samples is 0; expected the number of training samples"),
+        ({"n_samples": 0.5}, "n_samples is 0.5; expected the number of training samples, a whole number >= 1"),
+        ({"n_samples": 1000.5}, "n_samples is 1000.5; expected the number"),
+        ({"n_samples": math.nan}, "n_samples is nan; expected the number"),
         ({"n_samples": "50k"}, "n_samples is '50k'; expected the number"),
         ({"n_samples": math.inf}, "n_samples is inf; expected the number"),
         ({"margin_quantile": 3.0}, r"margin_quantile is 3.0; expected a number in \[0, 1\]"),
@@ -393,7 +516,8 @@ def test_arguments_are_checked_before_anything_is_measured(arguments, message):
 
 def test_the_number_of_samples_may_come_from_numpy():
     layer = nn.Linear(2, 2)
-    assert report(layer, n_samples=np.int64(7)).to_json() == report(layer, n_samples=7).to_json()
+    for number in (np.int64(7), np.float32(7), 7.0):
+        assert report(layer, n_samples=number).to_json() == report(layer, n_samples=7).to_json()
 
 
 def test_a_model_without_parameters():
@@ -493,6 +617,65 @@ def test_printing_and_comparing():
         before.compare(small_network())
 
 
+def test_comparing_shows_what_is_divided_by_the_margin():
+    inputs = torch.tensor([[3.0, 0.0], [0.0, 5.0]])
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(2))
+    before = report(model, (inputs, torch.tensor([0, 1])), n_samples=10, margin_quantile=0.0)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    after = report(model, (inputs, torch.tensor([0, 1])), n_samples=10, margin_quantile=0.0)
+    lines = before.compare(after).splitlines()
+    rows = [line.split() for line in lines if "by the margin" in line]
+    assert len(rows) == len(before.measures) == 6
+    for row, mine, theirs in zip(rows, before.measures, after.measures, strict=True):
+        assert row[:2] == [mine.name, mine.heading.split()[0]]
+        assert row[-2:] == [f"{mine.value - math.log(3):.2f}", f"{theirs.value - math.log(6):.2f}"]
+    assert lines[-1] == "Margins: before 3, after 6."
+    wrong = report(model, (inputs, torch.tensor([1, 0])), n_samples=10, margin_quantile=0.0)
+    unlabelled = report(model, n_samples=10)
+    assert "by the margin" not in before.compare(wrong) + before.compare(unlabelled) + unlabelled.compare(before)
+    assert before.compare(wrong).endswith("Margins: before 3, after -10.")
+    assert "Margins" not in before.compare(unlabelled) + unlabelled.compare(before)
+
+
+def test_two_reports_are_compared_under_two_names():
+    before, after = reports()
+    with pytest.raises(TypeError, match=r"labels is a Report; expected two words\. A report is compared with one"):
+        before.compare(after, after)
+    for labels in ("ab", ("before",), ("a", 1), None, ("a", "b", "c")):
+        with pytest.raises(TypeError, match=r"compare: labels is .*; expected two words"):
+            before.compare(after, labels)
+    with pytest.raises(ValueError, match="compare: both labels are 'run'; expected different words"):
+        before.compare(after, ("run", "run"))
+
+
+def test_a_layer_is_found_by_the_name_of_its_module():
+    attention = nn.MultiheadAttention(4, 1, kdim=3, vdim=2)
+    model = nn.ModuleDict({"features": small_network(), "attention": attention, "head": nn.Linear(4, 2)})
+    found = report(model)
+    assert found.layer("head") is found.layer("head.weight")
+    assert found.layer("features.3") is found.layer("features.3.weight")
+    with pytest.raises(KeyError, match=r"'attention' has several weights: ask for one of attention.q_proj_weight"):
+        found.layer("attention")
+    with pytest.raises(KeyError, match=r"no parameter of the model.*there is features.0.weight, features.3.weight"):
+        found.layer("features")
+    with pytest.raises(KeyError, match=r"'features.3.weigth' is not measured.*there is features.3.weight"):
+        found.layer("features.3.weigth")
+    with pytest.raises(KeyError, match=r"'head.bias' is not measured: it has one dimension"):
+        found.layer("head.bias")
+    with pytest.raises(KeyError, match=r"'features.1' is not measured: its 'features.1.weight' scales or shifts"):
+        found.layer("features.1")
+    alone = report(nn.Linear(2, 2))
+    assert alone.layer("") is alone.layer("weight")
+    model["head"].weight = nn.Parameter(torch.ones(4, 4))
+    model["tied"] = nn.Linear(4, 4)
+    model["tied"].weight = model["head"].weight
+    tied = report(model)
+    assert tied.layer("tied") is tied.layer("head") is tied.layer("head.weight")
+
+
 @pytest.mark.parametrize("statistic", ["worst", "median"])
 def test_norms_have_three_names(statistic):
     layer = report(nn.Linear(2, 2)).layers[0]
@@ -508,6 +691,11 @@ def test_export_as_plain_data():
     assert (row["name"], row["n_groups"]) == ("3.weight", after.layer("3.weight").n_groups)
     assert row["spectral_worst"] == after.layer("3.weight").groups.spectral.max().item()
     assert row["spectral_median"] == np.median(after.layer("3.weight").groups.spectral.numpy())
+    assert after.to_json(indent=None) == json.dumps(data)
+    with pytest.raises(
+        TypeError, match=r"to_json: path is 4; expected a path, or None. Indentation has a name: indent=4"
+    ):
+        after.to_json(4)
     frame = after.to_dataframe()
     assert list(frame.index) == ["0.weight", "3.weight", "7.weight"]
     assert frame.loc["3.weight", "feasible"]
@@ -532,6 +720,23 @@ def test_plots_show_every_layer():
         assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["0", "3", "7"]
         figure.canvas.draw()
         matplotlib.pyplot.close(figure)
+
+
+def test_exports_go_to_files(tmp_path):
+    _, found = reports()
+    for path in (tmp_path / "a.json", str(tmp_path / "b.json")):
+        text = found.to_json(path)
+        assert text == found.to_json()
+        assert Path(path).read_text(encoding="utf-8") == text + "\n"
+    figure = found.plot("title", tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    matplotlib.pyplot.close(figure)
+    for title in ("q.png", "runs/q.PDF", Path("q.svg")):
+        with pytest.raises(ValueError, match=r"plot: title is '.*q.*', the name of a file; save the picture with plot"):
+            found.plot(title)
+    figure = found.plot("ResNet-18, v1.0")
+    assert figure.get_suptitle() == "ResNet-18, v1.0"
+    matplotlib.pyplot.close(figure)
 
 
 @pytest.mark.parametrize(("method", "package"), [("plot", "matplotlib"), ("to_dataframe", "pandas")])

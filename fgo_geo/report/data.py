@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,10 +13,28 @@ from torch import Tensor, nn
 from fgo_geo.bounds import margin
 from fgo_geo.components import CONVOLUTIONS
 
-__all__ = ["observe"]
+__all__ = ["Observed", "observe"]
+
+# What torch's layers raise at inputs that do not fit: shapes, dimensions, types.
+_MISFITS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 
-def observe(model: nn.Module, data: Any, quantile: float) -> tuple[dict[nn.Module, set[tuple[int, ...]]], float | None]:
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """What was seen while the data ran through a model.
+
+    Attributes:
+        sizes: The spatial sizes that every convolution was applied to; of transposed ones, the sizes of their outputs.
+        margin: The quantile of the margins; None without labels.
+        n_labelled: Number of samples with labels.
+    """
+
+    sizes: dict[nn.Module, set[tuple[int, ...]]]
+    margin: float | None = None
+    n_labelled: int = 0
+
+
+def observe(model: nn.Module, data: Any, quantile: float) -> Observed:
     """Run data through a model in eval mode; the model is left as it was.
 
     Args:
@@ -24,15 +43,14 @@ def observe(model: nn.Module, data: Any, quantile: float) -> tuple[dict[nn.Modul
         quantile: The share of samples that may have a smaller margin.
 
     Returns:
-        The spatial sizes that every convolution was applied to (of transposed ones, the sizes of their outputs), and
-        the quantile of the margins, None without labels.
+        Sizes and margin; nothing without data.
 
     Raises:
-        ValueError: If the data are none that a report takes.
+        ValueError: If the data are none that a report takes, or none that the model takes.
     """
     sizes: dict[nn.Module, set[tuple[int, ...]]] = {}
     if data is None:
-        return sizes, None
+        return Observed(sizes)
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         seen = output if cast(nn.Conv2d, module).transposed else inputs[0] if inputs else kwargs["input"]
@@ -46,7 +64,7 @@ def observe(model: nn.Module, data: Any, quantile: float) -> tuple[dict[nn.Modul
     try:
         with _eval_mode(model):
             for inputs, labels in _batches(model, data):
-                output = model(inputs)
+                output = _output(model, inputs)
                 batches += 1
                 if labels is None:
                     break
@@ -57,13 +75,32 @@ def observe(model: nn.Module, data: Any, quantile: float) -> tuple[dict[nn.Modul
             handle.remove()
     if not batches:
         raise ValueError(f"report: data, a {type(data).__name__}, holds no batch; leave it out, or give one")
-    return sizes, margin(torch.cat(logits), torch.cat(targets), quantile) if targets else None
+    if not targets:
+        return Observed(sizes)
+    classes = torch.cat(targets)
+    return Observed(sizes, margin(torch.cat(logits), classes, quantile), len(classes))
+
+
+def _output(model: nn.Module, inputs: Tensor) -> Any:
+    """What the model computes, with a word on the data if it cannot."""
+    try:
+        return model(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except _MISFITS as error:
+        raise ValueError(
+            f"report: {type(model).__name__} fails at data of shape {tuple(inputs.shape)} and type {inputs.dtype}: "
+            f"{type(error).__name__}: {error}. Give data that the model takes (a batch, a loader, or the size of one "
+            "input without the batch, e.g. (3, 224, 224)), or leave data out"
+        ) from error
 
 
 def _batches(model: nn.Module, data: Any) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Inputs on the model's device, and labels where there are some."""
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     if isinstance(data, Sequence) and data and all(isinstance(n, int) for n in cast("Sequence[Any]", data)):
+        if min(cast("Sequence[int]", data)) < 1:
+            raise ValueError(f"report: data is {data}; expected the size of one input, of numbers >= 1")
         data = torch.zeros(1, *cast("Sequence[int]", data), dtype=like.dtype)
     single = isinstance(data, Tensor) or _is_pair(data)
     if not single and not isinstance(data, Iterable):

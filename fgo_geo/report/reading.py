@@ -6,7 +6,6 @@ partition, all groups of a part at once.
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from fgo_geo.bounds import BoundTerms, DepthFactor, bartlett2017_terms, neyshabur2015_terms, neyshabur2018_terms
 from fgo_geo.choose import few
-from fgo_geo.components import WeightLayout
+from fgo_geo.components import BlockPartition, Partition, WeightLayout
 from fgo_geo.folding import BatchNorm, BatchNormRecord, fold_batchnorm
 from fgo_geo.norms import (
     MatrixNorms,
@@ -25,6 +24,7 @@ from fgo_geo.norms import (
     conv_operator_norm_circular,
     matrix_norms,
     norms_of_groups,
+    two_to_one_norm,
 )
 from fgo_geo.report.data import observe
 from fgo_geo.report.record import LayerReport, Measure, Report, Scaling, TauStatistics
@@ -57,7 +57,8 @@ def report(
         data: Tells the layers' input sizes, and the margin if there are labels: a batch of inputs, a pair (inputs,
             labels), an iterable of either, or the size of one input, e.g. ``(3, 224, 224)``. Without it there are no
             operator norms of convolutions and no margin.
-        n_samples: Number N of training samples; without it there are no measures.
+        n_samples: Number N of training samples; without it there are no measures. It is not taken from the data, which
+            may be a part of the training set or another one.
         optimizer: A :class:`~fgo_geo.RiemannianFGSGD`, for statistics of its latest step sizes.
         fold: Fold batch normalisations into their layers first, see :func:`~fgo_geo.folding.fold_batchnorm`; those
             that cannot be are layers of their own. Feasibility is that of the weights themselves.
@@ -71,8 +72,8 @@ def report(
 
     Raises:
         TypeError: If the model is no module, or the optimiser has no step sizes to report.
-        ValueError: If a weight holds NaN or infinity (by name), nothing can be measured, the data do not fit, or
-            another argument is out of range.
+        ValueError: If a weight holds NaN or infinity (by name), nothing can be measured, the data do not fit the
+            model, or another argument is out of range.
 
     Example:
         >>> import math
@@ -101,25 +102,28 @@ def report(
             f"report: {type(model).__name__} has no weight to measure: {reasons}. Norms of single tensors are in "
             "fgo_geo.norms.matrix_norms"
         )
-    sizes, margin = observe(model, data, margin_quantile)
-    layers = [_measure_weight(w, sizes if operator_norms else {}, scales) for w in found]
+    seen = observe(model, data, margin_quantile)
+    layers = [_measure_weight(w, seen.sizes if operator_norms else {}, scales) for w in found]
     layers += [_diagonal(record, norms[record.name]) for record in kept]
     position = {name: number for number, (name, _) in enumerate(model.named_modules())}
     layers.sort(key=lambda layer: position[layer.name if layer.kind == "diagonal" else layer.name.rpartition(".")[0]])
     unfolded = [r for r in records if r.reason and r.scale is None] if fold else norms
-    result = Report(tuple(layers), left_out, (), n_samples, margin, records, len(unfolded))
+    result = Report(tuple(layers), left_out, (), n_samples, seen.margin, records, len(unfolded), seen.n_labelled)
     if n_samples is None:
         return result
     width = max(max(_channels(w.layout)) for w in found) if found else 1
-    return replace(result, measures=_measures(result.chain, n_samples, margin, depth_factor, width))
+    return replace(result, measures=_measures(result.chain, n_samples, seen.margin, depth_factor, width))
 
 
 def _check_arguments(model: Any, n_samples: Any, margin_quantile: float, depth_factor: str) -> None:
     """Raise before anything is measured, which may take long."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model is {type(model).__name__}; expected a torch.nn.Module")
-    if n_samples is not None and not (isinstance(n_samples, numbers.Real) and 0 < float(n_samples) < math.inf):
-        raise ValueError(f"report: n_samples is {n_samples!r}; expected the number of training samples, or None")
+    count = float(n_samples) if isinstance(n_samples, numbers.Real) else 0.0
+    if n_samples is not None and not (count >= 1 and count.is_integer()):
+        raise ValueError(
+            f"report: n_samples is {n_samples!r}; expected the number of training samples, a whole number >= 1, or None"
+        )
     if not 0 <= margin_quantile <= 1:
         raise ValueError(f"report: margin_quantile is {margin_quantile!r}; expected a number in [0, 1]")
     if depth_factor not in get_args(DepthFactor):
@@ -146,9 +150,11 @@ def _measure_weight(
     weight: Weight, sizes: Mapping[nn.Module, set[tuple[int, ...]]], scales: Mapping[Tensor, Tensor]
 ) -> LayerReport:
     value = weight.value
-    layer = matrix_norms(weight.layout.channels(value.double()).flatten(1))
-    one_group = MatrixNorms(*(norm[None] for norm in layer))
-    groups = one_group if weight.partition is None else norms_of_groups(weight.partition, value.double())
+    matrix = weight.layout.channels(value.double()).flatten(1)
+    layer = matrix_norms(matrix)
+    cut = weight.partition
+    one_block = cut is None or (isinstance(cut, BlockPartition) and sum(cut.counts) == 1)
+    groups = _norms_of_block(matrix, layer) if one_block else norms_of_groups(cast(Partition, cut), value.double())
     operators = [_operator_norm(m, value, size) for m in dict.fromkeys(weight.owners) for size in sizes.get(m, ())]
     known = [norm for norm in operators if norm is not None]
     tolerance = max(_FEASIBLE, 2 * torch.finfo(value.dtype).eps)
@@ -160,12 +166,19 @@ def _measure_weight(
         manifolds=weight.manifolds,
         groups=_on_cpu(groups),
         layer=_on_cpu(layer),
+        one_block=one_block,
         operator_norm=max(known) if known and len(known) == len(operators) else None,
         violation=weight.violation,
         feasible=None if weight.violation is None else weight.violation <= tolerance,
         uses=len(set(weight.owners)),
         tau=_tau(scales.get(weight.param)),
     )
+
+
+def _norms_of_block(matrix: Tensor, norms: MatrixNorms) -> MatrixNorms:
+    """Norms of a matrix as a group's only component, given its own: components have no fewer rows than columns."""
+    standing = matrix.mT if matrix.shape[0] < matrix.shape[1] else matrix
+    return MatrixNorms(*(norm[None] for norm in norms._replace(two_to_one=two_to_one_norm(standing))))
 
 
 def _tau(scales: Tensor | None) -> TauStatistics | None:
@@ -180,7 +193,7 @@ def _diagonal(record: BatchNormRecord, norm: nn.Module) -> LayerReport:
     size = cast(Tensor, record.scale).abs().cpu()
     norms = MatrixNorms(size.norm(), size.max(), size.sum())
     groups = MatrixNorms(*(n[None] for n in norms))
-    return LayerReport((record.name,), type(norm).__name__, (len(size),), "diagonal", "", groups, norms)
+    return LayerReport((record.name,), type(norm).__name__, (len(size),), "diagonal", "", groups, norms, one_block=True)
 
 
 def _operator_norm(module: nn.Module, weight: Tensor, size: tuple[int, ...]) -> float | None:
@@ -208,7 +221,8 @@ def _measures(
     """The three measures, over all groups and with one group per layer."""
     measures: list[Measure] = []
     for scaling in get_args(Scaling):
-        norms = [layer.groups if scaling == "groups" else layer.layer for layer in chain]
+        # One block per layer is the classical form, and its theorems are about the matrix (outputs, inputs).
+        norms = [layer.layer if scaling == "layers" or layer.one_block else layer.groups for layer in chain]
 
         def terms(gamma: float, norms: list[MatrixNorms] = norms) -> dict[str, BoundTerms]:
             return {

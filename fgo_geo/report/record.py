@@ -6,14 +6,18 @@ Nothing here computes; :mod:`fgo_geo.report.reading` does.
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor
 
+from fgo_geo.choose import few
 from fgo_geo.folding import BatchNormRecord
 from fgo_geo.norms import MatrixNorms
 from fgo_geo.report.plot import draw
@@ -27,6 +31,7 @@ __all__ = ["Kind", "LayerReport", "Measure", "Report", "Scaling", "TauStatistics
 
 Kind = Literal["plain", "product", "manifold", "renormalised", "diagonal"]
 Scaling = Literal["groups", "layers"]
+_PICTURES = (".eps", ".jpeg", ".jpg", ".pdf", ".pgf", ".png", ".ps", ".svg", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,17 @@ class LayerReport:
         kind: ``"plain"``, on a ``"product"`` of groups, on a single ``"manifold"``, ``"renormalised"``, or the
             ``"diagonal"`` matrix of a batch normalisation that could not be folded.
         manifolds: The groups' manifold kinds, in words; empty for plain weights.
-        groups: Norms of every group, float64, shape ``(G,)``.
-        layer: Norms of the matrix ``(D, C·kh·kw)`` of the whole weight, float64 scalars.
+        groups: Norms of every group, float64, shape ``(G,)``. Components have no fewer rows than columns: a wide block,
+            and a wide weight that is one block, is measured transposed, which its 2→1 norm shows.
+        layer: Norms of the matrix ``(D, C·kh·kw)`` of the whole weight, float64 scalars; rows are outputs.
         operator_norm: Upper bound of the norm of the convolution as a linear operator at its input size (exact for
             circular padding); None if the sizes are not known, and for other layers.
         violation: Largest relative violation of a constraint; None without constraints.
         feasible: Whether the violation is no more than rounding explains; None without constraints.
         uses: Number of layers that use the weight.
         tau: Statistics of the step sizes; None without.
+        one_block: Whether the only group is the whole matrix: plain weights, and those that are a single block. The
+            measures over all groups take it as ``layer`` does.
     """
 
     names: tuple[str, ...]
@@ -77,6 +85,7 @@ class LayerReport:
     feasible: bool | None = None
     uses: int = 1
     tau: TauStatistics | None = None
+    one_block: bool = False
 
     @property
     def name(self) -> str:
@@ -147,7 +156,7 @@ class Measure:
     Attributes:
         name: ``"neyshabur2015"``, ``"bartlett2017"`` or ``"neyshabur2018"``.
         scaling: ``"groups"`` multiplies over all groups (Table 1 of [Ozay2019]_), ``"layers"`` takes one group per
-            layer: the classical form.
+            layer: the classical form. A layer that is one block is the same in both.
         value: The measure with margin 1.
         margin_value: The measure divided by the margin; None without a positive margin.
         factors: Every layer's factor of the product, in the order of :attr:`Report.chain`.
@@ -179,6 +188,7 @@ class Report:
         margin: The quantile of the margins on the data; None without labelled data.
         batch_norms: What became of the batch normalisations; empty unless they were folded.
         unfolded: Number of batch normalisations that the measures leave out.
+        n_labelled: Number of samples that the margin is of.
     """
 
     layers: tuple[LayerReport, ...]
@@ -188,6 +198,7 @@ class Report:
     margin: float | None = None
     batch_norms: tuple[BatchNormRecord, ...] = ()
     unfolded: int = 0
+    n_labelled: int = 0
 
     @property
     def chain(self) -> tuple[LayerReport, ...]:
@@ -200,15 +211,33 @@ class Report:
         return all(layer.feasible is not False for layer in self.layers)
 
     def layer(self, name: str) -> LayerReport:
-        """The layer with a parameter of this name.
+        """The layer with a parameter of this name, or the only one of a module of this name.
+
+        Args:
+            name: Name of a weight, ``"fc.weight"``, or of a module with one measured weight, ``"fc"``.
 
         Raises:
-            KeyError: If there is none, with the reason if it was left out.
+            KeyError: If there is none, with the reason if it was left out, or names that are like it.
         """
         for layer in self.layers:
             if name in layer.names:
                 return layer
-        raise KeyError(f"{name!r} is not measured: it {self.left_out.get(name, 'is no parameter of the model')}")
+        within = [layer for layer in self.layers if any(n.rpartition(".")[0] == name for n in layer.names)]
+        if len(within) == 1:
+            return within[0]
+        if within:
+            raise KeyError(f"{name!r} has several weights: ask for one of {', '.join(each.name for each in within)}")
+        unmeasured = next((n for n in self.left_out if name in (n, n.rpartition(".")[0])), None)
+        if unmeasured is not None:
+            what = "it" if unmeasured == name else f"its {unmeasured!r}"
+            raise KeyError(f"{name!r} is not measured: {what} {self.left_out[unmeasured]}")
+        known = [n for layer in self.layers for n in layer.names]
+        inside = [n for n in known if n.startswith(f"{name}.")]
+        near = inside or difflib.get_close_matches(str(name), known, n=3) or known
+        raise KeyError(
+            f"{name!r} is not measured: it is no parameter of the model, nor a module with one measured weight; "
+            f"there is {few(near)}"
+        )
 
     def measure(self, name: str, scaling: Scaling = "groups") -> Measure:
         """The measure of a name and scaling.
@@ -229,6 +258,7 @@ class Report:
         return {
             "n_samples": self.n_samples,
             "margin": self.margin,
+            "n_labelled": self.n_labelled,
             "feasible": self.feasible,
             "layers": [layer.to_dict() for layer in self.layers],
             "measures": [{**vars(m), "factors": list(m.factors)} for m in self.measures],
@@ -240,9 +270,25 @@ class Report:
             "unfolded": self.unfolded,
         }
 
-    def to_json(self, indent: int | None = 2) -> str:
-        """The same as JSON; the logarithm of zero, which JSON does not have, is the string ``"-inf"``."""
-        return json.dumps(_json_numbers(self.to_dict()), indent=indent, allow_nan=False)
+    def to_json(self, path: str | os.PathLike[str] | None = None, *, indent: int | None = 2) -> str:
+        """The same as JSON; the logarithm of zero, which JSON does not have, is the string ``"-inf"``.
+
+        Args:
+            path: A file to write it to as well, with a line break at its end.
+            indent: Spaces per level; None for a single line.
+
+        Returns:
+            The text.
+
+        Raises:
+            TypeError: If ``path`` is no path.
+        """
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"to_json: path is {path!r}; expected a path, or None. Indentation has a name: indent=4")
+        text = json.dumps(_json_numbers(self.to_dict()), indent=indent, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
 
     def to_dataframe(self) -> pandas.DataFrame:
         """The layers as a table, one row each, indexed by name.
@@ -267,33 +313,55 @@ class Report:
 
         Args:
             other: The report of the same architecture after training, constraining or renormalising it.
-            labels: What to call the two.
+            labels: What to call the two, this one first.
 
         Returns:
-            Two tables as text; a layer that only one of them has leaves the other's cells empty.
+            Two tables as text; a layer that only one of them has leaves the other's cells empty. Measures are shown if
+            both have them, and those that are divided by the margin if both have these.
 
         Raises:
-            TypeError: If ``other`` is no report.
+            TypeError: If ``other`` is no report, or the labels are no two words.
+            ValueError: If the labels are the same.
         """
         if not isinstance(other, Report):
             raise TypeError(f"compare takes another report, got {type(other).__name__}: measure it with report() first")
+        if isinstance(labels, Report):
+            raise TypeError(
+                "compare: labels is a Report; expected two words. A report is compared with one other: call it once "
+                "for each"
+            )
+        words: Any = labels
+        if not isinstance(words, (tuple, list)) or [isinstance(w, str) for w in cast("list[Any]", words)] != [True] * 2:
+            raise TypeError(f"compare: labels is {labels!r}; expected two words, e.g. ('before', 'after')")
+        if labels[0] == labels[1]:
+            raise ValueError(
+                f"compare: both labels are {labels[0]!r}; expected different words, to tell the columns apart"
+            )
         return comparison(self, other, labels)
 
-    def plot(self, title: str | None = None) -> Figure:
+    def plot(self, title: str | None = None, path: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the norms of every layer's groups, and, with measures, every layer's factor of them.
 
         A line is the range over a layer's groups, its thick part holds the middle half, the dot is the median.
 
         Args:
             title: Title of the figure.
+            path: A file to save it to as well, ``"report.png"`` or another type that matplotlib knows.
 
         Returns:
-            A new figure.
+            A new figure; save it with other settings by ``savefig``.
 
         Raises:
             ImportError: matplotlib is not installed.
+            ValueError: If the title is the name of a picture file.
         """
-        return draw(self, title)
+        if isinstance(title, os.PathLike) or (isinstance(title, str) and Path(title).suffix.lower() in _PICTURES):
+            name = str(cast(Any, title))
+            raise ValueError(f"plot: title is {name!r}, the name of a file; save the picture with plot(path={name!r})")
+        figure = draw(self, title)
+        if path is not None:
+            figure.savefig(path)
+        return figure
 
 
 def _json_numbers(value: Any) -> Any:

@@ -44,7 +44,7 @@ def tables(report: Report) -> str:
 
 
 def comparison(first: Report, second: Report, labels: tuple[str, str]) -> str:
-    """Two reports side by side: worst norms of the layers, and the measures if both have them.
+    """Two reports side by side: worst norms of the layers, and the measures and margins if both have them.
 
     Args:
         first: A report.
@@ -65,13 +65,24 @@ def comparison(first: Report, second: Report, labels: tuple[str, str]) -> str:
         cells += ["" if layer is None else _number(layer.worst(norm)) for norm in _SYMBOLS for layer in pair]
         cells += ["" if layer is None else _off_by(layer) for layer in pair]
         table.add_row(name, *cells)
-    if not (first.measures and second.measures):
-        return _render(table)
+    parts = [_render(table)]
+    if first.measures and second.measures:
+        parts.append(_render(_measures_of_both(first, second, labels)))
+    if first.margin is not None and second.margin is not None:
+        parts.append(f"Margins: {labels[0]} {first.margin:.3g}, {labels[1]} {second.margin:.3g}.")
+    return "\n\n".join(parts)
+
+
+def _measures_of_both(first: Report, second: Report, labels: tuple[str, str]) -> Table:
     sums = Table("log measure", "scaling", *labels, box=box.SIMPLE)
-    for mine in first.measures:
-        theirs = second.measure(mine.name, mine.scaling)
+    pairs = [(mine, second.measure(mine.name, mine.scaling)) for mine in first.measures]
+    for mine, theirs in pairs:
         sums.add_row(mine.name, mine.heading, f"{mine.value:.2f}", f"{theirs.value:.2f}")
-    return f"{_render(table)}\n\n{_render(sums)}"
+    for mine, theirs in pairs:
+        if mine.margin_value is not None and theirs.margin_value is not None:
+            by_margin = f"{mine.heading}, by the margin"
+            sums.add_row(mine.name, by_margin, f"{mine.margin_value:.2f}", f"{theirs.margin_value:.2f}")
+    return sums
 
 
 def _layer_table(report: Report) -> Table:
@@ -126,7 +137,12 @@ def _summary(report: Report) -> str:
     if report.unfolded:
         remedy = "they are no fixed maps, or not used" if report.batch_norms else "fold=True takes them in"
         lines.append(f"{report.unfolded} batch normalisations are in no norm and no measure: {remedy}.")
-    if report.measures and report.margin is not None and report.margin <= 0:
+    if not report.measures:
+        seen = ""
+        if report.margin is not None:
+            seen = f" The margin is {report.margin:.3g}, of {report.n_labelled:,} labelled samples."
+        lines.append(f"There are no measures: pass n_samples, the number of training samples.{seen}")
+    elif report.margin is not None and report.margin <= 0:
         lines.append(f"The margin is {report.margin:.3g}: there is no measure that is normalised by it.")
     return "\n".join(lines)
 
