@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fgo_geo import Oblique, RiemannianFGSGD, ScaledSphere, Stiefel
+from fgo_geo import Oblique, RiemannianFGSGD, ScaledSphere, Stiefel, kernels
 from fgo_geo.grouping import collection
 from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.optim import theorem_step_bound, theorem_step_scale
@@ -1183,8 +1183,9 @@ def test_a_step_in_half_precision_is_the_float32_step_rounded_once(dtype, update
             b.grad = a.grad.float()
             if a in optimizer.state:
                 twin.state[b]["momentum_buffer"].copy_(optimizer.state[a]["momentum_buffer"])
-        optimizer.step()
-        twin.step()
+        with kernels.use_path("reference"):  # half precision has no other, and another one rounds in other places
+            optimizer.step()
+            twin.step()
         for a, b in zip(half, single, strict=True):
             assert a.dtype == optimizer.state[a]["momentum_buffer"].dtype == dtype
             assert_same(

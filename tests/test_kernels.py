@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import pickle
+import weakref
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import geoopt
@@ -14,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fgo_geo import ProductOfGroups, RiemannianFGSGD, constrain, kernels
+from fgo_geo import ProductOfGroups, RiemannianFGSGD, Stiefel, constrain, kernels
 from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
 from fgo_geo.kernels import cpu
@@ -365,3 +369,325 @@ def test_an_unknown_path_is_refused(path: Any):
         kernels.use_path(path),
     ):
         pass
+
+
+# -- what is kept from step to step ------------------------------------------------------------------------------
+
+
+def stored_otherwise(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return optimizer
+
+
+def elsewhere_in_memory(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    weight.data = weight.data.clone()
+    return optimizer
+
+
+def in_double_precision(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    weight.data = weight.data.double()
+    state = optimizer.state[weight]
+    state["momentum_buffer"] = state["momentum_buffer"].double()
+    return optimizer
+
+
+def other_radii(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    weight.manifold.set_radius(2.0)
+    weight.data = weight.manifold.projx(weight.data)
+    return optimizer
+
+
+def another_manifold(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    weight.manifold = product("pi", tuple(weight.shape))
+    weight.data = weight.manifold.projx(weight.data)
+    return optimizer
+
+
+def another_buffer(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    optimizer.state[weight]["momentum_buffer"] = 0.5 * optimizer.state[weight]["momentum_buffer"]
+    return optimizer
+
+
+def buffer_stored_otherwise(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    state = optimizer.state[weight]
+    state["momentum_buffer"] = state["momentum_buffer"].contiguous(memory_format=torch.channels_last)
+    return optimizer
+
+
+def no_buffer(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    optimizer.state.clear()
+    return optimizer
+
+
+def without_momentum(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    optimizer.param_groups[0]["momentum"] = 0.0
+    return optimizer
+
+
+def other_options(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    optimizer.param_groups[0].update(lr=0.3, nesterov=True, weight_decay=0.1, curvature="manifold")
+    return optimizer
+
+
+def loaded_state(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    return optimizer
+
+
+def step_without_gradient(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    weight.grad = None
+    optimizer.step()
+    return optimizer
+
+
+def frozen_neighbour(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    optimizer.param_groups[0]["params"][1].grad = None
+    return optimizer
+
+
+def another_order(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    optimizer.param_groups[0]["params"].reverse()
+    return optimizer
+
+
+def gone_neighbour(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    del optimizer.param_groups[0]["params"][1]
+    return optimizer
+
+
+def reference_step(weight: Any, optimizer: RiemannianFGSGD) -> RiemannianFGSGD:
+    with kernels.use_path("reference"):
+        optimizer.step()
+    return optimizer
+
+
+CHANGES = [
+    *(stored_otherwise, elsewhere_in_memory, in_double_precision, other_radii, another_manifold, another_buffer),
+    *(buffer_stored_otherwise, no_buffer, without_momentum, other_options, loaded_state, step_without_gradient),
+    *(frozen_neighbour, another_order, gone_neighbour, reference_step),
+]
+
+
+@built
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_change_between_steps_is_noticed(change: Any, in_place: bool):
+    """A fused path keeps what it knows of a parameter; ``in_place`` keeps the gradient's memory too."""
+    results: list[list[Tensor]] = []
+    for path in ("auto", "reference"):
+        weights = [weight_on(product("po"), torch.float32, torch.contiguous_format, k) for k in range(2)]
+        optimizer = RiemannianFGSGD(weights, lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(1)
+        with kernels.use_path(path):
+            for step in range(4):
+                for weight in weights:
+                    grad = 0.3 * torch.randn(weight.shape, generator=generator).to(weight.dtype)
+                    if in_place and weight.grad is not None and weight.grad.dtype == weight.dtype:
+                        weight.grad.copy_(grad)
+                    else:
+                        weight.grad = torch.empty_like(weight).copy_(grad)
+                if step == 2:
+                    optimizer = change(weights[0], optimizer)
+                if weights[0].grad is not None and weights[0].grad.dtype != weights[0].dtype:
+                    weights[0].grad = weights[0].grad.to(weights[0].dtype)
+                optimizer.step()
+        results.append([w.detach() for w in weights])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@built
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_duplicate_keeps_nothing_of_the_original(duplicate: Any):
+    weight = weight_on(product("po"), torch.float64, torch.contiguous_format, 0)
+    optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    before = weight.detach().clone()
+    own, own_optimizer = duplicate((weight, optimizer))
+    own.grad = torch.ones_like(own)
+    own_optimizer.step()
+    torch.testing.assert_close(weight.detach(), before, rtol=0, atol=0)
+    optimizer.step()
+    torch.testing.assert_close(own.detach(), weight.detach(), rtol=0, atol=0)
+
+
+@built
+def test_nothing_is_held_between_steps():
+    weight = weight_on(product("po"), torch.float32, torch.contiguous_format, 0)
+    optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
+    for _ in range(2):
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+    gradient, momentum = weakref.ref(weight.grad), weakref.ref(optimizer.state[weight]["momentum_buffer"])
+    optimizer.zero_grad()
+    optimizer.state.clear()
+    assert gradient() is None
+    assert momentum() is None
+    of_weight, of_manifold = weakref.ref(weight), weakref.ref(weight.manifold)
+    del weight, optimizer
+    gc.collect()
+    assert of_weight() is None
+    assert of_manifold() is None
+
+
+@built
+def test_a_refused_gradient_is_not_held():
+    weight = weight_on(product("po"), torch.float32, torch.contiguous_format, 0)
+    optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
+    weight.grad = torch.full_like(weight, torch.nan)
+    gradient = weakref.ref(weight.grad)
+    with pytest.raises(FloatingPointError, match="no parameter was changed"):
+        optimizer.step()
+    optimizer.zero_grad()
+    assert gradient() is None
+
+
+@built
+def test_parameters_on_one_manifold_are_told_apart():
+    manifold, results = product("po"), []
+    for path in ("auto", "reference"):
+        weights = [weight_on(manifold, torch.float64, torch.contiguous_format, k) for k in range(2)]
+        for k, weight in enumerate(weights):
+            weight.grad = torch.full_like(weight, 0.1 * (k + 1))
+        optimizer = RiemannianFGSGD(weights, lr=0.1, momentum=0.9)
+        with kernels.use_path(path):
+            optimizer.step()
+            optimizer.param_groups[0]["params"] = weights[1:]
+            optimizer.step()
+        results.append([w.detach() for w in weights])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
+
+
+@built
+def test_a_parameter_that_left_is_not_held():
+    weights = [weight_on(product("po"), torch.float32, torch.contiguous_format, k) for k in range(2)]
+    optimizer = RiemannianFGSGD(weights, lr=0.1)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = weights[:1]
+    optimizer.step()
+    left = weakref.ref(weights[1])
+    del weight, weights
+    gc.collect()
+    assert left() is None
+
+
+@built
+def test_another_path_is_asked_again(monkeypatch):
+    weight = weight_on(product("po"), torch.float64, torch.contiguous_format, 0)
+    weight.grad = torch.ones_like(weight)
+    optimizer = RiemannianFGSGD([weight], lr=0.1)
+    with kernels.use_path("fused"):
+        optimizer.step()
+        monkeypatch.setitem(kernels._PATHS, "cpu", SimpleNamespace(reason=lambda task: "it does not want to"))
+        with pytest.raises(RuntimeError, match="it does not want to"):
+            optimizer.step()
+
+
+@built
+def test_the_work_is_prepared_once(monkeypatch):
+    asked: list[Any] = []
+    monkeypatch.setattr(cpu, "reason", lambda task, ask=cpu.reason: asked.append(task) or ask(task))
+    trained("auto", [weight_on(product(), torch.float32, torch.contiguous_format, k) for k in range(3)], 5, 0.3)
+    assert len(asked) == 3
+
+
+# -- inside torch.compile ----------------------------------------------------------------------------------------
+
+
+def mixed_weights() -> list[Any]:
+    torch.manual_seed(0)
+    weights = [weight_on(product(s, (9, 7, 3, 3)), torch.float32, FORMATS[4][k], k) for k, s in enumerate(("po", "pi"))]
+    weights += [weight_on(product("pio", (5, 4, 5)), torch.float64, torch.contiguous_format, 2)]
+    matrix: Any = geoopt.ManifoldParameter
+    weights += [matrix(Stiefel().random(6, 3).detach(), manifold=Stiefel()), nn.Parameter(torch.randn(5))]
+    return weights
+
+
+@built
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "options",
+    [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"curvature": "manifold"}],
+    ids=str,
+)
+def test_a_compiled_step_is_fused(backend: str, options: dict[str, Any], monkeypatch):
+    """One graph, the same step, radii of when it runs; two compilations at most: without momentum and with."""
+    torch._dynamo.reset()
+    graphs, fused = [], []
+    monkeypatch.setattr(cpu, "update", lambda batch, *rest, do=cpu.update: (fused.append(batch), do(batch, *rest)))
+    compiled, eager = mixed_weights(), mixed_weights()
+    optimizers = [RiemannianFGSGD(w, lr=torch.tensor(0.1), **options) for w in (compiled, eager)]
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    step = torch.compile(lambda: optimizers[0].step(), backend=backend, fullgraph=True)
+    for number in range(4):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"].fill_(0.1 / (1 + number))
+        for a, b in zip(compiled, eager, strict=True):
+            a.grad, b.grad = (torch.empty_like(a).copy_(0.3 * torch.randn(a.shape)).detach() for _ in range(2))
+            b.grad.copy_(a.grad)
+        if number == 2:
+            for weight in (compiled[0], eager[0]):
+                weight.manifold.set_radius(2.0)
+                weight.data.copy_(weight.manifold.projx(weight.data))
+        fused.clear()
+        step()
+        assert len(fused) == 1
+        optimizers[1].step()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"] - before)
+    assert graphs[-1] <= 2
+    for a, b in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+        assert a.stride() == b.stride()
+    for a, b in zip(compiled, eager, strict=True):
+        for name, value in optimizers[1].state[b].items():
+            torch.testing.assert_close(optimizers[0].state[a][name], value, rtol=0, atol=1e-6)
+    scales = [optimizer.step_scales() for optimizer in optimizers]
+    for a, b in zip(compiled[:4], eager[:4], strict=True):
+        torch.testing.assert_close(scales[0][a], scales[1][b])
+
+
+@built
+def test_a_compiled_step_leaves_out_what_is_not_finite_and_counts_it():
+    torch._dynamo.reset()
+    weight = weight_on(product("po"), torch.float64, torch.contiguous_format, 0)
+    twin = copy.deepcopy(weight)
+    optimizers = [RiemannianFGSGD([w], lr=0.1, momentum=0.9, check_finite=False) for w in (weight, twin)]
+    step = torch.compile(lambda: optimizers[0].step(), backend="aot_eager", fullgraph=True)
+    for w in (weight, twin):
+        w.grad = torch.full_like(w, 0.1).detach()
+        w.grad[2, 5, 0, 0] = torch.inf
+    step()
+    optimizers[1].step()
+    assert [optimizer.skipped_groups() for optimizer in optimizers] == [1, 1]
+    torch.testing.assert_close(weight, twin, rtol=0, atol=1e-13)
+
+
+@built
+def test_a_manifold_of_which_the_optimiser_never_heard_takes_the_batched_step():
+    torch._dynamo.reset()
+    weight = weight_on(product("po", (6, 5, 3, 3)), torch.float64, torch.contiguous_format, 0)
+    optimizer = RiemannianFGSGD([weight], lr=0.1)
+    weight.manifold = copy.deepcopy(weight.manifold)
+    twin = copy.deepcopy(weight)
+    for w in (weight, twin):
+        w.grad = torch.ones_like(w).detach()
+    torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)()
+    RiemannianFGSGD([twin], lr=0.1).step()
+    torch.testing.assert_close(weight, twin, rtol=0, atol=1e-13)
+
+
+@built
+def test_a_graph_that_outlives_its_manifold_says_so():
+    weight = weight_on(product("po"), torch.float64, torch.contiguous_format, 0)
+    nobody = [0]
+    with pytest.raises(
+        RuntimeError, match="needs the manifold of a parameter, which is no more; compile the step again"
+    ):
+        torch.ops.fgo_geo.squared_norms([weight], [weight], [], nobody, [0.0] * 6, 1)
+    kernels.register(weight.manifold)
+    with pytest.raises(RuntimeError, match=r"cannot go on.*different types.*compile it again"):
+        torch.ops.fgo_geo.squared_norms([weight], [weight.float()], [], [id(weight.manifold)], [0.0] * 6, 1)

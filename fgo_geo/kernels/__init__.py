@@ -2,23 +2,27 @@
 
 A network has millions of 3 x 3 kernels, and arithmetic on so small matrices costs little beside reading them. The
 batched torch code of :mod:`fgo_geo.optim.fgsgd` reads and writes them some hundred times in a step. A fused path takes
-two sweeps, *norms* and *update*, which every path implements as a module with the same three functions:
+two sweeps, *norms* and *update*, which every path implements as a module with the same functions:
 
 * ``reason(task)`` says why the path cannot take a parameter, or None;
-* ``squared_norms(tasks, options)`` returns the squared gradient norm of every group, and changes nothing;
-* ``update(tasks, scales, options)`` takes the step, given ``1 / τ`` of every group.
+* ``squared_norms(batch)`` returns the squared gradient norm of every group, and changes nothing;
+* ``update(batch, scales, skips)`` then takes the step, given ``1 / τ`` of every group.
 
-The paths are :mod:`~fgo_geo.kernels.cpu`, a compiled extension, and :mod:`~fgo_geo.kernels.gpu`, Triton. Where none
-applies (blocks, other manifolds, half precision, inside ``torch.compile``) the batched torch code does the work: it is
-the reference, and the only place where the formulas are meant to be read. This module is where a path is chosen;
-nothing else knows that there are several.
+Where no group has kernels of two rows (PO), a row can be measured and moved while it is in the cache, if nothing has to
+be known of the other rows first. A path says with ``goes_by_rows(task)`` whether it does that; it then has
+``step_by_rows(batch)``, the whole step.
+
+The paths are :mod:`~fgo_geo.kernels.cpu`, a compiled extension, and :mod:`~fgo_geo.kernels.gpu`, Triton. Inside
+``torch.compile`` both sweeps are operators, which the graph calls. Where no path applies (blocks, other manifolds, half
+precision) the batched torch code does the work: it is the reference, and the only place where the formulas are meant to
+be read. This module is where a path is chosen; nothing else knows that there are several.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Literal, cast, get_args
@@ -27,10 +31,27 @@ import torch
 from torch import Tensor
 
 from fgo_geo.kernels import cpu, gpu
-from fgo_geo.kernels.task import StepOptions, Task, task_of
+from fgo_geo.kernels._operators import TracedBatch, register
+from fgo_geo.kernels.task import Batch, StepOptions, Task, task_of
 from fgo_geo.linalg import traces
 
-__all__ = ["Path", "StepOptions", "Task", "active", "fused_path", "squared_norms", "task_of", "update", "use_path"]
+__all__ = [
+    "Batch",
+    "Path",
+    "StepOptions",
+    "Task",
+    "TracedBatch",
+    "circumstances",
+    "curvature",
+    "fused_path",
+    "path_on",
+    "register",
+    "squared_norms",
+    "step_by_rows",
+    "task_of",
+    "update",
+    "use_path",
+]
 
 Path = Literal["auto", "fused", "reference"]
 
@@ -80,9 +101,24 @@ def _checked(path: str, what: str) -> Path:
 _path = _checked(os.environ.get("FGO_GEO_PATH", "auto"), "FGO_GEO_PATH")
 
 
-def active() -> bool:
-    """Whether fused paths are asked at all: not inside ``torch.compile`` or where operations are only traced."""
-    return _path != "reference" and not torch.compiler.is_compiling() and not traces()
+def circumstances() -> object:
+    """What the choice of a path depends on beside the parameter; the same choice holds while it compares equal.
+
+    Returns:
+        An object, or None if no fused path is to be asked at all.
+    """
+    if _path == "reference":
+        return None
+    if torch.compiler.is_compiling():
+        return _path
+    if traces():
+        return None
+    return _path, *_PATHS.values(), torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+
+def path_on(device: torch.device) -> ModuleType:
+    """The fused path for a device, which may not take every parameter there."""
+    return _PATHS.get(device.type, cpu)
 
 
 def fused_path(task: Task) -> ModuleType | None:
@@ -97,7 +133,7 @@ def fused_path(task: Task) -> ModuleType | None:
     Raises:
         RuntimeError: If the path ``"fused"`` is forced and there is none, with the reason.
     """
-    module = _PATHS.get(task.weight.device.type, cpu)
+    module = path_on(task.weight.device)
     reason = module.reason(task)
     if reason is None:
         _say_once(f"fused step: {module.DESCRIPTION}", logging.INFO)
@@ -118,19 +154,51 @@ def _say_once(message: str, level: int) -> None:
         _logger.log(level, message)
 
 
-def squared_norms(path: ModuleType, tasks: Sequence[Task], options: StepOptions) -> Tensor:
+def squared_norms(batch: Batch | TracedBatch) -> Tensor:
     """Squared norms of the Riemannian gradients of all groups of all tasks, one behind the other, in float64."""
-    return path.squared_norms(tasks, options)
+    return batch.squared_norms() if isinstance(batch, TracedBatch) else batch.path.squared_norms(batch)
 
 
-def update(path: ModuleType, tasks: Sequence[Task], scales: Tensor, options: StepOptions) -> None:
+def update(batch: Batch | TracedBatch, scales: Tensor, skips: bool) -> None:
     """Take the step of all tasks: momentum, move, retraction, in place.
 
     Args:
-        path: From :func:`fused_path`, which must have accepted all tasks.
-        tasks: Parameters with gradients and momentum.
+        batch: Parameters with gradients and momentum.
         scales: ``1 / τ`` of all groups, in the order of :func:`squared_norms`; zero leaves a group's gradient out.
-        options: The parameter group's options.
+        skips: Whether gradients that are not finite are to be left out.
     """
-    path.update(tasks, scales, options)
-    torch.autograd.graph.increment_version([task.weight for task in tasks])
+    if isinstance(batch, TracedBatch):
+        batch.update(scales)
+    else:
+        torch.autograd.graph.increment_version(batch.weights)
+        batch.path.update(batch, scales, skips)
+
+
+def step_by_rows(batch: Batch) -> tuple[Tensor, int]:
+    """Take the whole step of a batch that goes by rows, with the step sizes of its options.
+
+    Args:
+        batch: Parameters with gradients and momentum.
+
+    Returns:
+        ``τ`` of all groups, in the order of :func:`squared_norms`, in float64, and how many groups were left out
+        because their norm is not finite.
+    """
+    torch.autograd.graph.increment_version(batch.weights)
+    return batch.path.step_by_rows(batch)
+
+
+def curvature(batch: Batch | TracedBatch, like: Tensor, radius_invariant: bool) -> Tensor:
+    """Bounds on the sectional curvature of all groups, in the order of :func:`squared_norms`.
+
+    Args:
+        batch: Parameters.
+        like: A tensor of the result's shape, type and device.
+        radius_invariant: Whether they are measured on the manifolds of radius one.
+
+    Returns:
+        One number per group.
+    """
+    if isinstance(batch, TracedBatch):
+        return batch.curvature(like, radius_invariant)
+    return torch.cat([task.table.curvature_bound(radius_invariant) for task in batch.tasks]).to(like.dtype)

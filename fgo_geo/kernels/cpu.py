@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
-from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fgo_geo.kernels.task import StepOptions, Task, gradient_of, place_of, problem_of
+from fgo_geo.kernels.task import Batch, StepOptions, Task, gradient_of, place_of, problem_of
 
-__all__ = ["DESCRIPTION", "NOT_BUILT", "reason", "squared_norms", "update"]
+__all__ = ["DESCRIPTION", "NOT_BUILT", "goes_by_rows", "reason", "squared_norms", "step_by_rows", "update"]
 
 DESCRIPTION = "compiled sweeps on the CPU"
 NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
 
-_ABI = 2  # of fused.cpp; a file built from another version is left alone
+_ABI = 3  # of fused.cpp; a file built from another version is left alone
 _LARGEST = (49, 7)  # component size that fused.cpp has room for
 _PER_THREAD = 2**16  # entries below which another thread costs more than it saves
 
@@ -33,7 +34,7 @@ class _Task(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "codes", "row_groups", "radii")),
-        *((name, ctypes.c_void_p) for name in ("squared_norms", "scales")),
+        *((name, ctypes.c_void_p) for name in ("squared_norms", "scales", "curvature", "taus")),
         ("radius", ctypes.c_double * 4),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
         *((name, ctypes.c_int32) for name in ("a", "b", "i_stride", "j_stride", "first", "skips")),
@@ -45,8 +46,8 @@ class _Options(ctypes.Structure):
     """``fgo_options`` of fused.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),
-        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant")),
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay", "rho", "curvature")),
+        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant", "constant")),
     )
 
 
@@ -63,6 +64,7 @@ def library() -> ctypes.CDLL | None:
                 continue
             abi = getattr(loaded, "fgo_abi", None)
             if abi is not None and abi() == _ABI:
+                loaded.fgo_norms.restype = loaded.fgo_update.restype = loaded.fgo_step.restype = ctypes.c_int64
                 return loaded
     return None
 
@@ -84,69 +86,140 @@ def reason(task: Task) -> str | None:
     return problem_of(task) or (NOT_BUILT if library() is None else None)
 
 
-def squared_norms(tasks: Sequence[Task], options: StepOptions) -> Tensor:
-    """Squared norms of the Riemannian gradients of all groups, one behind the other, in float64."""
-    norms = torch.zeros(sum(task.table.groups for task in tasks), dtype=torch.float64)
-    _sweep("fgo_norms", tasks, options, norms=norms)
-    return norms
+def squared_norms(batch: Batch) -> Tensor:
+    """Squared norms of the Riemannian gradients of all groups, one behind the other, in float64.
+
+    The memory of the result is used again in the next step of the batch.
+    """
+    table = _begun(batch)
+    table.norms.zero_()
+    table.run("fgo_norms")
+    return table.norms
 
 
-def update(tasks: Sequence[Task], scales: Tensor, options: StepOptions) -> None:
-    """Take the step of all tasks, given ``1 / τ`` of all groups; zero leaves a group's gradient out."""
-    _sweep("fgo_update", tasks, options, scales=scales)
+def update(batch: Batch, scales: Tensor, skips: bool) -> None:
+    """Take the step of all tasks, given ``1 / τ`` of all groups; ``skips`` says that some are zero.
+
+    Addresses and options are those that :func:`squared_norms` was given, if it was called for this batch.
+    """
+    table = _begun(batch) if batch.prepared is None else cast(_Table, batch.prepared)
+    for own in table.scales.values():
+        own.copy_(scales)
+    table.set_skips(skips)
+    table.run("fgo_update")
 
 
-def _sweep(
-    name: str,
-    tasks: Sequence[Task],
-    options: StepOptions,
-    norms: Tensor | None = None,
-    scales: Tensor | None = None,
-) -> None:
-    alive: list[Tensor] = []  # what has an address in the tables below
-    tables: dict[torch.dtype, list[_Task]] = {}
-    first_group = 0
-    for task in tasks:
-        entry = _entry(task, alive)
-        if norms is not None:
-            entry.squared_norms = norms[first_group:].data_ptr()
-        if scales is not None:
-            own = scales[first_group : first_group + task.table.groups].to(task.weight.dtype)
-            alive.append(own)
-            entry.scales = own.data_ptr()
-            entry.skips = not bool(own.all())
-        first_group += task.table.groups
-        tables.setdefault(task.weight.dtype, []).append(entry)
-    chosen = _Options(
-        float(options.lr),
-        options.momentum,
-        options.dampening,
-        options.weight_decay,
-        options.nesterov,
-        options.maximize,
-        options.radius_invariant,
-    )
-    sweep = getattr(library(), name)
-    for dtype, entries in tables.items():
-        work = sum(entry.rows * entry.columns * entry.a * entry.b for entry in entries)
-        threads = max(1, min(torch.get_num_threads(), work // _PER_THREAD))
-        table = (_Task * len(entries))(*entries)
-        is_double = int(dtype == torch.float64)
-        sweep(table, ctypes.c_int64(len(entries)), ctypes.byref(chosen), is_double, ctypes.c_int(threads))
+def goes_by_rows(task: Task) -> bool:
+    """Whether :func:`step_by_rows` can take a parameter: no group has kernels of two rows."""
+    return task.table.rows_apart and min(task.weight.shape[:2]) > 1  # others are stored as one row
 
 
-def _entry(task: Task, alive: list[Tensor]) -> _Task:
-    weight, table = task.weight, task.table
-    grad = gradient_of(task)
+def step_by_rows(batch: Batch) -> tuple[Tensor, int]:
+    """Take the step of all tasks in one sweep: norms, step sizes and update of a row while it is in the cache.
+
+    Args:
+        batch: Tasks for which :func:`goes_by_rows`.
+
+    Returns:
+        ``τ`` of all groups in float64, and how many groups were left out because their norm is not finite.
+    """
+    table = _begun(batch)
+    return table.set_taus(batch), table.run("fgo_step")
+
+
+class _Table:
+    """The tasks of a batch as the extension wants them, by type. In the next step only addresses are different."""
+
+    def __init__(self, batch: Batch) -> None:
+        groups = sum(batch.counts)
+        first_groups = list(itertools.accumulate(batch.counts, initial=0))[:-1]
+        types = {task.weight.dtype for task in batch.tasks}
+        self.norms = torch.empty(groups, dtype=torch.float64)
+        self.scales = {dtype: torch.empty(groups, dtype=dtype) for dtype in types}
+        self.rows: list[tuple[Task, _Task, int]] = []  # with the number of the first group
+        self.calls: list[tuple[ctypes.Array[_Task], int, int]] = []  # entries, their number of weights, whether double
+        self.options = _Options()
+        self.skips = False
+        for dtype in types:
+            members = [
+                (task, first)
+                for task, first in zip(batch.tasks, first_groups, strict=True)
+                if task.weight.dtype == dtype
+            ]
+            entries = (_Task * len(members))(*(_entry(task) for task, _ in members))
+            for entry, (task, first) in zip(entries, members, strict=True):
+                entry.squared_norms = self.norms.data_ptr() + first * self.norms.itemsize
+                entry.scales = self.scales[dtype].data_ptr() + first * dtype.itemsize
+                self.rows.append((task, entry, first))
+            work = sum(task.weight.numel() for task, _ in members)
+            self.calls.append((entries, work, int(dtype == torch.float64)))
+
+    def begin(self, options: StepOptions) -> None:
+        """Write the addresses and options of a step."""
+        self.options = _Options(
+            float(options.lr),
+            options.momentum,
+            options.dampening,
+            options.weight_decay,
+            options.rho,
+            0.0 if options.curvature is None else options.curvature,
+            options.nesterov,
+            options.maximize,
+            options.radius_invariant,
+            options.constant,
+        )
+        for task, entry, _ in self.rows:
+            entry.weight = task.weight.data_ptr()
+            entry.grad = gradient_of(task).data_ptr()
+            entry.buffer = None if task.buffer is None else task.buffer.data_ptr()
+            entry.first = task.first
+
+    def set_skips(self, skips: bool) -> None:
+        """Write whether some scales are zero, if it is not what was written."""
+        if skips != self.skips:
+            self.skips = skips
+            for _, entry, _ in self.rows:
+                entry.skips = skips
+
+    def set_taus(self, batch: Batch) -> Tensor:
+        """Write where ``τ`` goes, and where the curvature of the groups is; returns the tensor that will hold ``τ``."""
+        taus = torch.empty_like(self.norms)
+        options = batch.options
+        for task, entry, first in self.rows:
+            entry.taus = taus.data_ptr() + first * taus.itemsize
+            bounds = task.table.keep(
+                ("curvature", options.radius_invariant), task.table.curvature_bound, options.radius_invariant
+            )
+            entry.curvature = None if options.curvature is not None else bounds.data_ptr()
+        return taus
+
+    def run(self, name: str) -> int:
+        """Call a function of the extension, once for every type; returns the sum of what it returns."""
+        sweep, options, most = getattr(library(), name), ctypes.byref(self.options), torch.get_num_threads()
+        total = 0
+        for entries, work, is_double in self.calls:
+            threads = max(1, min(most, work // _PER_THREAD))
+            total += sweep(entries, ctypes.c_int64(len(entries)), options, is_double, ctypes.c_int(threads))
+        return total
+
+
+def _begun(batch: Batch) -> _Table:
+    """The table of a batch, at the beginning of a step."""
+    if batch.prepared is None:
+        batch.prepared = _Table(batch)
+    table = cast(_Table, batch.prepared)
+    table.begin(batch.options)
+    return table
+
+
+def _entry(task: Task) -> _Task:
+    """The task but for its addresses."""
+    table, dtype = task.table, task.weight.dtype
     place = place_of(task, by_rows=table.row_groups is not None)
+    assert place is not None
     row_groups = table.row_groups if place.rows > 1 else None
-    radii = None if table.radii is None else table.radii.to(weight.dtype)
-    alive += [grad] if radii is None else [grad, radii]
+    radii = None if table.radii is None else table.keep(("radii", dtype), table.radii.to, dtype)
     return _Task(
-        weight=weight.data_ptr(),
-        grad=grad.data_ptr(),
-        buffer=None if task.buffer is None else task.buffer.data_ptr(),
-        first=task.first,
         codes=table.codes.data_ptr(),
         row_groups=None if row_groups is None else row_groups.data_ptr(),
         radii=None if radii is None else radii.data_ptr(),

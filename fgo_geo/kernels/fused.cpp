@@ -4,8 +4,11 @@
 //   fgo_update   reads weight, gradient and momentum, writes weight and momentum: projection, step size, momentum with its
 //                lazy transport, step, retraction.
 //
-// Between the two the caller turns norms into step sizes and may refuse to go on. Seven passes over memory, and nothing
-// is allocated per component.
+// Between the two the caller turns norms into step sizes and may refuse to go on. That is seven passes over memory, and
+// nothing is allocated per component. Where the groups of a row of kernels are its own (PO), and the caller does not want
+// to refuse, both can be done while the row is in the cache, in five passes:
+//
+//   fgo_step     both sweeps, row by row.
 //
 // Kernels are handled `lanes` at a time, one per lane of a vector register ("struct of arrays"): entry (i, j) of all of
 // them is one vector. All manifold kinds go through the same instructions, and masks choose between them:
@@ -40,6 +43,8 @@ struct fgo_task {
   const void *radii;       // per kernel, or null: radius[kind]
   double *squared_norms;   // per group: added to by fgo_norms
   const void *scales;      // per group: 1 / tau, read by fgo_update; zero leaves the gradient out
+  const double *curvature; // per group, read by fgo_step; or null: that of the options
+  double *taus;            // per group: written by fgo_step
   double radius[4];
   int64_t rows, columns, row_stride, column_stride;
   int32_t a, b, i_stride, j_stride;
@@ -48,8 +53,8 @@ struct fgo_task {
 };
 
 struct fgo_options {
-  double lr, momentum, dampening, weight_decay;
-  int32_t nesterov, maximize, radius_invariant;
+  double lr, momentum, dampening, weight_decay, rho, curvature;
+  int32_t nesterov, maximize, radius_invariant, constant;  // constant: tau is one
 };
 
 }  // extern "C"
@@ -72,20 +77,35 @@ template <class T> constexpr T precision = sizeof(T) == 4 ? T(1.1920929e-7) : T(
 // Up to this ‖e‖² two or four terms of the series suffice: precision^(2/3) and precision^(2/5).
 template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T(9.2e-11),
                                                   sizeof(T) == 4 ? T(1.7e-3) : T(9.4e-7)};
-// Up to this ‖u‖² / r² the centred series has an error below the root (the fourth root) of the precision.
-template <class T> constexpr T centred_limit = sizeof(T) == 4 ? T(0.6) : T(0.5);
+// Up to this ‖e‖² the series is worth repeating: it leaves 0.4 of ‖e‖ = 1, and then far less.
+template <class T> constexpr T repeat_limit = T(1);
+int64_t chunks_per_row(const fgo_task &t) { return (t.columns + chunk - 1) / chunk; }
+
+// The divisor of the learning rate, fgo_geo.optim.theorem_step_scale: algorithm 1 and eq. 7 of the FG-SGD paper.
+double step_scale(double norm, double rho, double curvature) {
+  const double root = std::fmax(2 * rho + norm, std::sqrt(1 + curvature * (rho + norm)));
+  return std::fmax(1.0, norm * root);
+}
+
 constexpr int most_rounds = 50;  // of Newton-Schulz, more than any finite step needs
 constexpr double safety = 1.05;  // head room for points that have drifted off the manifold
 
 }  // namespace
 
+#ifdef FGO_AVX2
+#define FGO_FAST 0
+#else
+#define FGO_FAST 1
+#endif
 #define FGO_NAMESPACE portable
 #define FGO_TARGET
 #include "fused_sweeps.hpp"
+#undef FGO_FAST
 #undef FGO_NAMESPACE
 #undef FGO_TARGET
 
 #ifdef FGO_AVX2
+#define FGO_FAST 1
 #define FGO_NAMESPACE avx2
 #define FGO_TARGET FGO_AVX2
 #define FGO_ANY(w) (!__builtin_ia32_ptestz256(w, w))
@@ -95,75 +115,89 @@ constexpr double safety = 1.05;  // head room for points that have drifted off t
 
 namespace {
 
-using sweep = void (*)(const fgo_task *, const fgo_options *, double *, int64_t, int64_t);
+using sweep = int64_t (*)(const fgo_task *, const fgo_options *, double *, int64_t, int64_t);
 
-struct kernels_of { sweep norms, update; };
+// The sweeps for this processor.
+struct sweeps { sweep norms, update, step; };
 
-template <class T> kernels_of choose() {
+template <class T> sweeps choose() {
 #ifdef FGO_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {avx2::sweep_of<T, false>, avx2::sweep_of<T, true>};
+    return {avx2::run_sweep<avx2::norms_sweep, T>, avx2::run_sweep<avx2::update_sweep, T>,
+            avx2::run_sweep<avx2::whole_step, T>};
 #endif
-  return {portable::sweep_of<T, false>, portable::sweep_of<T, true>};
+  return {portable::run_sweep<portable::norms_sweep, T>, portable::run_sweep<portable::update_sweep, T>,
+          portable::run_sweep<portable::whole_step, T>};
 }
 
-int64_t chunks_per_row(const fgo_task &t) { return (t.columns + chunk - 1) / chunk; }
-
-// Calls the sweep on equal shares of all chunks of all tasks, one share per thread. Sums of a thread go to a buffer of its
-// own and are added up in the order of the threads: the result depends on their number, not on their timing.
-void share(sweep run, const fgo_task *tasks, int64_t count, const fgo_options *options, int threads, bool sums) {
-  std::vector<int64_t> first(count + 1, 0), groups(count + 1, 0);
-  for (int64_t k = 0; k < count; ++k) {
-    first[k + 1] = first[k] + tasks[k].rows * chunks_per_row(tasks[k]) ;
-    groups[k + 1] = groups[k] + tasks[k].groups;
-  }
+// Calls run(task, begin, end, thread) on equal shares of the units of all tasks, one share per thread.
+template <class Units, class Run>
+void share(const fgo_task *tasks, int64_t count, int threads, Units units, Run run) {
   std::vector<double> work(count + 1, 0);  // entries before a task
   for (int64_t k = 0; k < count; ++k)
     work[k + 1] = work[k] + double(tasks[k].rows) * tasks[k].columns * tasks[k].a * tasks[k].b;
-  std::vector<std::vector<double>> partial(threads);
-  auto share_of = [&](int number) {
-    double *sum = nullptr;
-    if (sums) {
-      partial[number].assign(2 * groups[count], 0.0);
-      sum = partial[number].data();
-    }
-    double from = work[count] * number / threads, to = work[count] * (number + 1) / threads;
-    for (int64_t k = 0; k < count; ++k) {
-      double size = work[k + 1] - work[k];
-      int64_t chunks = first[k + 1] - first[k];
-      if (size <= 0) continue;
-      auto part = [&](double w) {
-        double x = (w - work[k]) / size;
-        return x <= 0 ? int64_t(0) : x >= 1 ? chunks : int64_t(x * chunks);
-      };
-      int64_t begin = part(from), end = part(to);
-      if (begin < end) run(tasks + k, options, sums ? sum + 2 * groups[k] : nullptr, begin, end);
-    }
-  };
   // The threads are torch's own: it has loaded OpenMP's library by the same name. Others would wait for a processor while
   // torch's spin on theirs.
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int number = 0; number < threads; ++number) share_of(number);
-  if (sums)
-    for (int64_t k = 0; k < count; ++k)
-      for (int number = 0; number < threads; ++number)
-        for (int64_t g = 0; g < tasks[k].groups; ++g) {
-          const double *pair = partial[number].data() + 2 * (groups[k] + g);
-          tasks[k].squared_norms[g] += pair[0] + pair[1];
-        }
+  for (int number = 0; number < threads; ++number) {
+    const double from = work[count] * number / threads, to = work[count] * (number + 1) / threads;
+    for (int64_t k = 0; k < count; ++k) {
+      const double size = work[k + 1] - work[k];
+      const int64_t all = units(tasks[k]);
+      auto part = [&](double w) {
+        const double x = (w - work[k]) / size;
+        return x <= 0 ? int64_t(0) : x >= 1 ? all : int64_t(x * all);
+      };
+      if (size > 0 && part(from) < part(to)) run(k, part(from), part(to), number);
+    }
+  }
 }
+
+int64_t all_chunks(const fgo_task &t) { return t.rows * chunks_per_row(t); }
 
 }  // namespace
 
 extern "C" {
 
-int fgo_abi() { return 2; }
+int fgo_abi() { return 3; }
 
-void fgo_norms(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
-  share(is_double ? choose<double>().norms : choose<float>().norms, tasks, count, options, threads, true);
+// Sums of a thread go to a buffer of its own and are added up in the order of the threads: the result depends on their
+// number, not on their timing.
+int64_t fgo_norms(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+  const sweep run = is_double ? choose<double>().norms : choose<float>().norms;
+  std::vector<int64_t> groups(count + 1, 0);
+  for (int64_t k = 0; k < count; ++k) groups[k + 1] = groups[k] + tasks[k].groups;
+  std::vector<std::vector<double>> partial(threads);
+  for (auto &sums : partial) sums.assign(2 * groups[count], 0.0);
+  share(tasks, count, threads, all_chunks, [&](int64_t k, int64_t begin, int64_t end, int number) {
+    run(tasks + k, options, partial[number].data() + 2 * groups[k], begin, end);
+  });
+  for (int64_t k = 0; k < count; ++k)
+    for (int number = 0; number < threads; ++number)
+      for (int64_t g = 0; g < tasks[k].groups; ++g) {
+        const double *pair = partial[number].data() + 2 * (groups[k] + g);
+        tasks[k].squared_norms[g] += pair[0] + pair[1];
+      }
+  return 0;
 }
 
-void fgo_update(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
-  share(is_double ? choose<double>().update : choose<float>().update, tasks, count, options, threads, false);
+int64_t fgo_update(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+  const sweep run = is_double ? choose<double>().update : choose<float>().update;
+  share(tasks, count, threads, all_chunks,
+        [&](int64_t k, int64_t begin, int64_t end, int) { run(tasks + k, options, nullptr, begin, end); });
+  return 0;
+}
+
+// Returns the number of groups that were left out because their norm was not finite.
+int64_t fgo_step(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+  const sweep run = is_double ? choose<double>().step : choose<float>().step;
+  std::vector<int64_t> left_out(threads, 0);
+  share(tasks, count, threads, [](const fgo_task &t) { return t.rows; },
+        [&](int64_t k, int64_t begin, int64_t end, int number) {
+          left_out[number] += run(tasks + k, options, nullptr, begin, end);
+        });
+  int64_t sum = 0;
+  for (int64_t number : left_out) sum += number;
+  return sum;
 }
 }

@@ -1,4 +1,5 @@
-// The sweeps of fused.cpp, compiled once per instruction set: FGO_NAMESPACE holds them, FGO_TARGET is its attribute.
+// The sweeps of fused.cpp, compiled once per instruction set: FGO_NAMESPACE holds them, FGO_TARGET is its attribute, and
+// FGO_FAST says whether it is the best that this build has and deserves loops of its own for common sizes and layouts.
 
 namespace {
 namespace FGO_NAMESPACE {
@@ -70,69 +71,64 @@ FGO_INLINE void transpose(vec<float> *v) {
 
 // -- memory ------------------------------------------------------------------------------------------------------
 
-// Where the kernels of a vector lie; a lane beyond the last one repeats the first.
-struct place {
-  int64_t start, kernel_stride;
-  int count;
-  bool dense;  // kernels lie one behind the other, their entries in order
-};
+// How the kernels of a vector lie: an entry of all of them side by side, one kernel behind the other, or anyhow (then
+// there may also be fewer of them than lanes).
+enum class lie { beside, behind, apart };
 
-template <class T, int K>
-FGO_INLINE void read(const T *base, const place &at, const int32_t *offset, int size, vec<T> *v) {
-  constexpr int L = lanes<T>;
-  const int n = K ? K : size;
-  const T *p = base + at.start;
-  if (at.count == L && at.kernel_stride == 1) {
-    for (int e = 0; e < n; ++e) v[e] = load<T>(p + offset[e]);
-    return;
-  }
-  if constexpr (sizeof(T) == 4 && K >= 8) {
-    if (at.count == L && at.dense) {
-      for (int e = 0; e + 8 <= K; e += 8) {
-        for (int l = 0; l < 8; ++l) v[e + l] = load<float>(p + l * K + e);
-        transpose(v + e);
-      }
-      for (int e = K / 8 * 8; e < K; ++e)
-        v[e] = (vec<float>){p[e], p[K + e], p[2 * K + e], p[3 * K + e], p[4 * K + e], p[5 * K + e], p[6 * K + e],
-                            p[7 * K + e]};
-      return;
-    }
-  }
-  for (int e = 0; e < n; ++e)
-    for (int l = 0; l < L; ++l) v[e][l] = p[(l < at.count ? l : 0) * at.kernel_stride + offset[e]];
+// An address that the compiler has to take as it is: it would work out one per entry, more than there are registers for.
+template <class T> FGO_INLINE T *at(T *base, int64_t start) {
+  T *p = base + start;
+  asm("" : "+r"(p));
+  return p;
 }
 
-template <class T, int K>
-FGO_INLINE void write(T *base, const place &at, const int32_t *offset, int size, const vec<T> *values) {
-  constexpr int L = lanes<T>;
+// Entries of the kernels from p on; a lane beyond the last kernel repeats the first.
+template <class T, int K, lie P>
+FGO_INLINE void read(const T *p, const int64_t *offset, int64_t kernel_stride, int count, int size, vec<T> *v) {
   const int n = K ? K : size;
-  T *p = base + at.start;
-  if (at.count == L && at.kernel_stride == 1) {
-    for (int e = 0; e < n; ++e) store<T>(p + offset[e], values[e]);
-    return;
-  }
-  if constexpr (sizeof(T) == 4 && K >= 8) {
-    if (at.count == L && at.dense) {
-      for (int e = 0; e + 8 <= K; e += 8) {
-        vec<float> v[8];
-        for (int l = 0; l < 8; ++l) v[l] = values[e + l];
-        transpose(v);
-        for (int l = 0; l < 8; ++l) store<float>(p + l * K + e, v[l]);
-      }
-      for (int e = K / 8 * 8; e < K; ++e)
-        for (int l = 0; l < 8; ++l) p[l * K + e] = values[e][l];
-      return;
+  if constexpr (P == lie::beside) {
+    for (int e = 0; e < n; ++e) v[e] = load<T>(p + offset[e]);
+  } else if constexpr (P == lie::behind && sizeof(T) == 4 && K >= 8) {
+    for (int e = 0; e + 8 <= K; e += 8) {
+      vec<float> block[8];
+      for (int l = 0; l < 8; ++l) block[l] = load<float>(p + l * K + e);
+      transpose(block);
+      for (int l = 0; l < 8; ++l) v[e + l] = block[l];
     }
+    for (int e = K / 8 * 8; e < K; ++e)
+      v[e] = (vec<float>){p[e],         p[K + e],     p[2 * K + e], p[3 * K + e],
+                          p[4 * K + e], p[5 * K + e], p[6 * K + e], p[7 * K + e]};
+  } else {
+    for (int e = 0; e < n; ++e)
+      for (int l = 0; l < lanes<T>; ++l) v[e][l] = p[(l < count ? l : 0) * kernel_stride + offset[e]];
   }
-  for (int e = 0; e < n; ++e)
-    for (int l = 0; l < at.count; ++l) p[l * at.kernel_stride + offset[e]] = values[e][l];
+}
+
+template <class T, int K, lie P>
+FGO_INLINE void write(T *p, const int64_t *offset, int64_t kernel_stride, int count, int size, const vec<T> *v) {
+  const int n = K ? K : size;
+  if constexpr (P == lie::beside) {
+    for (int e = 0; e < n; ++e) store<T>(p + offset[e], v[e]);
+  } else if constexpr (P == lie::behind && sizeof(T) == 4 && K >= 8) {
+    for (int e = 0; e + 8 <= K; e += 8) {
+      vec<float> block[8];
+      for (int l = 0; l < 8; ++l) block[l] = v[e + l];
+      transpose(block);
+      for (int l = 0; l < 8; ++l) store<float>(p + l * K + e, block[l]);
+    }
+    for (int e = K / 8 * 8; e < K; ++e)
+      for (int l = 0; l < 8; ++l) p[l * K + e] = v[e][l];
+  } else {
+    for (int e = 0; e < n; ++e)
+      for (int l = 0; l < count; ++l) p[l * kernel_stride + offset[e]] = v[e][l];
+  }
 }
 
 // Asks for the memory of the same columns one row on. Nine or more streams, each a few cache lines long, are beyond what
 // the processor foresees by itself; all of them together are one stream, which is what is asked for here.
-template <class T> FGO_INLINE void prefetch(const void *base, int64_t start, int64_t entries) {
-  const char *p = reinterpret_cast<const char *>(static_cast<const T *>(base) + start);
-  for (int64_t byte = 0; byte < entries * int64_t(sizeof(T)); byte += 64) __builtin_prefetch(p + byte, 0, 3);
+template <class T, int K> FGO_INLINE void prefetch(const T *start, int size) {
+  const char *p = reinterpret_cast<const char *>(start);
+  for (int byte = 0; byte < (K ? K : size) * 32; byte += 64) __builtin_prefetch(p + byte, 0, 2);
 }
 
 // -- formulas ----------------------------------------------------------------------------------------------------
@@ -141,7 +137,7 @@ template <class T> FGO_INLINE void prefetch(const void *base, int64_t start, int
 template <class T> struct lane_facts {
   mask<T> kind;
   vec<T> inverse_square;                      // of the radius
-  bool any_stiefel, any_constraint;
+  bool any_stiefel;
 };
 
 template <class T, bool RADII>
@@ -160,40 +156,81 @@ FGO_INLINE lane_facts<T> learn(const vec<T> &table, const int32_t *codes, const 
     f.inverse_square = look_up<T>(table, f.kind);
   }
   f.any_stiefel = any<T>(f.kind > 2);
-  f.any_constraint = any<T>(f.kind);
   return f;
 }
 
-// Tangent projection, h <- h - w S with S = 0, tr(M) I, diag(M) or sym(M) for M = wᵀh / r².
-template <class T, int A, int B>
+// The formulas go row by row (of A rows with B entries each), so that little has to be kept in registers at a time. Of
+// symmetric matrices both triangles are there; FULL: there are Stiefel lanes, else only the diagonal counts.
+
+// Adds a row's share of xᵀy, symmetrised: the diagonal, and twice the upper triangle.
+template <class T, int B, bool FULL> FGO_INLINE void add_products(const vec<T> *x, const vec<T> *y, vec<T> *m, int b_) {
+  const int b = B ? B : b_;
+  for (int j = 0; j < b; ++j) {
+    m[j * b + j] += x[j] * y[j];
+    if constexpr (FULL)
+      for (int k = j + 1; k < b; ++k) m[j * b + k] += x[j] * y[k] + x[k] * y[j];
+  }
+}
+
+// S = 0, tr(M) I, diag(M) or sym(M) for M = wᵀh / r², from what add_products() has left in `m`.
+template <class T, int B, bool FULL> FGO_INLINE void normal_factor(vec<T> *m, const lane_facts<T> &f, int b_) {
+  const int b = B ? B : b_;
+  const vec<T> none = {};
+  vec<T> trace = {};
+  for (int j = 0; j < b; ++j) trace += m[j * b + j];
+  for (int j = 0; j < b; ++j) {  // masked: a huge Euclidean component must not become 0 * infinity
+    const vec<T> own = f.kind == 1 ? trace : m[j * b + j];
+    m[j * b + j] = f.kind == 0 ? none : f.inverse_square * own;
+  }
+  if constexpr (FULL) {
+    const vec<T> half = T(0.5) * f.inverse_square;
+    for (int j = 0; j < b; ++j)
+      for (int k = j + 1; k < b; ++k) m[j * b + k] = m[k * b + j] = f.kind > 2 ? m[j * b + k] * half : none;
+  }
+}
+
+// A row of h - w S.
+template <class T, int B, bool FULL> FGO_INLINE void subtract_normal(const vec<T> *w, const vec<T> *s, vec<T> *h, int b_) {
+  const int b = B ? B : b_;
+  for (int k = 0; k < b; ++k)
+    for (int j = FULL ? 0 : k; j < (FULL ? b : k + 1); ++j) h[k] -= w[j] * s[j * b + k];
+}
+
+// Tangent projection, h <- h - w S.
+template <class T, int A, int B, bool FULL>
 FGO_INLINE void project(const vec<T> *w, vec<T> *h, const lane_facts<T> &f, int a_, int b_) {
   const int a = A ? A : a_, b = B ? B : b_;
-  const vec<T> none = {};
-  vec<T> s[B ? B * B : max_b * max_b], trace = {};
-  for (int j = 0; j < b; ++j) {
-    vec<T> sum = w[j] * h[j];
-    for (int i = 1; i < a; ++i) sum += w[i * b + j] * h[i * b + j];
-    s[j * b + j] = sum;
-    trace += sum;
-  }
-  for (int j = 0; j < b; ++j) {  // masked: a huge Euclidean component must not become 0 * infinity
-    const vec<T> own = s[j * b + j];
-    s[j * b + j] = f.kind == 0 ? none : f.kind == 1 ? f.inverse_square * trace : f.inverse_square * own;
-  }
-  if (!f.any_stiefel) {
-    for (int i = 0; i < a; ++i)
-      for (int j = 0; j < b; ++j) h[i * b + j] -= w[i * b + j] * s[j * b + j];
-    return;
-  }
+  vec<T> s[B ? B * B : max_b * max_b] = {};
+  for (int i = 0; i < a; ++i) add_products<T, B, FULL>(w + i * b, h + i * b, s, b_);
+  normal_factor<T, B, FULL>(s, f, b_);
+  for (int i = 0; i < a; ++i) subtract_normal<T, B, FULL>(w + i * b, s, h + i * b, b_);
+}
+
+// Adds a row's share of yᵀy: the diagonal and the upper triangle.
+template <class T, int B, bool FULL> FGO_INLINE void add_squares(const vec<T> *y, vec<T> *n, int b_) {
+  const int b = B ? B : b_;
   for (int j = 0; j < b; ++j)
-    for (int k = j + 1; k < b; ++k) {
-      vec<T> sum = w[j] * h[k] + w[k] * h[j];
-      for (int i = 1; i < a; ++i) sum += w[i * b + j] * h[i * b + k] + w[i * b + k] * h[i * b + j];
-      s[j * b + k] = s[k * b + j] = f.kind > 2 ? sum * (T(0.5) * f.inverse_square) : none;
-    }
-  for (int i = 0; i < a; ++i)
-    for (int k = 0; k < b; ++k)
-      for (int j = 0; j < b; ++j) h[i * b + k] -= w[i * b + j] * s[j * b + k];
+    for (int k = j; k < (FULL ? b : j + 1); ++k) n[j * b + k] += y[j] * y[k];
+}
+
+// What (I + E)^(-1/2) has to undo: E = 0, (‖y‖² / r² - 1) I, diag(yᵀy / r² - I) or yᵀy / r² - I, from what add_squares()
+// has left in `e`. Returns ‖E‖².
+template <class T, int B, bool FULL> FGO_INLINE vec<T> excess(vec<T> *e, const lane_facts<T> &f, int b_) {
+  const int b = B ? B : b_;
+  const vec<T> none = {};
+  vec<T> trace = {}, norm = {}, mixed = {};
+  for (int j = 0; j < b; ++j) trace += e[j * b + j];
+  for (int j = 0; j < b; ++j) {
+    const vec<T> own = f.kind == 1 ? trace : e[j * b + j];
+    e[j * b + j] = f.kind == 0 ? none : own * f.inverse_square - 1;
+    norm += e[j * b + j] * e[j * b + j];
+    if constexpr (FULL)
+      for (int k = j + 1; k < b; ++k) {
+        e[j * b + k] = e[k * b + j] = f.kind > 2 ? e[j * b + k] * f.inverse_square : none;
+        mixed += e[j * b + k] * e[j * b + k];
+      }
+  }
+  return norm + 2 * mixed;
 }
 
 // out <- x y for symmetric factors that commute, so that the product is symmetric too.
@@ -235,30 +272,36 @@ FGO_INLINE vec<T> excess(const vec<T> *y, vec<T> *e, const lane_facts<T> &f, int
   return norm;
 }
 
-// y <- y Z for symmetric Z.
-template <class T, int A, int B>
-FGO_INLINE void multiply(vec<T> *y, const vec<T> *z, bool diagonal, int a_, int b_) {
-  const int a = A ? A : a_, b = B ? B : b_;
-  if (diagonal) {
-    for (int i = 0; i < a; ++i)
-      for (int j = 0; j < b; ++j) y[i * b + j] *= z[j * b + j];
-    return;
+// A row of y Z for symmetric Z.
+template <class T, int B, bool FULL> FGO_INLINE void multiply(vec<T> *y, const vec<T> *z, int b_) {
+  const int b = B ? B : b_;
+  vec<T> row[B ? B : max_b];
+  for (int k = 0; k < b; ++k) {
+    row[k] = y[k] * z[k * b + k];
+    if constexpr (FULL)
+      for (int j = 0; j < b; ++j)
+        if (j != k) row[k] += y[j] * z[j * b + k];
   }
-  for (int i = 0; i < a; ++i) {
-    vec<T> row[B ? B : max_b];
-    for (int k = 0; k < b; ++k) {
-      row[k] = y[i * b] * z[k];
-      for (int j = 1; j < b; ++j) row[k] += y[i * b + j] * z[j * b + k];
-    }
-    for (int k = 0; k < b; ++k) y[i * b + k] = row[k];
-  }
+  for (int k = 0; k < b; ++k) y[k] = row[k];
+}
+
+template <class T, int A, int B, bool FULL>
+FGO_INLINE void multiply_all(vec<T> *y, const vec<T> *z, int a_, int b_) {
+  for (int i = 0; i < (A ? A : a_); ++i) multiply<T, B, FULL>(y + i * (B ? B : b_), z, b_);
+}
+
+template <class T, int A, int B> FGO_INLINE vec<T> excess_of(const vec<T> *y, vec<T> *e, const lane_facts<T> &f, int a_, int b_) {
+  const int b = B ? B : b_;
+  for (int k = 0; k < b * b; ++k) e[k] = vec<T>{};
+  for (int i = 0; i < (A ? A : a_); ++i) add_squares<T, B, true>(y + i * b, e, b_);
+  return excess<T, B, true>(e, f, b_);
 }
 
 // z <- (I + e)^(-1/2) for small e: I - e/2 + 3e²/8 and, if there are two more terms, - 5e³/16 + 35e⁴/128.
-template <class T, int B> FGO_INLINE void series(const vec<T> *e, vec<T> *z, bool two_more, bool diagonal, int b_) {
+template <class T, int B, bool FULL> FGO_INLINE void series(const vec<T> *e, vec<T> *z, bool two_more, int b_) {
   const int b = B ? B : b_;
   constexpr int size = B ? B * B : max_b * max_b;
-  if (diagonal) {
+  if constexpr (!FULL) {
     for (int j = 0; j < b; ++j) {
       const vec<T> x = e[j * b + j];
       z[j * b + j] = 1 + x * (T(-0.5) + x * (T(0.375) + x * (T(-0.3125) + x * T(0.2734375))));
@@ -282,33 +325,6 @@ template <class T, int B> FGO_INLINE void series(const vec<T> *e, vec<T> *z, boo
       const vec<T> sum = T(0.375) * square[j * b + k] - T(0.5) * e[j * b + k];
       z[j * b + k] = z[k * b + j] = j == k ? sum + 1 : sum;
     }
-}
-
-// z <- (I + e)^(-1/2) for eigenvalues of e in [0, length]: the series about the middle of the interval, then Newton's
-// method for the inverse root, z (3 I - z² (I + e)) / 2, which squares the error.
-template <class T, int B>
-FGO_INLINE void centred_series(vec<T> *e, const vec<T> &length, vec<T> *z, int b_) {
-  const int b = B ? B : b_;
-  constexpr int size = B ? B * B : max_b * max_b;
-  const vec<T> middle = 1 + T(0.5) * length, inverse = 1 / middle, scale = root<T>(inverse);
-  vec<T> about[size], product[size];
-  for (int j = 0; j < b; ++j) {
-    about[j * b + j] = (e[j * b + j] - T(0.5) * length) * inverse;
-    e[j * b + j] += 1;
-    for (int k = j + 1; k < b; ++k) about[j * b + k] = about[k * b + j] = e[j * b + k] * inverse;
-  }
-  series<T, B>(about, z, true, false, b_);
-  for (int round = 0; round < (sizeof(T) == 4 ? 1 : 2); ++round) {
-    if (round == 0)
-      for (int k = 0; k < b * b; ++k) z[k] *= scale;
-    commuting_product<T, B>(z, z, about, b_);
-    commuting_product<T, B>(about, e, product, b_);
-    for (int j = 0; j < b; ++j)
-      for (int k = 0; k < b; ++k)
-        about[j * b + k] = j == k ? T(1.5) - T(0.5) * product[j * b + k] : T(-0.5) * product[j * b + k];
-    commuting_product<T, B>(z, about, product, b_);
-    for (int k = 0; k < b * b; ++k) z[k] = product[k];
-  }
 }
 
 // z <- (I + e)^(-1/2) for eigenvalues of e in [0, length], by the scaled Newton-Schulz iteration of
@@ -357,10 +373,9 @@ FGO_TARGET __attribute__((noinline)) void retract_far(vec<T> *y, vec<T> *e, vec<
           long_length[l] = length[half + l];
         }
         facts.any_stiefel = f.any_stiefel;
-        facts.any_constraint = f.any_constraint;
         for (int k = 0; k < a * b; ++k)
           for (int l = 0; l < 4; ++l) long_y[k][l] = y[k][half + l];
-        excess<double, A, B>(long_y, long_e, facts, a, b);
+        excess_of<double, A, B>(long_y, long_e, facts, a, b);
         retract_far<double, A, B>(long_y, long_e, long_z, long_length, facts, a, b);
         for (int k = 0; k < a * b; ++k)
           for (int l = 0; l < 4; ++l) y[k][half + l] = T(long_y[k][l]);
@@ -369,25 +384,26 @@ FGO_TARGET __attribute__((noinline)) void retract_far(vec<T> *y, vec<T> *e, vec<
     }
   }
   newton_schulz<T, B>(e, length, z, b_);
-  multiply<T, A, B>(y, z, false, a_, b_);
-  excess<T, A, B>(y, e, f, a_, b_);  // what rounding has left
-  series<T, B>(e, z, false, false, b_);
-  multiply<T, A, B>(y, z, false, a_, b_);
+  multiply_all<T, A, B, true>(y, z, a_, b_);
+  excess_of<T, A, B>(y, e, f, a_, b_);  // what rounding has left
+  series<T, B, true>(e, z, false, b_);
+  multiply_all<T, A, B, true>(y, z, a_, b_);
 }
 
-// Metric projection onto the manifold, y <- y (I + E)^(-1/2); `length` is ‖u‖² / r² of the step u that led to y.
+// What one series does not reach, y <- y (I + E)^(-1/2); `length` is ‖u‖² / r² of the step u that led to y.
 template <class T, int A, int B>
-FGO_INLINE void retract(vec<T> *y, const vec<T> &length, const lane_facts<T> &f, int a_, int b_) {
-  if (!f.any_constraint) return;
+FGO_TARGET __attribute__((noinline)) void retract_further(vec<T> *y, const vec<T> &length, const lane_facts<T> &f, int a_, int b_) {
+  const int a = A ? A : a_, b = B ? B : b_;
   constexpr int size = B ? B * B : max_b * max_b;
-  const int b = B ? B : b_;
-  vec<T> e[size], z[size];
-  const vec<T> distance = excess<T, A, B>(y, e, f, a_, b_);
-  const bool diagonal = !f.any_stiefel;
-  const bool two_more = any<T>(~(distance <= series_limit<T>[0]));
-  if (!two_more || !any<T>(~(distance <= series_limit<T>[1]))) {
-    series<T, B>(e, z, two_more, diagonal, b_);
-    multiply<T, A, B>(y, z, diagonal, a_, b_);
+  vec<T> e[size], z[size], distance = excess_of<T, A, B>(y, e, f, a_, b_);
+  if (!any<T>(~(distance <= repeat_limit<T>))) {  // again and again: what is left is of fifth order
+    while (any<T>(~(distance <= series_limit<T>[1]))) {
+      series<T, B, true>(e, z, true, b_);
+      multiply_all<T, A, B, true>(y, z, a_, b_);
+      distance = excess_of<T, A, B>(y, e, f, a_, b_);
+    }
+    series<T, B, true>(e, z, true, b_);
+    multiply_all<T, A, B, true>(y, z, a_, b_);
     return;
   }
   // Spheres first, and exactly: this holds however far the component was off its manifold.
@@ -395,135 +411,317 @@ FGO_INLINE void retract(vec<T> *y, const vec<T> &length, const lane_facts<T> &f,
   const mask<T> spherical = (f.kind == 1) | (f.kind == 2);
   for (int j = 0; j < b; ++j) {
     const vec<T> stretch = spherical ? 1 / root<T>(1 + e[j * b + j]) : one;
-    for (int i = 0; i < (A ? A : a_); ++i) y[i * b + j] *= stretch;
+    for (int i = 0; i < a; ++i) y[i * b + j] *= stretch;
     e[j * b + j] = spherical ? none : e[j * b + j];
   }
-  if (diagonal) return;
+  if (!f.any_stiefel) return;
   // ‖E‖ beyond what the step explains: a point that was not on its manifold.
-  const mask<T> stiefel = f.kind > 2;
   const vec<T> explained = length + T(4e-3), measured = root<T>(distance);
   const mask<T> astray = ~(distance <= T(b) * explained * explained);
-  const vec<T> bound = stiefel ? (astray ? measured : length) : none;
-  if (!any<T>((astray | ~(bound <= centred_limit<T>)) & stiefel)) {
-    centred_series<T, B>(e, bound, z, b_);
-    multiply<T, A, B>(y, z, false, a_, b_);
-    return;
-  }
+  const vec<T> bound = f.kind > 2 ? (astray ? measured : length) : none;
   retract_far<T, A, B>(y, e, z, bound, f, a_, b_);
 }
 
 // -- sweeps ------------------------------------------------------------------------------------------------------
 
-// Adds the lanes to the sums of their groups.
-template <class T> FGO_INLINE void add_up(double *sums, const int32_t *codes, const vec<T> &values, int count) {
-  for (int l = 0; l < count; ++l) sums[(codes[l] >> 2) * 2 + (l & 1)] += values[l];
+// A task and its options, as the sweeps use them.
+template <class T, int A, int B> struct setting {
+  static constexpr int size = A ? A * B : max_a * max_b;
+  int a, b, n;
+  int64_t offset[size];  // of a component's entries
+  int64_t rows, columns, row_stride, column_stride;
+  T *weight, *buffer;
+  const T *grad, *radii, *scales;
+  const int32_t *codes, *row_groups;
+  bool old, first, skips, nesterov, invariant;  // old: the buffer holds momentum
+  T sign, decay, lr, momentum, take;
+  vec<T> inverse_squares;  // of the radius of every kind
+};
+
+template <class T, int A, int B> FGO_INLINE setting<T, A, B> setting_of(const fgo_task &t, const fgo_options &o) {
+  setting<T, A, B> s;
+  s.a = A ? A : t.a, s.b = B ? B : t.b, s.n = s.a * s.b;
+  for (int i = 0; i < s.a; ++i)
+    for (int j = 0; j < s.b; ++j) s.offset[i * s.b + j] = i * int64_t(t.i_stride) + j * int64_t(t.j_stride);
+  s.rows = t.rows, s.columns = t.columns, s.row_stride = t.row_stride, s.column_stride = t.column_stride;
+  s.weight = static_cast<T *>(t.weight), s.buffer = static_cast<T *>(t.buffer);
+  s.grad = static_cast<const T *>(t.grad);
+  s.radii = static_cast<const T *>(t.radii), s.scales = static_cast<const T *>(t.scales);
+  s.codes = t.codes, s.row_groups = t.row_groups;
+  s.old = t.buffer && !t.first, s.first = t.first, s.skips = t.skips;
+  s.nesterov = t.buffer && o.nesterov, s.invariant = o.radius_invariant;
+  s.sign = o.maximize ? T(-1) : T(1), s.decay = T(o.weight_decay), s.lr = T(o.lr), s.momentum = T(o.momentum);
+  s.take = s.sign * (s.old ? T(1 - o.dampening) : T(1));
+  s.inverse_squares = vec<T>{};
+  for (int k = 0; k < 4; ++k) s.inverse_squares[k] = T(1 / (t.radius[k] * t.radius[k]));
+  return s;
 }
 
-template <class T, int A, int B, bool UPDATE, bool RADII>
-FGO_TARGET void sweep_chunks(const fgo_task *task, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
-  constexpr int L = lanes<T>, K = A * B, size = K ? K : max_a * max_b;
-  const fgo_task &t = *task;
-  const int a = A ? A : t.a, b = B ? B : t.b, n = a * b;
-  int32_t offset[size];
-  for (int i = 0; i < a; ++i)
-    for (int j = 0; j < b; ++j) offset[i * b + j] = i * t.i_stride + j * t.j_stride;
-  const bool dense = t.column_stride == n && t.i_stride == b && t.j_stride == 1;
-  T *weight = static_cast<T *>(t.weight), *buffer = static_cast<T *>(t.buffer);
-  const T *grad = static_cast<const T *>(t.grad);
-  const T *radii = static_cast<const T *>(t.radii), *scales = static_cast<const T *>(t.scales);
-  const int64_t per_row = (t.columns + chunk - 1) / chunk;
-  const vec<T> none = {};
-  const bool old = buffer && !t.first, invariant = o->radius_invariant;
-  const T sign = o->maximize ? T(-1) : T(1), decay = T(o->weight_decay), lr = T(o->lr), momentum = T(o->momentum);
-  const T take = sign * (old ? T(1 - o->dampening) : T(1));
-  vec<T> table = {};
-  for (int k = 0; k < 4; ++k) table[k] = T(1 / (t.radius[k] * t.radius[k]));
-
-  for (int64_t number = begin; number < end; ++number) {
-    const int64_t row = number / per_row, first = number % per_row * chunk;
-    const int64_t last = first + chunk < t.columns ? first + chunk : t.columns;
-    vec<T> row_scales = {}, row_sums[4] = {};
-    const int32_t *row_groups = t.row_groups ? t.row_groups + 4 * row : nullptr;
-    if (UPDATE && row_groups)
-      for (int k = 0; k < 4; ++k) row_scales[k] = row_groups[k] < 0 ? T(0) : scales[row_groups[k]];
-    const bool foresee = t.column_stride == 1 && row + 1 < t.rows;
-    for (int64_t column = first; column < last; column += L) {
-      const int count = last - column < L ? int(last - column) : L;
-      const int64_t kernel = row * t.columns + column;
-      const int32_t *codes = t.codes + kernel;
-      if (foresee) {
-        const int64_t next = (row + 1) * t.row_stride + column * n;
-        prefetch<T>(weight, next, count * n);
-        prefetch<T>(grad, next, count * n);
-        if (UPDATE && old) prefetch<T>(buffer, next, count * n);
-      }
-      const place at{row * t.row_stride + column * t.column_stride, t.column_stride, count, dense};
-      const lane_facts<T> f = learn<T, RADII>(table, codes, RADII ? radii + kernel : nullptr, count);
-      vec<T> w[size], h[size];
-      read<T, K>(weight, at, offset, n, w);
-      read<T, K>(grad, at, offset, n, h);
-      if (decay != 0) {
-        const vec<T> shrink = f.kind == 0 ? none + sign * decay : none;
-        for (int e = 0; e < n; ++e) h[e] += shrink * w[e];
-      }
-      if constexpr (!UPDATE) {
-        vec<T> sum = {};
-        if (f.any_constraint) project<T, A, B>(w, h, f, a, b);
-        for (int e = 0; e < n; ++e) sum += h[e] * h[e];
-        if (invariant) sum /= f.inverse_square;
-        if (!t.row_groups) {
-          add_up<T>(sums, codes, sum, count);
-          continue;
-        }
-        if (count < L)
-          for (int l = count; l < L; ++l) sum[l] = 0;
-        for (int k = 0; k < 4; ++k) row_sums[k] += f.kind == k ? sum : none;
-        continue;
-      }
-      vec<T> rate, step[size], length = {};
-      if (t.row_groups)
-        rate = look_up<T>(row_scales, f.kind);
-      else
-        for (int l = 0; l < L; ++l) rate[l] = scales[codes[l < count ? l : 0] >> 2];
-      if (t.skips)
-        for (int e = 0; e < n; ++e) h[e] = rate == none ? none : h[e];
-      if (invariant) rate /= f.inverse_square;
-      const vec<T> share = take * rate;
-      if (old) {
-        read<T, K>(buffer, at, offset, n, step);
-        for (int e = 0; e < n; ++e) step[e] = momentum * step[e] + share * h[e];
-      } else {
-        for (int e = 0; e < n; ++e) step[e] = share * h[e];
-      }
-      if (f.any_constraint) project<T, A, B>(w, step, f, a, b);  // momentum and gradient at once: it is linear
-      if (buffer) write<T, K>(buffer, at, offset, n, step);
-      if (buffer && o->nesterov) {
-        if (f.any_constraint) project<T, A, B>(w, h, f, a, b);
-        for (int e = 0; e < n; ++e) step[e] = sign * rate * h[e] + momentum * step[e];
-      }
-      for (int e = 0; e < n; ++e) {
-        w[e] -= lr * step[e];
-        length += step[e] * step[e];
-      }
-      retract<T, A, B>(w, length * (lr * lr) * f.inverse_square, f, a, b);
-      write<T, K>(weight, at, offset, n, w);
-    }
-    if (!UPDATE && row_groups)
-      for (int k = 0; k < 4; ++k)
-        for (int l = 0; l < L; ++l)
-          if (row_groups[k] >= 0) sums[2 * row_groups[k]] += row_sums[k][l];
+// Weight and gradient, weight decay included, of the `count` kernels from `kernel` on.
+template <class T, int A, int B, lie P>
+FGO_INLINE void read_both(const setting<T, A, B> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> *w, vec<T> *h) {
+  read<T, A * B, P>(at(s.weight, start), s.offset, s.column_stride, count, s.n, w);
+  read<T, A * B, P>(at(s.grad, start), s.offset, s.column_stride, count, s.n, h);
+  if (s.decay != 0) {
+    const vec<T> none = {}, shrink = f.kind == 0 ? none + s.sign * s.decay : none;
+    for (int e = 0; e < s.n; ++e) h[e] += shrink * w[e];
   }
 }
 
-template <class T, bool UPDATE>
-FGO_TARGET void sweep_of(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
-#define FGO_SIZE(A, B) \
-  if (t->a == A && t->b == B && !t->radii) return sweep_chunks<T, A, B, UPDATE, false>(t, o, sums, begin, end);
-  FGO_SIZE(3, 3)
-  FGO_SIZE(5, 5)
-#undef FGO_SIZE
-  if (t->radii) return sweep_chunks<T, 0, 0, UPDATE, true>(t, o, sums, begin, end);
-  sweep_chunks<T, 0, 0, UPDATE, false>(t, o, sums, begin, end);
+// Squared norms of the Riemannian gradients of `count` kernels.
+template <class T, int A, int B, lie P, bool FULL>
+FGO_INLINE vec<T> squares_of(const setting<T, A, B> &s, int64_t start, int count, const lane_facts<T> &f) {
+  const int a = A ? A : s.a, b = B ? B : s.b;
+  vec<T> w[s.size], h[s.size], normal[B ? B * B : max_b * max_b] = {}, sum = {};
+  read_both<T, A, B, P>(s, start, count, f, w, h);
+  for (int i = 0; i < a; ++i) add_products<T, B, FULL>(w + i * b, h + i * b, normal, s.b);
+  normal_factor<T, B, FULL>(normal, f, s.b);
+  for (int i = 0; i < a; ++i) {
+    subtract_normal<T, B, FULL>(w + i * b, normal, h + i * b, s.b);
+    for (int j = i * b; j < i * b + b; ++j) sum += h[j] * h[j];
+  }
+  return s.invariant ? sum / f.inverse_square : sum;
+}
+
+// The step of `count` kernels; PLAIN: with momentum and nothing out of the ordinary.
+template <class T, int A, int B, lie P, bool PLAIN, bool FULL>
+FGO_INLINE void step_of(const setting<T, A, B> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> rate) {
+  constexpr int size = B ? B * B : max_b * max_b;
+  const int n = A ? A * B : s.n, a = A ? A : s.a, b = B ? B : s.b;
+  const vec<T> none = {};
+  vec<T> w[s.size], h[s.size], u[s.size], normal[size] = {}, e[size] = {}, z[size];
+  read_both<T, A, B, P>(s, start, count, f, w, h);
+  if (!PLAIN && s.skips)
+    for (int k = 0; k < n; ++k) h[k] = rate == none ? none : h[k];
+  if (s.invariant) rate /= f.inverse_square;
+  const vec<T> share = s.take * rate;
+  if (PLAIN || s.old) read<T, A * B, P>(at(s.buffer, start), s.offset, s.column_stride, count, s.n, u);
+  for (int i = 0; i < a; ++i) {  // momentum and gradient are projected at once: it is linear
+    for (int k = i * b; k < i * b + b; ++k)
+      u[k] = PLAIN || s.old ? s.momentum * u[k] + share * h[k] : share * h[k];
+    add_products<T, B, FULL>(w + i * b, u + i * b, normal, s.b);
+  }
+  normal_factor<T, B, FULL>(normal, f, s.b);
+  for (int i = 0; i < a; ++i) subtract_normal<T, B, FULL>(w + i * b, normal, u + i * b, s.b);
+  if (PLAIN || s.buffer) write<T, A * B, P>(at(s.buffer, start), s.offset, s.column_stride, count, s.n, u);
+  if (!PLAIN && s.nesterov) {
+    project<T, A, B, FULL>(w, h, f, s.a, s.b);
+    for (int k = 0; k < n; ++k) u[k] = s.sign * rate * h[k] + s.momentum * u[k];
+  }
+  for (int i = 0; i < a; ++i) {
+    for (int k = i * b; k < i * b + b; ++k) w[k] -= s.lr * u[k];
+    add_squares<T, B, FULL>(w + i * b, e, s.b);
+  }
+  const vec<T> distance = excess<T, B, FULL>(e, f, s.b);
+  const bool two_more = any<T>(~(distance <= series_limit<T>[0]));
+  if (!two_more || !any<T>(~(distance <= series_limit<T>[1]))) {
+    series<T, B, FULL>(e, z, two_more, s.b);
+    multiply_all<T, A, B, FULL>(w, z, s.a, s.b);
+  } else {  // rare, and on copies
+    vec<T> far_w[s.size], length = {};
+    for (int k = 0; k < n; ++k) {
+      far_w[k] = w[k];
+      length += u[k] * u[k];
+    }
+    const vec<T> far_length = length * (s.lr * s.lr) * f.inverse_square;
+    const lane_facts<T> facts = f;
+    retract_further<T, A, B>(far_w, far_length, facts, s.a, s.b);
+    for (int k = 0; k < n; ++k) w[k] = far_w[k];
+  }
+  write<T, A * B, P>(at(s.weight, start), s.offset, s.column_stride, count, s.n, w);
+}
+
+// Rates of a vector's kernels, by group.
+template <class T> FGO_INLINE vec<T> rates_of(const T *scales, const int32_t *codes, int count) {
+  vec<T> rate;
+  for (int l = 0; l < lanes<T>; ++l) rate[l] = scales[codes[l < count ? l : 0] >> 2];
+  return rate;
+}
+
+// What is left of a row where there are fewer kernels than lanes.
+template <class T, int A, int B, bool RADII>
+FGO_TARGET __attribute__((noinline)) void squares_of_rest(const setting<T, A, B> &s, int64_t start, int64_t kernel, int count,
+                                                          vec<T> *sum) {
+  const lane_facts<T> f = learn<T, RADII>(s.inverse_squares, s.codes + kernel, RADII ? s.radii + kernel : nullptr, count);
+  *sum = squares_of<T, A, B, lie::apart, true>(s, start, count, f);
+  for (int l = count; l < lanes<T>; ++l) (*sum)[l] = 0;
+}
+
+template <class T, int A, int B, bool RADII>
+FGO_TARGET __attribute__((noinline)) void step_of_rest(const setting<T, A, B> &s, int64_t start, int64_t kernel, int count,
+                                                       const vec<T> &rate) {
+  const lane_facts<T> f = learn<T, RADII>(s.inverse_squares, s.codes + kernel, RADII ? s.radii + kernel : nullptr, count);
+  step_of<T, A, B, lie::apart, false, true>(s, start, count, f, rate);
+}
+
+// Where the parts of a step ask for memory ahead of time.
+enum class ahead { nothing, own_momentum, next_row };
+
+template <class T, int A, int B>
+FGO_INLINE void prefetch_vector(const setting<T, A, B> &s, int64_t row, int64_t column, bool momentum, ahead what) {
+  const int64_t place = column * s.n + row * s.row_stride;
+  if (what == ahead::own_momentum) prefetch<T, A * B>(s.buffer + place, s.n);
+  if (what != ahead::next_row || row + 1 >= s.rows) return;
+  prefetch<T, A * B>(s.weight + place + s.row_stride, s.n);
+  prefetch<T, A * B>(s.grad + place + s.row_stride, s.n);
+  if (momentum) prefetch<T, A * B>(s.buffer + place + s.row_stride, s.n);
+}
+
+// Adds the squared norms of the kernels of a row's columns to the sums of their groups, or to `row_sums` per kind.
+template <class T, int A, int B, lie P, bool RADII>
+FGO_TARGET __attribute__((noinline)) void sum_columns(const setting<T, A, B> &s, int64_t row, int64_t first, int64_t last,
+                                                      double *sums, double *row_sums, ahead what) {
+  constexpr int L = lanes<T>;
+  const vec<T> none = {};
+  vec<T> by_kind[4] = {};
+  for (int64_t column = first; column < last; column += L) {
+    const int64_t kernel = row * s.columns + column, start = row * s.row_stride + column * s.column_stride;
+    const int count = last - column < L ? int(last - column) : L;
+    const int32_t *codes = s.codes + kernel;
+    if (P == lie::beside) prefetch_vector<T, A, B>(s, row, column, false, what);
+    const lane_facts<T> f = learn<T, RADII>(s.inverse_squares, codes, RADII ? s.radii + kernel : nullptr, count);
+    vec<T> sum;
+    if (count == L) {
+      sum = f.any_stiefel ? squares_of<T, A, B, P, true>(s, start, L, f) : squares_of<T, A, B, P, false>(s, start, L, f);
+    } else {
+      vec<T> rest;
+      squares_of_rest<T, A, B, RADII>(s, start, kernel, count, &rest);
+      sum = rest;
+    }
+    if (!row_sums)
+      for (int l = 0; l < count; ++l) sums[(codes[l] >> 2) * 2 + (l & 1)] += sum[l];
+    else
+      for (int k = 0; k < 4; ++k) by_kind[k] += f.kind == k ? sum : none;
+  }
+  if (row_sums)
+    for (int k = 0; k < 4; ++k)
+      for (int l = 0; l < L; ++l) row_sums[k] += by_kind[k][l];
+}
+
+// Takes the step of the kernels of a row's columns, at the rates of their groups or at `row_scales` per kind.
+template <class T, int A, int B, lie P, bool PLAIN, bool RADII>
+FGO_TARGET __attribute__((noinline)) void step_columns(const setting<T, A, B> &s, int64_t row, int64_t first, int64_t last,
+                                                       const vec<T> *row_scales, ahead what) {
+  constexpr int L = lanes<T>;
+  for (int64_t column = first; column < last; column += L) {
+    const int64_t kernel = row * s.columns + column, start = row * s.row_stride + column * s.column_stride;
+    const int count = last - column < L ? int(last - column) : L;
+    const int32_t *codes = s.codes + kernel;
+    if (P == lie::beside) prefetch_vector<T, A, B>(s, row, column, PLAIN, what);
+    const lane_facts<T> f = learn<T, RADII>(s.inverse_squares, codes, RADII ? s.radii + kernel : nullptr, count);
+    const vec<T> rate = row_scales ? look_up<T>(*row_scales, f.kind) : rates_of<T>(s.scales, codes, count);
+    if (count == L) {
+      if (f.any_stiefel)
+        step_of<T, A, B, P, PLAIN, true>(s, start, L, f, rate);
+      else
+        step_of<T, A, B, P, PLAIN, false>(s, start, L, f, rate);
+    } else {
+      const vec<T> rest = rate;
+      step_of_rest<T, A, B, RADII>(s, start, kernel, count, rest);
+    }
+  }
+}
+
+// The first sweep: rows in chunks, the norms of whose groups are added to `sums`, two places each.
+struct norms_sweep {
+  template <class T, int A, int B, lie P, bool PLAIN, bool RADII>
+  FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *sums, int64_t begin, int64_t end) {
+    const setting<T, A, B> s = setting_of<T, A, B>(*task, *options);
+    const int64_t per_row = chunks_per_row(*task);
+    for (int64_t number = begin; number < end; ++number) {
+      const int64_t row = number / per_row, first = number % per_row * chunk;
+      const int64_t last = first + chunk < s.columns ? first + chunk : s.columns;
+      const int32_t *groups = s.row_groups ? s.row_groups + 4 * row : nullptr;
+      double row_sums[4] = {};
+      sum_columns<T, A, B, P, RADII>(s, row, first, last, sums, groups ? row_sums : nullptr, ahead::next_row);
+      for (int k = 0; groups && k < 4; ++k)
+        if (groups[k] >= 0) sums[2 * groups[k]] += row_sums[k];
+    }
+    return 0;
+  }
+};
+
+// The second sweep, at the given rates.
+struct update_sweep {
+  template <class T, int A, int B, lie P, bool PLAIN, bool RADII>
+  FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
+    const setting<T, A, B> s = setting_of<T, A, B>(*task, *options);
+    const int64_t per_row = chunks_per_row(*task);
+    for (int64_t number = begin; number < end; ++number) {
+      const int64_t row = number / per_row, first = number % per_row * chunk;
+      const int64_t last = first + chunk < s.columns ? first + chunk : s.columns;
+      const int32_t *groups = s.row_groups ? s.row_groups + 4 * row : nullptr;
+      vec<T> row_scales = {};
+      for (int k = 0; groups && k < 4; ++k) row_scales[k] = groups[k] < 0 ? T(0) : s.scales[groups[k]];
+      step_columns<T, A, B, P, PLAIN, RADII>(s, row, first, last, groups ? &row_scales : nullptr, ahead::next_row);
+    }
+    return 0;
+  }
+};
+
+// Both at once, where the groups of a row are its own: what the norms have read is still in the cache for the step.
+struct whole_step {
+  template <class T, int A, int B, lie P, bool PLAIN, bool RADII>
+  FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
+    const setting<T, A, B> s = setting_of<T, A, B>(*task, *options);
+    int64_t left_out = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      const int32_t *groups = s.row_groups + 4 * row;
+      double row_sums[4] = {};
+      for (int64_t first = 0; first < s.columns; first += chunk) {
+        const int64_t last = first + chunk < s.columns ? first + chunk : s.columns;
+        sum_columns<T, A, B, P, RADII>(s, row, first, last, nullptr, row_sums, PLAIN ? ahead::own_momentum : ahead::nothing);
+      }
+      vec<T> row_scales = {};
+      const int64_t before = left_out;
+      for (int k = 0; k < 4; ++k) {
+        if (groups[k] < 0) continue;
+        const bool finite = std::isfinite(row_sums[k]);
+        const double curvature = task->curvature ? task->curvature[groups[k]] : options->curvature;
+        const double tau = !finite || options->constant ? 1.0 : step_scale(std::sqrt(row_sums[k]), options->rho, curvature);
+        row_scales[k] = finite ? T(1 / tau) : T(0);
+        task->taus[groups[k]] = tau;
+        left_out += !finite;
+      }
+      if (left_out == before) {
+        step_columns<T, A, B, P, PLAIN, RADII>(s, row, 0, s.columns, &row_scales, ahead::next_row);
+      } else {
+        setting<T, A, B> careful = s;
+        careful.skips = true;
+        step_columns<T, A, B, P, false, RADII>(careful, row, 0, s.columns, &row_scales, ahead::next_row);
+      }
+    }
+    return left_out;
+  }
+};
+
+template <class SWEEP, class T, int A, int B, lie P, bool RADII>
+FGO_TARGET int64_t run_at_layout(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
+  if constexpr (A > 0 && P != lie::apart)
+    if (t->buffer && !t->first && !t->skips && !o->nesterov)
+      return SWEEP::template run<T, A, B, P, true, RADII>(t, o, sums, begin, end);
+  return SWEEP::template run<T, A, B, P, false, RADII>(t, o, sums, begin, end);
+}
+
+template <class SWEEP, class T, int A, int B>
+FGO_TARGET int64_t run_at_size(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
+  const bool beside = t->column_stride == 1;
+  const bool behind = t->column_stride == t->a * t->b && t->i_stride == t->b && t->j_stride == 1;
+  if (t->radii) return run_at_layout<SWEEP, T, 0, 0, lie::apart, true>(t, o, sums, begin, end);
+  if constexpr (FGO_FAST) {
+    if (beside) return run_at_layout<SWEEP, T, A, B, lie::beside, false>(t, o, sums, begin, end);
+    if constexpr (A > 0)
+      if (behind) return run_at_layout<SWEEP, T, A, B, lie::behind, false>(t, o, sums, begin, end);
+  }
+  return run_at_layout<SWEEP, T, A, B, lie::apart, false>(t, o, sums, begin, end);
+}
+
+template <class SWEEP, class T>
+FGO_TARGET int64_t run_sweep(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
+  if (t->a == 3 && t->b == 3) return run_at_size<SWEEP, T, 3, 3>(t, o, sums, begin, end);
+  if constexpr (sizeof(T) == 4 && FGO_FAST)
+    if (t->a == 5 && t->b == 5) return run_at_size<SWEEP, T, 5, 5>(t, o, sums, begin, end);
+  return run_at_size<SWEEP, T, 0, 0>(t, o, sums, begin, end);
 }
 
 #undef FGO_INLINE

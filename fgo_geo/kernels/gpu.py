@@ -37,9 +37,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgo_geo.kernels.task import KernelTable, StepOptions, Task, gradient_of, place_of, problem_of
+from fgo_geo.kernels.task import Batch, KernelTable, StepOptions, Task, gradient_of, place_of, problem_of
 
-__all__ = ["DESCRIPTION", "reason", "squared_norms", "update"]
+__all__ = ["DESCRIPTION", "goes_by_rows", "reason", "squared_norms", "update"]
 
 DESCRIPTION = "Triton sweeps on the GPU"
 
@@ -102,8 +102,15 @@ def reason(task: Task) -> str | None:
     return problem_of(task) or _missing(weight.device)
 
 
-def squared_norms(tasks: Sequence[Task], options: StepOptions) -> Tensor:
+def goes_by_rows(task: Task) -> bool:
+    """No: a launch has all rows at once."""
+    del task
+    return False
+
+
+def squared_norms(batch: Batch) -> Tensor:
     """Squared norms of the Riemannian gradients of all groups, one behind the other, in float64."""
+    tasks, options = batch.tasks, batch.options
     segments = _segments(tuple(task.table for task in tasks))
     device = tasks[0].weight.device
     squares = torch.empty(segments.kernels, dtype=torch.float64, device=device)
@@ -114,8 +121,10 @@ def squared_norms(tasks: Sequence[Task], options: StepOptions) -> Tensor:
     return squares
 
 
-def update(tasks: Sequence[Task], scales: Tensor, options: StepOptions) -> None:
+def update(batch: Batch, scales: Tensor, skips: bool) -> None:
     """Take the step of all tasks, given ``1 / τ`` of all groups; zero leaves a group's gradient out."""
+    del skips  # asking every scale costs a launch nothing
+    tasks, options = batch.tasks, batch.options
     scales = scales.double()
     rate = _rate_on(scales.device, options)
     for launch in _launches(tasks, options, _segments(tuple(task.table for task in tasks))):
@@ -233,9 +242,8 @@ class _Launch:
 def _launches(tasks: Sequence[Task], options: StepOptions, segments: _Segments) -> Iterator[_Launch]:
     """One launch per component size, type and order in memory."""
     classes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
-    alive: list[Tensor] = []  # what has an address in a table
     for number, task in enumerate(tasks):
-        row, planar = _row(task, number, segments, alive)
+        row, planar = _row(task, number, segments)
         key = (task.weight.dtype, *task.table.size, planar, task.buffer is not None)
         rows = classes.setdefault(key, [])
         tiles = rows[-1][-1] if rows else 0
@@ -266,12 +274,12 @@ def _launches(tasks: Sequence[Task], options: StepOptions, segments: _Segments) 
         )
 
 
-def _row(task: Task, number: int, segments: _Segments, alive: list[Tensor]) -> tuple[tuple[int, ...], bool]:
+def _row(task: Task, number: int, segments: _Segments) -> tuple[tuple[int, ...], bool]:
     """The task's row, but for its last entry, and whether the kernel number runs fastest in memory."""
     weight, table = task.weight, task.table
     grad, place = gradient_of(task), place_of(task)
     squares = _inverse_squares(table)
-    alive += [grad, squares]
+    assert place is not None
     row = (
         weight.data_ptr(),
         grad.data_ptr(),

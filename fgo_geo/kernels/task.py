@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 
 __all__ = [
     "KINDS",
+    "Batch",
     "KernelTable",
     "Place",
     "StepOptions",
@@ -29,6 +33,8 @@ __all__ = [
     "table_of",
     "task_of",
 ]
+
+_Kept = TypeVar("_Kept")
 
 KINDS = ("euclidean", "sphere", "oblique", "stiefel")
 """Manifold kinds by their numbers in a code."""
@@ -46,6 +52,9 @@ class StepOptions:
         weight_decay: Weight decay of Euclidean components.
         maximize: Ascend instead of descend.
         radius_invariant: Measure on the manifolds of radius one.
+        constant: Divide by no ``τ``.
+        rho: Bound on the distance to the minimum.
+        curvature: Bound on the sectional curvature; None for the manifolds' own.
     """
 
     lr: float | Tensor
@@ -55,9 +64,12 @@ class StepOptions:
     weight_decay: float
     maximize: bool
     radius_invariant: bool
+    constant: bool = False
+    rho: float = 1.0
+    curvature: float | None = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class KernelTable:
     """What the kernels of a weight are.
 
@@ -71,6 +83,9 @@ class KernelTable:
         constrained: Which groups have a constraint.
         size: ``(A, B)`` of a component.
         wide: Whether a component is the transpose of its kernel.
+        groups: Number of groups.
+        rows_apart: Whether no group has kernels of two rows.
+        known: What has been worked out from the table, for :meth:`keep`.
     """
 
     codes: Tensor
@@ -81,11 +96,24 @@ class KernelTable:
     constrained: Tensor
     size: tuple[int, int]
     wide: bool
+    groups: int
+    rows_apart: bool
+    known: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], repr=False)
 
-    @property
-    def groups(self) -> int:
-        """Number of groups."""
-        return len(self.curvature)
+    def curvature_bound(self, radius_invariant: bool) -> Tensor:
+        """Bound on the sectional curvature of every group, measured on the manifolds of radius one or as they are."""
+        return self.constrained.to(self.curvature.dtype) if radius_invariant else self.curvature
+
+    def keep(self, key: Hashable, build: Callable[..., _Kept], *arguments: Any) -> _Kept:
+        """What ``build(*arguments)`` returned for a key, which has to name everything that it depends on.
+
+        A step visits every parameter, and the time for that counts: what follows from the table and from the way that a
+        weight is stored is worked out once. It is thrown away with the table, when the radii change or the manifold is
+        no more.
+        """
+        if key not in self.known:
+            self.known[key] = build(*arguments)
+        return self.known[key]
 
 
 _tables: weakref.WeakKeyDictionary[ProductOfGroups, dict[torch.device, tuple[object, KernelTable]]]
@@ -102,7 +130,9 @@ def table_of(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
     Returns:
         The table.
     """
-    of_device = _tables.setdefault(manifold, {})
+    of_device = _tables.get(manifold)
+    if of_device is None:
+        of_device = _tables[manifold] = {}
     kept = of_device.get(device)
     if kept is None or kept[0] is not manifold.manifolds:  # every change of the radii makes new ones
         kept = of_device[device] = (manifold.manifolds, _build(manifold, device))
@@ -138,15 +168,18 @@ def _build(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
     kernel = manifold.layout.kernel
     all_codes = in_memory_order(codes)
     wide = len(kernel) > 1 and math.prod(kernel[:-1]) < kernel[-1]
+    row_groups = _groups_of_rows(all_codes)
     return KernelTable(
         codes=all_codes,
-        row_groups=_groups_of_rows(all_codes),
+        row_groups=row_groups,
         radius=(radius[0], radius[1], radius[2], radius[3]),
         radii=in_memory_order(radii) if any(map(math.isnan, radius)) else None,
         curvature=curvature.to(device),
         constrained=constrained.to(device),
         size=(a, b),
         wide=wide,
+        groups=manifold.n_groups,
+        rows_apart=row_groups is not None and int((row_groups >= 0).sum()) == manifold.n_groups,
     )
 
 
@@ -163,40 +196,116 @@ def _groups_of_rows(codes: Tensor) -> Tensor | None:
     return found
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class Task:
     """One parameter's share of a step.
 
     Attributes:
-        weight: The parameter's values; written in place.
-        grad: Its Euclidean gradient.
-        buffer: Its momentum, written in place; None without momentum.
+        weight: The parameter; written in place.
+        grad: Its Euclidean gradient; None between steps.
+        buffer: Its momentum, written in place; None without momentum and between steps.
         first: Whether the buffer holds nothing yet.
+        fresh: Whether the buffer is not the one that the optimiser has.
+        manifold: Where the parameter lives.
         table: What the kernels are.
     """
 
     weight: Tensor
-    grad: Tensor
+    grad: Tensor | None
     buffer: Tensor | None
     first: bool
+    manifold: ProductOfGroups
     table: KernelTable
+    fresh: bool = False
+    parts: object = field(init=False)
+    stored: tuple[object, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = self.manifold.manifolds  # as in table_of
+        self.stored = _stored(self.weight)
+
+    def renew(self, param: Tensor, buffer: Tensor | None) -> bool:
+        """Take over gradient and momentum of another step, if that is all that has changed.
+
+        What a fused path found out about a task (its table, where its kernels lie, that it takes it) is true of the
+        renewed one. Small parameters cost more to be looked at than to be moved.
+
+        Args:
+            param: The parameter in this place now.
+            buffer: Its momentum, if there is any yet.
+
+        Returns:
+            Whether the task is that of this step; if not it is of no use any more.
+        """
+        grad, manifold = param.grad, self.manifold
+        if param is not self.weight or grad is None or getattr(param, "manifold", None) is not manifold:
+            return False
+        stored = _stored(param)
+        if stored != self.stored or manifold.manifolds is not self.parts or grad.dtype != param.dtype:
+            return False
+        if buffer is not None and _stored(buffer) != stored:
+            return False
+        self.grad, self.buffer, self.first, self.fresh = grad, buffer, False, False
+        return True
+
+    def release(self) -> None:
+        """Hold on to no memory until the next step."""
+        self.grad = self.buffer = None
 
 
-def task_of(param: Tensor, manifold: ProductOfGroups, buffer: Tensor | None) -> Task | None:
+def _stored(tensor: Tensor) -> tuple[object, ...]:
+    """How a tensor is stored, but for where."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def task_of(param: Tensor, manifold: ProductOfGroups, buffer: Tensor | None, grad: Tensor | None = None) -> Task | None:
     """The task of a parameter, or None if its components are no kernels.
 
     Args:
         param: A parameter with a gradient.
         manifold: Its manifold.
         buffer: Its momentum, if there is any yet.
+        grad: Its gradient, if that is not ``param.grad``.
 
     Returns:
         A task.
     """
     if not isinstance(manifold.partition, KernelPartition):
         return None
-    grad = torch.as_tensor(param.grad)
-    return Task(param.detach(), grad.detach(), buffer, False, table_of(manifold, param.device))
+    grad = param.grad if grad is None else grad
+    return Task(param, grad, buffer, False, manifold, table_of(manifold, param.device))
+
+
+class Batch:
+    """Tasks that one path does together.
+
+    Attributes:
+        path: The path, of :mod:`fgo_geo.kernels`.
+        tasks: What it has to do.
+        options: Options of the parameter group, of this step.
+        by_rows: Whether the path takes the whole step row by row.
+        counts: Number of groups of every task.
+        dtype: Type with the precision of all weights.
+        prepared: What the path has made of the tasks, of use for their renewals too.
+    """
+
+    def __init__(self, path: ModuleType, tasks: Sequence[Task], options: StepOptions, by_rows: bool = False) -> None:
+        self.path = path
+        self.by_rows = by_rows
+        self.tasks = list(tasks)
+        self.options = options
+        self.counts = [task.table.groups for task in tasks]
+        self.dtype = max((task.weight.dtype for task in tasks), key=lambda dtype: dtype.itemsize)
+        self.prepared: Any = None
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters."""
+        return [task.weight for task in self.tasks]
+
+    def fresh_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters whose momentum will not be where the optimiser has it, and where it will be."""
+        return [(task.weight, task.buffer) for task in self.tasks if task.fresh and task.buffer is not None]
 
 
 # -- where the kernels lie -------------------------------------------------------------------------------------------
@@ -207,16 +316,23 @@ def problem_of(task: Task) -> str | None:
     weight = task.weight
     if weight.dtype not in (torch.float32, torch.float64):
         return f"fused steps take float32 and float64, got {weight.dtype}"
-    if task.grad.dtype != weight.dtype or (task.buffer is not None and task.buffer.dtype != weight.dtype):
+    if (
+        task.grad is None
+        or task.grad.dtype != weight.dtype
+        or (task.buffer is not None and task.buffer.dtype != weight.dtype)
+    ):
         return "weight, gradient and momentum have different types"
-    if _component_strides(task) is None:
+    if place_of(task) is None:
         return f"the strides {weight.stride()} of the weight are those of no memory format"
     return None
 
 
 def gradient_of(task: Task) -> Tensor:
-    """The gradient, stored as the weight is; a copy only if it is not."""
-    return task.grad if task.grad.stride() == task.weight.stride() else torch.empty_like(task.weight).copy_(task.grad)
+    """The gradient, stored as the weight is; a copy only if it is not, which the task then holds."""
+    assert task.grad is not None
+    if task.grad.stride() != task.weight.stride():
+        task.grad = torch.empty_like(task.weight).copy_(task.grad)
+    return task.grad
 
 
 @dataclass(frozen=True)
@@ -231,30 +347,35 @@ class Place:
     j_stride: int
 
 
-def place_of(task: Task, by_rows: bool = False) -> Place:
+def place_of(task: Task, by_rows: bool = False) -> Place | None:
     """Where the kernels of a weight lie; as a single row where they lie at equal distances.
 
     Args:
-        task: A parameter for which :func:`problem_of` is None.
+        task: A parameter.
         by_rows: Keep rows of several kernels apart.
 
     Returns:
-        The place.
+        The place, or None if there is none for such strides.
     """
-    strides = _component_strides(task)
-    assert strides is not None
-    rows, columns = task.weight.shape[:2]
-    row_stride, column_stride = task.weight.stride()[:2]
+    table, shape, strides = task.table, task.weight.shape, task.weight.stride()
+    return table.keep(("place", shape, strides, by_rows), _place, table.wide, shape, strides, by_rows)
+
+
+def _place(wide: bool, shape: torch.Size, strides: tuple[int, ...], by_rows: bool) -> Place | None:
+    of_component = _component_strides(wide, shape, strides)
+    if of_component is None:
+        return None
+    rows, columns = shape[:2]
+    row_stride, column_stride = strides[:2]
     if columns == 1:
         rows, columns, row_stride, column_stride = 1, rows, 0, row_stride
     elif row_stride == columns * column_stride and not by_rows:  # all kernels one behind the other
         rows, columns, row_stride = 1, rows * columns, 0
-    return Place(rows, columns, row_stride, column_stride, *strides)
+    return Place(rows, columns, row_stride, column_stride, *of_component)
 
 
-def _component_strides(task: Task) -> tuple[int, int] | None:
+def _component_strides(wide: bool, shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, int] | None:
     """Strides of a component's rows and columns, None if there are none or entries share their memory."""
-    shape, strides = task.weight.shape, task.weight.stride()
     size = 1
     for stride, length in sorted(zip(strides, shape, strict=True)):
         if length > 1 and stride != size:
@@ -267,4 +388,4 @@ def _component_strides(task: Task) -> tuple[int, int] | None:
         folded = range(2, len(shape) - 2)  # leading dimensions of the kernel, which form its rows with the last but one
         if any(shape[d] > 1 and strides[d] != shape[d + 1] * strides[d + 1] for d in folded):
             return None
-    return (j, i) if task.table.wide else (i, j)
+    return (j, i) if wide else (i, j)

@@ -17,10 +17,8 @@ tangent at the point that its step started from. Manifolds of Geoopt that define
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Iterable
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, cast, get_args, overload
 
 import geoopt
@@ -33,7 +31,7 @@ from torch.optim.sgd import sgd
 from fgo_geo import kernels
 from fgo_geo.linalg import reads_for_free
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups, Stiefel
-from fgo_geo.optim.jobs import FusedJob, Job, Piece, join, manifold_of, pieces_of, put_back
+from fgo_geo.optim.jobs import FusedTasks, Job, Piece, TracedTasks, join, manifold_of, pieces_of, put_back
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
 
 __all__ = ["RiemannianFGSGD", "fgsgd_update"]
@@ -147,7 +145,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
     Args:
         params: Parameters, named parameters or parameter groups.
-        lr: Learning rate, a number or a tensor with one element.
+        lr: Learning rate, a number or a tensor with one element. Inside ``torch.compile`` take a tensor if it is to
+            change: a new number can be compiled anew.
         momentum: Momentum factor.
         dampening: Dampening of the momentum.
         weight_decay: Weight decay (L2 penalty).
@@ -210,8 +209,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        self._step_scales: dict[Tensor, Tensor | tuple[Tensor, ...]] = {}
+        self._step_scales: dict[Tensor, tuple[Tensor, ...]] = {}  # by piece
+        self._fused_scales: list[tuple[list[Tensor], list[int], Tensor]] = []  # by batch: parameters, counts, values
         self._skipped: dict[torch.device, Tensor] = {}
+        self._fused: dict[int, FusedTasks] = {}  # by parameter group
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -240,12 +241,16 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         super().__setstate__(state)
         self._stabilize = self.defaults["stabilize"]
         self._step_scales = {}
+        self._fused_scales = []
         self._skipped = {}
+        self._fused = {}
         for group in self.param_groups:  # a checkpoint of torch.optim.SGD or of Geoopt knows fewer options
             group.setdefault("longest_step", math.inf)  # its buffers may be of any length
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
             _check_options(group)
+            for param in group["params"]:
+                _register(param)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, after checking its options and that its points lie on their manifolds.
@@ -294,22 +299,30 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             with torch.enable_grad():
                 loss = closure()
         groups = cast(list[_Options], self.param_groups)
-        self._refuse_sparse(groups)
-        work = [(group, *self._prepare(group)) for group in groups]
-        norms = [[self._group_norms(group, job) for job in jobs] for group, _, _, jobs in work]
-        fused_norms = [[self._fused_norms(group, job) for job in fused] for group, _, fused, _ in work]
-        self._step_scales.clear()  # torch.compile drops assignments to an optimiser's attributes
-        for (group, plain, fused, jobs), squared, fused_squared in zip(work, norms, fused_norms, strict=True):
-            self._step_plain(group, plain)
-            self._step_jobs(group, jobs, squared)
-            for job, squared_norms in zip(fused, fused_squared, strict=True):
-                self._step_fused(group, job, squared_norms)
+        try:
+            self._step_groups(groups)
+        finally:
+            if not torch.compiler.is_compiling():
+                for fused in self._fused.values():
+                    fused.release()
         for group in groups:
             if group["stabilize"] is not None:
                 group["step"] += 1
                 if group["step"] % group["stabilize"] == 0:
                     self.stabilize_group(cast(dict[str, Any], group))
         return loss
+
+    def _step_groups(self, groups: Sequence[_Options]) -> None:
+        work = [(group, *self._prepare(number, group)) for number, group in enumerate(groups)]
+        norms = [[self._group_norms(group, job) for job in jobs] for group, _, _, jobs in work]
+        fused_norms = [[self._fused_norms(group, batch) for batch in batches] for group, _, batches, _ in work]
+        self._step_scales.clear()  # torch.compile drops assignments to an optimiser's attributes
+        self._fused_scales.clear()
+        for (group, plain, batches, jobs), squared, fused_squared in zip(work, norms, fused_norms, strict=True):
+            self._step_plain(group, plain)
+            self._step_jobs(group, jobs, squared)
+            for batch, measured in zip(batches, fused_squared, strict=True):
+                self._step_fused(group, batch, measured)
 
     def step_scales(self) -> dict[Tensor, Tensor]:
         """The divisors ``τ`` of the latest step.
@@ -322,11 +335,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         scales: dict[Tensor, Tensor] = {}
         for param, taus in self._step_scales.items():
             manifold = manifold_of(param)
-            if isinstance(taus, Tensor):  # from a fused path, which adds up in double precision
-                scales[param] = taus.to(torch.promote_types(param.dtype, torch.float32))
-            else:
-                product = isinstance(manifold, ProductOfGroups)
-                scales[param] = manifold.in_collection_order(taus) if product else taus[0]
+            scales[param] = manifold.in_collection_order(taus) if isinstance(manifold, ProductOfGroups) else taus[0]
+        for params, counts, tau in self._fused_scales:
+            for param, taus in zip(params, tau.split(counts), strict=True):
+                scales[param] = taus.to(param.dtype)
         return scales
 
     def skipped_groups(self) -> int:
@@ -363,33 +375,30 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                     return f"{name}param_groups[{number}]['params'][{position}] of shape {tuple(param.shape)}"
         return f"a parameter of shape {tuple(param.shape)}"
 
-    def _refuse_sparse(self, groups: Iterable[_Options]) -> None:
-        for group in groups:
-            for param in group["params"]:
-                if param.grad is not None and param.grad.is_sparse:
-                    raise RuntimeError(
-                        f"RiemannianFGSGD: the gradient of {self._name_of(param)} is sparse, expected a dense one; "
-                        "build the layer with sparse=False or use geoopt's SparseRiemannianSGD for it"
-                    )
-
-    def _prepare(self, group: _Options) -> tuple[list[Tensor], list[FusedJob], list[Job]]:
-        """Split a group into plain parameters, fused jobs and jobs, and make the jobs' gradients Riemannian."""
+    def _prepare(
+        self, number: int, group: _Options
+    ) -> tuple[list[Tensor], Sequence[kernels.Batch | kernels.TracedBatch], list[Job]]:
+        """Split a group into plain parameters, fused batches and jobs; make the jobs' gradients Riemannian."""
         plain: list[Tensor] = []
-        fused: dict[ModuleType, FusedJob] = {}
         pieces: list[Piece] = []
-        for param in group["params"]:
-            if param.grad is None or param.numel() == 0:
+        fused = self._fused_tasks(number, group)
+        for position, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(
+                    f"RiemannianFGSGD: the gradient of {self._name_of(param)} is sparse, expected a dense one; "
+                    "build the layer with sparse=False or use geoopt's SparseRiemannianSGD for it"
+                )
+            buffer = self._momentum_of(param) if group["momentum"] != 0 else None
+            if (fused is not None and fused.renew(position, param, buffer)) or param.numel() == 0:
                 continue
             manifold = manifold_of(param)
             if manifold is None and not group["adapt_euclidean"]:
                 plain.append(param)
-            else:
-                buffer = self._momentum_of(param)
-                path, task = self._fused(group, param, manifold, buffer)
-                if path is not None and task is not None:
-                    fused.setdefault(path, FusedJob(path, [], [])).add(param, task)
-                else:
-                    pieces += pieces_of(param, manifold or self._default_manifold, buffer)
+            elif fused is None or not fused.add(position, param, manifold, buffer):
+                pieces += pieces_of(param, manifold or self._default_manifold, self._momentum_of(param))
         jobs = join(pieces)
         for job in jobs:
             grad = -job.grad if group["maximize"] else job.grad
@@ -398,32 +407,39 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 grad = grad.add(job.x, alpha=group["weight_decay"])
             job.tangent = not _projects_late(group, job)
             job.grad = job.manifold.egrad2rgrad(job.x, grad) if job.tangent else grad
-        return plain, list(fused.values()), jobs
+        return plain, [] if fused is None else fused.batches(_fused_options(group)), jobs
 
-    def _fused(
-        self, group: _Options, param: Tensor, manifold: geoopt.Manifold | None, buffer: Tensor | None
-    ) -> tuple[ModuleType | None, kernels.Task | None]:
-        """The fused path for a parameter and its task there, if there is one."""
-        if not isinstance(manifold, ProductOfGroups) or group["update"] != "retraction" or not kernels.active():
-            return None, None
-        if group["momentum"] == 0:
-            buffer = None
-        elif buffer is not None and buffer.stride() != param.stride():  # since then the model has been stored otherwise
-            buffer = torch.empty_like(param.detach()).copy_(buffer)
-        task = kernels.task_of(param, manifold, buffer)
-        return (None if task is None else kernels.fused_path(task)), task
+    def _fused_tasks(self, number: int, group: _Options) -> FusedTasks | TracedTasks | None:
+        """What fused paths did in a group in the last step; None if they are not asked in this one."""
+        circumstances = kernels.circumstances() if group["update"] == "retraction" else None
+        if circumstances is None:
+            return None
+        if torch.compiler.is_compiling():
+            return TracedTasks(_fused_options(group))
+        fused = self._fused.setdefault(number, FusedTasks())
+        fused.begin(circumstances, group["momentum"] != 0)
+        return fused
 
-    def _fused_norms(self, options: _Options, job: FusedJob) -> Tensor:
-        """Squared norm of the gradient of every group; not finite for groups to leave out, if that is not refused."""
-        squared = kernels.squared_norms(job.path, job.tasks, _fused_options(options))
+    def _fused_norms(
+        self, options: _Options, batch: kernels.Batch | kernels.TracedBatch
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Squared norm of the gradient of every group, and for which groups it is finite (None if for all).
+
+        None if nothing has to be known of them before the step, and the path can measure while it takes it.
+        """
+        if isinstance(batch, kernels.Batch) and batch.by_rows and not _checks(options, batch.weights[0]):
+            return None
+        squared = kernels.squared_norms(batch)
+        if reads_for_free(squared) and math.isfinite(float(squared.sum())):
+            return squared, None
         finite = torch.isfinite(squared)
         if not _checks(options, squared):
             self._count_skipped(finite)
         elif not bool(finite.all()):
-            counts = [task.table.groups for task in job.tasks]
-            bad = next(p for p, ok in zip(job.params, finite.split(counts), strict=True) if not bool(ok.all()))
+            weights = zip(batch.weights, finite.split(batch.counts), strict=True)
+            bad = next(weight for weight, ok in weights if not bool(ok.all()))
             raise self._not_finite(bad, cast(geoopt.Manifold, manifold_of(bad)))
-        return squared
+        return squared, finite
 
     def _group_norms(self, options: _Options, job: Job) -> Tensor:
         """Squared norm of the gradient of every group, after refusing or leaving out what is not finite."""
@@ -512,19 +528,27 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             results.update(zip(job.pieces, zip(job.split(x), buffers, taus, strict=True), strict=True))
         self._write(results)
 
-    def _step_fused(self, options: _Options, job: FusedJob, squared: Tensor) -> None:
+    def _step_fused(
+        self,
+        options: _Options,
+        batch: kernels.Batch | kernels.TracedBatch,
+        measured: tuple[Tensor, Tensor | None] | None,
+    ) -> None:
         _longest_step(options)  # the batched code may take over after a change of path
-        finite = torch.isfinite(squared)
-        tau = _fused_step_scale(options, job, torch.where(finite, squared, 0).sqrt())
-        if options["momentum"] != 0:
-            for number, (param, task) in enumerate(zip(job.params, job.tasks, strict=True)):
-                if task.buffer is None:
-                    task = dataclasses.replace(task, buffer=torch.empty_like(task.weight), first=True)
-                    job.tasks[number] = task
-                self.state[param]["momentum_buffer"] = task.buffer
-        kernels.update(job.path, job.tasks, torch.where(finite, 1 / tau, 0), _fused_options(options))
-        counts = [task.table.groups for task in job.tasks]
-        self._step_scales.update(zip(job.params, tau.split(counts), strict=True))
+        for param, buffer in batch.fresh_buffers():
+            self.state[param]["momentum_buffer"] = buffer
+        if measured is None:
+            tau, left_out = kernels.step_by_rows(cast(kernels.Batch, batch))
+            if left_out:
+                self._skipped[tau.device] = self._skipped.get(tau.device, torch.zeros((), dtype=torch.int64)) + left_out
+        else:
+            squared, finite = measured
+            # 1 / τ is needed in the precision of the weights only; R² was added up in float64.
+            norm = (squared if finite is None else torch.where(finite, squared, 0)).to(batch.dtype).sqrt()
+            tau = _fused_step_scale(options, batch, norm)
+            scale = tau.reciprocal() if finite is None else torch.where(finite, 1 / tau, 0)
+            kernels.update(batch, scale, skips=finite is not None)
+        self._fused_scales.append((batch.weights, batch.counts, tau))
 
     def _write(self, results: dict[Piece, tuple[Tensor, Tensor | None, Tensor]]) -> None:
         """Put the new components of every parameter back where they came from."""
@@ -575,9 +599,17 @@ def _check_options(options: dict[str, Any]) -> None:
         raise ValueError(f"RiemannianFGSGD: stabilize must be None or a positive integer, got {stabilize!r}")
 
 
+def _register(param: Tensor) -> None:
+    """Let a compiled step find a parameter's manifold."""
+    manifold = manifold_of(param)
+    if isinstance(manifold, ProductOfGroups):
+        kernels.register(manifold)
+
+
 def _check_point(param: Tensor, name: Callable[[], str]) -> None:
     """Raise ValueError if a parameter is far from its manifold; move the manifold to the parameter's device."""
     manifold = manifold_of(param)
+    _register(param)
     if isinstance(manifold, EmbeddedManifold) and not param.is_meta:
         manifold.to(param.device)
         manifold.require_point(
@@ -621,6 +653,7 @@ def _checks(options: _Options, norms: Tensor) -> bool:
 
 
 def _fused_options(options: _Options) -> kernels.StepOptions:
+    curvature = options["curvature"]
     return kernels.StepOptions(
         lr=options["lr"],
         momentum=options["momentum"],
@@ -629,10 +662,13 @@ def _fused_options(options: _Options) -> kernels.StepOptions:
         weight_decay=options["weight_decay"],
         maximize=options["maximize"],
         radius_invariant=options["radius_invariant"],
+        constant=options["step_size"] == "constant",
+        rho=options["rho"],
+        curvature=1.0 if curvature is None else None if curvature == "manifold" else curvature,
     )
 
 
-def _fused_step_scale(options: _Options, job: FusedJob, norm: Tensor) -> Tensor:
+def _fused_step_scale(options: _Options, batch: kernels.Batch | kernels.TracedBatch, norm: Tensor) -> Tensor:
     """The divisors of the learning rate, one per group of all tasks; ones for a constant step."""
     if options["step_size"] == "constant":
         return torch.ones_like(norm)
@@ -640,9 +676,7 @@ def _fused_step_scale(options: _Options, job: FusedJob, norm: Tensor) -> Tensor:
     if curvature is None:
         return theorem_step_scale(norm, options["rho"])
     if curvature == "manifold":
-        tables = [task.table for task in job.tasks]
-        own = [t.constrained.to(norm.dtype) if options["radius_invariant"] else t.curvature for t in tables]
-        return theorem_step_scale(norm, options["rho"], torch.cat(own))
+        curvature = kernels.curvature(batch, norm, options["radius_invariant"])
     return theorem_step_scale(norm, options["rho"], curvature)
 
 

@@ -15,16 +15,17 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TypeAlias
 
 import geoopt
 import torch
 from torch import Tensor
 
 from fgo_geo.components import Segments
-from fgo_geo.kernels import Task
+from fgo_geo.kernels import Batch, StepOptions, Task, TracedBatch, fused_path, task_of
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 
-__all__ = ["FusedJob", "Job", "Piece", "join", "manifold_of", "pieces_of", "put_back"]
+__all__ = ["FusedTasks", "Job", "Piece", "TracedTasks", "join", "manifold_of", "pieces_of", "put_back"]
 
 _JOIN_LIMIT = 2**16  # entries; larger pieces keep the cores busy on their own, joining them would only copy
 
@@ -153,24 +154,119 @@ class Job:
         return list(values.split([piece.groups.count for piece in self.pieces]))
 
 
-@dataclass
-class FusedJob:
-    """Parameters whose step a fused path takes.
+_Way: TypeAlias = tuple[ModuleType, bool]  # a fused path, and whether it goes by rows
 
-    Attributes:
-        path: The path, of :mod:`fgo_geo.kernels`.
-        params: The parameters.
-        tasks: What the path needs of each.
-    """
 
-    path: ModuleType
-    params: list[Tensor]
-    tasks: list[Task]
+class FusedTasks:
+    """What fused paths do for a parameter group, kept from step to step: most of it is the same every time."""
 
-    def add(self, param: Tensor, task: Task) -> None:
-        """Add a parameter."""
-        self.params.append(param)
-        self.tasks.append(task)
+    def __init__(self) -> None:
+        self._circumstances: object = None
+        self._momentum = False
+        self._kept: dict[int, tuple[_Way, Task]] = {}  # by position in the parameter group
+        self._now: dict[_Way, list[Task]] = {}
+        self._batches: list[Batch] = []
+
+    def begin(self, circumstances: object, momentum: bool) -> None:
+        """Begin a step.
+
+        Args:
+            circumstances: Those of :func:`fgo_geo.kernels.circumstances`.
+            momentum: Whether there is any in this parameter group.
+        """
+        self._momentum = momentum
+        if circumstances != self._circumstances:
+            self._kept.clear()
+        self._circumstances = circumstances
+        self._now = {}
+
+    def renew(self, position: int, param: Tensor, buffer: Tensor | None) -> bool:
+        """Do for a parameter what was done in the step before, if nothing but its values has changed.
+
+        Args:
+            position: Of the parameter in its group.
+            param: The parameter.
+            buffer: Its momentum, if there is any yet.
+
+        Returns:
+            Whether it will be done.
+        """
+        way, task = self._kept.get(position, (None, None))
+        if way is None or task is None or (buffer is None) == self._momentum or not task.renew(param, buffer):
+            return False
+        self._now.setdefault(way, []).append(task)
+        return True
+
+    def add(self, position: int, param: Tensor, manifold: geoopt.Manifold | None, buffer: Tensor | None) -> bool:
+        """Do the step of a parameter, if there is a fused path for it.
+
+        Args:
+            position: Of the parameter in its group.
+            param: The parameter, with a gradient.
+            manifold: Its manifold.
+            buffer: Its momentum, if there is any yet.
+
+        Returns:
+            Whether it will be done.
+        """
+        self._kept.pop(position, None)
+        if not isinstance(manifold, ProductOfGroups):
+            return False
+        task = task_of(param, manifold, buffer)
+        path = None if task is None else fused_path(task)
+        if path is None or task is None:
+            return False
+        if self._momentum and (buffer is None or buffer.stride() != param.stride()):
+            task.buffer, task.first, task.fresh = torch.empty_like(param.detach()), buffer is None, True
+            if buffer is not None:  # from when the weight was stored otherwise
+                task.buffer.copy_(buffer)
+        way = path, path.goes_by_rows(task)
+        self._kept[position] = way, task
+        self._now.setdefault(way, []).append(task)
+        return True
+
+    def batches(self, options: StepOptions) -> list[Batch]:
+        """All that is to be done in this step, with the options of the parameter group."""
+        if [batch.tasks for batch in self._batches] != list(self._now.values()):
+            now = {task for tasks in self._now.values() for task in tasks}
+            self._kept = {position: kept for position, kept in self._kept.items() if kept[1] in now}
+            self._batches = [Batch(path, tasks, options, by_rows) for (path, by_rows), tasks in self._now.items()]
+        for batch in self._batches:
+            batch.options = options
+        return self._batches
+
+    def release(self) -> None:
+        """End a step, holding on to no gradient."""
+        for _, task in self._kept.values():
+            task.release()
+
+
+class TracedTasks:
+    """What :class:`FusedTasks` is, while ``torch.compile`` traces: nothing is kept."""
+
+    def __init__(self, options: StepOptions) -> None:
+        self._options = options
+        self._batches: dict[str, TracedBatch] = {}  # by kind of device
+
+    def renew(self, position: int, param: Tensor, buffer: Tensor | None) -> bool:
+        """Nothing is."""
+        return False
+
+    def add(self, position: int, param: Tensor, manifold: geoopt.Manifold | None, buffer: Tensor | None) -> bool:
+        """As :meth:`FusedTasks.add`."""
+        if not isinstance(manifold, ProductOfGroups):
+            return False
+        batch = self._batches.get(param.device.type)
+        if batch is None:
+            batch = TracedBatch(self._options)
+        taken = batch.add(param, manifold, buffer)
+        if taken:
+            self._batches[param.device.type] = batch
+        return taken
+
+    def batches(self, options: StepOptions) -> list[TracedBatch]:
+        """All that is to be done in this step."""
+        return list(self._batches.values())
 
 
 def join(pieces: Sequence[Piece]) -> list[Job]:

@@ -1,0 +1,218 @@
+"""The fused step as operators of torch, which ``torch.compile`` calls and does not look into.
+
+A graph holds tensors and numbers, no manifolds. The operators are given the numbers of manifolds, under which they are
+found when the graph runs: radii that were changed after compilation count.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import fgo_geo.kernels as kernels  # which imports this module: its names are there when functions are called
+from fgo_geo.kernels.task import Batch, KernelTable, StepOptions, Task, table_of
+from fgo_geo.linalg import reads_for_free
+from fgo_geo.manifolds import ProductOfGroups
+
+__all__ = ["TracedBatch", "register"]
+
+_manifolds: weakref.WeakValueDictionary[int, ProductOfGroups] = weakref.WeakValueDictionary()
+
+
+def register(manifold: ProductOfGroups) -> None:
+    """Let operators find a manifold by its ``id``, which ``torch.compile`` knows and guards."""
+    _manifolds[id(manifold)] = manifold
+    torch.compiler.assume_constant_result(_groups_of)  # here, since it imports the compiler, as every optimiser does
+
+
+def _groups_of(
+    number: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Number of groups of a weight that a fused path takes; 0 for others. Runs once, when a step is traced."""
+    manifold = _manifolds.get(number)
+    if manifold is None:
+        return 0
+    weight = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    task = kernels.task_of(weight, manifold, None, grad=weight)
+    return 0 if task is None or kernels.fused_path(task) is None else task.table.groups
+
+
+class TracedBatch:
+    """What a :class:`~fgo_geo.kernels.Batch` is, while ``torch.compile`` traces.
+
+    Attributes:
+        options: Options of the parameter group.
+        weights: The parameters.
+        counts: Number of groups of every parameter.
+        dtype: Type with the precision of all weights.
+    """
+
+    def __init__(self, options: StepOptions) -> None:
+        self.options = options
+        self.weights: list[Tensor] = []
+        self.counts: list[int] = []
+        self.dtype = torch.float32
+        self._grads: list[Tensor] = []
+        self._buffers: list[Tensor] = []
+        self._first: list[bool] = []
+        self._numbers: list[int] = []
+
+    def add(self, param: Tensor, manifold: ProductOfGroups, buffer: Tensor | None) -> bool:
+        """Do the step of a parameter, if there is a fused path for it; returns whether there is."""
+        grad = param.grad
+        if grad is None or grad.dtype != param.dtype or (buffer is not None and buffer.dtype != param.dtype):
+            return False
+        groups = _groups_of(id(manifold), tuple(param.shape), tuple(param.stride()), param.dtype, param.device)
+        if groups == 0:
+            return False
+        self.weights.append(param)
+        self.counts.append(groups)
+        self._grads.append(grad)
+        self._numbers.append(id(manifold))
+        if self.options.momentum != 0:
+            self._first.append(buffer is None)
+            self._buffers.append(torch.empty_like(param) if buffer is None else buffer)
+        if param.dtype == torch.float64:
+            self.dtype = torch.float64
+        return True
+
+    def fresh_buffers(self) -> list[tuple[Tensor, Tensor]]:
+        """Parameters without momentum yet, and where it will be."""
+        buffers = zip(self.weights, self._buffers, self._first, strict=False)
+        return [(weight, buffer) for weight, buffer, first in buffers if first]
+
+    def squared_norms(self) -> Tensor:
+        """As :func:`fgo_geo.kernels.squared_norms`."""
+        buffers = self._buffers
+        return _squared_norms(self.weights, self._grads, buffers, self._numbers, self._settings(), sum(self.counts))
+
+    def update(self, scales: Tensor) -> None:
+        """As :func:`fgo_geo.kernels.update`."""
+        rate = self.options.lr
+        if not isinstance(
+            rate, Tensor
+        ):  # a product is what the compiler turns a changing number into without recompiling
+            rate = torch.ones((), dtype=torch.float64) * rate
+        _update(self.weights, self._grads, self._buffers, self._first, scales, rate, self._numbers, self._settings())
+
+    def curvature(self, like: Tensor, radius_invariant: bool) -> Tensor:
+        """As :func:`fgo_geo.kernels.curvature`."""
+        return _curvature(like, self._numbers, radius_invariant)
+
+    def _settings(self) -> list[float]:
+        o = self.options
+        return [
+            o.momentum,
+            o.dampening,
+            float(o.nesterov),
+            o.weight_decay,
+            float(o.maximize),
+            float(o.radius_invariant),
+        ]
+
+
+def _table(number: int, device: torch.device) -> tuple[ProductOfGroups, KernelTable]:
+    manifold = _manifolds.get(number)
+    if manifold is None:
+        raise RuntimeError(
+            "a compiled step of RiemannianFGSGD needs the manifold of a parameter, which is no more; compile the step "
+            "again, and within one process"
+        )
+    return manifold, table_of(manifold, device)
+
+
+def _batch(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    first: Sequence[bool],
+    rate: float | Tensor,
+    numbers: Sequence[int],
+    settings: Sequence[float],
+) -> Batch:
+    momentum, dampening, nesterov, weight_decay, maximize, radius_invariant = settings
+    options = StepOptions(
+        rate, momentum, dampening, bool(nesterov), weight_decay, bool(maximize), bool(radius_invariant)
+    )
+    tasks: list[Task] = []
+    for k, (weight, grad, number) in enumerate(zip(weights, grads, numbers, strict=True)):
+        manifold, table = _table(number, weight.device)
+        tasks.append(Task(weight, grad, buffers[k] if buffers else None, bool(first and first[k]), manifold, table))
+    path = kernels.path_on(weights[0].device)
+    problem = next(filter(None, map(path.reason, tasks)), None)
+    if problem is not None:
+        raise RuntimeError(f"a compiled step of RiemannianFGSGD cannot go on: {problem}; compile it again")
+    return Batch(path, tasks, options)
+
+
+@torch.library.custom_op("fgo_geo::squared_norms", mutates_args=())
+def _squared_norms(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    numbers: Sequence[int],
+    settings: Sequence[float],
+    groups: int,
+) -> Tensor:
+    return kernels.squared_norms(_batch(weights, grads, buffers, [], 0.0, numbers, settings))
+
+
+@_squared_norms.register_fake
+def _(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    numbers: Sequence[int],
+    settings: Sequence[float],
+    groups: int,
+) -> Tensor:
+    return weights[0].new_empty(groups, dtype=torch.float64)
+
+
+@torch.library.custom_op("fgo_geo::update", mutates_args=("weights", "buffers"))
+def _update(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    first: Sequence[bool],
+    scales: Tensor,
+    rate: Tensor,
+    numbers: Sequence[int],
+    settings: Sequence[float],
+) -> None:
+    laid = [
+        b if b.stride() == w.stride() else torch.empty_like(w).copy_(b) for w, b in zip(weights, buffers, strict=False)
+    ]
+    batch = _batch(weights, grads, laid, first, rate, numbers, settings)
+    kernels.update(batch, scales, skips=not reads_for_free(scales) or not float(scales.amin()) > 0)
+    for buffer, written in zip(buffers, laid, strict=True):
+        if written is not buffer:
+            buffer.copy_(written)
+
+
+@_update.register_fake
+def _(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    buffers: Sequence[Tensor],
+    first: Sequence[bool],
+    scales: Tensor,
+    rate: Tensor,
+    numbers: Sequence[int],
+    settings: Sequence[float],
+) -> None:
+    return None
+
+
+@torch.library.custom_op("fgo_geo::curvature", mutates_args=())
+def _curvature(like: Tensor, numbers: Sequence[int], radius_invariant: bool) -> Tensor:
+    tables = [_table(number, like.device)[1] for number in numbers]
+    return torch.cat([table.curvature_bound(radius_invariant) for table in tables]).to(like.dtype)
+
+
+@_curvature.register_fake
+def _(like: Tensor, numbers: Sequence[int], radius_invariant: bool) -> Tensor:
+    return torch.empty_like(like)
