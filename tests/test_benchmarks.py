@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 import fgo_geo
+from fgo_geo import kernels
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 NAMES = ("step", "train_step", "retractions", "channel_directed", "renormalize")
 contestants, publish, timing = map(importlib.import_module, ("contestants", "publish", "timing"))
-SCRIPTS = {name: importlib.import_module(name) for name in NAMES}
+SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, "profile_step")}
 STEP_ROWS = [
     *contestants.PEERS,
     "memory",
@@ -86,6 +87,21 @@ def test_every_script_measures_all_its_rows(name, tmp_path, capsys):
     lines = [line.strip() for line in printed.splitlines()]
     for row in names_in(record["tables"][0]):
         assert any(line.startswith(row) or f" {row} " in line for line in lines), row
+
+
+def test_the_parts_of_a_step_add_up(tmp_path, capsys):
+    printed, record = run("profile_step", tmp_path, capsys, "--rows", "fused", "matrices", "--top", "4")
+    assert [table["title"] for table in record["tables"]] == ["tiny, fused", "tiny, matrices"]
+    for table in record["tables"]:
+        whole, *parts = table["rows"]
+        assert (whole["name"], whole["share"], whole["calls"]) == ("whole step", 100, 1)
+        assert len(parts) == 4 + 1
+        assert sum(part["milliseconds"] for part in parts) == pytest.approx(whole["milliseconds"])
+        assert all(part["share"] > 0 and part["name"] in printed for part in parts)
+        largest = [part["milliseconds"] for part in parts[:-1]]
+        assert largest == sorted(largest, reverse=True)
+    if kernels.cpu.library() is not None:
+        assert {"fgo_norms", "fgo_update"} <= set(names_in(record["tables"][0]))
 
 
 def test_which_optimisers_have_a_constraint(tmp_path, capsys):

@@ -114,6 +114,7 @@ def test_fused_is_the_batched_step(data: st.DataObject, kernel: tuple[int, ...],
     memory_format = draw(st.sampled_from(FORMATS[len(shape)]))
     weight = weight_on(manifold, dtype, memory_format, draw(st.integers(0, 99)))
     scale = draw(st.sampled_from([0.0, 1e-3, 0.1, 1.0, 1e3]))
+    options = options | {"check_finite": draw(st.sampled_from([None, False]))}  # False: PO goes by rows
     fused = trained("fused", [weight], 3, scale, **options)
     assert_close(fused, trained("reference", [weight], 3, scale, **options), TOLERANCE[dtype])
     assert fused["weights"][0].stride() == weight.stride()
@@ -127,7 +128,8 @@ def product(strategy: str = "pio", shape: tuple[int, ...] = (40, 24, 3, 3), **kw
 @built
 @pytest.mark.parametrize("strategy", ["pi", "po", "pio"])
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_every_number_of_threads_gives_the_same_step(strategy: str, threads: int, monkeypatch):
+@pytest.mark.parametrize("check_finite", [None, False])
+def test_every_number_of_threads_gives_the_same_step(strategy: str, threads: int, check_finite: Any, monkeypatch):
     monkeypatch.setattr(cpu, "_PER_THREAD", 64)
     shapes = [(13, 7, 3, 3), (40, 24, 3, 3), (2, 3, 5, 5), (65, 9, 3, 3)]
     formats = FORMATS[4] * 2
@@ -137,7 +139,7 @@ def test_every_number_of_threads_gives_the_same_step(strategy: str, threads: int
         expected = trained("reference", weights, 2, 0.3, momentum=0.9)
         torch.set_num_threads(threads)
         try:
-            actual = trained("fused", weights, 2, 0.3, momentum=0.9)
+            actual = trained("fused", weights, 2, 0.3, momentum=0.9, check_finite=check_finite)
         finally:
             torch.set_num_threads(before)
         assert_close(actual, expected, TOLERANCE[dtype])
@@ -269,11 +271,13 @@ def test_nothing_changes_before_a_gradient_is_refused():
 
 
 @built
-def test_a_group_without_a_finite_gradient_is_left_out_and_counted():
-    manifold = product("po")
+@pytest.mark.parametrize("strategy", ["po", "pi"])
+@pytest.mark.parametrize("memory_format", FORMATS[4])
+def test_a_group_without_a_finite_gradient_is_left_out_and_counted(strategy: str, memory_format: Any):
+    manifold = product(strategy)
     results = []
     for path in ("fused", "reference"):
-        weight = weight_on(manifold, torch.float64, torch.channels_last, 0)
+        weight = weight_on(manifold, torch.float64, memory_format, 0)
         optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9, check_finite=False)
         with kernels.use_path(path):
             for step in range(3):
@@ -283,6 +287,34 @@ def test_a_group_without_a_finite_gradient_is_left_out_and_counted():
         assert optimizer.skipped_groups() == 1
         results.append(weight.detach())
     torch.testing.assert_close(*results, rtol=0, atol=1e-13)
+
+
+@built
+@pytest.mark.parametrize(
+    ("strategy", "check_finite", "calls"),
+    [
+        ("po", False, ["fgo_step"]),
+        ("po", None, ["fgo_norms", "fgo_update"]),
+        ("pi", False, ["fgo_norms", "fgo_update"]),
+    ],
+)
+def test_rows_are_measured_and_moved_at_once_where_nothing_is_to_be_refused(
+    strategy: str, check_finite: Any, calls: list[str], monkeypatch
+):
+    called: list[str] = []
+    run = cpu._Table.run
+    monkeypatch.setattr(cpu._Table, "run", lambda table, name: (called.append(name), run(table, name))[1])
+    weight = weight_on(product(strategy), torch.float32, torch.channels_last, 0)
+    trained("fused", [weight], 1, 0.1, momentum=0.9, check_finite=check_finite)
+    assert called == calls
+
+
+@built
+def test_one_row_and_one_column_have_no_rows_to_go_by():
+    for shape in ((1, 9, 3, 3), (9, 1, 3, 3)):
+        weight = weight_on(product("po", shape), torch.float32, torch.contiguous_format, 0)
+        fused = trained("fused", [weight], 2, 0.1, momentum=0.9, check_finite=False)
+        assert_close(fused, trained("reference", [weight], 2, 0.1, momentum=0.9), TOLERANCE[torch.float32])
 
 
 @built

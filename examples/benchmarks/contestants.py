@@ -225,7 +225,8 @@ def ours(
         names: Parameters to update.
         kind: Manifold kind, or ``"mixed"`` for all four.
         strategy: How to group.
-        path: ``"auto"``, ``"fused"``, ``"reference"``, or ``"compile"`` for ``torch.compile`` of the reference.
+        path: ``"auto"``, ``"fused"``, ``"reference"``; ``"unchecked"`` for ``"auto"`` without a look at the
+            gradients, or ``"compile"`` for ``torch.compile`` of it.
         only: Constrain only ``"kernels"`` or ``"matrices"``.
     """
     wanted = [n for n in names_of(model, only) if n in set(names)]
@@ -241,14 +242,15 @@ def ours(
         initial="uniform",
     )
     params = _params(model, names)
-    optimizer = fgo_geo.RiemannianFGSGD(params, lr=LR, momentum=MOMENTUM, foreach=True)
+    check = False if path == "unchecked" else None
+    optimizer = fgo_geo.RiemannianFGSGD(params, lr=LR, momentum=MOMENTUM, foreach=True, check_finite=check)
     if path == "compile":
         step = torch.compile(lambda: optimizer.step(), fullgraph=True)
         # The first step has no momentum yet, so the second is compiled anew.
         return Contestant(step, params, violation=lambda: _violation(params), warm_up=2)
 
     def step() -> None:
-        with _path(path):
+        with _path("auto" if path == "unchecked" else path):
             optimizer.step()
 
     return Contestant(step, params, violation=lambda: _violation(params))

@@ -12,10 +12,10 @@ every step. All rows of a model run in one process, once per round, in a new ord
 momentum, write weight and momentum; the row *memory* does just that, in one addition and one copy. *Off by* is
 the largest violation of a constraint after all steps (``|xᵀx - I|``, relative), in double precision.
 
-The path *fused* takes no other way and *auto* the fastest for each weight; *reference* is the batched torch code, which
-*compile* compiles. Rows of this package differ from the first value of every axis (kinds, strategies, formats, paths)
-in one axis at most, or are all combinations, with ``--full``. Layer-wise groups have one kind: there, *mixed* becomes
-*stiefel*.
+The path *fused* takes no other way and *auto* the fastest for each weight; *unchecked* is *auto* with
+``check_finite=False``; *compile* is ``torch.compile`` of *auto*; *reference* is the batched torch code. Rows of this
+package differ from the first value of every axis (kinds, strategies, formats, paths) in one axis at most, or are all
+combinations, with ``--full``. Layer-wise groups have one kind: there, *mixed* becomes *stiefel*.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ AXES = {
     "kinds": ("mixed", *MIXED[:-1]),
     "strategies": ("pio", "po", "pi", "layer"),
     "formats": ("channels_last", "contiguous"),
-    "paths": ("auto", "fused", "reference", "compile"),
+    "paths": ("auto", "fused", "unchecked", "compile", "reference"),
 }
 DEFAULTS = {
     None: AXES | {"paths": ("auto", "reference")},

@@ -197,9 +197,10 @@ class _Table:
         """Call a function of the extension, once for every type; returns the sum of what it returns."""
         sweep, options, most = getattr(library(), name), ctypes.byref(self.options), torch.get_num_threads()
         total = 0
-        for entries, work, is_double in self.calls:
-            threads = max(1, min(most, work // _PER_THREAD))
-            total += sweep(entries, ctypes.c_int64(len(entries)), options, is_double, ctypes.c_int(threads))
+        with torch.profiler.record_function(name):
+            for entries, work, is_double in self.calls:
+                threads = max(1, min(most, work // _PER_THREAD))
+                total += sweep(entries, ctypes.c_int64(len(entries)), options, is_double, ctypes.c_int(threads))
         return total
 
 
