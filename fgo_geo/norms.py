@@ -490,6 +490,8 @@ def _conv_geometry(
     groups: int,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Checked input size, stride and dilation, one number per spatial axis."""
+    if isinstance(input_size, (np.ndarray, Tensor)):
+        input_size = input_size.tolist()
     axes = len(input_size) if isinstance(input_size, Sequence) else weight.ndim - 2
     if axes < 1 or weight.ndim < axes + 2 or 0 in weight.shape[-axes - 2 :]:
         given = tuple(input_size) if isinstance(input_size, Sequence) else input_size

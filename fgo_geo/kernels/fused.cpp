@@ -77,8 +77,9 @@ template <class T> constexpr T precision = sizeof(T) == 4 ? T(1.1920929e-7) : T(
 // Up to this ‖e‖² two or four terms of the series suffice: precision^(2/3) and precision^(2/5).
 template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T(9.2e-11),
                                                   sizeof(T) == 4 ? T(1.7e-3) : T(9.4e-7)};
-// Up to this ‖e‖² the series is worth repeating: it leaves 0.4 of ‖e‖ = 1, and then far less.
-template <class T> constexpr T repeat_limit = T(1);
+// Up to this ‖e‖² the series is worth repeating: it leaves 0.4 of ‖e‖ = 1, and then far less. Below one, since there
+// a column that is zero would stay so forever.
+template <class T> constexpr T repeat_limit = T(0.9);
 int64_t chunks_per_row(const fgo_task &t) { return (t.columns + chunk - 1) / chunk; }
 
 // The divisor of the learning rate, fgo_geo.optim.theorem_step_scale: algorithm 1 and eq. 7 of the FG-SGD paper.

@@ -244,34 +244,6 @@ template <class T, int B> FGO_INLINE void commuting_product(const vec<T> *x, con
     }
 }
 
-// What (I + E)^(-1/2) has to undo: E = 0, (‖y‖² / r² - 1) I, diag(yᵀy / r² - I) or yᵀy / r² - I. Returns ‖E‖².
-template <class T, int A, int B>
-FGO_INLINE vec<T> excess(const vec<T> *y, vec<T> *e, const lane_facts<T> &f, int a_, int b_) {
-  const int a = A ? A : a_, b = B ? B : b_;
-  const vec<T> none = {};
-  vec<T> trace = {}, norm = {};
-  for (int j = 0; j < b; ++j) {
-    vec<T> sum = y[j] * y[j];
-    for (int i = 1; i < a; ++i) sum += y[i * b + j] * y[i * b + j];
-    e[j * b + j] = sum;
-    trace += sum;
-  }
-  for (int j = 0; j < b; ++j) {
-    const vec<T> own = f.kind == 1 ? trace : e[j * b + j];
-    e[j * b + j] = f.kind == 0 ? none : own * f.inverse_square - 1;
-    norm += e[j * b + j] * e[j * b + j];
-  }
-  if (!f.any_stiefel) return norm;
-  for (int j = 0; j < b; ++j)
-    for (int k = j + 1; k < b; ++k) {
-      vec<T> sum = y[j] * y[k];
-      for (int i = 1; i < a; ++i) sum += y[i * b + j] * y[i * b + k];
-      e[j * b + k] = e[k * b + j] = f.kind > 2 ? sum * f.inverse_square : none;
-      norm += 2 * e[j * b + k] * e[j * b + k];
-    }
-  return norm;
-}
-
 // A row of y Z for symmetric Z.
 template <class T, int B, bool FULL> FGO_INLINE void multiply(vec<T> *y, const vec<T> *z, int b_) {
   const int b = B ? B : b_;
@@ -433,7 +405,7 @@ template <class T, int A, int B> struct setting {
   T *weight, *buffer;
   const T *grad, *radii, *scales;
   const int32_t *codes, *row_groups;
-  bool old, first, skips, nesterov, invariant;  // old: the buffer holds momentum
+  bool old, skips, nesterov, invariant;  // old: the buffer holds momentum
   T sign, decay, lr, momentum, take;
   vec<T> inverse_squares;  // of the radius of every kind
 };
@@ -448,7 +420,7 @@ template <class T, int A, int B> FGO_INLINE setting<T, A, B> setting_of(const fg
   s.grad = static_cast<const T *>(t.grad);
   s.radii = static_cast<const T *>(t.radii), s.scales = static_cast<const T *>(t.scales);
   s.codes = t.codes, s.row_groups = t.row_groups;
-  s.old = t.buffer && !t.first, s.first = t.first, s.skips = t.skips;
+  s.old = t.buffer && !t.first, s.skips = t.skips;
   s.nesterov = t.buffer && o.nesterov, s.invariant = o.radius_invariant;
   s.sign = o.maximize ? T(-1) : T(1), s.decay = T(o.weight_decay), s.lr = T(o.lr), s.momentum = T(o.momentum);
   s.take = s.sign * (s.old ? T(1 - o.dampening) : T(1));

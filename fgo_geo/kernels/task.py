@@ -179,8 +179,12 @@ def _build(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
         size=(a, b),
         wide=wide,
         groups=manifold.n_groups,
-        rows_apart=row_groups is not None and int((row_groups >= 0).sum()) == manifold.n_groups,
+        rows_apart=row_groups is not None and _all_differ(row_groups[row_groups >= 0]),
     )
+
+
+def _all_differ(values: Tensor) -> bool:
+    return len(values.unique()) == len(values)
 
 
 def _groups_of_rows(codes: Tensor) -> Tensor | None:

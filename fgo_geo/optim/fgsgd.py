@@ -303,6 +303,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             self._step_groups(groups)
         finally:
             if not torch.compiler.is_compiling():
+                self._fused = {number: fused for number, fused in self._fused.items() if number < len(groups)}
                 for fused in self._fused.values():
                     fused.release()
         for group in groups:
@@ -413,6 +414,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         """What fused paths did in a group in the last step; None if they are not asked in this one."""
         circumstances = kernels.circumstances() if group["update"] == "retraction" else None
         if circumstances is None:
+            if not torch.compiler.is_compiling():
+                self._fused.pop(number, None)
             return None
         if torch.compiler.is_compiling():
             return TracedTasks(_fused_options(group))
@@ -544,7 +547,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         else:
             squared, finite = measured
             # 1 / τ is needed in the precision of the weights only; R² was added up in float64.
-            norm = (squared if finite is None else torch.where(finite, squared, 0)).to(batch.dtype).sqrt()
+            norm = (squared if finite is None else torch.where(finite, squared, 0)).sqrt().to(batch.dtype)
             tau = _fused_step_scale(options, batch, norm)
             scale = tau.reciprocal() if finite is None else torch.where(finite, 1 / tau, 0)
             kernels.update(batch, scale, skips=finite is not None)
