@@ -343,7 +343,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         return scales
 
     def skipped_groups(self) -> int:
-        """How many group steps were left out so far because the gradient was not finite (synchronises)."""
+        """How many group steps were left out because the gradient was not finite (synchronises).
+
+        Counted since the optimiser was built, or was given a ``state_dict``.
+        """
         return sum(int(count) for count in self._skipped.values())
 
     @torch.no_grad()
