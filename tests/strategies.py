@@ -13,8 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import geoopt
 import numpy as np
 import oracles
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -176,3 +178,54 @@ def cases(draw: st.DrawFn, entry: Entry, dtype: torch.dtype | None = None) -> Ca
 def any_case(dtype: torch.dtype | None = None) -> st.SearchStrategy[Case]:
     """A case of any manifold."""
     return st.sampled_from(ENTRIES).flatmap(lambda entry: cases(entry, dtype))
+
+
+# -- the laws' parameters ------------------------------------------------------------------------------------------
+
+every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=str)
+# The last entry differs in its retraction alone.
+every_geometry = pytest.mark.parametrize("entry", ENTRIES[:-1], ids=str)
+HALF = [torch.float16, torch.bfloat16]
+SPHERICAL = ENTRIES[:3]
+
+# Every public method: its arguments (a: any tensor, x: point, y: point nearby, u: step, v: tangent vector, b: bound
+# on the step) and, for every result, the power of the radius that it scales with.
+METHODS: dict[str, tuple[str, str]] = {
+    "violation": ("x", "0"),
+    "projx": ("a", "1"),
+    "proju": ("xa", "1"),
+    "egrad2rgrad": ("xa", "1"),
+    "inner": ("xuv", "2"),
+    "component_inner": ("xuv", "2"),
+    "norm": ("xu", "1"),
+    "retr": ("xu", "1"),
+    "retract_bounded": ("xub", "1"),
+    "expmap": ("xu", "1"),
+    "logmap": ("xy", "1"),
+    "dist": ("xy", "1"),
+    "dist2": ("xy", "2"),
+    "transp": ("xyv", "1"),
+    "transp_follow_retr": ("xuv", "1"),
+    "transp_follow_expmap": ("xuv", "1"),
+    "retr_transp": ("xuv", "11"),
+    "expmap_transp": ("xuv", "11"),
+}
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def arguments(case: Case, method: str) -> tuple[Any, ...]:
+    x = case.point()
+    values = {"x": x, "y": case.manifold.expmap(x, case.tangent(x, 0.9)), "b": 1.5}
+    values |= {"a": case.ambient(), "u": case.tangent(x, 1.2), "v": case.tangent(x)}
+    return tuple(values[letter] for letter in METHODS[method][0])
+
+
+def results(manifold: geoopt.Manifold, method: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    result = getattr(manifold, method)(*args)
+    return result if isinstance(result, tuple) else (result,)
+
+
+def fixed(entry: Entry, *shape: int, radius: float | Tensor = 1.0, dtype: torch.dtype = torch.float64) -> Case:
+    """A case without Hypothesis; the sphere's component is the last dimension, all others' the last two."""
+    ndim = entry.make(1.0).ndim
+    return Case(entry, shape[:-ndim], shape[-ndim:], radius, dtype, seed=0)

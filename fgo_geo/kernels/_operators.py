@@ -86,15 +86,15 @@ class TracedBatch:
 
     def squared_norms(self) -> Tensor:
         """As :func:`fgo_geo.kernels.squared_norms`."""
-        buffers = self._buffers
-        return _squared_norms(self.weights, self._grads, buffers, self._numbers, self._settings(), sum(self.counts))
+        return _squared_norms(self.weights, sum(self.counts), self._grads, self._numbers, self._settings())
 
     def update(self, scales: Tensor) -> None:
         """As :func:`fgo_geo.kernels.update`."""
         rate = self.options.lr
-        if not isinstance(
-            rate, Tensor
-        ):  # a product is what the compiler turns a changing number into without recompiling
+        if not isinstance(rate, Tensor):
+            # The compiler takes a number for a constant until it changes, a product with it from then on for an input
+            # of the graph. (Not in torch's own step of plain parameters: a group that has some, in the same graph, is
+            # compiled again for every number. A learning rate that is a tensor is an input everywhere.)
             rate = torch.ones((), dtype=torch.float64) * rate
         _update(self.weights, self._grads, self._buffers, self._first, scales, rate, self._numbers, self._settings())
 
@@ -150,25 +150,14 @@ def _batch(
 
 @torch.library.custom_op("fgo_geo::squared_norms", mutates_args=())
 def _squared_norms(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    numbers: Sequence[int],
-    settings: Sequence[float],
-    groups: int,
+    weights: Sequence[Tensor], groups: int, grads: Sequence[Tensor], numbers: Sequence[int], settings: Sequence[float]
 ) -> Tensor:
-    return kernels.squared_norms(_batch(weights, grads, buffers, [], 0.0, numbers, settings))
+    del groups  # the size of the result, which the compiler has to know
+    return kernels.squared_norms(_batch(weights, grads, [], [], 0.0, numbers, settings))
 
 
 @_squared_norms.register_fake
-def _(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    numbers: Sequence[int],
-    settings: Sequence[float],
-    groups: int,
-) -> Tensor:
+def _(weights: Sequence[Tensor], groups: int, *_rest: object) -> Tensor:
     return weights[0].new_empty(groups, dtype=torch.float64)
 
 
@@ -194,16 +183,7 @@ def _update(
 
 
 @_update.register_fake
-def _(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    buffers: Sequence[Tensor],
-    first: Sequence[bool],
-    scales: Tensor,
-    rate: Tensor,
-    numbers: Sequence[int],
-    settings: Sequence[float],
-) -> None:
+def _(*_arguments: object) -> None:
     return None
 
 
@@ -214,5 +194,5 @@ def _curvature(like: Tensor, numbers: Sequence[int], radius_invariant: bool) -> 
 
 
 @_curvature.register_fake
-def _(like: Tensor, numbers: Sequence[int], radius_invariant: bool) -> Tensor:
+def _(like: Tensor, *_rest: object) -> Tensor:
     return torch.empty_like(like)

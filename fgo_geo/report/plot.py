@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,11 +38,17 @@ def draw(report: Report, title: str | None = None) -> Figure:
 
     Raises:
         ImportError: matplotlib is not installed.
+        ValueError: If the title is the name of a picture file.
     """
     try:
         from matplotlib import pyplot, ticker
+        from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
         raise ImportError("Report.plot draws with matplotlib, which is missing: pip install matplotlib") from error
+    pictures = FigureCanvasBase.get_supported_filetypes()
+    if isinstance(title, os.PathLike) or (isinstance(title, str) and Path(title).suffix[1:].lower() in pictures):
+        name = os.fspath(title)
+        raise ValueError(f"plot: title is {name!r}, the name of a file; save the picture with plot(path={name!r})")
     shown = [*_TITLES, *(["factors"] if report.measures else [])]
     heights = [0.17 * len(report.layers) + 1.2, *([2.0] if report.measures else [])]
     figure: Any = pyplot.figure(figsize=(3.0 * len(shown) + 1.5, sum(heights)), layout="constrained")

@@ -119,7 +119,8 @@ def _check_arguments(model: Any, n_samples: Any, margin_quantile: float, depth_f
     """Raise before anything is measured, which may take long."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"report: model is {type(model).__name__}; expected a torch.nn.Module")
-    count = float(n_samples) if isinstance(n_samples, numbers.Real) else 0.0
+    is_number = isinstance(n_samples, numbers.Real) and not isinstance(n_samples, bool)
+    count = float(n_samples) if is_number else 0.0
     if n_samples is not None and not (count >= 1 and count.is_integer()):
         raise ValueError(
             f"report: n_samples is {n_samples!r}; expected the number of training samples, a whole number >= 1, or None"

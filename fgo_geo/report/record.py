@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,6 @@ __all__ = ["Kind", "LayerReport", "Measure", "Report", "Scaling", "TauStatistics
 
 Kind = Literal["plain", "product", "manifold", "renormalised", "diagonal"]
 Scaling = Literal["groups", "layers"]
-_PICTURES = (".eps", ".jpeg", ".jpg", ".pdf", ".pgf", ".png", ".ps", ".svg", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -282,12 +282,15 @@ class Report:
 
         Raises:
             TypeError: If ``path`` is no path.
+            IsADirectoryError: If it is a folder.
+            FileNotFoundError: If its folder does not exist.
         """
         if path is not None and not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"to_json: path is {path!r}; expected a path, or None. Indentation has a name: indent=4")
+        file = None if path is None else _file_in_a_folder(path)
         text = json.dumps(_json_numbers(self.to_dict()), indent=indent, allow_nan=False)
-        if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+        if file is not None:
+            file.write_text(text + "\n", encoding="utf-8")
         return text
 
     def to_dataframe(self) -> pandas.DataFrame:
@@ -325,14 +328,11 @@ class Report:
         """
         if not isinstance(other, Report):
             raise TypeError(f"compare takes another report, got {type(other).__name__}: measure it with report() first")
-        if isinstance(labels, Report):
+        if not _are_two_words(labels):
             raise TypeError(
-                "compare: labels is a Report; expected two words. A report is compared with one other: call it once "
-                "for each"
+                f"compare: labels is {reprlib.repr(labels)}; expected two words, e.g. ('before', 'after'). A report is "
+                "compared with one other: call it once for each"
             )
-        words: Any = labels
-        if not isinstance(words, (tuple, list)) or [isinstance(w, str) for w in cast("list[Any]", words)] != [True] * 2:
-            raise TypeError(f"compare: labels is {labels!r}; expected two words, e.g. ('before', 'after')")
         if labels[0] == labels[1]:
             raise ValueError(
                 f"compare: both labels are {labels[0]!r}; expected different words, to tell the columns apart"
@@ -355,13 +355,30 @@ class Report:
             ImportError: matplotlib is not installed.
             ValueError: If the title is the name of a picture file.
         """
-        if isinstance(title, os.PathLike) or (isinstance(title, str) and Path(title).suffix.lower() in _PICTURES):
-            name = str(cast(Any, title))
-            raise ValueError(f"plot: title is {name!r}, the name of a file; save the picture with plot(path={name!r})")
         figure = draw(self, title)
         if path is not None:
             figure.savefig(path)
         return figure
+
+
+def _are_two_words(labels: Any) -> bool:
+    return isinstance(labels, (tuple, list)) and len(labels) == 2 and all(isinstance(word, str) for word in labels)
+
+
+def _file_in_a_folder(path: str | os.PathLike[str]) -> Path:
+    """A path that a file can be written to, as far as folders tell."""
+    file = Path(path)
+    if file.is_dir():
+        raise IsADirectoryError(
+            f"to_json: path is {os.fspath(path)!r}, which is a folder; expected the name of a file, e.g. "
+            f"{str(file / 'report.json')!r}"
+        )
+    if not file.parent.is_dir():
+        raise FileNotFoundError(
+            f"to_json: path is {os.fspath(path)!r}, and there is no folder {str(file.parent)!r}; make it first, or "
+            "write to another one"
+        )
+    return file
 
 
 def _json_numbers(value: Any) -> Any:

@@ -1,0 +1,167 @@
+"""The plan of a constrained model: what it says, and what it can do."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import geoopt
+import pytest
+import torch
+from networks import assert_on_manifolds, assert_unchanged, names, net, snapshot, train
+from torch import nn
+
+import fgo_geo
+from fgo_geo import Plan, constrain, plan_of
+
+
+def test_the_plan_prints_every_parameter_once() -> None:
+    model = net()
+    plan = constrain(model, "pi", ("sphere", "stiefel"), "deterministic", radius=0.5, statistics="std")
+    text = str(plan)
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if line.strip()}
+    for name, _ in model.named_parameters():
+        assert sum(name in line.replace(":", ",").replace(",", " ").split() for line in text.splitlines()) == 1, name
+    cells = "conv.weight 6x4x2x3 Conv2d 24 2x3 kernels 8 (pi) 4 sphere + 4 stiefel 0.5 / std"
+    assert " ".join(rows["conv.weight"]) == cells
+    cells = "block.0.weight 12x8 Linear 2 blocks 2 (pi) 1 sphere + 1 stiefel 0.5 / std"
+    assert " ".join(rows["block.0.weight"]) == cells
+    assert rows["attention.in_proj_weight"][3:8] == ["6", "blocks", "6", "(pi)", "3"]
+    assert text.endswith("8 of 23 parameters constrained: 74.2 % of 1,043 numbers")
+    assert all(len(line) < 170 for line in text.splitlines())
+    assert "Left alone" not in str(constrain(nn.Linear(8, 8, bias=False), classifier=True))
+
+
+def test_the_plan_is_the_models() -> None:
+    model = net()
+    plan = constrain(model)
+    wrapped = nn.Sequential(nn.Sequential(model))
+    assert plan_of(model) is plan_of(wrapped) is plan is model.fgo_geo_plan
+    assert plan.model is model
+    with pytest.raises(ValueError, match="this model is not constrained"):
+        plan_of(net())
+
+
+def test_json_keeps_everything() -> None:
+    plan = constrain(net(), radius={"conv": "bound", "*": 0.3}, bound=2.0, statistics="max1")
+    text = plan.to_json()
+    again = Plan.from_json(text)
+    assert again.entries == plan.entries
+    assert again.to_json() == text
+    assert str(again) == str(plan)
+    with pytest.raises(ValueError, match=r"not attached to a model: call plan.attach\(model\)"):
+        again.parameters()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "no plan in JSON"),
+        ("[]", "no plan in JSON"),
+        ("{}", "no plan in JSON"),
+        ('{"version": 99, "entries": []}', "version 99, expected 1"),
+        ('{"version": 1}', "damaged"),
+        ('{"version": 1, "entries": [{}]}', "damaged"),
+        ('{"version": 1, "entries": [{"names": 3}]}', "damaged"),
+        ('{"version": 1, "entries": 3}', "damaged"),
+    ],
+)
+def test_json_that_is_no_plan(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Plan.from_json(text)
+
+
+def test_entries_that_are_not_constrained_have_no_manifold() -> None:
+    with pytest.raises(ValueError, match=r"'stem.weight' is not constrained: it is the first convolution"):
+        constrain(net()).entries[1].manifold()
+
+
+def test_attach_moves_a_plan_to_another_model_with_the_same_values() -> None:
+    model, twin = net(), net()
+    plan = constrain(model)
+    with torch.no_grad():
+        for old, new in zip(model.parameters(), twin.parameters(), strict=True):
+            new.copy_(old)
+    other = Plan.from_json(plan.to_json())
+    assert other.attach(twin) is plan_of(twin) is other
+    assert snapshot(twin).keys() == snapshot(model).keys()
+    train(model)
+    train(twin)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_attach_can_project() -> None:
+    plan, twin = constrain(net()), net(seed=1)
+    before = snapshot(twin)
+    other = Plan.from_json(plan.to_json())
+    with pytest.raises(ValueError, match=r"'conv.weight' does not lie on its ProductOfGroups.*pass project=True"):
+        other.attach(twin)
+    assert_unchanged(twin, before)
+    assert other.model is None
+    other.attach(twin, project=True)
+    for name, param in other.parameters().items():
+        torch.testing.assert_close(param.detach(), param.manifold.projx(before[name][2]))
+
+
+def test_attach_replaces_another_plan_and_keeps_the_parameters_objects() -> None:
+    model = net()
+    old = constrain(model, statistics="max1")
+    new = constrain(net(), "layer", "sphere", include=["conv", "head"], statistics="std")
+    new = Plan.from_json(new.to_json())
+    conv = model.conv.weight
+    hooks = len(model._forward_pre_hooks)
+    new.attach(model, project=True)
+    assert plan_of(model) is new
+    assert old.model is None
+    assert len(model._forward_pre_hooks) == hooks
+    assert model.conv.weight is conv
+    assert names(new) == ["conv.weight", "head.weight"]
+    manifold_parameters = {n for n, p in model.named_parameters() if isinstance(p, geoopt.ManifoldParameter)}
+    assert manifold_parameters == {"conv.weight", "head.weight"}
+    tracked = {n for n, m in model.named_modules() if fgo_geo.feature_stats.is_tracked(m)}
+    assert tracked == {"conv", "head"}
+    assert_on_manifolds(new)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: setattr(m, "conv", nn.Conv2d(4, 6, 3)), r"'conv.weight' of shape \(6, 4, 2, 3\).*\(6, 4, 3, 3\)"),
+        (lambda m: delattr(m, "up"), r"parameter 'up.weight' of shape .*the model has none of that name"),
+    ],
+)
+def test_attach_refuses_another_architecture(change: Callable[[nn.Module], None], message: str) -> None:
+    plan = Plan.from_json(constrain(net()).to_json())
+    other = net()
+    change(other)
+    before = snapshot(other)
+    with pytest.raises(ValueError, match=message):
+        plan.attach(other, project=True)
+    assert_unchanged(other, before)
+
+
+def test_attach_refuses_to_tie_different_values() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "head": nn.Linear(4, 2)})
+    other = copy.deepcopy(model)
+    model["b"].weight = model["a"].weight
+    plan = Plan.from_json(constrain(model).to_json())
+    with pytest.raises(ValueError, match=r"'a.weight' and 'b.weight' to be one tied weight"):
+        plan.attach(other, project=True)
+    with torch.no_grad():
+        other["b"].weight.copy_(other["a"].weight)
+    plan.attach(other, project=True)
+    assert other["b"].weight is other["a"].weight
+
+
+def test_project_brings_back_what_was_moved() -> None:
+    model = net()
+    plan = constrain(model)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.add_(0.1 * torch.randn(param.shape))
+    expected = {n: p.manifold.projx(p.detach()) for n, p in plan.parameters().items()}
+    plan.project()
+    assert_on_manifolds(plan)
+    for name, param in plan.parameters().items():
+        torch.testing.assert_close(param.detach(), expected[name])
