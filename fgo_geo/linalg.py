@@ -30,8 +30,10 @@ from torch.utils._python_dispatch import (
 
 __all__ = [
     "computes_in_float32",
+    "gram_matrix",
     "has_closed_form",
     "inner_sum",
+    "inverse_root_gap",
     "newton_schulz_schedule",
     "polar_factor",
     "polar_newton_schulz",
@@ -181,7 +183,7 @@ def small_product(a: Tensor, b: Tensor) -> Tensor:
                 [15., 22.]])
     """
     if not _unrolled(a.shape[-1], a, b):
-        return a @ b
+        return (b.mT @ a.mT).mT if _goes_by_columns(a) else a @ b
     (column, row), *others = _terms(a, b)
     total = column * row
     for column, row in others:
@@ -189,13 +191,14 @@ def small_product(a: Tensor, b: Tensor) -> Tensor:
     return total
 
 
-def subtract_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def subtract_product(c: Tensor, a: Tensor, b: Tensor, *, in_place: bool = False) -> Tensor:
     """``c - a @ b``, computed as :func:`small_product` is.
 
     Args:
         c: Matrices, shape ``(..., A, B)``.
         a: Matrices, shape ``(..., A, K)``.
         b: Matrices, shape ``(..., K, B)``.
+        in_place: Write the result to ``c``.
 
     Returns:
         Matrices of shape ``(..., A, B)``.
@@ -205,12 +208,53 @@ def subtract_product(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
         tensor([[-9.]])
     """
     if not _unrolled(a.shape[-1], a, b, c):
-        return torch.addmm(c, a, b, alpha=-1) if c.ndim == a.ndim == b.ndim == 2 else c - a @ b
+        if _goes_by_columns(c):
+            return _minus(c.mT, b.mT, a.mT, in_place).mT
+        return _minus(c, a, b, in_place)
     (column, row), *others = _terms(a, b)
-    total = torch.addcmul(c, column, row, value=-1)
+    total = c.addcmul_(column, row, value=-1) if in_place else torch.addcmul(c, column, row, value=-1)
     for column, row in others:
         total.addcmul_(column, row, value=-1)
     return total
+
+
+def _minus(c: Tensor, a: Tensor, b: Tensor, in_place: bool) -> Tensor:
+    out = c if in_place else None
+    if c.ndim == a.ndim == b.ndim == 2:
+        return torch.addmm(c, a, b, alpha=-1, out=out)
+    if c.ndim == a.ndim == b.ndim == 3 and len(c) == len(a) == len(b):
+        return torch.baddbmm(c, a, b, alpha=-1, out=out)
+    return torch.sub(c, a @ b, out=out)
+
+
+def _goes_by_columns(x: Tensor) -> bool:
+    """Whether tall matrices are stored column by column: their products are taken transposed, and stay so."""
+    return x.shape[-2] >= x.shape[-1] > 1 and x.stride(-2) == 1 != x.stride(-1)
+
+
+_WIDE_GRAM = 128  # columns; the halves of narrower matrices make products too small to be fast
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """``xᵀx``; of wide matrices the block that follows by symmetry, a quarter, is copied.
+
+    Args:
+        x: Matrices, shape ``(..., A, B)``.
+
+    Returns:
+        Symmetric matrices, shape ``(..., B, B)``.
+
+    Example:
+        >>> gram_matrix(torch.tensor([[1.0, 2.0]]))
+        tensor([[1., 2.],
+                [2., 4.]])
+    """
+    columns = x.shape[-1]
+    if columns < _WIDE_GRAM:
+        return small_product(x.mT, x)
+    left, right = x.split((columns + 1) // 2, -1)
+    above, below = left.mT @ x, right.mT @ right
+    return torch.cat((above, torch.cat((above[..., left.shape[-1] :].mT, below), -1)), -2)
 
 
 def inner_sum(a: Tensor, b: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -668,31 +712,39 @@ def polar_newton_schulz(
                 [0., 1.]])
     """
     top = _SAFETY * (1 + (excess[..., None, None] if isinstance(excess, Tensor) else excess))
-    gram = small_product(y.mT, y) / (top * radius**2)
-    identity = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+    root = _inverse_root_newton_schulz(gram_matrix(y) / (top * radius**2), schedule)
+    return small_product(y, root * top**-0.5)
+
+
+def _inverse_root_newton_schulz(gram: Tensor, schedule: tuple[float, ...]) -> Tensor:
+    """``M^{-1/2}`` for eigenvalues in the interval that the schedule is for, at most 1."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     inverse_root = identity
     for step, rho in enumerate(schedule):
         factor = torch.sub(identity * (1.5 * rho), gram, alpha=0.5 * rho**3)
         inverse_root = factor if step == 0 else small_product(inverse_root, factor)
         if step + 1 < len(schedule):
             gram = small_product(small_product(gram, factor), factor)
-    return small_product(y, inverse_root * top**-0.5)
+    return inverse_root
 
 
-def series_limit(precision: float) -> float:
-    """The largest ``excess`` for which :func:`polar_series` reaches a precision: its error is ``5 excess³ / 16``.
+def series_limit(precision: float, terms: int = 2) -> float:
+    """The largest ``‖E‖`` for which the first terms of :func:`polar_series` reach a precision.
+
+    The error is that of the first term left out, ``3 ‖E‖² / 8`` or ``5 ‖E‖³ / 16``.
 
     Args:
         precision: Accepted distance of the singular values from 1.
+        terms: Powers of ``E``, one or two.
 
     Returns:
-        A bound on ``excess``.
+        A bound on ``‖E‖``.
 
     Example:
-        >>> round(series_limit(2.0**-23), 4)
-        0.0073
+        >>> round(series_limit(2.0**-23), 4), round(series_limit(2.0**-23, terms=1), 5)
+        (0.0073, 0.00056)
     """
-    return (3.2 * precision) ** (1 / 3)
+    return (precision * 8 / 3) ** (1 / 2) if terms == 1 else (precision * 16 / 5) ** (1 / 3)
 
 
 def polar_series(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
@@ -712,11 +764,42 @@ def polar_series(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
         tensor([[1.],
                 [0.]], dtype=torch.float64)
     """
-    gram = small_product(y.mT, y) / radius**2
-    # With G = I + E the polynomial is (15 I - 10 G + 3 G²) / 8.
-    root = torch.add(0.375 * small_product(gram, gram), gram, alpha=-1.25)
-    root.diagonal(dim1=-2, dim2=-1).add_(1.875)
-    return small_product(y, root)
+    excess = gram_matrix(y) / radius**2
+    excess.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return subtract_product(y, y, _series_gap(excess, 2))
+
+
+def _series_gap(excess: Tensor, terms: int) -> Tensor:
+    """``I - (I + E)^{-1/2}`` for small ``E``: ``E/2`` and, with two terms, ``- 3E²/8``."""
+    half = 0.5 * excess
+    return half if terms == 1 else subtract_product(half, half, 0.75 * excess)
+
+
+def inverse_root_gap(excess: Tensor, norm: float) -> Tensor:
+    r"""``I - (I + E)^{-1/2}`` for symmetric ``E`` with eigenvalues in ``[0, ‖E‖]`` up to rounding, by products alone.
+
+    The norm says how many terms of the series, or how many Newton-Schulz iterations, reach the precision of the type.
+
+    Args:
+        excess: Symmetric matrices, shape ``(..., B, B)``.
+        norm: Bound on their spectral norms.
+
+    Returns:
+        Symmetric matrices of the same shape.
+
+    Example:
+        >>> inverse_root_gap(torch.diag(torch.tensor([0.0, 3.0])), 3.0).round(decimals=5)
+        tensor([[0.0000, 0.0000],
+                [0.0000, 0.5000]])
+    """
+    precision = torch.finfo(excess.dtype).eps
+    for terms in (1, 2):
+        if norm <= series_limit(precision, terms):
+            return _series_gap(excess, terms)
+    top = _SAFETY * (1 + norm)
+    identity = torch.eye(excess.shape[-1], dtype=excess.dtype, device=excess.device)
+    root = _inverse_root_newton_schulz((excess + identity) / top, newton_schulz_schedule(norm, precision))
+    return identity - root * top**-0.5
 
 
 def polish(y: Tensor) -> Tensor:

@@ -32,7 +32,6 @@ from fgo_geo.linalg import (
     series_limit,
     small_product,
     subtract_product,
-    sym,
 )
 from fgo_geo.manifolds.embedded import ComponentManifold
 
@@ -195,13 +194,6 @@ class Stiefel(ComponentManifold):
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Tangent projection, ``u - x sym(xᵀu) / r²``."""
         return project_tangent(x, u, self.radius_for(x))
-
-    @computes_in_float32
-    def projected_square(self, x: Tensor, u: Tensor) -> Tensor:
-        """Squared norm of ``proju(x, u)`` per component, ``‖u‖² - ‖sym(xᵀu)‖² / r²``: one product, not two."""
-        along = sym(small_product(x.mT, u))
-        normal = inner_sum(along, along, (-2, -1)) / self.radius_for(x) ** 2
-        return (inner_sum(u, u, (-2, -1)) - normal).clamp_min(0).squeeze((-2, -1))
 
     @computes_in_float32
     def retr(self, x: Tensor, u: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypedDict, cast, get_args, overload
+from typing import Any, Literal, TypeAlias, TypedDict, cast, get_args, overload
 
 import geoopt
 import torch
@@ -29,9 +29,10 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from fgo_geo import kernels
-from fgo_geo.linalg import reads_for_free
+from fgo_geo.linalg import reads_for_free, small_product
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups, Stiefel
 from fgo_geo.optim.jobs import FusedTasks, Job, Piece, TracedTasks, join, manifold_of, pieces_of, put_back
+from fgo_geo.optim.shared_products import Carried, normal_square, shared_products_step
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
 
 __all__ = ["RiemannianFGSGD", "fgsgd_update"]
@@ -42,6 +43,9 @@ Update = Literal["retraction", "exponential"]
 _LARGE_MATRIX = 16  # columns
 _CANCELLATION = 0.01  # of a gradient's square is tangent at least, or it is projected before it is measured
 _UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
+
+
+_Pieces: TypeAlias = tuple[tuple[Tensor, int], ...]  # of a job: parameters and numbers of their parts
 
 
 class _Options(TypedDict):
@@ -80,7 +84,6 @@ def fgsgd_update(
     nesterov: bool = False,
     update: Update = "retraction",
     bound: float | None = None,
-    tangent: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Add momentum to a scaled Riemannian gradient and move ([Ozay2019]_, algorithm 1, lines 8-9).
 
@@ -95,8 +98,6 @@ def fgsgd_update(
         nesterov: Take Nesterov's direction, ``grad + momentum * buffer``.
         update: Move along the retraction or the exponential map.
         bound: Bound on the length of the step relative to the radius, if one is known.
-        tangent: Whether ``grad`` is tangent already. If not, there is momentum, and no Nesterov step, and one
-            projection does for both.
 
     Returns:
         The new points and the new buffer (None without momentum).
@@ -113,9 +114,8 @@ def fgsgd_update(
         if buffer is None:
             buffer = grad
         else:
-            carried = manifold.proju(x, buffer) if lazy and tangent else buffer
+            carried = manifold.proju(x, buffer) if lazy else buffer
             buffer = torch.add((1 - dampening) * grad if dampening else grad, carried, alpha=momentum)
-            buffer = buffer if tangent else manifold.proju(x, buffer)
         direction = grad + momentum * buffer if nesterov else buffer
     rate = lr.reshape(()) if isinstance(lr, Tensor) else lr  # without dimensions it leaves the type alone
     step = -rate * direction
@@ -213,6 +213,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._fused_scales: list[tuple[list[Tensor], list[int], Tensor]] = []  # by batch: parameters, counts, values
         self._skipped: dict[torch.device, Tensor] = {}
         self._fused: dict[int, FusedTasks] = {}  # by parameter group
+        self._carried: dict[_Pieces, Carried] = {}  # by job
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -244,6 +245,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._fused_scales = []
         self._skipped = {}
         self._fused = {}
+        self._carried = {}
         for group in self.param_groups:  # a checkpoint of torch.optim.SGD or of Geoopt knows fewer options
             group.setdefault("longest_step", math.inf)  # its buffers may be of any length
             for option, value in self.defaults.items():
@@ -251,6 +253,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             _check_options(group)
             for param in group["params"]:
                 _register(param)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What every optimiser's is. To go on from here and to go on from a checkpoint is the same, bit for bit."""
+        self._carried.clear()
+        return super().state_dict()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, after checking its options and that its points lie on their manifolds.
@@ -319,9 +326,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         fused_norms = [[self._fused_norms(group, batch) for batch in batches] for group, _, batches, _ in work]
         self._step_scales.clear()  # torch.compile drops assignments to an optimiser's attributes
         self._fused_scales.clear()
+        carried = dict(self._carried)
+        self._carried.clear()
         for (group, plain, batches, jobs), squared, fused_squared in zip(work, norms, fused_norms, strict=True):
             self._step_plain(group, plain)
-            self._step_jobs(group, jobs, squared)
+            self._step_jobs(group, jobs, squared, carried)
             for batch, measured in zip(batches, fused_squared, strict=True):
                 self._step_fused(group, batch, measured)
 
@@ -361,6 +370,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             if manifold is None:
                 continue
             param.copy_(manifold.projx(param))
+            self._carried.clear()
             buffer = self._momentum_of(param)
             if buffer is not None:
                 buffer.copy_(manifold.proju(param, buffer))
@@ -409,8 +419,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             if not isinstance(job.manifold, EmbeddedManifold):
                 # Always a new tensor: Geoopt's Lorentz manifold writes into the gradient that it is given.
                 grad = grad.add(job.x, alpha=group["weight_decay"])
-            job.tangent = not _projects_late(group, job)
-            job.grad = job.manifold.egrad2rgrad(job.x, grad) if job.tangent else grad
+            if _shares_products(group, job):
+                job.grad, job.along = grad, small_product(job.x.mT, grad)
+            else:
+                job.grad = job.manifold.egrad2rgrad(job.x, grad)
         return plain, [] if fused is None else fused.batches(_fused_options(group)), jobs
 
     def _fused_tasks(self, number: int, group: _Options) -> FusedTasks | TracedTasks | None:
@@ -450,22 +462,26 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     def _group_norms(self, options: _Options, job: Job) -> Tensor:
         """Squared norm of the gradient of every group, after refusing or leaving out what is not finite."""
         manifold, grad = job.manifold, job.grad
-        if options["radius_invariant"] and isinstance(manifold, ComponentManifold):
-            radius = manifold.radius_for(job.x)
-            grad = grad * radius  # on the manifold of radius one
-            job.grad = grad * radius
-        inner = manifold.inner(job.x, grad)
-        if not job.tangent:
-            whole, inner = inner, cast(Stiefel, manifold).projected_square(job.x, grad)
-            if not bool((inner >= _CANCELLATION * whole).all()):  # little is left of the gradient, and much rounding
+        radius = manifold.radius_for(job.x) if isinstance(manifold, ComponentManifold) else 1.0
+        invariant = options["radius_invariant"] and isinstance(manifold, ComponentManifold)
+        if invariant:
+            job.grad = grad * radius**2
+            job.along = None if job.along is None else job.along * radius**2
+        inner = manifold.inner(job.x, grad, job.grad)  # if invariant, that of the gradient at radius one
+        if job.along is not None:
+            tangent = inner - normal_square(job.along, radius**2 if invariant else radius)
+            if bool((tangent >= _CANCELLATION * inner).all()):
+                inner = tangent
+            else:  # little is left of the gradient, and much rounding
                 grad, job.grad = manifold.proju(job.x, grad), manifold.proju(job.x, job.grad)
-                job.tangent = True
-                inner = manifold.inner(job.x, grad)
+                job.along = (job.along - job.along.mT) / 2
+                inner = manifold.inner(job.x, grad, job.grad)
         squared = job.sum(inner.real if inner.is_complex() else inner).clamp_min(0)  # Lorentz rounds below zero
         finite = torch.isfinite(squared)
         if not _checks(options, squared):
             self._count_skipped(finite)
             job.grad = torch.where(job.spread(finite), job.grad, 0)
+            job.along = None if job.along is None else torch.where(job.spread(finite), job.along, 0)
             return torch.where(finite, squared, 0)
         if bool(finite.all()):
             return squared
@@ -510,29 +526,60 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             for param, buffer in zip(params, buffers, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
 
-    def _step_jobs(self, options: _Options, jobs: list[Job], squared_norms: list[Tensor]) -> None:
+    def _step_jobs(
+        self, options: _Options, jobs: list[Job], squared_norms: list[Tensor], carried: dict[_Pieces, Carried]
+    ) -> None:
         results: dict[Piece, tuple[Tensor, Tensor | None, Tensor]] = {}
         longest = _longest_step(options)
         for job, squared in zip(jobs, squared_norms, strict=True):
             tau = _step_scale(options, job, squared.sqrt())
-            grad = job.grad if tau is None else job.grad / job.spread(tau)
-            x, buffer = fgsgd_update(
-                job.manifold,
-                job.x,
-                grad,
-                job.buffer,
-                lr=options["lr"],
-                momentum=options["momentum"],
-                dampening=options["dampening"],
-                nesterov=options["nesterov"],
-                update=options["update"],
-                bound=_step_bound(options, job, longest),
-                tangent=job.tangent,
-            )
+            bound = _step_bound(options, job, longest)
+            if job.along is not None:
+                x, buffer = self._step_shared(options, job, tau, bound, carried)
+            else:
+                x, buffer = fgsgd_update(
+                    job.manifold,
+                    job.x,
+                    job.grad if tau is None else job.grad / job.spread(tau),
+                    job.buffer,
+                    lr=options["lr"],
+                    momentum=options["momentum"],
+                    dampening=options["dampening"],
+                    nesterov=options["nesterov"],
+                    update=options["update"],
+                    bound=bound,
+                )
             taus = job.split_groups(torch.ones_like(squared) if tau is None else tau)
             buffers = [None] * len(taus) if buffer is None else job.split(buffer)
             results.update(zip(job.pieces, zip(job.split(x), buffers, taus, strict=True), strict=True))
         self._write(results)
+
+    def _step_shared(
+        self,
+        options: _Options,
+        job: Job,
+        tau: Tensor | None,
+        bound: float | None,
+        carried: dict[_Pieces, Carried],
+    ) -> tuple[Tensor, Tensor]:
+        """The step that shares products, given what the step before has left; keeps what it leaves itself."""
+        pieces = tuple((piece.param, piece.part) for piece in job.pieces)
+        scale = 1.0 if job.buffer is None else 1 - options["dampening"]
+        x, buffer, left = shared_products_step(
+            cast(Stiefel, job.manifold),
+            job.x,
+            job.grad,
+            cast(Tensor, job.along),
+            job.buffer,
+            carried.get(pieces),
+            scale=scale if tau is None else scale / job.spread(tau),
+            lr=float(options["lr"]),
+            momentum=options["momentum"],
+            bound=bound,
+        )
+        if left is not None and job.x.dtype == job.pieces[0].param.dtype:  # half precision rounds the point
+            self._carried[pieces] = left
+        return x, buffer
 
     def _step_fused(
         self,
@@ -644,11 +691,13 @@ def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
     return theorem_step_scale(norm, options["rho"], job.groups.max(own.expand(batch).flatten()))
 
 
-def _projects_late(options: _Options, job: Job) -> bool:
-    """Whether gradient and momentum of a job are projected at once: worth it where products are what a step costs."""
-    late = options["momentum"] != 0 and not options["nesterov"] and options["update"] == "retraction"
-    large = isinstance(job.manifold, Stiefel) and job.x.shape[-1] >= _LARGE_MATRIX
-    return late and large and job.buffer is not None and reads_for_free(job.x)
+def _shares_products(options: _Options, job: Job) -> bool:
+    """Whether a job takes the step that shares products: where these are what it costs, and reading is free."""
+    plain = options["momentum"] != 0 and not options["nesterov"] and options["update"] == "retraction"
+    large = (
+        isinstance(job.manifold, Stiefel) and job.manifold.retraction == "polar" and job.x.shape[-1] >= _LARGE_MATRIX
+    )
+    return plain and large and reads_for_free(job.x)
 
 
 def _checks(options: _Options, norms: Tensor) -> bool:

@@ -114,7 +114,7 @@ class Job:
         x: Components.
         grad: Gradients at the components.
         buffer: Momentum of the components, None before the first step.
-        tangent: Whether the gradients have been projected onto the tangent spaces.
+        along: ``xᵀ grad``, if projection, norm and step are to share it; the gradients are not projected then.
     """
 
     pieces: list[Piece]
@@ -123,7 +123,7 @@ class Job:
     x: Tensor
     grad: Tensor
     buffer: Tensor | None
-    tangent: bool = False
+    along: Tensor | None = None
 
     @property
     def smallest_radius(self) -> float:

@@ -1,0 +1,279 @@
+"""The momentum step on large Stiefel matrices: what it shares, carries, and notices."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import geoopt
+import numpy as np
+import pytest
+import reference_optimizer as reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from fgo_geo import RiemannianFGSGD, Stiefel
+from fgo_geo.optim import fgsgd, shared_products
+from fgo_geo.optim.shared_products import Carried, normal_square, shared_products_step
+
+
+def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def parameter(shape: tuple[int, ...], radius: float = 1.0, dtype: torch.dtype = torch.float64) -> Any:
+    manifold = Stiefel(radius)
+    return geoopt.ManifoldParameter(manifold.projx(normal(shape, 0)).to(dtype), manifold=manifold)
+
+
+def run(optimizer: RiemannianFGSGD, param: Tensor, steps: range, size: float = 1.0) -> None:
+    for step in steps:
+        param.grad = size * normal(tuple(param.shape), 1 + step).to(param.dtype)
+        optimizer.step()
+
+
+def plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_subclass(Tensor)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"radius_invariant": True},
+    {"dampening": 0.3},
+    {"maximize": True},
+    {"step_size": "constant", "lr": 0.01},
+    {"lr": torch.tensor(0.1)},
+    {"lr": 0.0},
+    {"lr": 30.0},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", [(16, 16), (40, 20), (2, 300, 131)], ids=str)
+@pytest.mark.parametrize("radius", [1.0, 0.3])
+def test_it_is_the_step_of_the_paper(shape: tuple[int, ...], radius: float, options: dict[str, Any]) -> None:
+    """Ten steps, so that what is carried has grown old once."""
+    options = {"lr": 0.1, "momentum": 0.9, **options}
+    param = parameter(shape, radius)
+    oracle = reference.batch_of_components(plain(param).numpy(), 2, reference.Stiefel, radius)
+    optimizer = RiemannianFGSGD([param], **options)
+    for step in range(10):
+        param.grad = normal(shape, 1 + step)
+        optimizer.step()
+        reference.step(oracle, param.grad.numpy(), **{**options, "lr": float(options["lr"])})
+        np.testing.assert_allclose(plain(param).numpy(), oracle.x, rtol=0, atol=1e-11 * radius)
+    assert oracle.buffer is not None
+    buffer = param.manifold.proju(plain(param), optimizer.state[param]["momentum_buffer"])
+    np.testing.assert_allclose(buffer.numpy(), oracle.buffer, rtol=0, atol=1e-11 * np.abs(oracle.buffer).max())
+    np.testing.assert_allclose(optimizer.step_scales()[param].numpy(), oracle.scales, rtol=1e-12)
+
+
+@pytest.mark.parametrize("lr", [1e-8, 1e-3, 0.1, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_carried_is_the_product(dtype: torch.dtype, lr: float) -> None:
+    """However small the rate: nothing is divided by it."""
+    param = parameter((60, 24), 2.0, dtype)
+    optimizer = RiemannianFGSGD([param], lr=lr, momentum=0.9)
+    run(optimizer, param, range(30))
+    (carried,) = optimizer._carried.values()
+    buffer = optimizer.state[param]["momentum_buffer"]
+    product = plain(param).double().mT @ buffer.double()
+    torch.testing.assert_close(
+        carried.along.double(), product, rtol=0, atol=50 * torch.finfo(dtype).eps * float(buffer.norm())
+    )
+
+
+def test_rounding_does_not_add_up() -> None:
+    param = parameter((64, 32), 0.7, torch.float32)
+    optimizer = RiemannianFGSGD([param], lr=0.01, momentum=0.9)
+    worst = 0.0
+    for step in range(3000):
+        param.grad = normal((64, 32), step, torch.float32)
+        optimizer.step()
+        if step % 7 == 0:
+            worst = max(worst, float(param.manifold.violation(plain(param).double())))
+    assert worst <= 1e-6
+
+
+def test_a_point_off_its_manifold_comes_back() -> None:
+    """By what the Gram matrix itself says, in the first step and then in every eighth."""
+    off = normal((40, 20), 7)
+    param = parameter((40, 20))
+    with torch.no_grad():
+        param.add_(1e-4 * off)
+    run(RiemannianFGSGD([param], lr=0.01, momentum=0.9), param, range(1))
+    assert float(param.manifold.violation(plain(param))) < 1e-11
+
+    optimizer = RiemannianFGSGD([param], lr=0.01, momentum=0.9)
+    violations: list[float] = []
+    for step in range(9):
+        if step == 3:
+            with torch.no_grad():
+                param.add_(1e-6 * off)  # too little to be taken for another point
+        run(optimizer, param, range(step, step + 1))
+        violations.append(float(param.manifold.violation(plain(param))))
+    assert max(violations[:3]) < 1e-13
+    assert min(violations[3:8]) > 1e-7
+    assert violations[8] < 1e-13
+
+
+@pytest.mark.parametrize("changed", ["point", "momentum", "both"])
+def test_what_belongs_to_another_point_is_not_used(changed: str) -> None:
+    param = parameter((40, 20))
+    optimizer = RiemannianFGSGD([param], lr=0.05, momentum=0.9)
+    run(optimizer, param, range(3))
+    with torch.no_grad():  # as an exponential moving average does when it takes the weights' place
+        if changed != "momentum":
+            param.copy_(param.manifold.projx(normal((40, 20), 99)))
+        if changed != "point":
+            optimizer.state[param]["momentum_buffer"].copy_(normal((40, 20), 98))
+    oracle = reference.batch_of_components(plain(param).numpy(), 2, reference.Stiefel, 1.0)
+    oracle.buffer = reference.Stiefel(1.0).project(oracle.x, optimizer.state[param]["momentum_buffer"].numpy())
+    run(optimizer, param, range(3, 4))
+    reference.step(oracle, param.grad.numpy(), lr=0.05, momentum=0.9)
+    np.testing.assert_allclose(plain(param).numpy(), oracle.x, rtol=0, atol=1e-12)
+
+
+def test_to_go_on_and_to_resume_is_the_same_bit_for_bit() -> None:
+    param = parameter((64, 33), dtype=torch.float32)
+    optimizer = RiemannianFGSGD([param], lr=0.05, momentum=0.9)
+    run(optimizer, param, range(5))
+    saved = copy.deepcopy(optimizer.state_dict())
+    other = geoopt.ManifoldParameter(plain(param).clone(), manifold=Stiefel())
+    resumed = RiemannianFGSGD([other], lr=0.05, momentum=0.9)
+    resumed.load_state_dict(saved)
+    for one, its in ((optimizer, param), (resumed, other)):
+        run(one, its, range(5, 15))
+    assert torch.equal(plain(param), plain(other))
+
+
+def test_nothing_is_held_of_parameters_that_take_no_step() -> None:
+    param = parameter((40, 20))
+    optimizer = RiemannianFGSGD([param], lr=0.05, momentum=0.9)
+    run(optimizer, param, range(2))
+    assert len(optimizer._carried) == 1
+    param.grad = None
+    optimizer.step()
+    assert len(optimizer._carried) == 0
+    run(optimizer, param, range(2, 4))
+    optimizer.stabilize_group(optimizer.param_groups[0])
+    assert len(optimizer._carried) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_carries_nothing(dtype: torch.dtype) -> None:
+    """The point is rounded after the step, and with it all that follows from it."""
+    param = parameter((64, 32), dtype=dtype)
+    optimizer = RiemannianFGSGD([param], lr=0.05, momentum=0.9)
+    run(optimizer, param, range(20))
+    assert len(optimizer._carried) == 0
+    assert float(param.manifold.violation(plain(param).double())) <= 4 * torch.finfo(dtype).eps
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_momentum_to_move() -> None:
+    """Where it is not refused."""
+    params = [parameter((40, 20)), parameter((40, 20))]
+    optimizers = [RiemannianFGSGD([p], lr=0.05, momentum=0.9, check_finite=False) for p in params]
+    for param, optimizer, last in zip(params, optimizers, (float("nan"), 0.0), strict=True):
+        run(optimizer, param, range(3))
+        param.grad = torch.full((40, 20), last, dtype=torch.float64)
+        optimizer.step()
+    assert [optimizer.skipped_groups() for optimizer in optimizers] == [1, 0]
+    assert torch.equal(plain(params[0]), plain(params[1]))
+
+
+@pytest.mark.parametrize("invariant", [False, True])
+def test_the_norm_of_a_gradient_that_is_nearly_normal(invariant: bool) -> None:
+    """The difference of two large numbers would be rounding."""
+    param = parameter((60, 30), 2.0, torch.float32)
+    x = plain(param).double()
+    tangent = param.manifold.proju(x, normal((60, 30), 3))
+    tangent = 1e-3 * tangent / tangent.norm()
+    param.grad = (x @ torch.diag(torch.linspace(1, 2, 30).double()) + tangent).float()
+    expected = param.manifold.proju(x, param.grad.double()).norm() * (2.0 if invariant else 1.0)
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "rho": 1e3, "radius_invariant": invariant}
+    oracle = reference.batch_of_components(x.numpy(), 2, reference.Stiefel, 2.0)
+    reference.step(oracle, param.grad.double().numpy(), **options)
+    optimizer = RiemannianFGSGD([param], **options)
+    optimizer.step()  # τ = R (2ρ + R)
+    np.testing.assert_allclose(plain(param).numpy(), oracle.x, rtol=0, atol=1e-6)
+    tau = float(optimizer.step_scales()[param])
+    assert tau == pytest.approx(float(expected * (2e3 + expected)), rel=1e-3)
+
+
+@given(a=st.integers(1, 24), b=st.integers(1, 24), radius=st.floats(0.1, 10), seed=st.integers(0, 99))
+def test_the_square_of_a_projection_needs_no_projection(a: int, b: int, radius: float, seed: int) -> None:
+    shape = (3, max(a, b, 2), min(a, b))
+    manifold = Stiefel(radius)
+    x, u = manifold.projx(normal(shape, seed)), normal(shape, seed + 100)
+    whole = u.square().sum((-2, -1))
+    expected = manifold.proju(x, u).square().sum((-2, -1))
+    torch.testing.assert_close(
+        whole - normal_square(x.mT @ u, radius), expected, rtol=0, atol=1e-10 * float(whole.max())
+    )
+
+
+def test_radii_of_components() -> None:
+    radius = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+    manifold = Stiefel(radius)
+    start = manifold.projx(normal((3, 40, 20), 0))
+    param = geoopt.ManifoldParameter(start.clone(), manifold=manifold)
+    oracle = reference.batch_of_components(start.numpy(), 2, reference.Stiefel, radius.numpy())
+    optimizer = RiemannianFGSGD([param], lr=0.1, momentum=0.9)
+    for step in range(9):
+        param.grad = normal((3, 40, 20), 1 + step)
+        optimizer.step()
+        reference.step(oracle, param.grad.numpy(), lr=0.1, momentum=0.9)
+    np.testing.assert_allclose(plain(param).numpy(), oracle.x, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize(("n", "p"), [(512, 128), (640, 256)])
+def test_the_operations_are_those_of_the_docstring(n: int, p: int) -> None:
+    """7.5 np² and one product of the short side, and an eighth of what measuring the Gram matrix takes."""
+    param = parameter((n, p), dtype=torch.float32)
+    optimizer = RiemannianFGSGD([param], lr=1e-4, momentum=0.9)
+    run(optimizer, param, range(3), size=1e-3)
+    with profile(activities=[ProfilerActivity.CPU], with_flops=True) as profiled:
+        run(optimizer, param, range(3, 11), size=1e-3)
+    products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+    flops = sum(event.flops for event in profiled.key_averages() if event.key in products) / 8
+    assert flops == pytest.approx((7.5 + 1.5 / 8) * n * p**2 + 2 * p**3, rel=0.01)
+
+
+def test_the_path_is_for_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    def recorded(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Carried | None]:
+        calls.append(tuple(args[1].shape))
+        return shared_products_step(*args, **kwargs)
+
+    monkeypatch.setattr(fgsgd, "shared_products_step", recorded)
+    for shape, options in (
+        ((20, 15), {}),
+        ((20, 16), {}),
+        ((21, 16), {"nesterov": True}),
+        ((22, 16), {"momentum": 0.0}),
+        ((23, 16), {"update": "exponential"}),
+    ):
+        param = parameter(shape)
+        run(RiemannianFGSGD([param], **{"lr": 0.1, "momentum": 0.9, **options}), param, range(1))
+    assert calls == [(20, 16)]
+
+
+def test_the_limit_of_a_long_step_is_that_of_the_series_of_retractions() -> None:
+    """Just below and just above it the step is the same map."""
+    manifold = Stiefel()
+    x = manifold.projx(normal((30, 16), 0))
+    direction = manifold.proju(x, normal((30, 16), 1))
+    limit = shared_products._LONGEST
+    unit = float((direction.mT @ direction).norm()) ** 0.5
+    for length, is_long in ((0.999 * limit**0.5, False), (1.001 * limit**0.5, True)):
+        grad = direction * (length / unit)
+        y, _, carried = shared_products_step(
+            manifold, x, grad, x.mT @ grad, None, None, scale=1.0, lr=1.0, momentum=0.9
+        )
+        assert (carried is None) == is_long
+        torch.testing.assert_close(y, manifold.retr(x, -grad), rtol=0, atol=1e-13)
