@@ -184,13 +184,11 @@ class _Table:
     def set_taus(self, batch: Batch) -> Tensor:
         """Write where ``τ`` goes, and where the curvature of the groups is; returns the tensor that will hold ``τ``."""
         taus = torch.empty_like(self.norms)
-        options = batch.options
+        invariant, own = batch.options.radius_invariant, batch.options.curvature is None
         for task, entry, first in self.rows:
             entry.taus = taus.data_ptr() + first * taus.itemsize
-            bounds = task.table.keep(
-                ("curvature", options.radius_invariant), task.table.curvature_bound, options.radius_invariant
-            )
-            entry.curvature = None if options.curvature is not None else bounds.data_ptr()
+            bound = task.table.keep(("curvature", invariant), task.table.curvature_bound, invariant) if own else None
+            entry.curvature = None if bound is None else bound.data_ptr()
         return taus
 
     def run(self, name: str) -> int:

@@ -80,6 +80,9 @@ template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T
 // Up to this ‖e‖² the series is worth repeating: it leaves 0.4 of ‖e‖ = 1, and then far less. Below one, since there
 // a column that is zero would stay so forever.
 template <class T> constexpr T repeat_limit = T(0.9);
+constexpr int most_rounds = 50;  // of Newton-Schulz, more than any finite step needs
+constexpr double safety = 1.05;  // head room for points that have drifted off the manifold
+
 int64_t chunks_per_row(const fgo_task &t) { return (t.columns + chunk - 1) / chunk; }
 
 // The divisor of the learning rate, fgo_geo.optim.theorem_step_scale: algorithm 1 and eq. 7 of the FG-SGD paper.
@@ -87,9 +90,6 @@ double step_scale(double norm, double rho, double curvature) {
   const double root = std::fmax(2 * rho + norm, std::sqrt(1 + curvature * (rho + norm)));
   return std::fmax(1.0, norm * root);
 }
-
-constexpr int most_rounds = 50;  // of Newton-Schulz, more than any finite step needs
-constexpr double safety = 1.05;  // head room for points that have drifted off the manifold
 
 }  // namespace
 

@@ -140,25 +140,6 @@ template <class T> struct lane_facts {
   bool any_stiefel;
 };
 
-template <class T, bool RADII>
-FGO_INLINE lane_facts<T> learn(const vec<T> &table, const int32_t *codes, const T *radii, int count) {
-  constexpr int L = lanes<T>;
-  lane_facts<T> f;
-  if (L == 8 && count == L) {
-    __builtin_memcpy(&f.kind, codes, sizeof f.kind);
-    f.kind &= 3;
-  } else {
-    for (int l = 0; l < L; ++l) f.kind[l] = codes[l < count ? l : 0] & 3;
-  }
-  if constexpr (RADII) {
-    for (int l = 0; l < L; ++l) f.inverse_square[l] = 1 / (radii[l < count ? l : 0] * radii[l < count ? l : 0]);
-  } else {
-    f.inverse_square = look_up<T>(table, f.kind);
-  }
-  f.any_stiefel = any<T>(f.kind > 2);
-  return f;
-}
-
 // The formulas go row by row (of A rows with B entries each), so that little has to be kept in registers at a time. Of
 // symmetric matrices both triangles are there; FULL: there are Stiefel lanes, else only the diagonal counts.
 
@@ -269,14 +250,16 @@ template <class T, int A, int B> FGO_INLINE vec<T> excess_of(const vec<T> *y, ve
   return excess<T, B, true>(e, f, b_);
 }
 
-// z <- (I + e)^(-1/2) for small e: I - e/2 + 3e²/8 and, if there are two more terms, - 5e³/16 + 35e⁴/128.
+// z <- (I + e)^(-1/2) for small e: I - e/2 + 3e²/8 and, if there are two more terms (which a diagonal always gets, they
+// cost next to nothing there), - 5e³/16 + 35e⁴/128.
 template <class T, int B, bool FULL> FGO_INLINE void series(const vec<T> *e, vec<T> *z, bool two_more, int b_) {
   const int b = B ? B : b_;
   constexpr int size = B ? B * B : max_b * max_b;
+  constexpr T c[5] = {1, T(-0.5), T(0.375), T(-0.3125), T(0.2734375)};
   if constexpr (!FULL) {
     for (int j = 0; j < b; ++j) {
       const vec<T> x = e[j * b + j];
-      z[j * b + j] = 1 + x * (T(-0.5) + x * (T(0.375) + x * (T(-0.3125) + x * T(0.2734375))));
+      z[j * b + j] = c[0] + x * (c[1] + x * (c[2] + x * (c[3] + x * c[4])));
     }
     return;
   }
@@ -286,16 +269,16 @@ template <class T, int B, bool FULL> FGO_INLINE void series(const vec<T> *e, vec
     vec<T> tail[size], product[size];
     for (int j = 0; j < b; ++j)
       for (int k = j; k < b; ++k) {
-        const vec<T> sum = T(-0.3125) * e[j * b + k] + T(0.2734375) * square[j * b + k];
-        tail[j * b + k] = tail[k * b + j] = j == k ? sum + T(0.375) : sum;
+        const vec<T> sum = c[3] * e[j * b + k] + c[4] * square[j * b + k];
+        tail[j * b + k] = tail[k * b + j] = j == k ? sum + c[2] : sum;
       }
     commuting_product<T, B>(square, tail, product, b_);
-    for (int k = 0; k < b * b; ++k) square[k] = product[k] * T(1 / 0.375);
+    for (int k = 0; k < b * b; ++k) square[k] = product[k] * (1 / c[2]);
   }
   for (int j = 0; j < b; ++j)
     for (int k = j; k < b; ++k) {
-      const vec<T> sum = T(0.375) * square[j * b + k] - T(0.5) * e[j * b + k];
-      z[j * b + k] = z[k * b + j] = j == k ? sum + 1 : sum;
+      const vec<T> sum = c[2] * square[j * b + k] + c[1] * e[j * b + k];
+      z[j * b + k] = z[k * b + j] = j == k ? sum + c[0] : sum;
     }
 }
 
@@ -429,14 +412,49 @@ template <class T, int A, int B> FGO_INLINE setting<T, A, B> setting_of(const fg
   return s;
 }
 
-// Weight and gradient, weight decay included, of the `count` kernels from `kernel` on.
+// Kernels of one row that share a vector: `count` of them, the first at `start` in memory and at `kernel` in the tables.
+struct stretch {
+  int64_t kernel, start;
+  int count;
+};
+
+template <class T, int A, int B>
+FGO_INLINE stretch stretch_at(const setting<T, A, B> &s, int64_t row, int64_t column, int64_t last) {
+  const int64_t left = last - column;
+  return {row * s.columns + column, row * s.row_stride + column * s.column_stride, left < lanes<T> ? int(left) : lanes<T>};
+}
+
+template <class T, int A, int B, bool RADII>
+FGO_INLINE lane_facts<T> learn(const setting<T, A, B> &s, const stretch &v) {
+  constexpr int L = lanes<T>;
+  const int32_t *codes = s.codes + v.kernel;
+  lane_facts<T> f;
+  if (L == 8 && v.count == L) {
+    __builtin_memcpy(&f.kind, codes, sizeof f.kind);
+    f.kind &= 3;
+  } else {
+    for (int l = 0; l < L; ++l) f.kind[l] = codes[l < v.count ? l : 0] & 3;
+  }
+  if constexpr (RADII) {
+    for (int l = 0; l < L; ++l) {
+      const T radius = s.radii[v.kernel + (l < v.count ? l : 0)];
+      f.inverse_square[l] = 1 / (radius * radius);
+    }
+  } else {
+    f.inverse_square = look_up<T>(s.inverse_squares, f.kind);
+  }
+  f.any_stiefel = any<T>(f.kind > 2);
+  return f;
+}
+
+// Weight and gradient, weight decay included, of `count` kernels, the first of which begins at `start`.
 template <class T, int A, int B, lie P>
 FGO_INLINE void read_both(const setting<T, A, B> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> *w, vec<T> *h) {
   read<T, A * B, P>(at(s.weight, start), s.offset, s.column_stride, count, s.n, w);
   read<T, A * B, P>(at(s.grad, start), s.offset, s.column_stride, count, s.n, h);
   if (s.decay != 0) {
     const vec<T> none = {}, shrink = f.kind == 0 ? none + s.sign * s.decay : none;
-    for (int e = 0; e < s.n; ++e) h[e] += shrink * w[e];
+    for (int e = 0; e < (A ? A * B : s.n); ++e) h[e] += shrink * w[e];
   }
 }
 
@@ -512,18 +530,14 @@ template <class T> FGO_INLINE vec<T> rates_of(const T *scales, const int32_t *co
 
 // What is left of a row where there are fewer kernels than lanes.
 template <class T, int A, int B, bool RADII>
-FGO_TARGET __attribute__((noinline)) void squares_of_rest(const setting<T, A, B> &s, int64_t start, int64_t kernel, int count,
-                                                          vec<T> *sum) {
-  const lane_facts<T> f = learn<T, RADII>(s.inverse_squares, s.codes + kernel, RADII ? s.radii + kernel : nullptr, count);
-  *sum = squares_of<T, A, B, lie::apart, true>(s, start, count, f);
-  for (int l = count; l < lanes<T>; ++l) (*sum)[l] = 0;
+FGO_TARGET __attribute__((noinline)) void squares_of_rest(const setting<T, A, B> &s, const stretch &v, vec<T> *sum) {
+  *sum = squares_of<T, A, B, lie::apart, true>(s, v.start, v.count, learn<T, A, B, RADII>(s, v));
+  for (int l = v.count; l < lanes<T>; ++l) (*sum)[l] = 0;
 }
 
 template <class T, int A, int B, bool RADII>
-FGO_TARGET __attribute__((noinline)) void step_of_rest(const setting<T, A, B> &s, int64_t start, int64_t kernel, int count,
-                                                       const vec<T> &rate) {
-  const lane_facts<T> f = learn<T, RADII>(s.inverse_squares, s.codes + kernel, RADII ? s.radii + kernel : nullptr, count);
-  step_of<T, A, B, lie::apart, false, true>(s, start, count, f, rate);
+FGO_TARGET __attribute__((noinline)) void step_of_rest(const setting<T, A, B> &s, const stretch &v, const vec<T> &rate) {
+  step_of<T, A, B, lie::apart, false, true>(s, v.start, v.count, learn<T, A, B, RADII>(s, v), rate);
 }
 
 // Where the parts of a step ask for memory ahead of time.
@@ -547,21 +561,19 @@ FGO_TARGET __attribute__((noinline)) void sum_columns(const setting<T, A, B> &s,
   const vec<T> none = {};
   vec<T> by_kind[4] = {};
   for (int64_t column = first; column < last; column += L) {
-    const int64_t kernel = row * s.columns + column, start = row * s.row_stride + column * s.column_stride;
-    const int count = last - column < L ? int(last - column) : L;
-    const int32_t *codes = s.codes + kernel;
+    const stretch v = stretch_at(s, row, column, last);
     if (P == lie::beside) prefetch_vector<T, A, B>(s, row, column, false, what);
-    const lane_facts<T> f = learn<T, RADII>(s.inverse_squares, codes, RADII ? s.radii + kernel : nullptr, count);
+    const lane_facts<T> f = learn<T, A, B, RADII>(s, v);
     vec<T> sum;
-    if (count == L) {
-      sum = f.any_stiefel ? squares_of<T, A, B, P, true>(s, start, L, f) : squares_of<T, A, B, P, false>(s, start, L, f);
+    if (v.count == L) {
+      sum = f.any_stiefel ? squares_of<T, A, B, P, true>(s, v.start, L, f) : squares_of<T, A, B, P, false>(s, v.start, L, f);
     } else {
       vec<T> rest;
-      squares_of_rest<T, A, B, RADII>(s, start, kernel, count, &rest);
+      squares_of_rest<T, A, B, RADII>(s, v, &rest);
       sum = rest;
     }
     if (!row_sums)
-      for (int l = 0; l < count; ++l) sums[(codes[l] >> 2) * 2 + (l & 1)] += sum[l];
+      for (int l = 0; l < v.count; ++l) sums[(s.codes[v.kernel + l] >> 2) * 2 + (l & 1)] += sum[l];
     else
       for (int k = 0; k < 4; ++k) by_kind[k] += f.kind == k ? sum : none;
   }
@@ -576,22 +588,31 @@ FGO_TARGET __attribute__((noinline)) void step_columns(const setting<T, A, B> &s
                                                        const vec<T> *row_scales, ahead what) {
   constexpr int L = lanes<T>;
   for (int64_t column = first; column < last; column += L) {
-    const int64_t kernel = row * s.columns + column, start = row * s.row_stride + column * s.column_stride;
-    const int count = last - column < L ? int(last - column) : L;
-    const int32_t *codes = s.codes + kernel;
+    const stretch v = stretch_at(s, row, column, last);
     if (P == lie::beside) prefetch_vector<T, A, B>(s, row, column, PLAIN, what);
-    const lane_facts<T> f = learn<T, RADII>(s.inverse_squares, codes, RADII ? s.radii + kernel : nullptr, count);
-    const vec<T> rate = row_scales ? look_up<T>(*row_scales, f.kind) : rates_of<T>(s.scales, codes, count);
-    if (count == L) {
+    const lane_facts<T> f = learn<T, A, B, RADII>(s, v);
+    const vec<T> rate = row_scales ? look_up<T>(*row_scales, f.kind) : rates_of<T>(s.scales, s.codes + v.kernel, v.count);
+    if (v.count == L) {
       if (f.any_stiefel)
-        step_of<T, A, B, P, PLAIN, true>(s, start, L, f, rate);
+        step_of<T, A, B, P, PLAIN, true>(s, v.start, L, f, rate);
       else
-        step_of<T, A, B, P, PLAIN, false>(s, start, L, f, rate);
+        step_of<T, A, B, P, PLAIN, false>(s, v.start, L, f, rate);
     } else {
       const vec<T> rest = rate;
-      step_of_rest<T, A, B, RADII>(s, start, kernel, count, rest);
+      step_of_rest<T, A, B, RADII>(s, v, rest);
     }
   }
+}
+
+// A thread's unit of work: a chunk of a row, and the row's groups by kind, if that is what determines them.
+struct piece {
+  int64_t row, first, last;
+  const int32_t *groups;
+};
+
+template <class T, int A, int B> FGO_INLINE piece piece_of(const setting<T, A, B> &s, int64_t row, int64_t first) {
+  const int64_t last = first + chunk < s.columns ? first + chunk : s.columns;
+  return {row, first, last, s.row_groups ? s.row_groups + 4 * row : nullptr};
 }
 
 // The first sweep: rows in chunks, the norms of whose groups are added to `sums`, two places each.
@@ -601,13 +622,11 @@ struct norms_sweep {
     const setting<T, A, B> s = setting_of<T, A, B>(*task, *options);
     const int64_t per_row = chunks_per_row(*task);
     for (int64_t number = begin; number < end; ++number) {
-      const int64_t row = number / per_row, first = number % per_row * chunk;
-      const int64_t last = first + chunk < s.columns ? first + chunk : s.columns;
-      const int32_t *groups = s.row_groups ? s.row_groups + 4 * row : nullptr;
+      const piece p = piece_of(s, number / per_row, number % per_row * chunk);
       double row_sums[4] = {};
-      sum_columns<T, A, B, P, RADII>(s, row, first, last, sums, groups ? row_sums : nullptr, ahead::next_row);
-      for (int k = 0; groups && k < 4; ++k)
-        if (groups[k] >= 0) sums[2 * groups[k]] += row_sums[k];
+      sum_columns<T, A, B, P, RADII>(s, p.row, p.first, p.last, sums, p.groups ? row_sums : nullptr, ahead::next_row);
+      for (int k = 0; p.groups && k < 4; ++k)
+        if (p.groups[k] >= 0) sums[2 * p.groups[k]] += row_sums[k];
     }
     return 0;
   }
@@ -620,12 +639,10 @@ struct update_sweep {
     const setting<T, A, B> s = setting_of<T, A, B>(*task, *options);
     const int64_t per_row = chunks_per_row(*task);
     for (int64_t number = begin; number < end; ++number) {
-      const int64_t row = number / per_row, first = number % per_row * chunk;
-      const int64_t last = first + chunk < s.columns ? first + chunk : s.columns;
-      const int32_t *groups = s.row_groups ? s.row_groups + 4 * row : nullptr;
+      const piece p = piece_of(s, number / per_row, number % per_row * chunk);
       vec<T> row_scales = {};
-      for (int k = 0; groups && k < 4; ++k) row_scales[k] = groups[k] < 0 ? T(0) : s.scales[groups[k]];
-      step_columns<T, A, B, P, PLAIN, RADII>(s, row, first, last, groups ? &row_scales : nullptr, ahead::next_row);
+      for (int k = 0; p.groups && k < 4; ++k) row_scales[k] = p.groups[k] < 0 ? T(0) : s.scales[p.groups[k]];
+      step_columns<T, A, B, P, PLAIN, RADII>(s, p.row, p.first, p.last, p.groups ? &row_scales : nullptr, ahead::next_row);
     }
     return 0;
   }
@@ -641,8 +658,8 @@ struct whole_step {
       const int32_t *groups = s.row_groups + 4 * row;
       double row_sums[4] = {};
       for (int64_t first = 0; first < s.columns; first += chunk) {
-        const int64_t last = first + chunk < s.columns ? first + chunk : s.columns;
-        sum_columns<T, A, B, P, RADII>(s, row, first, last, nullptr, row_sums, PLAIN ? ahead::own_momentum : ahead::nothing);
+        const piece p = piece_of(s, row, first);
+        sum_columns<T, A, B, P, RADII>(s, row, first, p.last, nullptr, row_sums, PLAIN ? ahead::own_momentum : ahead::nothing);
       }
       vec<T> row_scales = {};
       const int64_t before = left_out;

@@ -452,7 +452,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             return squared, None
         finite = torch.isfinite(squared)
         if not _checks(options, squared):
-            self._count_skipped(finite)
+            self._count_skipped((~finite).sum())
         elif not bool(finite.all()):
             weights = zip(batch.weights, finite.split(batch.counts), strict=True)
             bad = next(weight for weight, ok in weights if not bool(ok.all()))
@@ -479,7 +479,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         squared = job.sum(inner.real if inner.is_complex() else inner).clamp_min(0)  # Lorentz rounds below zero
         finite = torch.isfinite(squared)
         if not _checks(options, squared):
-            self._count_skipped(finite)
+            self._count_skipped((~finite).sum())
             job.grad = torch.where(job.spread(finite), job.grad, 0)
             job.along = None if job.along is None else torch.where(job.spread(finite), job.along, 0)
             return torch.where(finite, squared, 0)
@@ -495,9 +495,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             "GradScaler in half precision"
         )
 
-    def _count_skipped(self, finite: Tensor) -> None:
-        skipped = finite.numel() - finite.sum()
-        self._skipped[finite.device] = self._skipped.get(finite.device, torch.zeros_like(skipped)) + skipped
+    def _count_skipped(self, skipped: Tensor) -> None:
+        before = self._skipped.get(skipped.device)
+        self._skipped[skipped.device] = skipped if before is None else before + skipped
 
     # -- the step --------------------------------------------------------------------------------------------
 
@@ -593,12 +593,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if measured is None:
             tau, left_out = kernels.step_by_rows(cast(kernels.Batch, batch))
             if left_out:
-                self._skipped[tau.device] = self._skipped.get(tau.device, torch.zeros((), dtype=torch.int64)) + left_out
+                self._count_skipped(torch.tensor(left_out, device=tau.device))
         else:
             squared, finite = measured
             # 1 / τ is needed in the precision of the weights only; R² was added up in float64.
             norm = (squared if finite is None else torch.where(finite, squared, 0)).sqrt().to(batch.dtype)
-            tau = _fused_step_scale(options, batch, norm)
+            tau = _fused_step_scale(batch, norm)
             scale = tau.reciprocal() if finite is None else torch.where(finite, 1 / tau, 0)
             kernels.update(batch, scale, skips=finite is not None)
         self._fused_scales.append((batch.weights, batch.counts, tau))
@@ -723,16 +723,14 @@ def _fused_options(options: _Options) -> kernels.StepOptions:
     )
 
 
-def _fused_step_scale(options: _Options, batch: kernels.Batch | kernels.TracedBatch, norm: Tensor) -> Tensor:
+def _fused_step_scale(batch: kernels.Batch | kernels.TracedBatch, norm: Tensor) -> Tensor:
     """The divisors of the learning rate, one per group of all tasks; ones for a constant step."""
-    if options["step_size"] == "constant":
+    options = batch.options
+    if options.constant:
         return torch.ones_like(norm)
-    curvature = options["curvature"]
-    if curvature is None:
-        return theorem_step_scale(norm, options["rho"])
-    if curvature == "manifold":
-        curvature = kernels.curvature(batch, norm, options["radius_invariant"])
-    return theorem_step_scale(norm, options["rho"], curvature)
+    own = options.curvature is None
+    bound = kernels.curvature(batch, norm, options.radius_invariant) if own else options.curvature
+    return theorem_step_scale(norm, options.rho, cast("float | Tensor", bound))
 
 
 def _longest_step(options: _Options) -> float:
