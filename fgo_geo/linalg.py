@@ -2,8 +2,8 @@
 
 Nothing here knows what a manifold is. There are four kinds of function:
 
-* *guards*: :func:`computes_in_float32` and :func:`require_finite` decide, in one place, what happens to half precision
-  and to NaN;
+* *guards*: :func:`computes_in_float32`, :func:`takes_full_products` and :func:`require_finite` decide, in one place,
+  what happens to half precision, to products in TF32 and bfloat16, and to NaN;
 * *exact factors*: :func:`polar_factor` and :func:`qr_factor` work for every matrix and cost a factorisation; for 3 x 3
   matrices, of which a network has millions, the polar factor has a closed form, and so has :func:`spectral_norm_3`;
 * *the cheap factor*: :func:`polar_newton_schulz` reaches the same polar factor by matrix products alone, for matrices
@@ -34,6 +34,7 @@ __all__ = [
     "has_closed_form",
     "inner_sum",
     "inverse_root_gap",
+    "lowers_products",
     "newton_schulz_schedule",
     "polar_factor",
     "polar_newton_schulz",
@@ -48,6 +49,7 @@ __all__ = [
     "spectral_norm_3",
     "subtract_product",
     "sym",
+    "takes_full_products",
     "traces",
 ]
 
@@ -93,9 +95,12 @@ def computes_in_float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return tuple(_round(r, target) for r in result)  # type: ignore[return-value]
         return _round(result, target)
 
-    # torch.compile counts recompilations per code object: every function needs its own.
-    own: Any = wrapper
-    own.__code__ = own.__code__.replace(co_name=function.__name__)
+    return _with_own_code(wrapper, function)
+
+
+def _with_own_code(wrapper: Any, function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``torch.compile`` counts recompilations per code object: every wrapped function needs its own."""
+    wrapper.__code__ = wrapper.__code__.replace(co_name=function.__name__)
     return wrapper
 
 
@@ -107,6 +112,66 @@ def _round(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Tensor) and value.dtype == torch.float32:
         return value.to(dtype)
     return value
+
+
+# Where torch keeps the precision of float32 products; before torch 2.9 there was one setting for all devices.
+_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+_BY_BACKEND = all(hasattr(backend, "fp32_precision") for backend in _BACKENDS)
+_FULL = ("ieee", "none", "highest")
+
+
+def _precisions() -> tuple[str, ...]:
+    if _BY_BACKEND:
+        return tuple(backend.fp32_precision for backend in _BACKENDS)
+    return (torch.get_float32_matmul_precision(),)
+
+
+def _set_precisions(values: tuple[str, ...]) -> None:
+    if not _BY_BACKEND:
+        torch.set_float32_matmul_precision(*values)
+        return
+    for backend, value in zip(_BACKENDS, values, strict=True):
+        backend.fp32_precision = value
+
+
+def lowers_products() -> bool:
+    """Whether torch may round the factors of float32 products, to TF32 or bfloat16, where the processor gains by it.
+
+    That is what ``torch.set_float32_matmul_precision("high")`` and ``"medium"`` allow. ``torch.compile`` cannot read
+    it.
+
+    Example:
+        >>> lowers_products()
+        False
+    """
+    return any(value not in _FULL for value in _precisions())
+
+
+def takes_full_products(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Take products of float32 matrices in float32, whatever torch was told to do with them.
+
+    A direction may be off by a thousandth, as it is in TF32; a point that is to have orthonormal columns may not.
+    Inside ``torch.compile`` the setting is left as it is.
+
+    Example:
+        >>> torch.set_float32_matmul_precision("medium")
+        >>> takes_full_products(lowers_products)(), lowers_products()
+        (False, True)
+        >>> torch.set_float32_matmul_precision("highest")
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling() or not lowers_products():
+            return function(*args, **kwargs)
+        before = _precisions()
+        _set_precisions(("ieee",) * len(_BACKENDS) if _BY_BACKEND else ("highest",))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _set_precisions(before)
+
+    return _with_own_code(wrapper, function)
 
 
 def require_finite(x: Tensor, what: str) -> None:
@@ -183,7 +248,7 @@ def small_product(a: Tensor, b: Tensor) -> Tensor:
                 [15., 22.]])
     """
     if not _unrolled(a.shape[-1], a, b):
-        return (b.mT @ a.mT).mT if _goes_by_columns(a) else a @ b
+        return _product(b.mT, a.mT).mT if _goes_by_columns(a) else _product(a, b)
     (column, row), *others = _terms(a, b)
     total = column * row
     for column, row in others:
@@ -216,6 +281,10 @@ def subtract_product(c: Tensor, a: Tensor, b: Tensor, *, in_place: bool = False)
     for column, row in others:
         total.addcmul_(column, row, value=-1)
     return total
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
 
 
 def _minus(c: Tensor, a: Tensor, b: Tensor, in_place: bool) -> Tensor:
@@ -253,7 +322,7 @@ def gram_matrix(x: Tensor) -> Tensor:
     if columns < _WIDE_GRAM:
         return small_product(x.mT, x)
     left, right = x.split((columns + 1) // 2, -1)
-    above, below = left.mT @ x, right.mT @ right
+    above, below = _product(left.mT, x), _product(right.mT, right)
     return torch.cat((above, torch.cat((above[..., left.shape[-1] :].mT, below), -1)), -2)
 
 

@@ -9,20 +9,21 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 
+import geoopt
 import torch
 from torch import Tensor
 
 import fgo_geo.kernels as kernels  # which imports this module: its names are there when functions are called
-from fgo_geo.kernels.task import Batch, KernelTable, StepOptions, Task, table_of
+from fgo_geo.kernels.task import Batch, KernelTable, StepOptions, Task, product_of, table_of
 from fgo_geo.linalg import reads_for_free
-from fgo_geo.manifolds import ProductOfGroups
+from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups
 
 __all__ = ["TracedBatch", "register"]
 
-_manifolds: weakref.WeakValueDictionary[int, ProductOfGroups] = weakref.WeakValueDictionary()
+_manifolds: weakref.WeakValueDictionary[int, EmbeddedManifold] = weakref.WeakValueDictionary()
 
 
-def register(manifold: ProductOfGroups) -> None:
+def register(manifold: EmbeddedManifold) -> None:
     """Let operators find a manifold by its ``id``, which ``torch.compile`` knows and guards."""
     _manifolds[id(manifold)] = manifold
     torch.compiler.assume_constant_result(_groups_of)  # here, since it imports the compiler, as every optimiser does
@@ -30,14 +31,21 @@ def register(manifold: ProductOfGroups) -> None:
 
 def _groups_of(
     number: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> int:
-    """Number of groups of a weight that a fused path takes; 0 for others. Runs once, when a step is traced."""
+) -> tuple[int, int]:
+    """Number of groups of a weight that a fused path takes, and number of the product it lives on; zeros for others.
+
+    Runs once, when a step is traced.
+    """
     manifold = _manifolds.get(number)
-    if manifold is None:
-        return 0
+    product = None if manifold is None else product_of(manifold, shape)
+    if product is None:
+        return 0, 0
     weight = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    task = kernels.task_of(weight, manifold, None, grad=weight)
-    return 0 if task is None or kernels.fused_path(task) is None else task.table.groups
+    task = kernels.task_of(weight, product, None, grad=weight)
+    if task is None or kernels.fused_path(task) is None:
+        return 0, 0
+    _manifolds[id(product)] = product
+    return task.table.groups, id(product)
 
 
 class TracedBatch:
@@ -60,18 +68,18 @@ class TracedBatch:
         self._first: list[bool] = []
         self._numbers: list[int] = []
 
-    def add(self, param: Tensor, manifold: ProductOfGroups, buffer: Tensor | None) -> bool:
+    def add(self, param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> bool:
         """Do the step of a parameter, if there is a fused path for it; returns whether there is."""
         grad = param.grad
         if grad is None or grad.dtype != param.dtype or (buffer is not None and buffer.dtype != param.dtype):
             return False
-        groups = _groups_of(id(manifold), tuple(param.shape), tuple(param.stride()), param.dtype, param.device)
+        groups, number = _groups_of(id(manifold), tuple(param.shape), tuple(param.stride()), param.dtype, param.device)
         if groups == 0:
             return False
         self.weights.append(param)
         self.counts.append(groups)
         self._grads.append(grad)
-        self._numbers.append(id(manifold))
+        self._numbers.append(number)
         if self.options.momentum != 0:
             self._first.append(buffer is None)
             self._buffers.append(torch.empty_like(param) if buffer is None else buffer)
@@ -116,7 +124,7 @@ class TracedBatch:
 
 def _table(number: int, device: torch.device) -> tuple[ProductOfGroups, KernelTable]:
     manifold = _manifolds.get(number)
-    if manifold is None:
+    if not isinstance(manifold, ProductOfGroups):
         raise RuntimeError(
             "a compiled step of RiemannianFGSGD needs the manifold of a parameter, which is no more; compile the step "
             "again, and within one process"

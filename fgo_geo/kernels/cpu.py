@@ -17,7 +17,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fgo_geo.kernels.task import Batch, StepOptions, Task, gradient_of, place_of, problem_of
+from fgo_geo.kernels.task import LARGEST, Batch, StepOptions, Task, gradient_of, place_of, problem_of
 
 __all__ = ["DESCRIPTION", "NOT_BUILT", "goes_by_rows", "reason", "squared_norms", "step_by_rows", "update"]
 
@@ -25,7 +25,6 @@ DESCRIPTION = "compiled sweeps on the CPU"
 NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
 
 _ABI = 3  # of fused.cpp; a file built from another version is left alone
-_LARGEST = (49, 7)  # component size that fused.cpp has room for
 _PER_THREAD = 2**16  # entries below which another thread costs more than it saves
 
 
@@ -81,8 +80,8 @@ def reason(task: Task) -> str | None:
     weight = task.weight
     if weight.device.type != "cpu":
         return f"the compiled sweeps run on the CPU, the weight is on {weight.device}"
-    if task.table.size[0] > _LARGEST[0] or task.table.size[1] > _LARGEST[1]:
-        return f"components of {task.table.size} are larger than {_LARGEST}"
+    if task.table.size[0] > LARGEST[0] or task.table.size[1] > LARGEST[1]:  # which is what fused.cpp has room for
+        return f"components of {task.table.size} are larger than {LARGEST}"
     return problem_of(task) or (NOT_BUILT if library() is None else None)
 
 

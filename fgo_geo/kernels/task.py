@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TypeVar
 
+import geoopt
 import torch
 from torch import Tensor
 
 from fgo_geo.components import KernelPartition
-from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
+from fgo_geo.grouping import collection
+from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere, Stiefel
 
 __all__ = [
     "KINDS",
@@ -30,6 +32,7 @@ __all__ = [
     "gradient_of",
     "place_of",
     "problem_of",
+    "product_of",
     "table_of",
     "task_of",
 ]
@@ -38,6 +41,9 @@ _Kept = TypeVar("_Kept")
 
 KINDS = ("euclidean", "sphere", "oblique", "stiefel")
 """Manifold kinds by their numbers in a code."""
+
+LARGEST = (49, 7)
+"""Largest components that are kernels."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,58 @@ def table_of(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
     return kept[1]
 
 
+_KIND_OF: dict[type, str] = {ScaledSphere: "sphere", Oblique: "oblique", Stiefel: "stiefel"}
+_products: weakref.WeakKeyDictionary[ComponentManifold, dict[tuple[int, ...], tuple[object, ProductOfGroups]]]
+_products = weakref.WeakKeyDictionary()
+
+
+def product_of(manifold: object, shape: Sequence[int]) -> ProductOfGroups | None:
+    """The product of groups of kernels that a weight lives on.
+
+    A weight ``(D, C, A, B)`` that was declared on a single manifold, over its last two dimensions, lives on a product
+    too: all its kernels are one group.
+
+    Args:
+        manifold: The manifold of the weight.
+        shape: Shape of the weight.
+
+    Returns:
+        A product, the same one until a radius changes; None if the components are no kernels, or the manifold is not
+        one of this package's.
+
+    Example:
+        >>> product = product_of(Oblique(2.0), (16, 8, 3, 3))
+        >>> product.n_groups, product.manifolds[0].radius
+        (1, 2.0)
+    """
+    if isinstance(manifold, ProductOfGroups):
+        return manifold if isinstance(manifold.partition, KernelPartition) else None
+    kind = _KIND_OF.get(type(manifold))
+    if not isinstance(manifold, ComponentManifold) or kind is None or manifold.ndim != 2 or len(shape) != 4:
+        return None
+    rows, columns = shape[2:]
+    small = rows <= LARGEST[0] and columns <= LARGEST[1]
+    if not (rows * columns > 1 and columns <= rows and small) or 0 in shape:  # a product transposes wide kernels
+        return None
+    if isinstance(manifold, Stiefel) and manifold.retraction != "polar":
+        return None
+    of_shape = _products.get(manifold)
+    if of_shape is None:
+        of_shape = _products[manifold] = {}
+    kept = of_shape.get(tuple(shape))
+    if kept is None or kept[0] is not manifold.radius:
+        radius = manifold.radius
+        radius = radius.expand(*shape[:2]) if isinstance(radius, Tensor) else radius
+        product = ProductOfGroups(collection(shape[0], shape[1], "layer", kind), shape, radius)
+        kept = of_shape[tuple(shape)] = (manifold.radius, product)
+    return kept[1]
+
+
+def _configuration(manifold: geoopt.Manifold) -> object:
+    """What is another object after a change of the radii."""
+    return manifold.manifolds if isinstance(manifold, ProductOfGroups) else getattr(manifold, "radius", None)
+
+
 def _build(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
     cut = manifold.partition
     a, b = cut.sizes[0]
@@ -218,14 +276,14 @@ class Task:
     grad: Tensor | None
     buffer: Tensor | None
     first: bool
-    manifold: ProductOfGroups
+    manifold: geoopt.Manifold
     table: KernelTable
     fresh: bool = False
-    parts: object = field(init=False)
+    configuration: object = field(init=False)
     stored: tuple[object, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.parts = self.manifold.manifolds  # as in table_of
+        self.configuration = _configuration(self.manifold)
         self.stored = _stored(self.weight)
 
     def renew(self, param: Tensor, buffer: Tensor | None) -> bool:
@@ -245,7 +303,7 @@ class Task:
         if param is not self.weight or grad is None or getattr(param, "manifold", None) is not manifold:
             return False
         stored = _stored(param)
-        if stored != self.stored or manifold.manifolds is not self.parts or grad.dtype != param.dtype:
+        if stored != self.stored or _configuration(manifold) is not self.configuration or grad.dtype != param.dtype:
             return False
         if buffer is not None and _stored(buffer) != stored:
             return False
@@ -262,7 +320,7 @@ def _stored(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def task_of(param: Tensor, manifold: ProductOfGroups, buffer: Tensor | None, grad: Tensor | None = None) -> Task | None:
+def task_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, grad: Tensor | None = None) -> Task | None:
     """The task of a parameter, or None if its components are no kernels.
 
     Args:
@@ -274,10 +332,11 @@ def task_of(param: Tensor, manifold: ProductOfGroups, buffer: Tensor | None, gra
     Returns:
         A task.
     """
-    if not isinstance(manifold.partition, KernelPartition):
+    product = product_of(manifold, param.shape)
+    if product is None:
         return None
     grad = param.grad if grad is None else grad
-    return Task(param, grad, buffer, False, manifold, table_of(manifold, param.device))
+    return Task(param, grad, buffer, False, manifold, table_of(product, param.device))
 
 
 class Batch:

@@ -9,6 +9,9 @@ three retractions:
   :meth:`Stiefel.retract_bounded` needs matrix products only;
 * *QR* with positive diagonal: first order;
 * the *exponential map*, in closed form through a ``2B x 2B`` matrix exponential.
+
+Points come from products in full float32, whatever ``torch.set_float32_matmul_precision`` says; the tangent projection
+follows the setting, since the way back to the manifold corrects what TF32 and bfloat16 leave of a normal part.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from fgo_geo.linalg import (
     series_limit,
     small_product,
     subtract_product,
+    takes_full_products,
 )
 from fgo_geo.manifolds.embedded import ComponentManifold
 
@@ -163,6 +167,7 @@ class Stiefel(ComponentManifold):
         return None
 
     @computes_in_float32
+    @takes_full_products
     def violation(self, x: Tensor) -> Tensor:
         """Largest entry of ``| xᵀx / r² - I |``, per component."""
         q = x / self.radius_for(x)
@@ -170,6 +175,7 @@ class Stiefel(ComponentManifold):
         return (small_product(q.mT, q) - identity).abs().amax((-2, -1))
 
     @computes_in_float32
+    @takes_full_products
     def projx(self, x: Tensor) -> Tensor:
         """Nearest point, ``r`` times the polar factor; rank-deficient matrices go to one of the nearest points.
 
@@ -186,6 +192,7 @@ class Stiefel(ComponentManifold):
         return self.radius_for(x) * polar_factor(x)
 
     @computes_in_float32
+    @takes_full_products
     def uniform(self, gaussian: Tensor) -> Tensor:
         """Gaussian matrices to Haar-distributed points: the QR factor with positive diagonal."""
         return self.radius_for(gaussian) * qr_factor(gaussian)
@@ -196,12 +203,14 @@ class Stiefel(ComponentManifold):
         return project_tangent(x, u, self.radius_for(x))
 
     @computes_in_float32
+    @takes_full_products
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Retraction of the chosen kind, by a factorisation: right for every step, however long."""
         factor = polar_factor if self.retraction == "polar" else qr_factor
         return self.radius_for(x) * factor(x + u)
 
     @computes_in_float32
+    @takes_full_products
     def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None) -> Tensor:
         """The polar retraction by matrix products alone, in a number of iterations that follows from the bound.
 
@@ -238,12 +247,14 @@ class Stiefel(ComponentManifold):
         return y if squared <= _POLISH_BOUND**2 else radius * polish(y / radius)
 
     @computes_in_float32
+    @takes_full_products
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Exponential map, in closed form through a ``2B x 2B`` matrix exponential."""
         radius = self.radius_for(x)
         return radius * exponential(x / radius, u / radius)
 
     @computes_in_float32
+    @takes_full_products
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Inverse of the exponential map, by shooting in double precision.
 

@@ -338,9 +338,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         """The divisors ``τ`` of the latest step.
 
         Returns:
-            For every parameter on a manifold that had a gradient (with ``adapt_euclidean``, for plain ones too), a
-            tensor with one ``τ`` per group, on the parameter's device. Reading it is the caller's synchronisation,
-            not the step's.
+            For every parameter on a manifold that had a gradient (with ``adapt_euclidean``, for plain ones too), in
+            the order of the parameters, a tensor with one ``τ`` per group, on the parameter's device. Reading it is
+            the caller's synchronisation, not the step's.
         """
         scales: dict[Tensor, Tensor] = {}
         for param, taus in self._step_scales.items():
@@ -349,7 +349,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         for params, counts, tau in self._fused_scales:
             for param, taus in zip(params, tau.split(counts), strict=True):
                 scales[param] = taus.to(param.dtype)
-        return scales
+        return {param: scales[param] for group in self.param_groups for param in group["params"] if param in scales}
 
     def skipped_groups(self) -> int:
         """How many group steps were left out because the gradient was not finite (synchronises).
@@ -655,7 +655,7 @@ def _check_options(options: dict[str, Any]) -> None:
 def _register(param: Tensor) -> None:
     """Let a compiled step find a parameter's manifold."""
     manifold = manifold_of(param)
-    if isinstance(manifold, ProductOfGroups):
+    if isinstance(manifold, EmbeddedManifold):
         kernels.register(manifold)
 
 

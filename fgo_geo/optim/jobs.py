@@ -210,9 +210,7 @@ class FusedTasks:
             Whether it will be done.
         """
         self._kept.pop(position, None)
-        if not isinstance(manifold, ProductOfGroups):
-            return False
-        task = task_of(param, manifold, buffer)
+        task = None if manifold is None else task_of(param, manifold, buffer)
         path = None if task is None else fused_path(task)
         if path is None or task is None:
             return False
@@ -254,7 +252,7 @@ class TracedTasks:
 
     def add(self, position: int, param: Tensor, manifold: geoopt.Manifold | None, buffer: Tensor | None) -> bool:
         """As :meth:`FusedTasks.add`."""
-        if not isinstance(manifold, ProductOfGroups):
+        if manifold is None:
             return False
         batch = self._batches.get(param.device.type)
         if batch is None:

@@ -17,7 +17,9 @@ some twenty times, ``80 np`` bytes in single precision, which takes ``64/p`` of 
 are done in the time of moving a byte. What is measured is in "Speed".
 
 ``E`` does not see how far rounding has taken ``x`` from its manifold. In the first step and every eighth after it,
-``E`` is therefore measured from ``y`` itself, for another ``1.5 np²``.
+``E`` is therefore measured from ``y`` itself, for another ``1.5 np²``. Where torch may round the factors of products
+(``torch.set_float32_matmul_precision``), ``A``, ``B`` and ``x sym(C)`` do so, ``yᵀy`` and ``y Z`` don't, and nothing is
+carried: what follows from rounded products is off by a thousandth, and a point would drift by it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import gram_matrix, inner_sum, inverse_root_gap, root_of_sum, small_product, subtract_product, sym
+from fgo_geo.linalg import (
+    gram_matrix,
+    inner_sum,
+    inverse_root_gap,
+    lowers_products,
+    root_of_sum,
+    small_product,
+    subtract_product,
+    sym,
+    takes_full_products,
+)
 from fgo_geo.manifolds import Stiefel
 
 __all__ = ["Carried", "normal_square", "shared_products_step"]
@@ -128,7 +140,6 @@ def shared_products_step(
                 [0.6000]]), tensor([[ 0.0000],
                 [-0.7500]]), tensor([[-0.4500]]))
     """
-    squared_radius = manifold.radius_for(x) ** 2
     total, along = grad * scale, along * scale
     if buffer is None:
         carried = None
@@ -137,17 +148,30 @@ def shared_products_step(
             carried = Carried(small_product(x.mT, buffer), _MEASURE_EVERY)
         total.add_(buffer, alpha=momentum)
         along.add_(carried.along, alpha=momentum)
-    buffer = subtract_product(total, x, sym(along) / squared_radius, in_place=True)
-    y = torch.add(x, buffer, alpha=-lr)
-    products = gram_matrix(buffer)
-    excess = products * (lr**2 / squared_radius)
+    buffer = subtract_product(total, x, sym(along) / manifold.radius_for(x) ** 2, in_place=True)
     age = _MEASURE_EVERY if carried is None else carried.age + 1
-    if age >= _MEASURE_EVERY:
+    return _move(manifold, x, buffer, along, None if lowers_products() else age, lr, bound)
+
+
+@takes_full_products
+def _move(
+    manifold: Stiefel, x: Tensor, buffer: Tensor, along: Tensor, age: int | None, lr: float, bound: float | None
+) -> tuple[Tensor, Tensor, Carried | None]:
+    """Move along the polar retraction; ``along`` is ``C``, and without an age nothing is carried."""
+    squared_radius = manifold.radius_for(x) ** 2
+    y = torch.add(x, buffer, alpha=-lr)
+    products = None if age is None else gram_matrix(buffer)
+    if products is None or age is None or age >= _MEASURE_EVERY:
         excess, age = gram_matrix(y) / squared_radius, 0
         excess.diagonal(dim1=-2, dim2=-1).sub_(1)
+    else:
+        excess = products * (lr**2 / squared_radius)
     norm = float(root_of_sum(excess, (-2, -1)).amax())
     if not norm <= _LONGEST:
         return manifold.retract_bounded(x, -lr * buffer, bound), buffer, None
     gap = inverse_root_gap(excess, norm)
+    moved = subtract_product(y, y, gap)
+    if products is None:
+        return moved, buffer, None
     rest = (along - along.mT) / 2 - lr * products
-    return subtract_product(y, y, gap), buffer, Carried(subtract_product(rest, gap, rest), age)
+    return moved, buffer, Carried(subtract_product(rest, gap, rest), age)

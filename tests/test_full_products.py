@@ -1,0 +1,115 @@
+"""Where torch may round the factors of products to TF32 or bfloat16, points still have orthonormal columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import geoopt
+import numpy as np
+import pytest
+import reference_optimizer as reference
+import torch
+from torch import Tensor
+
+from fgo_geo import RiemannianFGSGD, Stiefel, linalg
+
+
+def normal(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().as_subclass(Tensor)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To the eight bits of bfloat16."""
+    return x.bfloat16().to(x.dtype)
+
+
+@pytest.fixture
+def medium() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.fixture
+def rounding(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor that rounds as soon as it may."""
+    multiply, minus = linalg._product, linalg._minus
+
+    def own_product(a: Tensor, b: Tensor) -> Tensor:
+        return multiply(rounded(a), rounded(b)) if linalg.lowers_products() else multiply(a, b)
+
+    def own_minus(c: Tensor, a: Tensor, b: Tensor, in_place: bool) -> Tensor:
+        return minus(c, rounded(a), rounded(b), in_place) if linalg.lowers_products() else minus(c, a, b, in_place)
+
+    monkeypatch.setattr(linalg, "_product", own_product)
+    monkeypatch.setattr(linalg, "_minus", own_minus)
+
+
+@pytest.mark.parametrize("bound", [None, 0.01, 0.3, 3.0])
+def test_a_retraction_ends_on_the_manifold(bound: float | None, rounding: None) -> None:
+    manifold = Stiefel(0.5)
+    x = manifold.projx(normal((80, 70), 0))
+    u = manifold.proju(x, normal((80, 70), 1))
+    u = u * ((bound or 1.0) * 0.5 / u.norm())
+    error = float(linalg.sym(x.double().mT @ u.double()).abs().max() / u.norm())
+    assert 1e-6 < error < 1e-2  # the projection has been rounded
+    y = manifold.retract_bounded(x, u, bound)
+    assert float(manifold.violation(y.double())) <= 2e-6
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_steps_stay_on_the_manifold(momentum: float, rounding: None) -> None:
+    """The direction is off by some thousandths, the point by rounding."""
+    manifold = Stiefel(0.5)
+    param = geoopt.ManifoldParameter(manifold.projx(normal((64, 32), 0)), manifold=manifold)
+    start = plain(param).double().numpy()
+    oracle = reference.batch_of_components(start, 2, reference.Stiefel, 0.5)
+    optimizer = RiemannianFGSGD([param], lr=0.02, momentum=momentum)
+    for step in range(30):
+        param.grad = normal((64, 32), 1 + step)
+        optimizer.step()
+        reference.step(oracle, param.grad.double().numpy(), lr=0.02, momentum=momentum)
+        assert float(manifold.violation(plain(param).double())) <= 1e-6
+    way, error = np.linalg.norm(oracle.x - start), np.linalg.norm(oracle.x - plain(param).double().numpy())
+    assert 1e-5 * way < error < 1e-2 * way
+    assert len(optimizer._carried) == 0
+
+
+@pytest.mark.parametrize(
+    "method", ["projx", "retr", "retract_bounded", "expmap", "logmap", "uniform", "violation", "proju"]
+)
+def test_the_setting_inside_and_after(method: str, medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes or judges points takes full products, and puts the setting back, also when it raises."""
+    manifold: Any = Stiefel()
+    x = linalg.qr_factor(normal((80, 70), 0))
+    u = 0.01 * manifold.proju(x, normal((80, 70), 1))
+    arguments = {"projx": (x,), "uniform": (x,), "violation": (x,), "logmap": (x, x), "retract_bounded": (x, u, 0.1)}
+    seen: list[bool] = []
+
+    def radius_for(own: Tensor) -> float:  # which all of them ask for
+        seen.append(linalg.lowers_products())
+        if len(seen) > 1:
+            raise KeyError
+        return 1.0
+
+    monkeypatch.setattr(manifold, "radius_for", radius_for)
+    getattr(manifold, method)(*arguments.get(method, (x, u)))
+    assert linalg.lowers_products()
+    with pytest.raises(KeyError):
+        getattr(manifold, method)(*arguments.get(method, (x, u)))
+    assert seen == [method == "proju"] * 2
+    assert linalg.lowers_products()
+    assert torch.get_float32_matmul_precision() == "medium"
+
+
+def test_one_setting_for_all_devices(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch had before 2.9."""
+    monkeypatch.setattr(linalg, "_BY_BACKEND", False)
+    assert linalg.lowers_products()
+    assert not linalg.takes_full_products(linalg.lowers_products)()
+    assert torch.get_float32_matmul_precision() == "medium"
