@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 Storage = Literal["conv", "transposed"]
+_Shares = tuple[tuple[str, int, int], ...]  # manifold kind, rows and columns of every group of a section
+_PartKey = tuple[str, int, int, _Shares]
 
 
 @dataclass(frozen=True)
@@ -143,12 +145,16 @@ class Segments:
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums over the groups: ``(n,)`` to ``(G,)``."""
+        if self.count == self.total:
+            return values
         if self.labels is None:
             return values.reshape(self.count, -1).sum(1)
         return values.new_zeros(self.count).index_add(0, self._labels_on(values.device), values)
 
     def max(self, values: Tensor) -> Tensor:
         """Maxima over the groups: ``(n,)`` to ``(G,)``."""
+        if self.count == self.total:
+            return values
         if self.labels is None:
             return values.reshape(self.count, -1).amax(1)
         labels = self._labels_on(values.device).long()
@@ -156,6 +162,8 @@ class Segments:
 
     def spread(self, values: Tensor) -> Tensor:
         """One value per group, repeated for its components: ``(G,)`` to ``(n,)``."""
+        if self.count == self.total:
+            return values
         if self.labels is None:
             return values.unsqueeze(1).expand(-1, self.total // self.count).reshape(-1)
         return values.index_select(0, self._labels_on(values.device))
@@ -381,91 +389,129 @@ def _sorted_by(groups: np.ndarray, group_of: np.ndarray) -> np.ndarray:
     return np.argsort(position[group_of], kind="stable").astype(np.int32)
 
 
+@dataclass(frozen=True)
+class _Band:
+    """Sections whose columns are dealt out alike: equally many rows, and as many blocks of every part and width.
+
+    Attributes:
+        sections: Number of sections.
+        parts: Numbers of the parts that the columns belong to, in the order of the sorted columns.
+        blocks: How many blocks of every part a section has.
+        widths: How many columns the blocks of every part have together.
+    """
+
+    sections: int
+    parts: tuple[int, ...]
+    blocks: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    def split(self, strip: Tensor) -> list[tuple[int, Tensor]]:
+        """Parts and their blocks ``(n, rows, columns)``, of rows whose columns ``(sections, rows, C K)`` are sorted."""
+        columns = zip(self.parts, self.blocks, strip.split_with_sizes(self.widths, 2), strict=True)
+        return [
+            (part, x if n == 1 else x.unflatten(2, (n, -1)).transpose(1, 2).flatten(0, 1)) for part, n, x in columns
+        ]
+
+    def merge(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Inverse of :meth:`split`, given the blocks of all parts of the weight."""
+        columns = zip(self.blocks, (blocks[part] for part in self.parts), strict=True)
+        return torch.cat([x if n == 1 else x.unflatten(0, (-1, n)).transpose(1, 2).flatten(2) for n, x in columns], 2)
+
+
 class BlockPartition(Partition):
     """Every group of the collections is one rectangular block of the matrix ``(D, C K)``, transposed if wide.
 
     Equal blocks of one kind share a part.
+
+    Some groups have all columns of the matrix; the others of a section have all of its remaining rows, and share out
+    the columns. So the rows are sorted once for all parts, those of whole rows part by part and then the remaining
+    ones, and the columns of the latter: every part is a view of the sorted matrix then, and of the matrix itself where
+    groups are runs. Costs two 32-bit indices per row, and two per column of every section.
     """
+
+    order: Tensor | None
+    inverse: Tensor | None
 
     def __init__(self, collections: Sequence[Collection], layout: WeightLayout) -> None:
         entries = np.arange(math.prod(layout.kernel))
         rows_per_section = layout.out_channels // layout.sections
-        parts: dict[tuple[str, int, int], list[tuple[int, np.ndarray, np.ndarray]]] = {}
-        blocks = [(section, group) for section, c in enumerate(collections) for group in c.groups]
-        for number, (section, group) in enumerate(blocks):
-            rows = group.rows + section * rows_per_section
-            columns = (group.columns[:, None] * len(entries) + entries).ravel()
-            parts.setdefault((group.manifold, len(rows), len(columns)), []).append((number, rows, columns))
-        super().__init__(layout, [np.ones(len(part), int) for part in parts.values()])
+        whole_rows: dict[_PartKey, list[np.ndarray]] = {}
+        parts: dict[_PartKey, list[int]] = {}
+        bands: dict[_Shares, list[tuple[np.ndarray, dict[_PartKey, list[np.ndarray]]]]] = {}
+        number = 0
+        for section, c in enumerate(collections):
+            groups = list(c.groups)
+            shares = tuple(
+                (g.manifold, len(g.rows), len(g.columns)) for g in groups if len(g.columns) < layout.in_channels
+            )
+            rows, columns = np.arange(0), dict[_PartKey, list[np.ndarray]]()
+            for group in groups:
+                is_share = len(group.columns) < layout.in_channels
+                key = (group.manifold, len(group.rows), len(group.columns) * len(entries), shares if is_share else ())
+                parts.setdefault(key, []).append(number)
+                number += 1
+                own_rows = group.rows + section * rows_per_section
+                if is_share:
+                    rows = own_rows
+                    columns.setdefault(key, []).append((group.columns[:, None] * len(entries) + entries).ravel())
+                else:
+                    whole_rows.setdefault(key, []).append(own_rows)
+            if shares:
+                bands.setdefault(shares, []).append((rows, columns))
+        super().__init__(layout, [np.ones(len(numbers), int) for numbers in parts.values()])
         self.kinds = tuple(kind for kind, *_ in parts)
-        self.groups = tuple(np.array([number for number, *_ in part]) for part in parts.values())
-        self.sizes = tuple((max(a, b), min(a, b)) for _, a, b in parts)
-        self._wide = tuple(a < b for _, a, b in parts)
-        self._whole = len(blocks) == 1
-        self._row_spans: list[slice | None] = []
-        self._column_spans: list[slice | None] = []
-        for position, part in enumerate(parts.values()):
-            rows, columns = (np.stack(index) for index in list(zip(*part, strict=True))[1:])
-            self.register_buffer(f"rows{position}", torch.from_numpy(rows), persistent=False)
-            self.register_buffer(f"columns{position}", torch.from_numpy(columns), persistent=False)
-            self._row_spans.append(_span(rows))
-            self._column_spans.append(_span(columns))
+        self.groups = tuple(np.array(numbers) for numbers in parts.values())
+        self.sizes = tuple((max(a, b), min(a, b)) for _, a, b, _ in parts)
+        self._wide = tuple(a < b for _, a, b, _ in parts)
+        position = {key: part for part, key in enumerate(parts)}
+        self._whole_rows = tuple(position[key] for key in whole_rows)
+        self._bands: list[_Band] = []
+        strips = [np.concatenate(rows) for rows in whole_rows.values()]
+        for sections in bands.values():
+            strips.append(np.concatenate([rows for rows, _ in sections]))
+            first = sections[0][1]
+            widths = tuple(sum(map(len, blocks)) for blocks in first.values())
+            self._bands.append(
+                _Band(len(sections), tuple(position[key] for key in first), tuple(map(len, first.values())), widths)
+            )
+            order = np.stack([np.concatenate([c for key in first for c in columns[key]]) for _, columns in sections])
+            self._register_order(f"_of_columns{len(self._bands) - 1}", order)
+        self._heights = [len(rows) for rows in strips]
+        self._register_order("", np.concatenate(strips))
 
-    def _index(self, part: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rows ``(n, A, 1)`` and columns ``(n, 1, B)`` of a part's blocks."""
-        rows, columns = self.get_buffer(f"rows{part}"), self.get_buffer(f"columns{part}")
-        return rows.to(device)[:, :, None], columns.to(device)[:, None, :]
+    def _register_order(self, suffix: str, order: np.ndarray) -> None:
+        """Keep an order along the last dimension and its inverse, or None for both if nothing changes places."""
+        inverse = np.argsort(order, axis=-1)
+        in_order = bool((order == np.arange(order.shape[-1])).all())
+        for name, index in (("order", order), ("inverse", inverse)):
+            buffer = None if in_order else torch.from_numpy(index.astype(np.int32))
+            self.register_buffer(name + suffix, buffer, persistent=False)
 
     def split(self, weight: Tensor) -> list[Tensor]:
         """The blocks of every kind and shape."""
-        matrix = self.layout.channels(weight).flatten(1)
-        if self._whole:
-            blocks = [matrix.unsqueeze(0)]
-        else:
-            blocks = [self._block(matrix, part) for part in range(len(self.kinds))]
-        return [b.mT if wide else b for b, wide in zip(blocks, self._wide, strict=True)]
+        matrix = _sorted_rows(self.layout.channels(weight).flatten(1), self.order)
+        n_columns = matrix.shape[1]
+        strips = matrix.split_with_sizes(self._heights)
+        n_whole = len(self._whole_rows)
+        blocks = {
+            part: strip.reshape(self.counts[part], -1, n_columns)
+            for part, strip in zip(self._whole_rows, strips[:n_whole], strict=True)
+        }
+        for number, (band, strip) in enumerate(zip(self._bands, strips[n_whole:], strict=True)):
+            columns = strip.reshape(band.sections, -1, n_columns)
+            blocks.update(band.split(_sorted_columns(columns, getattr(self, f"order_of_columns{number}"))))
+        return [blocks[part].mT if wide else blocks[part] for part, wide in enumerate(self._wide)]
 
     def merge(self, parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
         """Inverse of :meth:`split`."""
         layout = self.layout
         blocks = [p.mT if wide else p for p, wide in zip(parts, self._wide, strict=True)]
-        if self._whole:
-            matrix = blocks[0].squeeze(0)
-        else:
-            matrix = blocks[0].new_empty(layout.out_channels, layout.fan_in)
-            for part, block in enumerate(blocks):
-                self._fill(matrix, part, block)
+        strips = [blocks[part].flatten(0, 1) for part in self._whole_rows]
+        for number, band in enumerate(self._bands):
+            columns = _sorted_columns(band.merge(blocks), getattr(self, f"inverse_of_columns{number}"))
+            strips.append(columns.flatten(0, 1))
+        matrix = _sorted_rows(strips[0] if len(strips) == 1 else torch.cat(strips), self.inverse)
         return layout.weight(matrix.reshape(layout.out_channels, layout.in_channels, *layout.kernel))
-
-    # Whole rows are copied several times faster than single entries, and runs of them need no copy at all.
-
-    def _block(self, matrix: Tensor, part: int) -> Tensor:
-        """The blocks ``(n, A, B)`` of a part."""
-        rows, columns = self._row_spans[part], self._column_spans[part]
-        row_index, column_index = self._index(part, matrix.device)
-        if columns is not None:
-            chosen = matrix[:, columns]
-            if rows is not None:
-                return chosen[rows].unsqueeze(0)
-            return chosen.index_select(0, row_index.flatten()).unflatten(0, row_index.shape[:2])
-        if rows is not None:
-            return (
-                matrix[rows].index_select(1, column_index.flatten()).unflatten(1, column_index.shape[::2]).movedim(1, 0)
-            )
-        return matrix[row_index, column_index]
-
-    def _fill(self, matrix: Tensor, part: int, blocks: Tensor) -> None:
-        """Write the blocks of a part where :meth:`_block` found them."""
-        rows, columns = self._row_spans[part], self._column_spans[part]
-        row_index, column_index = self._index(part, matrix.device)
-        if rows is not None and columns is not None:
-            matrix[rows, columns] = blocks[0]
-        elif columns is not None:
-            matrix[:, columns].index_copy_(0, row_index.flatten(), blocks.flatten(0, 1))
-        elif rows is not None:
-            matrix[rows].index_copy_(1, column_index.flatten(), blocks.movedim(0, 1).flatten(1))
-        else:
-            matrix.index_put_((row_index, column_index), blocks)
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)`` in the order of the components; a block has no number per kernel."""
@@ -476,11 +522,12 @@ class BlockPartition(Partition):
         return [values[g] for g in self.groups]
 
 
-def _span(index: np.ndarray) -> slice | None:
-    """The run of numbers that the index ``(n, A)`` of ``n`` blocks holds, if every block has the same run."""
-    start = int(index[0, 0])
-    stop = start + index.shape[1]
-    return slice(start, stop) if bool((index == np.arange(start, stop)).all()) else None
+def _sorted_columns(strips: Tensor, order: Tensor | None) -> Tensor:
+    """Strips ``(n, rows, columns)`` with the columns of each in an order of its own, ``(n, columns)``."""
+    if order is None:
+        return strips
+    index = order.to(strips.device, torch.int64).unsqueeze(1)
+    return strips.gather(2, index.expand(-1, strips.shape[1], -1))
 
 
 _NORMALISATIONS = (

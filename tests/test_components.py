@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layers import Grouped, convolutions, grouped_weights
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fgo_geo.components import Partition, Segments, WeightLayout, layout_of, partition
-from fgo_geo.grouping import collection
+from fgo_geo.grouping import MANIFOLD_KINDS, Collection, collection
 
 
 def numbered(shape: tuple[int, ...]) -> Tensor:
@@ -25,6 +27,24 @@ def numbered(shape: tuple[int, ...]) -> Tensor:
 
 def partition_of(grouped: Grouped) -> Partition:
     return partition(grouped.collections, grouped.layout)
+
+
+@st.composite
+def sections_of_blocks(draw: st.DrawFn) -> Grouped:
+    """A linear layer whose sections are grouped by one strategy each, not necessarily the same."""
+    rows, columns, sections = (draw(st.integers(1, n)) for n in (7, 9, 4))
+    collections: list[Collection] = []
+    for section in range(sections):
+        strategy = draw(st.sampled_from(["pio", "pio", "pi", "po", "layer"]))
+        kinds = draw(st.lists(st.sampled_from(MANIFOLD_KINDS), min_size=1, max_size=1 if strategy == "layer" else 4))
+        selection = draw(st.sampled_from(["random", "deterministic"]))
+        collections.append(
+            collection(rows, columns, strategy, kinds, selection, components="block", name=f"section {section}")
+        )
+    return Grouped(WeightLayout((sections * rows, columns), sections=sections), tuple(collections))
+
+
+weights = grouped_weights() | sections_of_blocks()
 
 
 # -- layouts -----------------------------------------------------------------------------------------------------
@@ -119,7 +139,7 @@ def test_separate_projections_of_attention(name: str) -> None:
 # -- partitions --------------------------------------------------------------------------------------------------
 
 
-@given(grouped=grouped_weights())
+@given(grouped=weights)
 def test_components_are_those_of_the_collections(grouped: Grouped) -> None:
     """Every group is a run of one part, of the right kind, and its components hold the entries that they should."""
     cut = partition_of(grouped)
@@ -135,14 +155,14 @@ def test_components_are_those_of_the_collections(grouped: Grouped) -> None:
         np.testing.assert_array_equal(np.stack(found[number][1]), np.stack(components))
 
 
-@given(grouped=grouped_weights())
+@given(grouped=weights)
 def test_every_entry_is_in_exactly_one_component(grouped: Grouped) -> None:
     parts = partition_of(grouped).split(numbered(grouped.shape))
     entries = torch.cat([part.flatten() for part in parts])
     assert torch.equal(entries.sort().values, numbered(grouped.shape).flatten())
 
 
-@given(grouped=grouped_weights(), seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(grouped=weights, seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_merge_undoes_split_and_split_undoes_merge(grouped: Grouped, seed: int, dtype: torch.dtype) -> None:
     cut = partition_of(grouped)
     generator = torch.Generator().manual_seed(seed)
@@ -155,7 +175,7 @@ def test_merge_undoes_split_and_split_undoes_merge(grouped: Grouped, seed: int, 
         assert torch.equal(again, other)
 
 
-@given(grouped=grouped_weights())
+@given(grouped=weights)
 def test_what_a_partition_says_of_its_parts(grouped: Grouped) -> None:
     cut = partition_of(grouped)
     parts = cut.split(torch.zeros(grouped.shape))
@@ -168,7 +188,7 @@ def test_what_a_partition_says_of_its_parts(grouped: Grouped) -> None:
         assert segments.sum(ones).tolist() == sizes.tolist()
 
 
-@given(grouped=grouped_weights(), seed=st.integers(0, 99))
+@given(grouped=weights, seed=st.integers(0, 99))
 def test_gradients_flow_through(grouped: Grouped, seed: int) -> None:
     cut = partition_of(grouped)
     weight = torch.zeros(grouped.shape, requires_grad=True)
@@ -177,7 +197,22 @@ def test_gradients_flow_through(grouped: Grouped, seed: int) -> None:
     assert torch.equal(torch.as_tensor(weight.grad), factor)
 
 
-@given(grouped=grouped_weights())
+@given(grouped=weights, seed=st.integers(0, 99))
+def test_split_and_merge_are_the_derivatives_of_each_other(grouped: Grouped, seed: int) -> None:
+    """They move numbers without loss, so each is the transpose of the other."""
+    cut = partition_of(grouped)
+    factor = torch.randn(grouped.shape, generator=torch.Generator().manual_seed(seed))
+    factors = cut.split(factor)
+    weight = torch.zeros(grouped.shape, requires_grad=True)
+    torch.autograd.backward(cut.split(weight), factors)
+    assert torch.equal(torch.as_tensor(weight.grad), factor)
+    parts = [torch.zeros_like(part, requires_grad=True) for part in factors]
+    cut.merge(parts).backward(factor)
+    for part, expected in zip(parts, factors, strict=True):
+        assert torch.equal(torch.as_tensor(part.grad), expected)
+
+
+@given(grouped=weights)
 def test_numbers_per_group_and_per_kernel_reach_their_components(grouped: Grouped) -> None:
     cut = partition_of(grouped)
     groups = grouped.groups()
@@ -227,7 +262,7 @@ def test_a_part_costs_no_index_where_kernels_are_in_order() -> None:
     assert not random.state_dict()
 
 
-@given(grouped=grouped_weights(), seed=st.integers(0, 99))
+@given(grouped=weights, seed=st.integers(0, 99))
 def test_memory_format_does_not_matter(grouped: Grouped, seed: int) -> None:
     """However a weight's dimensions are ordered in memory, its parts are the same, and so is what is made of them."""
     cut = partition_of(grouped)
@@ -266,15 +301,97 @@ def test_equal_blocks_of_one_kind_share_a_part() -> None:
     assert cut.counts == (2, 1)
 
 
+@given(grouped=sections_of_blocks())
+def test_an_index_of_blocks_is_two_short_numbers_per_row_and_column(grouped: Grouped) -> None:
+    cut = partition_of(grouped)
+    rows, columns = grouped.shape
+    assert {buffer.dtype for buffer in cut.buffers()} <= {torch.int32}
+    assert sum(buffer.numel() for buffer in cut.buffers()) <= 2 * (rows + grouped.layout.sections * columns)
+    assert not cut.state_dict()
+
+
+@pytest.mark.parametrize("strategy", ["pi", "po", "pio"])
+@pytest.mark.parametrize("shape", [(8, 12), (8, 12, 1, 1), (9, 7, 2, 2)])
+def test_blocks_that_are_runs_are_views(strategy: str, shape: tuple[int, ...]) -> None:
+    blocks = collection(*shape[:2], strategy, ("sphere", "stiefel", "oblique"), components="block")
+    cut = partition([blocks], WeightLayout(shape))
+    assert not list(cut.buffers())
+    weight = numbered(shape)
+    for part in cut.split(weight):
+        assert part.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("strategy", ["pi", "po", "pio"])
+def test_blocks_lie_in_memory_as_the_rows_of_the_weight(strategy: str) -> None:
+    """Rows are whole runs of memory, before and after they are turned, so that moving them is cheap."""
+    blocks = collection(16, 24, strategy, ("sphere", "stiefel"), "random", components="block")
+    cut = partition([blocks], WeightLayout((16, 24)))
+    columns_of_blocks = {"pi": [12], "po": [24], "pio": [12, 24]}[strategy]
+    for part in cut.split(numbered((16, 24))):
+        dimension = part.stride().index(1)
+        assert part.shape[dimension] in columns_of_blocks
+
+
+class Operations(TorchDispatchMode):
+    """Takes down the kinds of devices that the tensors of every operation lie on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.devices: list[set[str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.devices.append({x.device.type for x in tree_leaves(args) if isinstance(x, Tensor)})
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kinds", [("sphere", "stiefel"), ("sphere", "sphere", "stiefel")])
+@pytest.mark.parametrize("strategy", ["pi", "po", "pio"])
+def test_more_sections_take_no_more_operations(strategy: str, kinds: tuple[str, ...]) -> None:
+    counts: list[int] = []
+    for sections in (2, 16):
+        collections = [
+            collection(6, 9, strategy, kinds, "random", components="block", name=str(section))
+            for section in range(sections)
+        ]
+        cut = partition(collections, WeightLayout((6 * sections, 9), sections=sections))
+        weight = numbered((6 * sections, 9))
+        with Operations() as operations:
+            merged = cut.merge(cut.split(weight))
+        assert torch.equal(merged, weight)
+        counts.append(len(operations.devices))
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (6, 9, 1, 1), (6, 9, 3, 2)])
+def test_blocks_are_cut_inside_of_compiled_functions(shape: tuple[int, ...]) -> None:
+    blocks = collection(6, 9, "pio", ("sphere", "stiefel"), "random", components="block")
+    cut = partition([blocks], WeightLayout(shape))
+
+    def parts_and_weight(weight: Tensor) -> tuple[list[Tensor], Tensor]:
+        parts = cut.split(weight)
+        return parts, cut.merge([2 * part for part in parts], like=weight)
+
+    compiled = torch.compile(parts_and_weight, fullgraph=True, backend="aot_eager")
+    parts, weight = compiled(numbered(shape))
+    for part, expected in zip(parts, cut.split(numbered(shape)), strict=True):
+        assert torch.equal(part, expected)
+    assert torch.equal(weight, 2 * numbered(shape))
+
+
 @pytest.mark.parametrize("components", ["kernel", "block"])
 def test_indices_follow_the_weight(components: str) -> None:
     """On the meta device nothing can be read, so a wrong device is an error there, too."""
     layout = WeightLayout((4, 6, 3, 3))
     cut = partition([collection(4, 6, "pio", ("sphere", "stiefel"), "random", components=components)], layout)
-    parts = cut.split(torch.zeros(layout.shape, device="meta"))
-    assert cut.merge(parts).shape == layout.shape
+    with Operations() as operations:
+        parts = cut.split(torch.zeros(layout.shape, device="meta"))
+        assert cut.merge(parts).shape == layout.shape
+    assert {"cpu", "meta"} not in operations.devices
     assert all(s.sum(p.flatten(1).sum(1)).is_meta for s, p in zip(cut.segments, parts, strict=True))
     assert {b.device.type for b in cut.buffers()} == {"cpu"}
+    assert {b.device.type for b in cut.to("meta").buffers()} == {"meta"}
+    parts = cut.split(torch.zeros(layout.shape, device="meta"))
+    assert cut.merge(parts).shape == layout.shape
 
 
 # -- segments ----------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from torch import Tensor
 from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel
 from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
-from fgo_geo.optim import fgsgd, theorem_step_bound
-from fgo_geo.optim.jobs import join, pieces_of, put_back
+from fgo_geo.optim import fgsgd, jobs, theorem_step_bound
+from fgo_geo.optim.jobs import Piece, join, pieces_of, put_back
 
 GEOMETRIES: dict[str, Any] = {
     "sphere": reference.Sphere,
@@ -259,6 +259,65 @@ def test_layers_that_share_a_manifold_with_many_radii_are_kept_apart() -> None:
         optimizer.step()
     for param in params:
         assert float(manifold.violation(param.detach()).max()) < 1e-12
+
+
+def pieces_of_layers(shape: tuple[int, ...], n: int, components: str, strategy: str = "layer") -> list[Piece]:
+    """Pieces of ``n`` equal layers, with momentum."""
+    groups = collection(*shape[:2], strategy, "oblique", "random", components=components)
+    params = [parameter(Grouped(WeightLayout(shape), (groups,)), seed=seed) for seed in range(n)]
+    for param in params:
+        param.grad = normal(param.shape, 1)
+    return [piece for p in params for piece in pieces_of(p, p.manifold, normal(p.shape, 2))]
+
+
+@pytest.mark.parametrize(
+    ("shape", "layers", "components", "storage"),
+    [
+        ((8, 8, 3, 3), 2, "kernel", "planes"),  # 128 matrices
+        ((9, 7, 3, 3), 2, "kernel", "rows"),  # 126 matrices
+        ((8, 8, 8, 8), 2, "kernel", "planes"),  # of 64 entries
+        ((8, 8, 13, 5), 2, "kernel", "rows"),  # of 65 entries
+        ((3, 4), 128, "block", "planes"),
+        ((3, 4), 127, "block", "columns"),  # a wide block is turned
+        ((4, 3), 127, "block", "rows"),
+        ((16, 64), 2, "block", "columns"),
+        ((64, 16), 2, "block", "rows"),
+        ((64, 16), 200, "block", "rows"),
+    ],
+)
+def test_many_small_matrices_are_stored_as_planes(
+    shape: tuple[int, ...], layers: int, components: str, storage: str
+) -> None:
+    """Entry by entry over all matrices if there are many small ones; matrix by matrix, as they lay, otherwise."""
+    (job,) = join(pieces_of_layers(shape, layers, components))
+    assert len(job.pieces) == layers
+    order = {"planes": (1, 2, 0), "rows": (0, 1, 2), "columns": (0, 2, 1)}[storage]
+    assert job.buffer is not None
+    for batch in (job.x, job.grad, job.buffer):
+        assert batch.permute(order).is_contiguous()
+
+
+@pytest.mark.parametrize("components", ["kernel", "block"])
+@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (6, 4, 2, 3)])
+def test_how_matrices_are_stored_changes_nothing_but_rounding(
+    shape: tuple[int, ...], components: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ("sphere", "oblique", "stiefel", "euclidean")
+    groups = collection(*shape[:2], "pio", kinds, "random", components=components)
+    results: list[list[Tensor]] = []
+    for least in (1, 10**9):
+        monkeypatch.setattr(jobs, "_PLANES_MATRICES", least)
+        monkeypatch.setattr(jobs, "_PLANES_ENTRIES", 10**9)
+        params = [parameter(Grouped(WeightLayout(shape), (groups,)), 0.5, seed) for seed in range(3)]
+        optimizer = RiemannianFGSGD(params, lr=0.1, momentum=0.9, update="exponential")  # no fused path takes it
+        for step in range(3):
+            for number, param in enumerate(params):
+                param.grad = normal(shape, 10 * step + number)
+            optimizer.step()
+        results.append([p.detach().as_subclass(Tensor) for p in params])
+        results[-1] += [optimizer.state[p]["momentum_buffer"] for p in params]
+    for planes, matrices in zip(*results, strict=True):
+        torch.testing.assert_close(planes, matrices, rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("radius_invariant", [False, True])
