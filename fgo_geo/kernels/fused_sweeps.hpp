@@ -699,7 +699,7 @@ FGO_TARGET int64_t run_at_size(const fgo_task *t, const fgo_options *o, double *
   if (t->radii) return run_at_layout<SWEEP, T, 0, 0, lie::apart, true>(t, o, sums, begin, end);
   if constexpr (FGO_FAST) {
     if (beside) return run_at_layout<SWEEP, T, A, B, lie::beside, false>(t, o, sums, begin, end);
-    if constexpr (A > 0)
+    if constexpr (A > 0 && !std::is_same<SWEEP, whole_step>::value)  // see goes_by_rows in cpu.py
       if (behind) return run_at_layout<SWEEP, T, A, B, lie::behind, false>(t, o, sums, begin, end);
   }
   return run_at_layout<SWEEP, T, A, B, lie::apart, false>(t, o, sums, begin, end);
