@@ -23,7 +23,6 @@ at least. Entries must be below 1e150 in size, so that squares don't overflow. N
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -365,7 +364,7 @@ def conv_operator_norm_bound(
         raise ValueError(f"iterations is {iterations}; expected 0 or more")
     kernel = tuple(weight.shape[-len(size) :])
     axes = list(zip(size, kernel, stride, _pads(padding, kernel, stride, dilation), dilation, strict=True))
-    torus, overlaps = zip(*itertools.starmap(_torus_and_overlap, axes), strict=True)
+    torus, overlaps = zip(*[_torus_and_overlap(*axis) for axis in axes], strict=True)
     symbol = _symbol(weight, torus, stride, dilation, groups)
     reshaped = _double(weight, "weight").flatten(-len(size) - 1).unflatten(-2, (groups, -1))
     bound = torch.minimum(

@@ -288,7 +288,8 @@ def test_plain_parameters_equal_torch_sgd_bit_for_bit(momentum, backend, lr):
     for weight_decay, maximize in itertools.product((0.0, 0.1), (False, True)):
         options = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize} | momentum | backend
         ours, theirs = plain_network(), [nn.Parameter(p.detach().clone()) for p in plain_network()]
-        optimizer, sgd = RiemannianFGSGD(ours, **options), torch.optim.SGD(theirs, **options)
+        scalar = lr.squeeze() if isinstance(lr, Tensor) else lr  # torch 2.6 takes nothing else
+        optimizer, sgd = RiemannianFGSGD(ours, **options), torch.optim.SGD(theirs, **options | {"lr": scalar})
         for step in range(4):
             set_gradients(ours, step)
             set_gradients(theirs, step)

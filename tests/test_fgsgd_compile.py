@@ -10,6 +10,7 @@ import torch
 from parameters import MOMENTA, STEP_SIZES, network, on, set_gradients
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from versions import TRACES_PARAMETERS
 
 from fgo_geo import Oblique, RiemannianFGSGD, ScaledSphere, Stiefel
 
@@ -20,7 +21,7 @@ def test_a_compiled_step_is_the_same_step(backend):
     torch._dynamo.reset()
     compiled, eager = network(), network()
     optimizers = [RiemannianFGSGD(params, lr=0.3, momentum=0.9, weight_decay=0.01) for params in (compiled, eager)]
-    step = torch.compile(lambda: optimizers[0].step(), backend=backend, fullgraph=True)
+    step = torch.compile(lambda: optimizers[0].step(), backend=backend, fullgraph=TRACES_PARAMETERS)
     for seed in range(3):
         for params in (compiled, eager):
             set_gradients(params, seed)
@@ -37,7 +38,7 @@ def test_a_compiled_step_follows_the_learning_rate():
     torch._dynamo.reset()
     params, twins = [on(Stiefel(), 5, 3)], [on(Stiefel(), 5, 3)]
     optimizers = [RiemannianFGSGD(p, lr=torch.tensor(0.4), momentum=0.9) for p in (params, twins)]
-    step = torch.compile(lambda: optimizers[0].step(), backend="eager", fullgraph=True)
+    step = torch.compile(lambda: optimizers[0].step(), backend="eager", fullgraph=TRACES_PARAMETERS)
     for seed in range(3):
         for optimizer, p in zip(optimizers, (params, twins), strict=True):
             set_gradients(p, seed)

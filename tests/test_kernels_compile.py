@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_kernels import FORMATS, built, product, weight_on
 from torch import nn
+from versions import TRACES_PARAMETERS
 
 from fgo_geo import RiemannianFGSGD, Stiefel, kernels
 from fgo_geo.kernels import cpu
@@ -39,7 +40,7 @@ def test_a_compiled_step_is_fused(backend: str, options: dict[str, Any], monkeyp
     compiled, eager = mixed_weights(), mixed_weights()
     optimizers = [RiemannianFGSGD(w, lr=torch.tensor(0.1), **options) for w in (compiled, eager)]
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    step = torch.compile(lambda: optimizers[0].step(), backend=backend, fullgraph=True)
+    step = torch.compile(lambda: optimizers[0].step(), backend=backend, fullgraph=TRACES_PARAMETERS)
     for number in range(4):
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"].fill_(0.1 / (1 + number))
@@ -73,7 +74,7 @@ def test_a_compiled_step_leaves_out_what_is_not_finite_and_counts_it():
     weight = weight_on(product("po"), torch.float64, torch.contiguous_format, 0)
     twin = copy.deepcopy(weight)
     optimizers = [RiemannianFGSGD([w], lr=0.1, momentum=0.9, check_finite=False) for w in (weight, twin)]
-    step = torch.compile(lambda: optimizers[0].step(), backend="aot_eager", fullgraph=True)
+    step = torch.compile(lambda: optimizers[0].step(), backend="aot_eager", fullgraph=TRACES_PARAMETERS)
     for w in (weight, twin):
         w.grad = torch.full_like(w, 0.1).detach()
         w.grad[2, 5, 0, 0] = torch.inf
@@ -92,7 +93,7 @@ def test_a_manifold_of_which_the_optimiser_never_heard_takes_the_batched_step():
     twin = copy.deepcopy(weight)
     for w in (weight, twin):
         w.grad = torch.ones_like(w).detach()
-    torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)()
+    torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=TRACES_PARAMETERS)()
     RiemannianFGSGD([twin], lr=0.1).step()
     torch.testing.assert_close(weight, twin, rtol=0, atol=1e-13)
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels import FORMATS, TOLERANCE, as_parameter, assert_close, built, option_sets, trained
 from torch import Tensor
+from versions import TRACES_PARAMETERS
 
 from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel, kernels
 from fgo_geo.kernels import cpu
@@ -133,7 +134,7 @@ def test_inside_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     manifold = Stiefel(0.5)
     weights = [[declared(manifold, (5, 4, 3, 3)), declared(Oblique(), (5, 4, 3, 3))] for _ in range(2)]
     optimizers = [RiemannianFGSGD(w, lr=torch.tensor(0.1), momentum=0.9, curvature="manifold") for w in weights]
-    step = torch.compile(lambda: optimizers[0].step(), backend="aot_eager", fullgraph=True)
+    step = torch.compile(lambda: optimizers[0].step(), backend="aot_eager", fullgraph=TRACES_PARAMETERS)
     for number in range(3):
         for a, b in zip(*weights, strict=True):
             a.grad = torch.randn(a.shape, dtype=a.dtype, generator=torch.Generator().manual_seed(number))

@@ -10,7 +10,6 @@ import copy
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels import FORMATS, as_parameter, assert_close, option_sets, product, trained, weight_on
 from torch import Tensor
+from versions import needs_triton
 
 from fgo_geo import ProductOfGroups, RiemannianFGSGD, kernels
 from fgo_geo.components import WeightLayout
@@ -38,7 +38,7 @@ on_gpu = pytest.mark.skipif(INTERPRETED or not torch.cuda.is_available(), reason
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is this process")
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@needs_triton
 def test_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -311,7 +311,7 @@ def test_a_step_is_captured_and_replayed():
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
+@needs_triton
 @pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)
 def test_the_sweeps_compile_for_a_device_that_is_not_there(memory_format: Any, monkeypatch, tmp_path):
     from triton import compile

@@ -8,13 +8,14 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from fgo_geo.linalg import (
     computes_in_float32,
     inner_sum,
+    matrix_exponential,
     newton_schulz_schedule,
     polar_factor,
     polar_newton_schulz,
@@ -260,6 +261,30 @@ def test_second_derivative_is_refused_even_beside_other_terms() -> None:
     (gradient,) = torch.autograd.grad(polar_factor(x).sum() + (x**3).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="polar_factor has a first derivative only"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [(), (1,), (1, 1), (2,), (2, 3), (0,)], ids=str)
+@given(angle=st.floats(-1.0, 1.0))
+@example(angle=0.5)
+@example(angle=0.04)
+def test_exponentials_of_turns_are_rotations(dtype: torch.dtype, batch: tuple[int, ...], angle: float) -> None:
+    turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+    angle = float(torch.tensor(angle, dtype=dtype))
+    expected = math.cos(angle) * torch.eye(2, dtype=torch.float64) + math.sin(angle) * turn
+    result = matrix_exponential((angle * turn).to(dtype).expand(*batch, 2, 2))
+    assert result.dtype == dtype
+    atol = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(result.double(), expected.expand(*batch, 2, 2), rtol=0, atol=atol)
+
+
+def test_derivative_of_the_exponential() -> None:
+    for batch in ((), (2,)):
+        a = 0.1 * normal(0, *batch, 3, 3)
+        assert torch.autograd.gradcheck(matrix_exponential, a.requires_grad_())
+    matrices = 0.1 * normal(1, 4, 3, 3)
+    expected = matrix_exponential(matrices)
+    torch.testing.assert_close(torch.func.vmap(matrix_exponential)(matrices), expected, rtol=0, atol=4 * EPS)
 
 
 # -- the cheap factor --------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_exports_go_to_files(tmp_path):
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
     matplotlib.pyplot.close(figure)
     before = matplotlib.pyplot.get_fignums()
-    for title in ("q.png", "q.gif", "runs/q.PDF", Path("q.svg"), Path("q")):
+    for title in ("q.png", "q.jpg", "runs/q.PDF", Path("q.svg"), Path("q")):
         with pytest.raises(ValueError, match=r"plot: title is '.*q.*', the name of a file; save the picture with plot"):
             found.plot(title)
     assert matplotlib.pyplot.get_fignums() == before

@@ -126,6 +126,7 @@ def test_a_tensor_learning_rate_is_filled_in_place(dtype):
     assert abs(rate.item() - exact) <= 2 * torch.finfo(dtype).eps * exact
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # torch 2.6 passes it itself
 def test_it_follows_a_warm_up_in_sequential_lr():
     optimizer = sgd(0.4)
     warm_up = ConstantLR(optimizer, factor=0.1, total_iters=2)

@@ -25,6 +25,7 @@ from torch import Tensor
 from fgo_geo.linalg import (
     computes_in_float32,
     inner_sum,
+    matrix_exponential,
     newton_schulz_schedule,
     polar_factor,
     polar_newton_schulz,
@@ -65,8 +66,8 @@ def geodesic(q: Tensor, v: Tensor, steps: int) -> list[Tensor]:
     identity = torch.eye(size, dtype=q.dtype, device=q.device)
     a, s, identity = torch.broadcast_tensors(q.mT @ v, v.mT @ v, identity)
     block = torch.cat((torch.cat((a, -s), -1), torch.cat((identity, a), -1)), -2)
-    forth = torch.linalg.matrix_exp(block / steps)
-    back = torch.linalg.matrix_exp(-a / steps)
+    forth = matrix_exponential(block / steps)
+    back = matrix_exponential(-a / steps)
     columns, turn = forth[..., :size], back
     points: list[Tensor] = []
     for step in range(steps):

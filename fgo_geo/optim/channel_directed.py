@@ -48,6 +48,7 @@ __all__ = [
 
 Metric = Literal["h0", "h1", "h1t"]
 Ends = Literal["periodic", "free"]
+_METRICS, _ENDS = get_args(Metric), get_args(Ends)
 
 
 # -- inner products and gradients --------------------------------------------------------------------------------------
@@ -208,10 +209,10 @@ def _directed(g: Tensor, metric: Metric, lam: float, ends: Ends) -> Tensor:
 
 
 def _check_metric(metric: str, lam: float, ends: str) -> None:
-    if metric not in get_args(Metric):
-        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(get_args(Metric))}")
-    if ends not in get_args(Ends):
-        raise ValueError(f"ends is {ends!r}, expected one of {', '.join(get_args(Ends))}")
+    if metric not in _METRICS:
+        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(_METRICS)}")
+    if ends not in _ENDS:
+        raise ValueError(f"ends is {ends!r}, expected one of {', '.join(_ENDS)}")
     if not math.isfinite(lam) or lam < 0 or (lam == 0 and metric != "h1"):
         least = "at least 0" if metric == "h1" else "above 0"
         raise ValueError(f"lam is {lam}, but the metric {metric} is an inner product only for finite lam {least}")

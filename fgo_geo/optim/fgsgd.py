@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias, TypedDict, cast, get_args, overload
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args, overload
 
 import geoopt
 import torch
@@ -46,6 +46,14 @@ _UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning r
 
 
 _Pieces: TypeAlias = tuple[tuple[Tensor, int], ...]  # of a job: parameters and numbers of their parts
+_Step = TypeVar("_Step", bound=Callable[..., Any])
+
+
+def _out_of_old_graphs(step: _Step) -> _Step:
+    """Before torch 2.8 torch.compile traces no parameters of a class of their own: the step runs between its graphs."""
+    if torch.__version__ >= "2.8":
+        return step
+    return torch._disable_dynamo(step)  # pyright: ignore  torch.compiler.disable would import the compiler now
 
 
 class _Options(TypedDict):
@@ -286,6 +294,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_out_of_old_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step.
@@ -509,6 +518,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if group["nesterov"] and group["weight_decay"] == 0 and not group["maximize"]:
             grads = [g.clone() for g in grads]  # torch's multi-tensor Nesterov step writes into its gradients
         buffers: list[Tensor | None] = [self._momentum_of(p) for p in params]
+        lr = group["lr"]
         sgd(
             params,
             grads,
@@ -517,7 +527,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             fused=group["fused"],
             weight_decay=group["weight_decay"],
             momentum=group["momentum"],
-            lr=cast(float, group["lr"]),
+            lr=cast(float, lr.squeeze() if isinstance(lr, Tensor) else lr),  # torch 2.6 takes no dimensions
             dampening=group["dampening"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
