@@ -89,7 +89,9 @@ class TracedBatch:
 
     def fresh_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters without momentum yet, and where it will be."""
-        buffers = zip(self.weights, self._buffers, self._first, strict=False)
+        if not self._buffers:
+            return []
+        buffers = zip(self.weights, self._buffers, self._first, strict=True)
         return [(weight, buffer) for weight, buffer, first in buffers if first]
 
     def squared_norms(self) -> Tensor:

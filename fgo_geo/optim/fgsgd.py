@@ -46,6 +46,7 @@ _UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning r
 
 
 _Pieces: TypeAlias = tuple[tuple[Tensor, int], ...]  # of a job: parameters and numbers of their parts
+_Result: TypeAlias = tuple[Piece, Tensor, Tensor | None, Tensor]  # new components, their momentum, their τ
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
@@ -539,7 +540,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     def _step_jobs(
         self, options: _Options, jobs: list[Job], squared_norms: list[Tensor], carried: dict[_Pieces, Carried]
     ) -> None:
-        results: dict[Piece, tuple[Tensor, Tensor | None, Tensor]] = {}
+        results: list[_Result] = []
         longest = _longest_step(options)
         for job, squared in zip(jobs, squared_norms, strict=True):
             tau = _step_scale(options, job, squared.sqrt())
@@ -561,7 +562,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 )
             taus = job.split_groups(torch.ones_like(squared) if tau is None else tau)
             buffers = [None] * len(taus) if buffer is None else job.split(buffer)
-            results.update(zip(job.pieces, zip(job.split(x), buffers, taus, strict=True), strict=True))
+            results += zip(job.pieces, job.split(x), buffers, taus, strict=True)
         self._write(results)
 
     def _step_shared(
@@ -613,15 +614,15 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             kernels.update(batch, scale, skips=finite is not None)
         self._fused_scales.append((batch.weights, batch.counts, tau))
 
-    def _write(self, results: dict[Piece, tuple[Tensor, Tensor | None, Tensor]]) -> None:
+    def _write(self, results: list[_Result]) -> None:
         """Put the new components of every parameter back where they came from."""
-        by_param: dict[Tensor, list[Piece]] = {}
-        for piece in results:
-            by_param.setdefault(piece.param, []).append(piece)
-        for param, pieces in by_param.items():
+        by_param: dict[Tensor, list[_Result]] = {}
+        for result in results:
+            by_param.setdefault(result[0].param, []).append(result)
+        for param, parts in by_param.items():
             manifold = manifold_of(param) or self._default_manifold
-            pieces.sort(key=lambda piece: piece.part)
-            xs, buffers, taus = zip(*(results[piece] for piece in pieces), strict=True)
+            parts.sort(key=lambda result: result[0].part)
+            _, xs, buffers, taus = zip(*parts, strict=True)
             param.copy_(put_back(manifold, xs, param))
             self._step_scales[param] = taus
             if buffers[0] is not None:
