@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,6 +31,7 @@ from torch.utils._python_dispatch import (
 
 __all__ = [
     "computes_in_float32",
+    "gram_excess",
     "gram_matrix",
     "has_closed_form",
     "inner_sum",
@@ -46,6 +48,7 @@ __all__ = [
     "require_finite",
     "root_of_sum",
     "series_limit",
+    "skew",
     "small_product",
     "spectral_norm_3",
     "subtract_product",
@@ -121,6 +124,11 @@ _BY_BACKEND = all(hasattr(backend, "fp32_precision") for backend in _BACKENDS)
 _FULL = ("ieee", "none", "highest")
 
 
+_lock = threading.Lock()
+_inside = 0  # calls that take full products at this moment, in all threads
+_before: tuple[str, ...] = ()  # the precisions before the first of them
+
+
 def _precisions() -> tuple[str, ...]:
     if _BY_BACKEND:
         return tuple(backend.fp32_precision for backend in _BACKENDS)
@@ -132,7 +140,9 @@ def _set_precisions(values: tuple[str, ...]) -> None:
         torch.set_float32_matmul_precision(*values)
         return
     for backend, value in zip(_BACKENDS, values, strict=True):
-        backend.fp32_precision = value
+        backend.fp32_precision = "none"  # follow torch.backends.fp32_precision
+        if backend.fp32_precision != value:
+            backend.fp32_precision = value
 
 
 def lowers_products() -> bool:
@@ -152,27 +162,46 @@ def takes_full_products(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Take products of float32 matrices in float32, whatever torch was told to do with them.
 
     A direction may be off by a thousandth, as it is in TF32; a point that is to have orthonormal columns may not.
-    Inside ``torch.compile`` the setting is left as it is.
+    Inside ``torch.compile`` the setting is left as it is. It belongs to the process: other threads take full products,
+    too, while the function runs.
 
     Example:
-        >>> torch.set_float32_matmul_precision("medium")
-        >>> takes_full_products(lowers_products)(), lowers_products()
-        (False, True)
-        >>> torch.set_float32_matmul_precision("highest")
+        >>> takes_full_products(lowers_products)()
+        False
     """
 
     @functools.wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        if torch.compiler.is_compiling() or not lowers_products():
+        if torch.compiler.is_compiling() or not _begin_full_products():
             return function(*args, **kwargs)
-        before = _precisions()
-        _set_precisions(("ieee",) * len(_BACKENDS) if _BY_BACKEND else ("highest",))
         try:
             return function(*args, **kwargs)
         finally:
-            _set_precisions(before)
+            _end_full_products()
 
     return _with_own_code(wrapper, function)
+
+
+def _begin_full_products() -> bool:
+    """Change the setting, if it has to be changed or has been by another call; returns whether to end that."""
+    global _inside, _before
+    with _lock:
+        if _inside == 0:
+            if not lowers_products():
+                return False
+            _before = _precisions()
+            _set_precisions(("ieee",) * len(_BACKENDS) if _BY_BACKEND else ("highest",))
+        _inside += 1
+        return True
+
+
+def _end_full_products() -> None:
+    """The last call puts the setting back."""
+    global _inside
+    with _lock:
+        _inside -= 1
+        if _inside == 0:
+            _set_precisions(_before)
 
 
 def require_finite(x: Tensor, what: str) -> None:
@@ -327,6 +356,26 @@ def gram_matrix(x: Tensor) -> Tensor:
     return torch.cat((above, torch.cat((above[..., left.shape[-1] :].mT, below), -1)), -2)
 
 
+def gram_excess(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
+    """``yᵀy / r² - I``: zero if the columns of ``y / r`` are orthonormal.
+
+    Args:
+        y: Matrices, shape ``(..., A, B)``.
+        radius: Radius ``r``, a number or a tensor that broadcasts against ``y``.
+
+    Returns:
+        Symmetric matrices, shape ``(..., B, B)``.
+
+    Example:
+        >>> gram_excess(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), 2.0)
+        tensor([[0.0000, 0.0000],
+                [0.0000, 1.2500]])
+    """
+    excess = gram_matrix(y) / radius**2
+    excess.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return excess
+
+
 def inner_sum(a: Tensor, b: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Sum of ``a * b`` over dimensions, which are kept with size one.
 
@@ -417,6 +466,23 @@ def sym(m: Tensor) -> Tensor:
                 [1., 0.]])
     """
     return (m + m.mT) / 2
+
+
+def skew(m: Tensor) -> Tensor:
+    """Skew-symmetric part, ``(m - mᵀ) / 2``.
+
+    Args:
+        m: Square matrices, shape ``(..., B, B)``.
+
+    Returns:
+        Skew-symmetric matrices of the same shape.
+
+    Example:
+        >>> skew(torch.tensor([[5.0, 2.0], [0.0, 0.0]]))
+        tensor([[ 0.,  1.],
+                [-1.,  0.]])
+    """
+    return (m - m.mT) / 2
 
 
 def qr_factor(x: Tensor) -> Tensor:
@@ -805,13 +871,14 @@ def polar_newton_schulz(
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    top = _SAFETY * (1 + (excess[..., None, None] if isinstance(excess, Tensor) else excess))
-    root = _inverse_root_newton_schulz(gram_matrix(y) / (top * radius**2), schedule)
-    return small_product(y, root * top**-0.5)
+    bound = excess[..., None, None] if isinstance(excess, Tensor) else excess
+    return small_product(y, _inverse_root_newton_schulz(gram_matrix(y) / radius**2, bound, schedule))
 
 
-def _inverse_root_newton_schulz(gram: Tensor, schedule: tuple[float, ...]) -> Tensor:
-    """``M^{-1/2}`` for eigenvalues in the interval that the schedule is for, at most 1."""
+def _inverse_root_newton_schulz(gram: Tensor, excess: Tensor | float, schedule: tuple[float, ...]) -> Tensor:
+    """``G^{-1/2}`` for eigenvalues in ``[1, 1 + excess]``, and some head room on either side."""
+    top = _SAFETY * (1 + excess)
+    gram = gram / top
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     inverse_root = identity
     for step, rho in enumerate(schedule):
@@ -819,7 +886,7 @@ def _inverse_root_newton_schulz(gram: Tensor, schedule: tuple[float, ...]) -> Te
         inverse_root = factor if step == 0 else small_product(inverse_root, factor)
         if step + 1 < len(schedule):
             gram = small_product(small_product(gram, factor), factor)
-    return inverse_root
+    return inverse_root * top**-0.5
 
 
 def series_limit(precision: float, terms: int = 2) -> float:
@@ -858,9 +925,7 @@ def polar_series(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
         tensor([[1.],
                 [0.]], dtype=torch.float64)
     """
-    excess = gram_matrix(y) / radius**2
-    excess.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return subtract_product(y, y, _series_gap(excess, 2))
+    return subtract_product(y, y, _series_gap(gram_excess(y, radius), 2))
 
 
 def _series_gap(excess: Tensor, terms: int) -> Tensor:
@@ -870,9 +935,11 @@ def _series_gap(excess: Tensor, terms: int) -> Tensor:
 
 
 def inverse_root_gap(excess: Tensor, norm: float) -> Tensor:
-    r"""``I - (I + E)^{-1/2}`` for symmetric ``E`` with eigenvalues in ``[0, ‖E‖]`` up to rounding, by products alone.
+    r"""``I - (I + E)^{-1/2}`` for symmetric ``E`` by products alone.
 
-    The norm says how many terms of the series, or how many Newton-Schulz iterations, reach the precision of the type.
+    Eigenvalues are to lie in ``[0, ‖E‖]``; slightly negative ones, of points that have drifted off a manifold, come
+    back as well. The norm says how many terms of the series, or how many Newton-Schulz iterations, reach the precision
+    of the type.
 
     Args:
         excess: Symmetric matrices, shape ``(..., B, B)``.
@@ -890,10 +957,8 @@ def inverse_root_gap(excess: Tensor, norm: float) -> Tensor:
     for terms in (1, 2):
         if norm <= series_limit(precision, terms):
             return _series_gap(excess, terms)
-    top = _SAFETY * (1 + norm)
     identity = torch.eye(excess.shape[-1], dtype=excess.dtype, device=excess.device)
-    root = _inverse_root_newton_schulz((excess + identity) / top, newton_schulz_schedule(norm, precision))
-    return identity - root * top**-0.5
+    return identity - _inverse_root_newton_schulz(excess + identity, norm, newton_schulz_schedule(norm, precision))
 
 
 def polish(y: Tensor) -> Tensor:
@@ -910,4 +975,4 @@ def polish(y: Tensor) -> Tensor:
         tensor([[1.0000],
                 [0.0000]], dtype=torch.float64)
     """
-    return subtract_product(1.5 * y, y, 0.5 * small_product(y.mT, y))
+    return subtract_product(1.5 * y, y, 0.5 * gram_matrix(y))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,9 +31,11 @@ def rounded(x: Tensor) -> Tensor:
 
 @pytest.fixture
 def medium() -> Iterator[None]:
+    before = linalg._precisions()
     torch.set_float32_matmul_precision("medium")
     yield
     torch.set_float32_matmul_precision("highest")
+    linalg._set_precisions(before)
 
 
 @pytest.fixture
@@ -113,3 +116,44 @@ def test_one_setting_for_all_devices(medium: None, monkeypatch: pytest.MonkeyPat
     assert linalg.lowers_products()
     assert not linalg.takes_full_products(linalg.lowers_products)()
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.skipif(not linalg._BY_BACKEND, reason="this torch has one setting for all devices")
+def test_a_setting_for_all_backends_stays_one() -> None:
+    """What was inherited is inherited afterwards."""
+    before: Any = torch.backends.fp32_precision
+    assert linalg._precisions() == ("none", "none")
+    try:
+        torch.backends.fp32_precision = "tf32"
+        assert linalg.lowers_products()
+        assert not linalg.takes_full_products(linalg.lowers_products)()
+        assert linalg.lowers_products()
+        torch.backends.fp32_precision = "ieee"
+        assert not linalg.lowers_products()
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_the_last_thread_puts_the_setting_back(medium: None) -> None:
+    """A call that begins while another runs takes full products to its end."""
+    seen: list[bool] = []
+    inside, over = threading.Event(), threading.Event()
+
+    @linalg.takes_full_products
+    def long() -> None:
+        inside.set()
+        assert over.wait(10)
+        seen.append(linalg.lowers_products())
+
+    @linalg.takes_full_products
+    def short() -> None:
+        thread.start()
+        assert inside.wait(10)
+
+    thread = threading.Thread(target=long)
+    short()
+    assert not linalg.lowers_products()
+    over.set()
+    thread.join()
+    assert seen == [False]
+    assert linalg.lowers_products()

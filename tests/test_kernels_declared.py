@@ -107,16 +107,40 @@ def test_the_product_is_kept_until_the_radius_changes() -> None:
     assert gone() is None
 
 
+def another_number(manifold: Any) -> None:
+    manifold.radius = 1.0
+
+
+def another_tensor(manifold: Any) -> None:
+    manifold.radius = torch.ones(4, 6, dtype=torch.float64)
+
+
+def written_in_place(manifold: Any) -> None:
+    manifold.radius.fill_(1.0)
+
+
+radius_changes = pytest.mark.parametrize(
+    ("radius", "change"),
+    [
+        (2.0, another_number),
+        (torch.full((4, 6), 2.0), another_tensor),
+        (torch.full((4, 6), 2.0), written_in_place),
+        (torch.full((6,), 2.0), written_in_place),
+    ],
+)
+
+
 @built
-def test_a_radius_that_changes_between_steps() -> None:
+@radius_changes
+def test_a_radius_that_changes_between_steps(radius: Any, change: Any) -> None:
     results: list[Tensor] = []
     for path in ("fused", "reference"):
-        weight = declared(Oblique(2.0), (4, 6, 3, 3))
+        weight = declared(Oblique(radius), (4, 6, 3, 3))
         optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
         with kernels.use_path(path):
             for step in range(4):
                 if step == 2:
-                    weight.manifold.radius = 1.0
+                    change(weight.manifold)
                     weight.data = weight.data / 2
                 weight.grad = torch.cos(torch.arange(weight.numel(), dtype=weight.dtype)).view_as(weight)
                 optimizer.step()
@@ -145,6 +169,24 @@ def test_inside_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizers[1].step()
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=1e-12)
+
+
+@built
+@radius_changes
+def test_a_radius_that_changes_after_compilation(radius: Any, change: Any) -> None:
+    torch._dynamo.reset()
+    weight = declared(Oblique(radius), (4, 6, 3, 3))
+    optimizer = RiemannianFGSGD([weight], lr=torch.tensor(0.1), curvature="manifold")
+    step = torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=True)
+    for number in range(3):
+        if number == 2:
+            change(weight.manifold)
+            weight.data.copy_(weight.data / 2)
+        weight.grad = torch.cos(torch.arange(weight.numel(), dtype=weight.dtype)).view_as(weight)
+        step()
+        expected = 2.0 if number < 2 else 1.0
+        length = torch.linalg.vector_norm(weight.detach().as_subclass(Tensor), dim=-2)
+        torch.testing.assert_close(length, torch.full_like(length, expected))
 
 
 @built

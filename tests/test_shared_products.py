@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import geoopt
@@ -78,7 +79,7 @@ def test_what_is_carried_is_the_product(dtype: torch.dtype, lr: float) -> None:
     param = parameter((60, 24), 2.0, dtype)
     optimizer = RiemannianFGSGD([param], lr=lr, momentum=0.9)
     run(optimizer, param, range(30))
-    (carried,) = optimizer._carried.values()
+    ((carried, _),) = optimizer._carried.values()
     buffer = optimizer.state[param]["momentum_buffer"]
     product = plain(param).double().mT @ buffer.double()
     torch.testing.assert_close(
@@ -86,7 +87,20 @@ def test_what_is_carried_is_the_product(dtype: torch.dtype, lr: float) -> None:
     )
 
 
+def test_what_is_carried_is_as_exact_as_it_says() -> None:
+    """The rounding of xᵀm grows with m, and fades with the momentum."""
+    manifold = Stiefel(2.0)
+    x = manifold.projx(normal((40, 20), 0))
+    grad, buffer = (manifold.proju(x, normal((40, 20), seed)) for seed in (1, 2))
+    before = Carried(x.mT @ buffer, 3.0, 5.0)
+    _, m, after = shared_products_step(manifold, x, grad, x.mT @ grad, buffer, before, scale=1.0, lr=1e-3, momentum=0.5)
+    assert after is not None
+    assert after.slip == pytest.approx(0.5 * 5.0 + float(m.norm()) / 2.0)
+    assert after.drift == pytest.approx(3.0 + 2e-3 * 0.5 * 5.0 + 1)
+
+
 def test_rounding_does_not_add_up() -> None:
+    """Under gradients without a direction."""
     param = parameter((64, 32), 0.7, torch.float32)
     optimizer = RiemannianFGSGD([param], lr=0.01, momentum=0.9)
     worst = 0.0
@@ -107,34 +121,89 @@ def test_a_point_off_its_manifold_comes_back() -> None:
     run(RiemannianFGSGD([param], lr=0.01, momentum=0.9), param, range(1))
     assert float(param.manifold.violation(plain(param))) < 1e-11
 
-    optimizer = RiemannianFGSGD([param], lr=0.01, momentum=0.9)
+    optimizer = RiemannianFGSGD([param], lr=1e-5, momentum=0.9)
     violations: list[float] = []
     for step in range(9):
         if step == 3:
-            with torch.no_grad():
-                param.add_(1e-6 * off)  # too little to be taken for another point
-        run(optimizer, param, range(step, step + 1))
+            param.data.add_(1e-6 * off)  # too little to be taken for another point
+        run(optimizer, param, range(step, step + 1), size=0.01)
         violations.append(float(param.manifold.violation(plain(param))))
     assert max(violations[:3]) < 1e-13
     assert min(violations[3:8]) > 1e-7
     assert violations[8] < 1e-13
 
 
-@pytest.mark.parametrize("changed", ["point", "momentum", "both"])
-def test_what_belongs_to_another_point_is_not_used(changed: str) -> None:
+@pytest.mark.parametrize(("lr", "momentum"), [(0.1, 0.9), (0.5, 0.9), (1.0, 0.5)])
+def test_nor_does_it_where_steps_push_outward(lr: float, momentum: float) -> None:
+    """Minimising tr(xᵀAx) from near its maximum; a step multiplies what x is off by up to 1 + 2η‖S‖."""
+    turn = torch.linalg.qr(normal((64, 64), 0))[0]
+    values = torch.cat([torch.tensor([6.0]), torch.linspace(0, 1, 63)]).double()
+    a = (turn @ torch.diag(values) @ turn.mT).float()
+    manifold = Stiefel()
+    start = manifold.projx(turn[:, :16].float() + 0.02 * normal((64, 16), 1, torch.float32))
+    param = geoopt.ManifoldParameter(start, manifold=manifold)
+    optimizer = RiemannianFGSGD([param], lr=lr, momentum=momentum)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (0.5 * (param.mT @ a @ param).diagonal().sum()).backward()
+        optimizer.step()
+        assert float(manifold.violation(plain(param).double())) <= 4e-6
+
+
+@pytest.mark.parametrize("size", [2.0, 4.0, 20.0])
+def test_nor_under_a_gradient_that_is_normal_for_the_most_part(size: float) -> None:
+    """In double precision, where nothing else would notice."""
+    param = parameter((48, 16))
+    optimizer = RiemannianFGSGD([param], lr=2.0, momentum=0.1)
+    for step in range(40):
+        x = plain(param)
+        outward = x @ torch.diag(torch.cat([torch.tensor([-size]), torch.zeros(15)]).double())
+        tangent = param.manifold.proju(x, normal((48, 16), step))
+        param.grad = outward + 0.05 * tangent / tangent.norm()
+        optimizer.step()
+        assert float(param.manifold.violation(plain(param))) <= 5e-15
+
+
+def unseen(m: Tensor) -> Tensor:
+    """A change of the momentum that the product with the probe's vector does not show."""
+    vector = torch.arange(20, dtype=m.dtype).square().cos().unsqueeze(-1)
+    noise = normal((40, 20), 97)
+    return noise - noise @ vector @ vector.mT / vector.square().sum()
+
+
+CHANGES: dict[str, Any] = {
+    "another point": lambda x, m: x.copy_(Stiefel().projx(normal((40, 20), 99))),
+    "another momentum": lambda x, m: m.copy_(normal((40, 20), 98)),
+    "columns of the momentum in another order": lambda x, m: m.copy_(m.flip(1)),
+    "momentum the other way": lambda x, m: m.mul_(-1),
+    "momentum where the probe does not look": lambda x, m: m.add_(unseen(m)),
+    "a point behind the counter's back": lambda x, m: x.data.copy_(Stiefel().projx(normal((40, 20), 99))),
+    "momentum behind the counter's back": lambda x, m: m.data.copy_(m.flip(1)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_belongs_to_another_point_is_not_used(change: str) -> None:
     param = parameter((40, 20))
     optimizer = RiemannianFGSGD([param], lr=0.05, momentum=0.9)
     run(optimizer, param, range(3))
     with torch.no_grad():  # as an exponential moving average does when it takes the weights' place
-        if changed != "momentum":
-            param.copy_(param.manifold.projx(normal((40, 20), 99)))
-        if changed != "point":
-            optimizer.state[param]["momentum_buffer"].copy_(normal((40, 20), 98))
+        CHANGES[change](param, optimizer.state[param]["momentum_buffer"])
     oracle = reference.batch_of_components(plain(param).numpy(), 2, reference.Stiefel, 1.0)
     oracle.buffer = reference.Stiefel(1.0).project(oracle.x, optimizer.state[param]["momentum_buffer"].numpy())
     run(optimizer, param, range(3, 4))
     reference.step(oracle, param.grad.numpy(), lr=0.05, momentum=0.9)
     np.testing.assert_allclose(plain(param).numpy(), oracle.x, rtol=0, atol=1e-12)
+
+
+def test_another_point_is_measured() -> None:
+    """Whoever puts it there may have put it off the manifold."""
+    param = parameter((40, 20))
+    optimizer = RiemannianFGSGD([param], lr=0.01, momentum=0.9)
+    run(optimizer, param, range(3))
+    param.data.copy_(param.manifold.projx(normal((40, 20), 99)) + 1e-4 * normal((40, 20), 98))
+    run(optimizer, param, range(3, 4))
+    assert float(param.manifold.violation(plain(param))) < 1e-11
 
 
 def test_to_go_on_and_to_resume_is_the_same_bit_for_bit() -> None:
@@ -148,6 +217,18 @@ def test_to_go_on_and_to_resume_is_the_same_bit_for_bit() -> None:
     for one, its in ((optimizer, param), (resumed, other)):
         run(one, its, range(5, 15))
     assert torch.equal(plain(param), plain(other))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["copy", "pickle"])
+def test_so_it_is_for_copies(copied: Any) -> None:
+    param = parameter((64, 33), dtype=torch.float32)
+    optimizer = RiemannianFGSGD([param], lr=0.05, momentum=0.9)
+    run(optimizer, param, range(5))
+    other = copied(optimizer)
+    (its,) = other.param_groups[0]["params"]
+    for one, of_one in ((optimizer, param), (other, its)):
+        run(one, of_one, range(5, 15))
+    assert torch.equal(plain(param), plain(its))
 
 
 def test_nothing_is_held_of_parameters_that_take_no_step() -> None:

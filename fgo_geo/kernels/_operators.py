@@ -16,7 +16,7 @@ from torch import Tensor
 import fgo_geo.kernels as kernels  # which imports this module: its names are there when functions are called
 from fgo_geo.kernels.task import Batch, KernelTable, StepOptions, Task, product_of, table_of
 from fgo_geo.linalg import reads_for_free
-from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups
+from fgo_geo.manifolds import EmbeddedManifold
 
 __all__ = ["TracedBatch", "register"]
 
@@ -31,21 +31,14 @@ def register(manifold: EmbeddedManifold) -> None:
 
 def _groups_of(
     number: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """Number of groups of a weight that a fused path takes, and number of the product it lives on; zeros for others.
-
-    Runs once, when a step is traced.
-    """
+) -> int:
+    """Number of groups of a weight that a fused path takes; 0 for others. Runs once, when a step is traced."""
     manifold = _manifolds.get(number)
-    product = None if manifold is None else product_of(manifold, shape)
-    if product is None:
-        return 0, 0
+    if manifold is None:
+        return 0
     weight = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    task = kernels.task_of(weight, product, None, grad=weight)
-    if task is None or kernels.fused_path(task) is None:
-        return 0, 0
-    _manifolds[id(product)] = product
-    return task.table.groups, id(product)
+    task = kernels.task_of(weight, manifold, None, grad=weight)
+    return 0 if task is None or kernels.fused_path(task) is None else task.table.groups
 
 
 class TracedBatch:
@@ -73,13 +66,13 @@ class TracedBatch:
         grad = param.grad
         if grad is None or grad.dtype != param.dtype or (buffer is not None and buffer.dtype != param.dtype):
             return False
-        groups, number = _groups_of(id(manifold), tuple(param.shape), tuple(param.stride()), param.dtype, param.device)
+        groups = _groups_of(id(manifold), tuple(param.shape), tuple(param.stride()), param.dtype, param.device)
         if groups == 0:
             return False
         self.weights.append(param)
         self.counts.append(groups)
         self._grads.append(grad)
-        self._numbers.append(number)
+        self._numbers.append(id(manifold))
         if self.options.momentum != 0:
             self._first.append(buffer is None)
             self._buffers.append(torch.empty_like(param) if buffer is None else buffer)
@@ -110,7 +103,7 @@ class TracedBatch:
 
     def curvature(self, like: Tensor, radius_invariant: bool) -> Tensor:
         """As :func:`fgo_geo.kernels.curvature`."""
-        return _curvature(like, self._numbers, radius_invariant)
+        return _curvature(like, self.weights, self._numbers, radius_invariant)
 
     def _settings(self) -> list[float]:
         o = self.options
@@ -124,14 +117,15 @@ class TracedBatch:
         ]
 
 
-def _table(number: int, device: torch.device) -> tuple[ProductOfGroups, KernelTable]:
+def _table(number: int, weight: Tensor) -> tuple[EmbeddedManifold, KernelTable]:
     manifold = _manifolds.get(number)
-    if not isinstance(manifold, ProductOfGroups):
+    product = product_of(manifold, weight.shape)
+    if manifold is None or product is None:
         raise RuntimeError(
             "a compiled step of RiemannianFGSGD needs the manifold of a parameter, which is no more; compile the step "
             "again, and within one process"
         )
-    return manifold, table_of(manifold, device)
+    return manifold, table_of(product, weight.device)
 
 
 def _batch(
@@ -149,7 +143,7 @@ def _batch(
     )
     tasks: list[Task] = []
     for k, (weight, grad, number) in enumerate(zip(weights, grads, numbers, strict=True)):
-        manifold, table = _table(number, weight.device)
+        manifold, table = _table(number, weight)
         tasks.append(Task(weight, grad, buffers[k] if buffers else None, bool(first and first[k]), manifold, table))
     path = kernels.path_on(weights[0].device)
     problem = next(filter(None, map(path.reason, tasks)), None)
@@ -198,8 +192,8 @@ def _(*_arguments: object) -> None:
 
 
 @torch.library.custom_op("fgo_geo::curvature", mutates_args=())
-def _curvature(like: Tensor, numbers: Sequence[int], radius_invariant: bool) -> Tensor:
-    tables = [_table(number, like.device)[1] for number in numbers]
+def _curvature(like: Tensor, weights: Sequence[Tensor], numbers: Sequence[int], radius_invariant: bool) -> Tensor:
+    tables = [_table(number, weight)[1] for number, weight in zip(numbers, weights, strict=True)]
     return torch.cat([table.curvature_bound(radius_invariant) for table in tables]).to(like.dtype)
 
 

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import geoopt
 import torch
@@ -146,7 +146,7 @@ def table_of(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
 
 
 _KIND_OF: dict[type, str] = {ScaledSphere: "sphere", Oblique: "oblique", Stiefel: "stiefel"}
-_products: weakref.WeakKeyDictionary[ComponentManifold, dict[tuple[int, ...], tuple[object, ProductOfGroups]]]
+_products: weakref.WeakKeyDictionary[ComponentManifold, dict[tuple[int, ...], tuple[_Configuration, ProductOfGroups]]]
 _products = weakref.WeakKeyDictionary()
 
 
@@ -184,17 +184,27 @@ def product_of(manifold: object, shape: Sequence[int]) -> ProductOfGroups | None
     if of_shape is None:
         of_shape = _products[manifold] = {}
     kept = of_shape.get(tuple(shape))
-    if kept is None or kept[0] is not manifold.radius:
+    if kept is None or not _same(kept[0], _configuration(manifold)):
         radius = manifold.radius
         radius = radius.expand(*shape[:2]) if isinstance(radius, Tensor) else radius
         product = ProductOfGroups(collection(shape[0], shape[1], "layer", kind), shape, radius)
-        kept = of_shape[tuple(shape)] = (manifold.radius, product)
+        kept = of_shape[tuple(shape)] = (_configuration(manifold), product)
     return kept[1]
 
 
-def _configuration(manifold: geoopt.Manifold) -> object:
-    """What is another object after a change of the radii."""
-    return manifold.manifolds if isinstance(manifold, ProductOfGroups) else getattr(manifold, "radius", None)
+_Configuration: TypeAlias = tuple[object, int]
+
+
+def _configuration(manifold: geoopt.Manifold) -> _Configuration:
+    """What is different after a change of the radii: an object, and how often it was written to."""
+    if isinstance(manifold, ProductOfGroups):
+        return manifold.manifolds, 0
+    radius = getattr(manifold, "radius", None)
+    return radius, radius._version if isinstance(radius, Tensor) else 0  # pyright: ignore[reportPrivateUsage]
+
+
+def _same(one: _Configuration, other: _Configuration) -> bool:
+    return one[0] is other[0] and one[1] == other[1]
 
 
 def _build(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
@@ -279,7 +289,7 @@ class Task:
     manifold: geoopt.Manifold
     table: KernelTable
     fresh: bool = False
-    configuration: object = field(init=False)
+    configuration: _Configuration = field(init=False)
     stored: tuple[object, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -303,7 +313,11 @@ class Task:
         if param is not self.weight or grad is None or getattr(param, "manifold", None) is not manifold:
             return False
         stored = _stored(param)
-        if stored != self.stored or _configuration(manifold) is not self.configuration or grad.dtype != param.dtype:
+        if (
+            stored != self.stored
+            or not _same(_configuration(manifold), self.configuration)
+            or grad.dtype != param.dtype
+        ):
             return False
         if buffer is not None and _stored(buffer) != stored:
             return False

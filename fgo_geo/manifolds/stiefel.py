@@ -24,6 +24,7 @@ from torch import Tensor
 
 from fgo_geo.linalg import (
     computes_in_float32,
+    gram_excess,
     inner_sum,
     matrix_exponential,
     newton_schulz_schedule,
@@ -36,6 +37,7 @@ from fgo_geo.linalg import (
     series_limit,
     small_product,
     subtract_product,
+    sym,
     takes_full_products,
 )
 from fgo_geo.manifolds.embedded import ComponentManifold
@@ -48,7 +50,7 @@ Retraction = Literal["polar", "qr"]
 def project_tangent(x: Tensor, u: Tensor, radius: float | Tensor = 1.0) -> Tensor:
     """Tangent projection, ``u - x sym(xᵀu) / r²`` ([Edelman1998]_, eq. 2.4)."""
     along = small_product(x.mT, u)
-    return subtract_product(u, x, (along + along.mT) * (0.5 / radius**2))
+    return subtract_product(u, x, sym(along) / radius**2)
 
 
 def exponential(q: Tensor, v: Tensor) -> Tensor:
@@ -171,9 +173,7 @@ class Stiefel(ComponentManifold):
     @takes_full_products
     def violation(self, x: Tensor) -> Tensor:
         """Largest entry of ``| xᵀx / r² - I |``, per component."""
-        q = x / self.radius_for(x)
-        identity = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
-        return (small_product(q.mT, q) - identity).abs().amax((-2, -1))
+        return gram_excess(x / self.radius_for(x)).abs().amax((-2, -1))
 
     @computes_in_float32
     @takes_full_products

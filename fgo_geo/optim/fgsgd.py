@@ -6,6 +6,9 @@ One step is the composition of small pure functions on whole tensors:
 2. :func:`~fgo_geo.optim.theorem_step_scale` turns the norm ``R`` of every group into its ``τ``;
 3. :func:`fgsgd_update` adds momentum and moves along a retraction.
 
+Two kinds of weight take the same step otherwise, to rounding: kernels that a fused path takes (:mod:`fgo_geo.kernels`),
+and large Stiefel matrices, in which the three share products (:mod:`fgo_geo.optim.shared_products`).
+
 :class:`RiemannianFGSGD` is what surrounds them: validation and state. What one batched call works on is a
 :class:`~fgo_geo.optim.jobs.Job`. Parameters without a constraint never get there: they take the step of
 :class:`torch.optim.SGD` through torch's own kernels.
@@ -46,6 +49,7 @@ _UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning r
 
 
 _Pieces: TypeAlias = tuple[tuple[Tensor, int], ...]  # of a job: parameters and numbers of their parts
+_Seal: TypeAlias = tuple[tuple[Tensor, int], ...]  # tensors, and how often they were written to
 _Result: TypeAlias = tuple[Piece, Tensor, Tensor | None, Tensor]  # new components, their momentum, their τ
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
@@ -222,7 +226,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._fused_scales: list[tuple[list[Tensor], list[int], Tensor]] = []  # by batch: parameters, counts, values
         self._skipped: dict[torch.device, Tensor] = {}
         self._fused: dict[int, FusedTasks] = {}  # by parameter group
-        self._carried: dict[_Pieces, Carried] = {}  # by job
+        self._carried: dict[_Pieces, tuple[Carried, _Seal]] = {}  # by job
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -264,9 +268,17 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 _register(param)
 
     def state_dict(self) -> dict[str, Any]:
-        """What every optimiser's is. To go on from here and to go on from a checkpoint is the same, bit for bit."""
+        """What every optimiser's is.
+
+        To go on from here and from the checkpoint is the same, bit for bit: the products that steps carry over are in
+        neither, and are taken again. So a run that is saved is rounded otherwise than one that is not.
+        """
         self._carried.clear()
         return super().state_dict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._carried.clear()  # for copies what state_dict() is for checkpoints
+        return super().__getstate__()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, after checking its options and that its points lie on their manifolds.
@@ -336,7 +348,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         fused_norms = [[self._fused_norms(group, batch) for batch in batches] for group, _, batches, _ in work]
         self._step_scales.clear()  # torch.compile drops assignments to an optimiser's attributes
         self._fused_scales.clear()
-        carried = dict(self._carried)
+        carried = {
+            pieces: left for pieces, (left, seal) in self._carried.items() if _is_unbroken(seal, self._seal(pieces))
+        }
         self._carried.clear()
         for (group, plain, batches, jobs), squared, fused_squared in zip(work, norms, fused_norms, strict=True):
             self._step_plain(group, plain)
@@ -480,12 +494,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         inner = manifold.inner(job.x, grad, job.grad)  # if invariant, that of the gradient at radius one
         if job.along is not None:
             tangent = inner - normal_square(job.along, radius**2 if invariant else radius)
-            if bool((tangent >= _CANCELLATION * inner).all()):
-                inner = tangent
-            else:  # little is left of the gradient, and much rounding
+            if bool((tangent < _CANCELLATION * inner).any()):  # little is left of the gradient, and much rounding
+                job.along = None
                 grad, job.grad = manifold.proju(job.x, grad), manifold.proju(job.x, job.grad)
-                job.along = (job.along - job.along.mT) / 2
                 inner = manifold.inner(job.x, grad, job.grad)
+            else:
+                inner = tangent
         squared = job.sum(inner.real if inner.is_complex() else inner).clamp_min(0)  # Lorentz rounds below zero
         finite = torch.isfinite(squared)
         if not _checks(options, squared):
@@ -541,12 +555,16 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self, options: _Options, jobs: list[Job], squared_norms: list[Tensor], carried: dict[_Pieces, Carried]
     ) -> None:
         results: list[_Result] = []
+        left: dict[_Pieces, Carried] = {}
         longest = _longest_step(options)
         for job, squared in zip(jobs, squared_norms, strict=True):
             tau = _step_scale(options, job, squared.sqrt())
             bound = _step_bound(options, job, longest)
             if job.along is not None:
-                x, buffer = self._step_shared(options, job, tau, bound, carried)
+                pieces = tuple((piece.param, piece.part) for piece in job.pieces)
+                x, buffer, leaves = self._step_shared(options, job, tau, bound, carried.get(pieces))
+                if leaves is not None and job.x.dtype == job.pieces[0].param.dtype:  # half precision rounds the point
+                    left[pieces] = leaves
             else:
                 x, buffer = fgsgd_update(
                     job.manifold,
@@ -564,6 +582,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             buffers = [None] * len(taus) if buffer is None else job.split(buffer)
             results += zip(job.pieces, job.split(x), buffers, taus, strict=True)
         self._write(results)
+        self._carried.update({pieces: (leaves, self._seal(pieces)) for pieces, leaves in left.items()})
 
     def _step_shared(
         self,
@@ -571,26 +590,33 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         job: Job,
         tau: Tensor | None,
         bound: float | None,
-        carried: dict[_Pieces, Carried],
-    ) -> tuple[Tensor, Tensor]:
-        """The step that shares products, given what the step before has left; keeps what it leaves itself."""
-        pieces = tuple((piece.param, piece.part) for piece in job.pieces)
+        carried: Carried | None,
+    ) -> tuple[Tensor, Tensor, Carried | None]:
+        """The step that shares products, given what the step before has left: points, momentum, and what it leaves."""
         scale = 1.0 if job.buffer is None else 1 - options["dampening"]
-        x, buffer, left = shared_products_step(
+        return shared_products_step(
             cast(Stiefel, job.manifold),
             job.x,
             job.grad,
             cast(Tensor, job.along),
             job.buffer,
-            carried.get(pieces),
+            carried,
             scale=scale if tau is None else scale / job.spread(tau),
             lr=float(options["lr"]),
             momentum=options["momentum"],
             bound=bound,
         )
-        if left is not None and job.x.dtype == job.pieces[0].param.dtype:  # half precision rounds the point
-            self._carried[pieces] = left
-        return x, buffer
+
+    def _seal(self, pieces: _Pieces) -> _Seal:
+        """Parameters and momentum, and how often each was written to: what is carried holds until one of them changes.
+
+        Writing to ``param.data`` is not counted, see :meth:`~fgo_geo.optim.shared_products.Carried.belongs_to`.
+        """
+        tensors = [tensor for param, _ in pieces for tensor in (param, self._momentum_of(param)) if tensor is not None]
+        return tuple(
+            (tensor, 0 if tensor.is_inference() else tensor._version)  # pyright: ignore[reportPrivateUsage]
+            for tensor in tensors
+        )
 
     def _step_fused(
         self,
@@ -630,6 +656,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.empty_like(param)
                 state["momentum_buffer"].copy_(put_back(manifold, buffers, param))
+
+
+def _is_unbroken(seal: _Seal, now: _Seal) -> bool:
+    """Whether the same tensors have been written to as often."""
+    return len(seal) == len(now) and all(a is b and m == n for (a, m), (b, n) in zip(seal, now, strict=True))
 
 
 def _check_options(options: dict[str, Any]) -> None:

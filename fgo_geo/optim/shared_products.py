@@ -1,5 +1,8 @@
 r"""The momentum step on large Stiefel matrices, with every product of the long side taken once.
 
+It is taken on the CPU, outside of ``torch.compile``, by matrices with 16 columns or more under the polar retraction,
+with momentum, but not Nesterov's. Elsewhere :func:`~fgo_geo.optim.fgsgd.fgsgd_update` is the step.
+
 What a step on an ``n x p`` matrix costs is its products with the long side, ``2np²`` operations each. Projection,
 transport and retraction, one after the other, take six of them. With ``x`` at radius ``r``, momentum ``m``, factor
 ``μ``, rate ``η`` and a gradient ``g`` that is divided by ``τ`` already, four are enough ("Mathematics", section 2.2)::
@@ -16,25 +19,30 @@ short side: one for ``B`` and, unless the step is tiny, one or more for ``Z``. T
 some twenty times, ``80 np`` bytes in single precision, which takes ``64/p`` of the products' time where six operations
 are done in the time of moving a byte. What is measured is in "Speed".
 
-``E`` does not see how far rounding has taken ``x`` from its manifold. In the first step and every eighth after it,
-``E`` is therefore measured from ``y`` itself, for another ``1.5 np²``. Where torch may round the factors of products
-(``torch.set_float32_matmul_precision``), ``A``, ``B`` and ``x sym(C)`` do so, ``yᵀy`` and ``y Z`` don't, and nothing is
-carried: what follows from rounded products is off by a thousandth, and a point would drift by it.
+``E`` does not see how far rounding has taken ``x`` from its manifold, and a step that pushes outward, with a large
+``S = sym(C)/r²``, makes that grow by a factor of up to ``1 + 2η‖S‖``. So ``E`` is measured from ``y`` itself, for
+another ``1.5 np²``, in the first step and before what has gathered can be more than the rounding of eight steps. Where
+torch may round the factors of products (``torch.set_float32_matmul_precision``), ``A``, ``B`` and ``x sym(C)`` do so,
+``yᵀy`` and ``y Z`` don't, and nothing is carried: what follows from rounded products is off by a thousandth, and a
+point would drift by it.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fgo_geo.linalg import (
+    gram_excess,
     gram_matrix,
     inner_sum,
     inverse_root_gap,
     lowers_products,
     root_of_sum,
+    skew,
     small_product,
     subtract_product,
     sym,
@@ -44,9 +52,9 @@ from fgo_geo.manifolds import Stiefel
 
 __all__ = ["Carried", "normal_square", "shared_products_step"]
 
-_MEASURE_EVERY = 8  # steps; rounding adds some 1e-8 per step in single precision
+_MOST_DRIFT = 9.0  # in units of what rounding adds to xᵀx / r² in one step, some 1e-8 in single precision
 _LONGEST = 1.0  # ‖E‖; beyond, its rounding is no longer that of x
-_FOREIGN = 1e-4  # of ‖x‖ ‖m‖ by which xᵀm may differ before it is taken for that of another point
+_FOREIGN = 1e-4  # of ‖x e₁‖ ‖m v‖ by which xᵀm v may differ before it is taken for that of another point
 
 
 @dataclass(frozen=True)
@@ -54,32 +62,38 @@ class Carried:
     """What a step leaves for the next one.
 
     Attributes:
-        along: ``xᵀm``, shape ``(..., p, p)``.
-        age: How many steps ago the Gram matrix was measured.
+        along: ``xᵀm``, shape ``(..., p, p)``; None where it would not be exact.
+        drift: Bound on the distance of ``xᵀx / r²`` from the identity, in units of what rounding adds in one step.
+        slip: Bound on the error of ``xᵀm / r²``, in the same units.
     """
 
-    along: Tensor
-    age: int
+    along: Tensor | None
+    drift: float
+    slip: float
 
     def belongs_to(self, x: Tensor, buffer: Tensor) -> bool:
-        """Whether it was left by a step to just this point and momentum, by the product with a vector of ones.
+        """Whether ``xᵀm`` is that of a point and a momentum, by its product with one vector.
 
         Args:
             x: Points, shape ``(..., n, p)``.
             buffer: Momentum ``m``, shape ``(..., n, p)``.
 
         Returns:
-            False if somebody else has changed one of them.
+            False if it is that of others, or not known. A change that the vector does not see passes.
 
         Example:
             >>> x, m = torch.eye(3, 2), torch.ones(3, 2)
-            >>> carried = Carried(x.mT @ m, 0)
+            >>> carried = Carried(x.mT @ m, 1.0, 1.0)
             >>> carried.belongs_to(x, m), carried.belongs_to(x, 2 * m)
             (True, False)
         """
-        row_sums = buffer.sum(-1, keepdim=True)
-        error = x.mT @ row_sums - self.along.sum(-1, keepdim=True)
-        length = root_of_sum(x[..., :1], (-2, -1)) * root_of_sum(row_sums, (-2, -1))
+        if self.along is None:
+            return False
+        columns = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)
+        vector = columns.square().cos().unsqueeze(-1)  # without a pattern that weights have
+        image = buffer @ vector
+        error = x.mT @ image - self.along @ vector
+        length = root_of_sum(x[..., :1], (-2, -1)) * root_of_sum(image, (-2, -1))
         return bool((root_of_sum(error, (-2, -1)) <= _FOREIGN * length).all())
 
 
@@ -120,9 +134,9 @@ def shared_products_step(
     Args:
         manifold: Where the points live.
         x: Points, shape ``(..., n, p)``.
-        grad: Euclidean gradients.
-        along: ``xᵀ grad``.
-        buffer: Momentum of the step before, or None in the first one.
+        grad: Gradients, shape ``(..., n, p)``, projected or not; read only.
+        along: ``xᵀ grad``, shape ``(..., p, p)``; read only.
+        buffer: Momentum of the step before, shape ``(..., n, p)``, or None in the first one.
         carried: What the step before has left, if anything.
         scale: Factor of the gradients, ``1/τ``; a tensor broadcasts against them.
         lr: Learning rate ``η``.
@@ -141,37 +155,56 @@ def shared_products_step(
                 [-0.7500]]), tensor([[-0.4500]]))
     """
     total, along = grad * scale, along * scale
-    if buffer is None:
-        carried = None
-    else:
-        if carried is None or not carried.belongs_to(x, buffer):
-            carried = Carried(small_product(x.mT, buffer), _MEASURE_EVERY)
+    drift, slip = (math.inf, 0.0) if carried is None else (carried.drift, carried.slip)
+    if buffer is not None:
+        if carried is None or carried.along is None or not carried.belongs_to(x, buffer):
+            if carried is not None and carried.along is not None:
+                drift = math.inf  # this is another point, too
+            before, slip = small_product(x.mT, buffer), 0.0
+        else:
+            before = carried.along
         total.add_(buffer, alpha=momentum)
-        along.add_(carried.along, alpha=momentum)
-    buffer = subtract_product(total, x, sym(along) / manifold.radius_for(x) ** 2, in_place=True)
-    age = _MEASURE_EVERY if carried is None else carried.age + 1
-    return _move(manifold, x, buffer, along, None if lowers_products() else age, lr, bound)
+        along.add_(before, alpha=momentum)
+    normal = sym(along) / manifold.radius_for(x) ** 2
+    buffer = subtract_product(total, x, normal, in_place=True)
+    if lowers_products():
+        return _move(manifold, x, buffer, along, None, lr, bound)
+    # With xᵀx = r² (I + D) and an error βr² of B, a step leaves the error β' = μβ + D S of B, and D + 2η sym(β').
+    slip = momentum * slip + drift * float(root_of_sum(normal, (-2, -1)).amax())
+    return _move(manifold, x, buffer, along, (drift + 2 * abs(lr) * slip + 1, slip), lr, bound)
 
 
 @takes_full_products
 def _move(
-    manifold: Stiefel, x: Tensor, buffer: Tensor, along: Tensor, age: int | None, lr: float, bound: float | None
+    manifold: Stiefel,
+    x: Tensor,
+    buffer: Tensor,
+    along: Tensor,
+    errors: tuple[float, float] | None,
+    lr: float,
+    bound: float | None,
 ) -> tuple[Tensor, Tensor, Carried | None]:
-    """Move along the polar retraction; ``along`` is ``C``, and without an age nothing is carried."""
-    squared_radius = manifold.radius_for(x) ** 2
+    """Move along the polar retraction.
+
+    ``along`` is ``C``; ``errors`` are bounds on those of the new point and momentum, unless it is measured, or None if
+    nothing is to be carried.
+    """
+    radius = manifold.radius_for(x)
     y = torch.add(x, buffer, alpha=-lr)
-    products = None if age is None else gram_matrix(buffer)
-    if products is None or age is None or age >= _MEASURE_EVERY:
-        excess, age = gram_matrix(y) / squared_radius, 0
-        excess.diagonal(dim1=-2, dim2=-1).sub_(1)
+    drift, slip = errors or (math.inf, math.inf)
+    products = gram_matrix(buffer) if math.isfinite(slip) else None
+    if products is None or not drift <= _MOST_DRIFT:
+        excess, drift = gram_excess(y, radius), 1.0
     else:
-        excess = products * (lr**2 / squared_radius)
+        excess = products * (lr / radius) ** 2
     norm = float(root_of_sum(excess, (-2, -1)).amax())
     if not norm <= _LONGEST:
         return manifold.retract_bounded(x, -lr * buffer, bound), buffer, None
     gap = inverse_root_gap(excess, norm)
     moved = subtract_product(y, y, gap)
     if products is None:
-        return moved, buffer, None
-    rest = (along - along.mT) / 2 - lr * products
-    return moved, buffer, Carried(subtract_product(rest, gap, rest), age)
+        return moved, buffer, None if errors is None else Carried(None, drift, slip)
+    squared_length = products.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] / radius**2
+    slip += float(squared_length.amax()) ** 0.5  # rounding
+    rest = torch.sub(skew(along), products, alpha=lr)
+    return moved, buffer, Carried(subtract_product(rest, gap, rest), drift, slip)
