@@ -177,7 +177,7 @@ def test_a_radius_that_changes_after_compilation(radius: Any, change: Any) -> No
     torch._dynamo.reset()
     weight = declared(Oblique(radius), (4, 6, 3, 3))
     optimizer = RiemannianFGSGD([weight], lr=torch.tensor(0.1), curvature="manifold")
-    step = torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=True)
+    step = torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=TRACES_PARAMETERS)
     for number in range(3):
         if number == 2:
             change(weight.manifold)
