@@ -149,10 +149,10 @@ def shared_products_step(
     Example:
         >>> x, g = torch.tensor([[1.0], [0.0]]), torch.tensor([[5.0], [-0.75]])
         >>> x, m, carried = shared_products_step(Stiefel(), x, g, x.mT @ g, None, None, scale=1, lr=1, momentum=0.9)
-        >>> x, m, carried.along
+        >>> x, m, carried.drift
         (tensor([[0.8000],
                 [0.6000]]), tensor([[ 0.0000],
-                [-0.7500]]), tensor([[-0.4500]]))
+                [-0.7500]]), 1.0)
     """
     total, along = grad * scale, along * scale
     drift, slip = (math.inf, 0.0) if carried is None else (carried.drift, carried.slip)
