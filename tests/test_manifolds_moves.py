@@ -319,7 +319,7 @@ def test_what_cannot_be_read_is_bounded_by_the_caller_alone() -> None:
 
 
 def test_reading_the_longest_step_saves_iterations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where reading is free the schedule follows from the longest step of the batch; its result is as exact."""
+    """Where reading is free the schedule follows from how far the batch is off; its result is as exact."""
     case = Case(ENTRIES[3], (5,), (6, 4), 2.0, torch.float64, seed=0)
     x = case.point()
     lengths = torch.tensor([0.0, 0.01, 0.3, 0.2, 0.1], dtype=torch.float64)[:, None, None]
@@ -331,10 +331,24 @@ def test_reading_the_longest_step_saves_iterations(monkeypatch: pytest.MonkeyPat
         asked.append(excess)
         return newton_schulz_schedule(excess, precision)
 
-    monkeypatch.setattr(fgo_geo.manifolds.stiefel, "newton_schulz_schedule", schedule)
+    monkeypatch.setattr(fgo_geo.linalg, "newton_schulz_schedule", schedule)
     for bound in (0.31, 3.0, 1000.0, math.inf, None):
         case.close(case.manifold.retract_bounded(x, u, bound), expected)
-    assert asked == pytest.approx([0.09] * 5)
+    v = u[2] / case.manifold.radius_range[0]
+    assert asked == pytest.approx([float((v.mT @ v).norm())] * 5)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 0.9, 1.1, 1.5, 2.0, 30.0])
+@pytest.mark.parametrize("length", [1e-3, 0.3, 3.0])
+def test_a_point_off_its_manifold_comes_back_in_one_step(factor: float, length: float) -> None:
+    """Weights that were scaled, or a radius that was changed: products by the bound on the step would diverge."""
+    case = Case(ENTRIES[3], (3,), (9, 4), 2.0, torch.float64, seed=0)
+    x = case.point()
+    u = case.tangent(x, length)
+    x = x * torch.tensor([1.0, factor, 1.0], dtype=torch.float64)[:, None, None]
+    y = case.manifold.retract_bounded(x, u, length)
+    assert float(case.manifold.violation(y).max()) < 1e-10
+    torch.testing.assert_close(y[[0, 2]], case.manifold.retr(x, u)[[0, 2]], rtol=0, atol=1e-11)
 
 
 def test_a_step_longer_than_its_bound_or_not_finite_falls_back_on_the_bound() -> None:

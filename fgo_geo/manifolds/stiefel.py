@@ -26,6 +26,7 @@ from fgo_geo.linalg import (
     computes_in_float32,
     gram_excess,
     inner_sum,
+    inverse_root_gap,
     matrix_exponential,
     newton_schulz_schedule,
     polar_factor,
@@ -34,6 +35,7 @@ from fgo_geo.linalg import (
     polish,
     qr_factor,
     reads_for_free,
+    root_of_sum,
     series_limit,
     small_product,
     subtract_product,
@@ -216,7 +218,8 @@ class Stiefel(ComponentManifold):
         """The polar retraction by matrix products alone, in a number of iterations that follows from the bound.
 
         Where reading is free (on the CPU, outside ``torch.compile``) the longest step of the batch is measured and
-        takes the place of the bound. A factorisation is called if it is more than 100.
+        takes the place of the bound, and the Gram matrix says whether ``x`` is on the manifold. If it is not, or the
+        step is longer than 100 radii, a factorisation is called.
 
         Per component of size ``A x B`` it costs two products with the long side (``4AB²`` flops; four for a bound above
         1) and three of size ``B`` per iteration: three iterations up to ``‖u‖ <= 0.41 r`` in single precision.
@@ -233,18 +236,29 @@ class Stiefel(ComponentManifold):
             return self.retr(x, u)
         radius = self.radius_for(x)
         squared = math.inf if bound is None else bound**2
-        excess: Tensor | float = (inner_sum(u, u, (-2, -1)) / radius**2).squeeze((-2, -1))
-        if u.numel() > 0 and reads_for_free(u):
-            largest = float(excess.detach().amax())
-            if not math.isnan(largest):
-                excess = squared = largest
+        excess = (inner_sum(u, u, (-2, -1)) / radius**2).squeeze((-2, -1))
+        is_free = u.numel() > 0 and reads_for_free(u)
+        largest = float(excess.detach().amax()) if is_free else math.nan
+        squared = squared if math.isnan(largest) else largest
         if not squared <= _LARGEST_BOUND**2:
             return self.retr(x, u)
+        if is_free:
+            return self._retract_measured(x + u, radius, excess, squared)
         precision = torch.finfo(x.dtype).eps
         if squared + _DRIFT <= series_limit(precision):
             return polar_series(x + u, radius)
         schedule = newton_schulz_schedule(squared, precision)
         y = polar_newton_schulz(x + u, excess, schedule, radius)
+        return y if squared <= _POLISH_BOUND**2 else radius * polish(y / radius)
+
+    def _retract_measured(self, y: Tensor, radius: float | Tensor, explained: Tensor, squared: float) -> Tensor:
+        """The polar factor of ``y``, by products if steps explain how far ``yᵀy / r²`` is from the identity."""
+        excess = gram_excess(y, radius)
+        distances = root_of_sum(excess.detach(), (-2, -1)).squeeze((-2, -1))
+        if bool((distances > explained + _DRIFT).any()):  # a step began elsewhere, and products may diverge
+            return radius * polar_factor(y)
+        distance = float(distances.amax())
+        y = subtract_product(y, y, inverse_root_gap(excess, squared if math.isnan(distance) else distance))
         return y if squared <= _POLISH_BOUND**2 else radius * polish(y / radius)
 
     @computes_in_float32

@@ -54,6 +54,7 @@ __all__ = ["Carried", "normal_square", "shared_products_step"]
 
 _MOST_DRIFT = 9.0  # in units of what rounding adds to xᵀx / r² in one step, some 1e-8 in single precision
 _LONGEST = 1.0  # ‖E‖; beyond, its rounding is no longer that of x
+_OFF = 64  # units of rounding by which xᵀx v / r² may differ from v before it is measured at once
 _FOREIGN = 1e-4  # of ‖x e₁‖ ‖m v‖ by which xᵀm v may differ before it is taken for that of another point
 
 
@@ -71,30 +72,34 @@ class Carried:
     drift: float
     slip: float
 
-    def belongs_to(self, x: Tensor, buffer: Tensor) -> bool:
-        """Whether ``xᵀm`` is that of a point and a momentum, by its product with one vector.
+    def belongs_to(self, x: Tensor, buffer: Tensor, radius: float | Tensor = 1.0) -> bool:
+        """Whether ``x`` is on its manifold and ``xᵀm`` is that of ``x`` and ``m``, by products with one vector.
 
         Args:
             x: Points, shape ``(..., n, p)``.
             buffer: Momentum ``m``, shape ``(..., n, p)``.
+            radius: Radius of the points, a number or a tensor that multiplies them.
 
         Returns:
-            False if it is that of others, or not known. A change that the vector does not see passes.
+            False if somebody has changed one of them. A change that the vector does not see passes.
 
         Example:
             >>> x, m = torch.eye(3, 2), torch.ones(3, 2)
             >>> carried = Carried(x.mT @ m, 1.0, 1.0)
-            >>> carried.belongs_to(x, m), carried.belongs_to(x, 2 * m)
-            (True, False)
+            >>> carried.belongs_to(x, m), carried.belongs_to(x, 2 * m), carried.belongs_to(2 * x, m / 2)
+            (True, False, False)
         """
-        if self.along is None:
-            return False
         columns = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)
         vector = columns.square().cos().unsqueeze(-1)  # without a pattern that weights have
         image = buffer @ vector
-        error = x.mT @ image - self.along @ vector
+        back, along = (x.mT @ torch.cat((x @ vector, image), -1)).split(1, -1)
+        off = root_of_sum(back / radius**2 - vector, (-2, -1)) / root_of_sum(vector, (-2, -1))
+        if not bool((off <= _OFF * torch.finfo(x.dtype).eps).all()):
+            return False
+        if self.along is None:
+            return True
         length = root_of_sum(x[..., :1], (-2, -1)) * root_of_sum(image, (-2, -1))
-        return bool((root_of_sum(error, (-2, -1)) <= _FOREIGN * length).all())
+        return bool((root_of_sum(along - self.along @ vector, (-2, -1)) <= _FOREIGN * length).all())
 
 
 def normal_square(along: Tensor, radius: float | Tensor) -> Tensor:
@@ -155,17 +160,17 @@ def shared_products_step(
                 [-0.7500]]), 1.0)
     """
     total, along = grad * scale, along * scale
-    drift, slip = (math.inf, 0.0) if carried is None else (carried.drift, carried.slip)
+    radius = manifold.radius_for(x)
+    drift, slip = math.inf, 0.0
     if buffer is not None:
-        if carried is None or carried.along is None or not carried.belongs_to(x, buffer):
-            if carried is not None and carried.along is not None:
-                drift = math.inf  # this is another point, too
+        before = None
+        if carried is not None and carried.belongs_to(x, buffer, radius):
+            before, drift, slip = carried.along, carried.drift, carried.slip
+        if before is None:
             before, slip = small_product(x.mT, buffer), 0.0
-        else:
-            before = carried.along
         total.add_(buffer, alpha=momentum)
         along.add_(before, alpha=momentum)
-    normal = sym(along) / manifold.radius_for(x) ** 2
+    normal = sym(along) / radius**2
     buffer = subtract_product(total, x, normal, in_place=True)
     if lowers_products():
         return _move(manifold, x, buffer, along, None, lr, bound)
