@@ -424,7 +424,7 @@ def test_a_column_that_was_set_to_zero_does_not_hang(kind: str, shape: tuple[int
         results.append(weight.detach())
     if kind == "stiefel":
         assert bool(results[0].isfinite().all())
-        assert float(manifold.violation(results[1])) < 1e-5
+        assert float(manifold.violation(results[1]).max()) < 1e-5
         results = [result.flatten(0, 1)[1:] for result in results]
     torch.testing.assert_close(*results, rtol=0, atol=1e-5, equal_nan=True)
 
