@@ -20,8 +20,9 @@ some twenty times, ``80 np`` bytes in single precision, which takes ``64/p`` of 
 are done in the time of moving a byte. What is measured is in "Speed".
 
 ``E`` does not see how far rounding has taken ``x`` from its manifold, and a step that pushes outward, with a large
-``S = sym(C)/r²``, makes that grow by a factor of up to ``1 + 2η‖S‖``. So ``E`` is measured from ``y`` itself, for
-another ``1.5 np²``, in the first step and before what has gathered can be more than the rounding of eight steps. Where
+``S = sym(C)/r²``, makes that grow by a factor of up to ``1 + 2η‖S‖``. So in the first step, and before what has
+gathered can be more than the rounding of eight steps, the retraction measures ``yᵀy`` itself. It leaves no ``B``: the
+next step takes that as a product, for another ``2 np²``. Where
 torch may round the factors of products (``torch.set_float32_matmul_precision``), ``A``, ``B`` and ``x sym(C)`` do so,
 ``yᵀy`` and ``y Z`` don't, and nothing is carried: what follows from rounded products is off by a thousandth, and a
 point would drift by it.
@@ -36,7 +37,6 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import (
-    gram_excess,
     gram_matrix,
     inner_sum,
     inverse_root_gap,
@@ -63,7 +63,7 @@ class Carried:
     """What a step leaves for the next one.
 
     Attributes:
-        along: ``xᵀm``, shape ``(..., p, p)``; None where it would not be exact.
+        along: ``xᵀm``, shape ``(..., p, p)``; None after a step that measured.
         drift: Bound on the distance of ``xᵀx / r²`` from the identity, in units of what rounding adds in one step.
         slip: Bound on the error of ``xᵀm / r²``, in the same units.
     """
@@ -149,7 +149,7 @@ def shared_products_step(
         bound: Bound on the length of the step relative to the radius, if one is known.
 
     Returns:
-        The new points, the new momentum, and what to carry to the next step (nothing after a long one).
+        The new points, the new momentum, and what to carry to the next step, if anything.
 
     Example:
         >>> x, g = torch.tensor([[1.0], [0.0]]), torch.tensor([[5.0], [-0.75]])
@@ -191,25 +191,22 @@ def _move(
 ) -> tuple[Tensor, Tensor, Carried | None]:
     """Move along the polar retraction.
 
-    ``along`` is ``C``; ``errors`` are bounds on those of the new point and momentum, unless it is measured, or None if
-    nothing is to be carried.
+    ``along`` is ``C``; ``errors`` are bounds on those of the new point and of its product with the momentum, as long as
+    nothing is measured, or None if nothing is to be carried.
     """
-    radius = manifold.radius_for(x)
-    y = torch.add(x, buffer, alpha=-lr)
     drift, slip = errors or (math.inf, math.inf)
-    products = gram_matrix(buffer) if math.isfinite(slip) else None
-    if products is None or not drift <= _MOST_DRIFT:
-        excess, drift = gram_excess(y, radius), 1.0
-    else:
+    if drift <= _MOST_DRIFT:
+        radius = manifold.radius_for(x)
+        products = gram_matrix(buffer)
         excess = products * (lr / radius) ** 2
-    norm = float(root_of_sum(excess, (-2, -1)).amax())
-    if not norm <= _LONGEST:
-        return manifold.retract_bounded(x, -lr * buffer, bound), buffer, None
-    gap = inverse_root_gap(excess, norm)
-    moved = subtract_product(y, y, gap)
-    if products is None:
-        return moved, buffer, None if errors is None else Carried(None, drift, slip)
-    squared_length = products.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] / radius**2
-    slip += float(squared_length.amax()) ** 0.5  # rounding
-    rest = torch.sub(skew(along), products, alpha=lr)
-    return moved, buffer, Carried(subtract_product(rest, gap, rest), drift, slip)
+        norm = float(root_of_sum(excess, (-2, -1)).amax())
+        if norm <= _LONGEST:
+            gap = inverse_root_gap(excess, norm)
+            y = torch.add(x, buffer, alpha=-lr)
+            squared_length = products.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] / radius**2
+            slip += float(squared_length.amax()) ** 0.5  # rounding
+            rest = torch.sub(skew(along), products, alpha=lr)
+            along = subtract_product(rest, gap, rest)
+            return subtract_product(y, y, gap), buffer, Carried(along, drift, slip)
+    moved = manifold.retract_bounded(x, -lr * buffer, bound)  # which measures
+    return moved, buffer, None if errors is None else Carried(None, 1.0, 0.0)
