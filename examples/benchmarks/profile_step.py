@@ -60,7 +60,7 @@ def parts_of(target: str, case: dict[str, str], rounds: int, top: int) -> list[d
     parts = [event for event in events if not event.key.startswith(STEP)][:top]
 
     def row(name: str, microseconds: float, calls: float) -> dict[str, Any]:
-        share = 100 * microseconds / whole
+        share = 100 * (microseconds / whole)
         return {"name": name, "milliseconds": microseconds / rounds / 1e3, "share": share, "calls": calls / rounds}
 
     rest = whole - sum(event.self_cpu_time_total for event in parts)
