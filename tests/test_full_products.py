@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo import RiemannianFGSGD, Stiefel, linalg
+from fgo_geo.linalg import products
 
 
 def normal(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -31,17 +32,17 @@ def rounded(x: Tensor) -> Tensor:
 
 @pytest.fixture
 def medium() -> Iterator[None]:
-    before = linalg._precisions()
+    before = products._precisions()
     torch.set_float32_matmul_precision("medium")
     yield
     torch.set_float32_matmul_precision("highest")
-    linalg._set_precisions(before)
+    products._set_precisions(before)
 
 
 @pytest.fixture
 def rounding(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that rounds as soon as it may."""
-    multiply, minus = linalg._product, linalg._minus
+    multiply, minus = products._product, products._minus
 
     def own_product(a: Tensor, b: Tensor) -> Tensor:
         return multiply(rounded(a), rounded(b)) if linalg.lowers_products() else multiply(a, b)
@@ -49,8 +50,8 @@ def rounding(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def own_minus(c: Tensor, a: Tensor, b: Tensor, in_place: bool) -> Tensor:
         return minus(c, rounded(a), rounded(b), in_place) if linalg.lowers_products() else minus(c, a, b, in_place)
 
-    monkeypatch.setattr(linalg, "_product", own_product)
-    monkeypatch.setattr(linalg, "_minus", own_minus)
+    monkeypatch.setattr(products, "_product", own_product)
+    monkeypatch.setattr(products, "_minus", own_minus)
 
 
 @pytest.mark.parametrize("bound", [None, 0.01, 0.3, 3.0])
@@ -112,17 +113,17 @@ def test_the_setting_inside_and_after(method: str, medium: None, monkeypatch: py
 
 def test_one_setting_for_all_devices(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch had before 2.9."""
-    monkeypatch.setattr(linalg, "_BY_BACKEND", False)
+    monkeypatch.setattr(products, "_BY_BACKEND", False)
     assert linalg.lowers_products()
     assert not linalg.takes_full_products(linalg.lowers_products)()
     assert torch.get_float32_matmul_precision() == "medium"
 
 
-@pytest.mark.skipif(not linalg._BY_BACKEND, reason="this torch has one setting for all devices")
+@pytest.mark.skipif(not products._BY_BACKEND, reason="this torch has one setting for all devices")
 def test_a_setting_for_all_backends_stays_one() -> None:
     """What was inherited is inherited afterwards."""
     before: Any = torch.backends.fp32_precision
-    assert linalg._precisions() == ("none", "none")
+    assert products._precisions() == ("none", "none")
     try:
         torch.backends.fp32_precision = "tf32"
         assert linalg.lowers_products()
