@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo import RiemannianFGSGD, Stiefel, linalg
-from fgo_geo.linalg import products
+from fgo_geo.linalg import precision, products
 
 
 def normal(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -32,11 +32,11 @@ def rounded(x: Tensor) -> Tensor:
 
 @pytest.fixture
 def medium() -> Iterator[None]:
-    before = products._precisions()
+    before = precision._precisions()
     torch.set_float32_matmul_precision("medium")
     yield
     torch.set_float32_matmul_precision("highest")
-    products._set_precisions(before)
+    precision._set_precisions(before)
 
 
 @pytest.fixture
@@ -113,17 +113,17 @@ def test_the_setting_inside_and_after(method: str, medium: None, monkeypatch: py
 
 def test_one_setting_for_all_devices(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As torch had before 2.9."""
-    monkeypatch.setattr(products, "_BY_BACKEND", False)
+    monkeypatch.setattr(precision, "_BY_BACKEND", False)
     assert linalg.lowers_products()
     assert not linalg.takes_full_products(linalg.lowers_products)()
     assert torch.get_float32_matmul_precision() == "medium"
 
 
-@pytest.mark.skipif(not products._BY_BACKEND, reason="this torch has one setting for all devices")
+@pytest.mark.skipif(not precision._BY_BACKEND, reason="this torch has one setting for all devices")
 def test_a_setting_for_all_backends_stays_one() -> None:
     """What was inherited is inherited afterwards."""
     before: Any = torch.backends.fp32_precision
-    assert products._precisions() == ("none", "none")
+    assert precision._precisions() == ("none", "none")
     try:
         torch.backends.fp32_precision = "tf32"
         assert linalg.lowers_products()

@@ -331,7 +331,7 @@ def test_reading_the_longest_step_saves_iterations(monkeypatch: pytest.MonkeyPat
         asked.append(excess)
         return newton_schulz_schedule(excess, precision)
 
-    monkeypatch.setattr(fgo_geo.linalg.products, "newton_schulz_schedule", schedule)
+    monkeypatch.setattr(fgo_geo.linalg.newton_schulz, "newton_schulz_schedule", schedule)
     for bound in (0.31, 3.0, 1000.0, math.inf, None):
         case.close(case.manifold.retract_bounded(x, u, bound), expected)
     v = u[2] / case.manifold.radius_range[0]

@@ -1,32 +1,40 @@
-"""Batched tensor algebra: the few matrix functions that the manifolds are built from."""
+"""Batched tensor algebra: the few matrix functions that the manifolds are built from.
 
-from fgo_geo.linalg.products import (
-    computes_in_float32,
-    gram_excess,
-    gram_matrix,
-    has_closed_form,
-    inner_sum,
+Nothing here knows what a manifold is. There are six rooms, and each uses only those above it:
+
+* :mod:`~fgo_geo.linalg.precision`: what happens to half precision, and to products in TF32 and bfloat16;
+* :mod:`~fgo_geo.linalg.values`: whether values can be read, and whether they are finite;
+* :mod:`~fgo_geo.linalg.products`: products and sums, as long loops over the batch where that runs fastest in memory;
+* :mod:`~fgo_geo.linalg.newton_schulz`: *the cheap factor*, by matrix products alone, for matrices whose singular values
+  are known to lie in a given interval;
+* :mod:`~fgo_geo.linalg.closed_forms`: three columns, of which a network has millions;
+* :mod:`~fgo_geo.linalg.factors`: *exact factors*, for every matrix, at the price of a factorisation.
+
+All functions act on the last two dimensions and batch over the rest. The rest of the package imports them from here.
+"""
+
+from fgo_geo.linalg.closed_forms import has_closed_form, spectral_norm_3
+from fgo_geo.linalg.factors import matrix_exponential, polar_factor, qr_factor
+from fgo_geo.linalg.newton_schulz import (
     inverse_root_gap,
-    lowers_products,
-    matrix_exponential,
     newton_schulz_schedule,
-    polar_factor,
     polar_newton_schulz,
     polar_series,
     polish,
-    qr_factor,
-    reads_for_free,
-    require_finite,
-    root_of_sum,
     series_limit,
+)
+from fgo_geo.linalg.precision import computes_in_float32, lowers_products, takes_full_products
+from fgo_geo.linalg.products import (
+    gram_excess,
+    gram_matrix,
+    inner_sum,
+    root_of_sum,
     skew,
     small_product,
-    spectral_norm_3,
     subtract_product,
     sym,
-    takes_full_products,
-    traces,
 )
+from fgo_geo.linalg.values import reads_for_free, require_finite, traces
 
 __all__ = [
     "computes_in_float32",

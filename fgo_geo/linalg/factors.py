@@ -1,0 +1,143 @@
+"""Functions of every matrix, at the price of a factorisation: polar and QR factors, and the exponential.
+
+They call ``torch.linalg`` and mend what it gets wrong: signs, derivatives at repeated singular values, coefficients.
+Matrices that are known to be nearly orthonormal reach the same polar factor by products alone, in
+:mod:`~fgo_geo.linalg.newton_schulz`; what three columns spare is in :mod:`~fgo_geo.linalg.closed_forms`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fgo_geo.linalg.closed_forms import FIRST_ORDER_ONLY, has_closed_form, polar_factor_3
+from fgo_geo.linalg.newton_schulz import polish
+from fgo_geo.linalg.products import divide_or_zero
+
+__all__ = ["matrix_exponential", "polar_factor", "qr_factor"]
+
+
+def qr_factor(x: Tensor) -> Tensor:
+    """The orthonormal factor of the QR decomposition with a non-negative diagonal of R.
+
+    The sign convention makes the factor unique and smooth for full column rank; for a Gaussian ``x`` it is
+    Haar distributed (Mezzadri 2007).
+
+    Args:
+        x: Matrices with ``A >= B``, shape ``(..., A, B)``.
+
+    Returns:
+        Matrices with orthonormal columns, shape ``(..., A, B)``.
+
+    Example:
+        >>> qr_factor(torch.tensor([[3.0], [-4.0]]))
+        tensor([[ 0.6000],
+                [-0.8000]])
+    """
+    q, r = torch.linalg.qr(x)
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    return q * torch.where(diagonal < 0, -1.0, 1.0).to(q.dtype).unsqueeze(-2)
+
+
+def polar_factor(x: Tensor) -> Tensor:
+    r"""The orthonormal polar factor, the nearest matrix with orthonormal columns.
+
+    With the singular value decomposition ``x = U S Vᵀ`` it is ``U Vᵀ``. It is defined for every finite matrix (for
+    rank-deficient ones it is one of the nearest points). The derivative is that of the polar decomposition itself,
+    so it is finite at repeated singular values, where differentiating the decomposition is not.
+
+    In single precision, 3 x 3 matrices take a closed form, elementwise in double precision: it is ten times
+    faster than the decomposition and does not wait for the device. NaN stays NaN there; the decomposition may raise.
+
+    Args:
+        x: Matrices with ``A >= B``, shape ``(..., A, B)``.
+
+    Returns:
+        Matrices with orthonormal columns, shape ``(..., A, B)``.
+
+    Example:
+        >>> polar_factor(torch.tensor([[3.0, 0.0], [0.0, 0.5], [0.0, 0.0]]))
+        tensor([[1., 0.],
+                [0., 1.],
+                [0., 0.]])
+    """
+    if has_closed_form(x) and x.shape[-2] == 3:
+        return polar_factor_3(x)
+    factor, _, _ = _PolarFactor.apply(x)  # pyright: ignore
+    return factor
+
+
+class _PolarFactor(torch.autograd.Function):
+    """``x = Q H`` with ``H = V diag(h) Vᵀ``; returns ``(Q, V, h)``, differentiable in Q alone."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore
+        u, h, vh = torch.linalg.svd(x, full_matrices=False)
+        return polish(u @ vh), vh.mT.contiguous(), h
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        q, v, h = output
+        ctx.mark_non_differentiable(v, h)
+        ctx.save_for_backward(q, v, h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> Tensor:  # pyright: ignore
+        return _PolarPullback.apply(*ctx.saved_tensors, grad)  # pyright: ignore
+
+
+class _PolarPullback(torch.autograd.Function):
+    """The derivative of :class:`_PolarFactor`; a function of its own in order to refuse the second derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(q: Tensor, v: Tensor, h: Tensor, grad: Tensor) -> Tensor:  # pyright: ignore
+        # dQ = Q L + (I - Q Qᵀ) dX H⁻¹ with H L + L H = Qᵀ dX - dXᵀ Q; below is the adjoint of this map,
+        # in the eigenbasis of H. Pairs of zero singular values have no derivative and contribute nothing.
+        along = q.mT @ grad
+        sums = h.unsqueeze(-1) + h.unsqueeze(-2)
+        turned = v.mT @ along @ v
+        skew = turned - turned.mT  # its diagonal is zero, not the rounding of zero: it is divided by h
+        rotation = q @ (v @ divide_or_zero(skew, sums) @ v.mT)
+        if q.shape[-2] == q.shape[-1]:
+            return rotation  # nothing is across; its rounding, divided by a small h, would not be nothing
+        across = (grad - q @ along) @ v
+        return rotation + divide_or_zero(across, h.unsqueeze(-2)) @ v.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore
+        raise RuntimeError(FIRST_ORDER_ONLY)
+
+
+# Up to torch 2.14 the exponential of a matrix that comes alone can be off by 2e-5 in single and 1e-10 in double
+# precision (a wrong coefficient, pytorch#196592); those of two or more are right.
+_EXPONENTIAL_NEEDS_COMPANY = torch.__version__ < "2.15"
+
+
+def matrix_exponential(a: Tensor) -> Tensor:
+    """Exponential of square matrices.
+
+    Args:
+        a: Matrices, shape ``(..., B, B)``.
+
+    Returns:
+        Matrices of the same shape.
+
+    Example:
+        >>> matrix_exponential(torch.tensor([[0.0, -torch.pi / 2], [torch.pi / 2, 0.0]])).round(decimals=5)
+        tensor([[ 0., -1.],
+                [ 1.,  0.]])
+    """
+    if _EXPONENTIAL_NEEDS_COMPANY and math.prod(a.shape[:-2]) == 1:
+        return torch.linalg.matrix_exp(a.expand(2, *a.shape))[0]
+    return torch.linalg.matrix_exp(a)

@@ -1,0 +1,165 @@
+"""In which precision a function computes: half precision, and products in TF32 and bfloat16.
+
+Two decorators decide it, in one place: :func:`computes_in_float32` for the type of the arguments,
+:func:`takes_full_products` for what torch may do to products of float32 matrices. Nothing here computes; the lock on
+torch's setting, which belongs to the process, is the only state of the linear algebra. Which values a tensor holds is
+asked in :mod:`~fgo_geo.linalg.values`.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["computes_in_float32", "lowers_products", "takes_full_products"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def computes_in_float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Compute half-precision arguments in float32 and round the result once.
+
+    If any tensor argument is ``float16`` or ``bfloat16``, all such arguments are upcast, the function runs in
+    float32 and its tensor results (one tensor or a tuple) are rounded to the type that the arguments promote to.
+    Autocast is switched off inside, so that products of float32 matrices stay float32. Arguments of
+    other types pass unchanged and cost nothing.
+
+    Example:
+        >>> @computes_in_float32
+        ... def square(x):
+        ...     assert x.dtype == torch.float32
+        ...     return x * x
+        >>> square(torch.tensor([3.0], dtype=torch.bfloat16))
+        tensor([9.], dtype=torch.bfloat16)
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if not tensors:
+            return function(*args, **kwargs)
+        device = tensors[0].device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return wrapper(*args, **kwargs)
+        floating = [t.dtype for t in tensors if t.is_floating_point()]
+        if not any(dtype in _HALF for dtype in floating):
+            return function(*args, **kwargs)
+        target = functools.reduce(torch.promote_types, floating)
+        call: Callable[..., Any] = function
+        result = call(*map(_upcast, args), **{k: _upcast(v) for k, v in kwargs.items()})
+        if isinstance(result, tuple):
+            return tuple(_round(r, target) for r in result)  # type: ignore[return-value]
+        return _round(result, target)
+
+    return _with_own_code(wrapper, function)
+
+
+def _with_own_code(wrapper: Any, function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """``torch.compile`` counts recompilations per code object: every wrapped function needs its own."""
+    wrapper.__code__ = wrapper.__code__.replace(co_name=function.__name__)
+    return wrapper
+
+
+def _upcast(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _HALF else value
+
+
+def _round(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor) and value.dtype == torch.float32:
+        return value.to(dtype)
+    return value
+
+
+# Where torch keeps the precision of float32 products; before torch 2.9 there was one setting for all devices.
+_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+_BY_BACKEND = all(hasattr(backend, "fp32_precision") for backend in _BACKENDS)
+_FULL = ("ieee", "none", "highest")
+
+
+_lock = threading.Lock()
+_inside = 0  # calls that take full products at this moment, in all threads
+_before: tuple[str, ...] = ()  # the precisions before the first of them
+
+
+def _precisions() -> tuple[str, ...]:
+    if _BY_BACKEND:
+        return tuple(backend.fp32_precision for backend in _BACKENDS)
+    return (torch.get_float32_matmul_precision(),)
+
+
+def _set_precisions(values: tuple[str, ...]) -> None:
+    if not _BY_BACKEND:
+        torch.set_float32_matmul_precision(*values)
+        return
+    for backend, value in zip(_BACKENDS, values, strict=True):
+        backend.fp32_precision = "none"  # follow torch.backends.fp32_precision
+        if backend.fp32_precision != value:
+            backend.fp32_precision = value
+
+
+def lowers_products() -> bool:
+    """Whether torch may round the factors of float32 products, to TF32 or bfloat16, where the processor gains by it.
+
+    That is what ``torch.set_float32_matmul_precision("high")`` and ``"medium"`` allow. ``torch.compile`` cannot read
+    it.
+
+    Example:
+        >>> lowers_products()
+        False
+    """
+    return any(value not in _FULL for value in _precisions())
+
+
+def takes_full_products(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Take products of float32 matrices in float32, whatever torch was told to do with them.
+
+    A direction may be off by a thousandth, as it is in TF32; a point that is to have orthonormal columns may not.
+    Inside ``torch.compile`` the setting is left as it is. It belongs to the process: other threads take full products,
+    too, while the function runs.
+
+    Example:
+        >>> takes_full_products(lowers_products)()
+        False
+    """
+
+    @functools.wraps(function)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        if torch.compiler.is_compiling() or not _begin_full_products():
+            return function(*args, **kwargs)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _end_full_products()
+
+    return _with_own_code(wrapper, function)
+
+
+def _begin_full_products() -> bool:
+    """Change the setting, if it has to be changed or has been by another call; returns whether to end that."""
+    global _inside, _before
+    with _lock:
+        if _inside == 0:
+            if not lowers_products():
+                return False
+            _before = _precisions()
+            _set_precisions(("ieee",) * len(_BACKENDS) if _BY_BACKEND else ("highest",))
+        _inside += 1
+        return True
+
+
+def _end_full_products() -> None:
+    """The last call puts the setting back."""
+    global _inside
+    with _lock:
+        _inside -= 1
+        if _inside == 0:
+            _set_precisions(_before)

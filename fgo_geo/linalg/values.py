@@ -1,0 +1,77 @@
+"""Values of tensors on the host: whether reading them waits for nothing, and whether they are finite.
+
+What is written here looks at tensors and changes none. In which precision they are computed is decided in
+:mod:`~fgo_geo.linalg.precision`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+)
+
+__all__ = ["reads_for_free", "require_finite", "traces"]
+
+
+def require_finite(x: Tensor, what: str) -> None:
+    """Raise if a tensor holds NaN or infinity.
+
+    Reads the tensor on the host, so it has no place in an optimiser's step. Inside ``torch.compile`` it becomes
+    a device-side assertion.
+
+    Args:
+        x: Any tensor.
+        what: Name of the tensor, for the message.
+
+    Raises:
+        ValueError: With the number of non-finite entries.
+
+    Example:
+        >>> require_finite(torch.tensor([1.0, float("nan")]), "the weight")
+        Traceback (most recent call last):
+            ...
+        ValueError: the weight has 1 non-finite entry of 2 (shape (2,)); replace NaN and infinity first, e.g. with...
+    """
+    finite = torch.isfinite(x)
+    if torch.compiler.is_compiling():
+        message = f"{what} has non-finite entries"
+        torch._assert_async(finite.all(), message)  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        return
+    if not bool(finite.all()):
+        bad = int((~finite).sum())
+        entries = "entry" if bad == 1 else "entries"
+        raise ValueError(
+            f"{what} has {bad} non-finite {entries} of {x.numel()} (shape {tuple(x.shape)}); "
+            "replace NaN and infinity first, e.g. with torch.nan_to_num"
+        )
+
+
+def reads_for_free(x: Tensor) -> bool:
+    """Whether a tensor's values lie on the host, so that reading them waits for nothing.
+
+    Not inside ``torch.compile``, under a dispatch mode (tracing, tensors without values) or a ``torch.func`` transform.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> reads_for_free(torch.zeros(3)), reads_for_free(torch.zeros(3, device="meta"))
+        (True, False)
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not traces()
+
+
+def traces() -> bool:
+    """Whether operations are recorded rather than run: under a dispatch mode or a ``torch.func`` transform.
+
+    Example:
+        >>> torch.func.vmap(lambda x: x * traces())(torch.ones(2))
+        tensor([1., 1.])
+    """
+    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
+    return transform is not None or _get_current_dispatch_mode() is not None
