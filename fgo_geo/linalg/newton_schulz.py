@@ -1,9 +1,9 @@
-"""The polar factor by matrix products alone, for matrices whose singular values are known to lie near one.
+"""The polar factor by matrix products alone, for matrices whose singular values are known to lie in an interval.
 
-:func:`newton_schulz_schedule` turns the interval of the singular values into a fixed number of iterations, known before
-any data is seen, and :func:`polar_newton_schulz` runs them. Closer to one the first terms of a series do,
-:func:`polar_series`; :func:`polish` is the one iteration that nearly orthonormal matrices need. Nothing here factorises
-a matrix, reads a value or branches on one: what works for every matrix is in :mod:`~fgo_geo.linalg.factors`.
+:func:`newton_schulz_schedule` turns the interval into a fixed number of iterations, known before any data is seen, and
+:func:`polar_newton_schulz` runs them. Very close to one the first terms of a series do, :func:`polar_series`;
+:func:`polish` is the one iteration that nearly orthonormal matrices need. Nothing here factorises a matrix, reads the
+values of one or branches on them: what works for every matrix is in :mod:`~fgo_geo.linalg.factors`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Products and sums: what all other rooms are made of, and the shapes of memory in which they run fast.
+"""Products and sums, of which the factors are made, and the layouts of memory in which they run fast.
 
 Of many tiny matrices :func:`small_product`, :func:`subtract_product` and :func:`inner_sum` make long loops over the
 batch, if that runs fastest in memory. What takes a factorisation is in :mod:`~fgo_geo.linalg.factors`, what iterates
