@@ -25,14 +25,16 @@ import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
+import geoopt
 import torch
 from torch import Tensor
 
-from fgo_geo.kernels import cpu, gpu
+from fgo_geo.kernels import cpu, gpu, lines
 from fgo_geo.kernels._operators import TracedBatch, register
-from fgo_geo.kernels.task import Batch, StepOptions, Task, task_of
+from fgo_geo.kernels.task import Batch, StepOptions, Task
+from fgo_geo.kernels.task import task_of as kernel_task_of
 from fgo_geo.linalg import traces
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "circumstances",
     "curvature",
     "fused_path",
+    "kernel_task_of",
     "path_on",
     "register",
     "squared_norms",
@@ -113,7 +116,7 @@ def circumstances() -> object:
         return _path
     if traces():
         return None
-    return _path, *_PATHS.values(), torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    return _path, *_PATHS.values(), lines, torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
 def path_on(device: torch.device) -> ModuleType:
@@ -121,11 +124,25 @@ def path_on(device: torch.device) -> ModuleType:
     return _PATHS.get(device.type, cpu)
 
 
-def fused_path(task: Task) -> ModuleType | None:
+def task_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> Task[Any] | None:
+    """The task of a parameter for a fused path, or None if its components are neither kernels nor lines.
+
+    Args:
+        param: A parameter with a gradient.
+        manifold: Its manifold.
+        buffer: Its momentum, if there is any yet.
+
+    Returns:
+        A task.
+    """
+    return kernel_task_of(param, manifold, buffer) or lines.task_of(param, manifold, buffer)
+
+
+def fused_path(task: Task[Any]) -> ModuleType | None:
     """The fused path for a parameter, or None if the batched torch code has to do it.
 
     Args:
-        task: A parameter on a product of groups, with its gradient.
+        task: What :func:`task_of` has made of a parameter with its gradient.
 
     Returns:
         A module with ``squared_norms`` and ``update``.
@@ -133,7 +150,7 @@ def fused_path(task: Task) -> ModuleType | None:
     Raises:
         RuntimeError: If the path ``"fused"`` is forced and there is none, with the reason.
     """
-    module = path_on(task.weight.device)
+    module = lines if isinstance(task.table, lines.LineTable) else path_on(task.weight.device)
     reason = module.reason(task)
     if reason is None:
         _say_once(f"fused step: {module.DESCRIPTION}", logging.INFO)

@@ -37,7 +37,7 @@ def _groups_of(
     if manifold is None:
         return 0
     weight = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    task = kernels.task_of(weight, manifold, None, grad=weight)
+    task = kernels.kernel_task_of(weight, manifold, None, grad=weight)
     return 0 if task is None or kernels.fused_path(task) is None else task.table.groups
 
 
@@ -141,7 +141,7 @@ def _batch(
     options = StepOptions(
         rate, momentum, dampening, bool(nesterov), weight_decay, bool(maximize), bool(radius_invariant)
     )
-    tasks: list[Task] = []
+    tasks: list[Task[KernelTable]] = []
     for k, (weight, grad, number) in enumerate(zip(weights, grads, numbers, strict=True)):
         manifold, table = _table(number, weight)
         tasks.append(Task(weight, grad, buffers[k] if buffers else None, bool(first and first[k]), manifold, table))

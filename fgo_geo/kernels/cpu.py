@@ -17,14 +17,25 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fgo_geo.kernels.task import LARGEST, Batch, StepOptions, Task, gradient_of, place_of, problem_of
+from fgo_geo.kernels.task import LARGEST, Batch, KernelTable, StepOptions, Task, gradient_of, place_of, problem_of
 
-__all__ = ["DESCRIPTION", "NOT_BUILT", "goes_by_rows", "reason", "squared_norms", "step_by_rows", "update"]
+__all__ = [
+    "DESCRIPTION",
+    "NOT_BUILT",
+    "goes_by_rows",
+    "library",
+    "reason",
+    "squared_norms",
+    "step_by_rows",
+    "threads_for",
+    "update",
+]
 
 DESCRIPTION = "compiled sweeps on the CPU"
 NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
 
-_ABI = 3  # of fused.cpp; a file built from another version is left alone
+_ABI = 4  # of fused.cpp and lines.cpp; a file built from another version is left alone
+_FUNCTIONS = ("fgo_norms", "fgo_update", "fgo_step", "fgo_line_norms", "fgo_line_update")
 _PER_THREAD = 2**16  # entries below which another thread costs more than it saves
 
 
@@ -63,12 +74,18 @@ def library() -> ctypes.CDLL | None:
                 continue
             abi = getattr(loaded, "fgo_abi", None)
             if abi is not None and abi() == _ABI:
-                loaded.fgo_norms.restype = loaded.fgo_update.restype = loaded.fgo_step.restype = ctypes.c_int64
+                for name in _FUNCTIONS:
+                    getattr(loaded, name).restype = ctypes.c_int64
                 return loaded
     return None
 
 
-def reason(task: Task) -> str | None:
+def threads_for(work: int) -> int:
+    """Number of threads for so many entries."""
+    return max(1, min(torch.get_num_threads(), work // _PER_THREAD))
+
+
+def reason(task: Task[KernelTable]) -> str | None:
     """Why the path cannot take a parameter, None if it can.
 
     Args:
@@ -108,7 +125,7 @@ def update(batch: Batch, scales: Tensor, skips: bool) -> None:
     table.run("fgo_update")
 
 
-def goes_by_rows(task: Task) -> bool:
+def goes_by_rows(task: Task[KernelTable]) -> bool:
     """Whether :func:`step_by_rows` takes a parameter: no group has kernels of two rows, and it gains by it.
 
     Where kernels are stored one behind the other (contiguous weights) two sweeps are as fast: to read what is in the
@@ -140,7 +157,7 @@ class _Table:
         types = {task.weight.dtype for task in batch.tasks}
         self.norms = torch.empty(groups, dtype=torch.float64)
         self.scales = {dtype: torch.empty(groups, dtype=dtype) for dtype in types}
-        self.rows: list[tuple[Task, _Task, int]] = []  # with the number of the first group
+        self.rows: list[tuple[Task[KernelTable], _Task, int]] = []  # with the number of the first group
         self.calls: list[tuple[ctypes.Array[_Task], int, int]] = []  # entries, their number of weights, whether double
         self.options = _Options()
         self.skips = False
@@ -197,11 +214,11 @@ class _Table:
 
     def run(self, name: str) -> int:
         """Call a function of the extension, once for every type; returns the sum of what it returns."""
-        sweep, options, most = getattr(library(), name), ctypes.byref(self.options), torch.get_num_threads()
+        sweep, options = getattr(library(), name), ctypes.byref(self.options)
         total = 0
         with torch.profiler.record_function(name):
             for entries, work, is_double in self.calls:
-                threads = max(1, min(most, work // _PER_THREAD))
+                threads = threads_for(work)
                 total += sweep(entries, ctypes.c_int64(len(entries)), options, is_double, ctypes.c_int(threads))
         return total
 
@@ -215,7 +232,7 @@ def _begun(batch: Batch) -> _Table:
     return table
 
 
-def _entry(task: Task) -> _Task:
+def _entry(task: Task[KernelTable]) -> _Task:
     """The task but for its addresses."""
     table, dtype = task.table, task.weight.dtype
     place = place_of(task, by_rows=table.row_groups is not None)

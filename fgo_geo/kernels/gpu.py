@@ -81,7 +81,7 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
-def reason(task: Task) -> str | None:
+def reason(task: Task[KernelTable]) -> str | None:
     """Why the path cannot take a parameter, None if it can.
 
     Args:
@@ -102,7 +102,7 @@ def reason(task: Task) -> str | None:
     return problem_of(task) or _missing(weight.device)
 
 
-def goes_by_rows(task: Task) -> bool:
+def goes_by_rows(task: Task[KernelTable]) -> bool:
     """No: a launch has all rows at once."""
     del task
     return False
@@ -239,7 +239,7 @@ class _Launch:
         )
 
 
-def _launches(tasks: Sequence[Task], options: StepOptions, segments: _Segments) -> Iterator[_Launch]:
+def _launches(tasks: Sequence[Task[KernelTable]], options: StepOptions, segments: _Segments) -> Iterator[_Launch]:
     """One launch per component size, type and order in memory."""
     classes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
     for number, task in enumerate(tasks):
@@ -274,7 +274,7 @@ def _launches(tasks: Sequence[Task], options: StepOptions, segments: _Segments) 
         )
 
 
-def _row(task: Task, number: int, segments: _Segments) -> tuple[tuple[int, ...], bool]:
+def _row(task: Task[KernelTable], number: int, segments: _Segments) -> tuple[tuple[int, ...], bool]:
     """The task's row, but for its last entry, and whether the kernel number runs fastest in memory."""
     weight, table = task.weight, task.table
     grad, place = gradient_of(task), place_of(task)

@@ -1,4 +1,4 @@
-"""What a fused path works on: a weight, its gradient and momentum, and what its kernels are.
+"""What a fused path works on: a weight, its gradient and momentum, and what its components are.
 
 The kernels of a weight are described in the order in which it stores them, by one 32-bit *code* each: group number and
 manifold kind. That replaces the sorting by kind that the batched torch code needs, so a fused path reads and writes the
@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import geoopt
 import torch
@@ -25,16 +25,21 @@ from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, Scale
 __all__ = [
     "KINDS",
     "Batch",
+    "Configuration",
     "KernelTable",
     "Place",
     "StepOptions",
+    "Table",
     "Task",
+    "configuration_of",
     "gradient_of",
     "place_of",
     "problem_of",
     "product_of",
+    "same",
     "table_of",
     "task_of",
+    "types_differ",
 ]
 
 _Kept = TypeVar("_Kept")
@@ -75,35 +80,20 @@ class StepOptions:
     curvature: float | None = 1.0
 
 
-@dataclass(frozen=True, eq=False)
-class KernelTable:
-    """What the kernels of a weight are.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Table:
+    """What a path knows of the components of a weight.
 
     Attributes:
-        codes: ``4 * group + kind`` of every kernel, shape of the weight's first two dimensions, int32.
-        row_groups: Group of every row's kernels of a kind, shape ``(rows, 4)``, -1 where the kind does not occur; None
-            if row and kind do not determine the group.
-        radius: Radius of every kind; one for kinds that do not occur.
-        radii: Radius of every kernel in float64 where it differs within a kind, else None.
+        groups: Number of groups.
         curvature: Bound on the sectional curvature of every group, float64; zero on Euclidean ones.
         constrained: Which groups have a constraint.
-        size: ``(A, B)`` of a component.
-        wide: Whether a component is the transpose of its kernel.
-        groups: Number of groups.
-        rows_apart: Whether no group has kernels of two rows.
         known: What has been worked out from the table, for :meth:`keep`.
     """
 
-    codes: Tensor
-    row_groups: Tensor | None
-    radius: tuple[float, float, float, float]
-    radii: Tensor | None
+    groups: int
     curvature: Tensor
     constrained: Tensor
-    size: tuple[int, int]
-    wide: bool
-    groups: int
-    rows_apart: bool
     known: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], repr=False)
 
     def curvature_bound(self, radius_invariant: bool) -> Tensor:
@@ -120,6 +110,33 @@ class KernelTable:
         if key not in self.known:
             self.known[key] = build(*arguments)
         return self.known[key]
+
+
+_AnyTable = TypeVar("_AnyTable", bound=Table, covariant=True)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class KernelTable(Table):
+    """What the kernels of a weight are.
+
+    Attributes:
+        codes: ``4 * group + kind`` of every kernel, shape of the weight's first two dimensions, int32.
+        row_groups: Group of every row's kernels of a kind, shape ``(rows, 4)``, -1 where the kind does not occur; None
+            if row and kind do not determine the group.
+        radius: Radius of every kind; one for kinds that do not occur.
+        radii: Radius of every kernel in float64 where it differs within a kind, else None.
+        size: ``(A, B)`` of a component.
+        wide: Whether a component is the transpose of its kernel.
+        rows_apart: Whether no group has kernels of two rows.
+    """
+
+    codes: Tensor
+    row_groups: Tensor | None
+    radius: tuple[float, float, float, float]
+    radii: Tensor | None
+    size: tuple[int, int]
+    wide: bool
+    rows_apart: bool
 
 
 _tables: weakref.WeakKeyDictionary[ProductOfGroups, dict[torch.device, tuple[object, KernelTable]]]
@@ -146,7 +163,7 @@ def table_of(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
 
 
 _KIND_OF: dict[type, str] = {ScaledSphere: "sphere", Oblique: "oblique", Stiefel: "stiefel"}
-_products: weakref.WeakKeyDictionary[ComponentManifold, dict[tuple[int, ...], tuple[_Configuration, ProductOfGroups]]]
+_products: weakref.WeakKeyDictionary[ComponentManifold, dict[tuple[int, ...], tuple[Configuration, ProductOfGroups]]]
 _products = weakref.WeakKeyDictionary()
 
 
@@ -184,26 +201,27 @@ def product_of(manifold: object, shape: Sequence[int]) -> ProductOfGroups | None
     if of_shape is None:
         of_shape = _products[manifold] = {}
     kept = of_shape.get(tuple(shape))
-    if kept is None or not _same(kept[0], _configuration(manifold)):
+    if kept is None or not same(kept[0], configuration_of(manifold)):
         radius = manifold.radius
         radius = radius.expand(*shape[:2]) if isinstance(radius, Tensor) else radius
         product = ProductOfGroups(collection(shape[0], shape[1], "layer", kind), shape, radius)
-        kept = of_shape[tuple(shape)] = (_configuration(manifold), product)
+        kept = of_shape[tuple(shape)] = (configuration_of(manifold), product)
     return kept[1]
 
 
-_Configuration: TypeAlias = tuple[object, int]
+Configuration: TypeAlias = tuple[object, int]
 
 
-def _configuration(manifold: geoopt.Manifold) -> _Configuration:
-    """What is different after a change of the radii: an object, and how often it was written to."""
+def configuration_of(manifold: geoopt.Manifold) -> Configuration:
+    """What is different after a change of the radii, for :func:`same`: an object, and how often it was written to."""
     if isinstance(manifold, ProductOfGroups):
         return manifold.manifolds, 0
     radius = getattr(manifold, "radius", None)
     return radius, radius._version if isinstance(radius, Tensor) else 0  # pyright: ignore[reportPrivateUsage]
 
 
-def _same(one: _Configuration, other: _Configuration) -> bool:
+def same(one: Configuration, other: Configuration) -> bool:
+    """Whether the radii have not changed in between."""
     return one[0] is other[0] and one[1] == other[1]
 
 
@@ -269,7 +287,7 @@ def _groups_of_rows(codes: Tensor) -> Tensor | None:
 
 
 @dataclass(eq=False, slots=True)
-class Task:
+class Task(Generic[_AnyTable]):
     """One parameter's share of a step.
 
     Attributes:
@@ -279,7 +297,7 @@ class Task:
         first: Whether the buffer holds nothing yet.
         fresh: Whether the buffer is not the one that the optimiser has.
         manifold: Where the parameter lives.
-        table: What the kernels are.
+        table: What the components are.
     """
 
     weight: Tensor
@@ -287,13 +305,13 @@ class Task:
     buffer: Tensor | None
     first: bool
     manifold: geoopt.Manifold
-    table: KernelTable
+    table: _AnyTable
     fresh: bool = False
-    configuration: _Configuration = field(init=False)
+    configuration: Configuration = field(init=False)
     stored: tuple[object, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.configuration = _configuration(self.manifold)
+        self.configuration = configuration_of(self.manifold)
         self.stored = _stored(self.weight)
 
     def renew(self, param: Tensor, buffer: Tensor | None) -> bool:
@@ -315,7 +333,7 @@ class Task:
         stored = _stored(param)
         if (
             stored != self.stored
-            or not _same(_configuration(manifold), self.configuration)
+            or not same(configuration_of(manifold), self.configuration)
             or grad.dtype != param.dtype
         ):
             return False
@@ -334,7 +352,9 @@ def _stored(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
-def task_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, grad: Tensor | None = None) -> Task | None:
+def task_of(
+    param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, grad: Tensor | None = None
+) -> Task[KernelTable] | None:
     """The task of a parameter, or None if its components are no kernels.
 
     Args:
@@ -366,7 +386,9 @@ class Batch:
         prepared: What the path has made of the tasks, of use for their renewals too.
     """
 
-    def __init__(self, path: ModuleType, tasks: Sequence[Task], options: StepOptions, by_rows: bool = False) -> None:
+    def __init__(
+        self, path: ModuleType, tasks: Sequence[Task[Any]], options: StepOptions, by_rows: bool = False
+    ) -> None:
         self.path = path
         self.by_rows = by_rows
         self.tasks = list(tasks)
@@ -388,23 +410,26 @@ class Batch:
 # -- where the kernels lie -------------------------------------------------------------------------------------------
 
 
-def problem_of(task: Task) -> str | None:
+def problem_of(task: Task[KernelTable]) -> str | None:
     """Why no fused path can take a parameter, whatever the device; None if one can."""
     weight = task.weight
     if weight.dtype not in (torch.float32, torch.float64):
         return f"fused steps take float32 and float64, got {weight.dtype}"
-    if (
-        task.grad is None
-        or task.grad.dtype != weight.dtype
-        or (task.buffer is not None and task.buffer.dtype != weight.dtype)
-    ):
-        return "weight, gradient and momentum have different types"
-    if place_of(task) is None:
+    differ = types_differ(task)
+    if differ is None and place_of(task) is None:
         return f"the strides {weight.stride()} of the weight are those of no memory format"
-    return None
+    return differ
 
 
-def gradient_of(task: Task) -> Tensor:
+def types_differ(task: Task[Table]) -> str | None:
+    """That a fused path cannot take a parameter, if its tensors are not of one type."""
+    tensors = [task.grad, task.weight if task.buffer is None else task.buffer]
+    if all(tensor is not None and tensor.dtype == task.weight.dtype for tensor in tensors):
+        return None
+    return "weight, gradient and momentum have different types"
+
+
+def gradient_of(task: Task[Table]) -> Tensor:
     """The gradient, stored as the weight is; a copy only if it is not, which the task then holds."""
     assert task.grad is not None
     if task.grad.stride() != task.weight.stride():
@@ -424,7 +449,7 @@ class Place:
     j_stride: int
 
 
-def place_of(task: Task, by_rows: bool = False) -> Place | None:
+def place_of(task: Task[KernelTable], by_rows: bool = False) -> Place | None:
     """Where the kernels of a weight lie; as a single row where they lie at equal distances.
 
     Args:

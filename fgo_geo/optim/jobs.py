@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import geoopt
 import torch
@@ -171,8 +171,8 @@ class FusedTasks:
     def __init__(self) -> None:
         self._circumstances: object = None
         self._momentum = False
-        self._kept: dict[int, tuple[_Way, Task]] = {}  # by position in the parameter group
-        self._now: dict[_Way, list[Task]] = {}
+        self._kept: dict[int, tuple[_Way, Task[Any]]] = {}  # by position in the parameter group
+        self._now: dict[_Way, list[Task[Any]]] = {}
         self._batches: list[Batch] = []
 
     def begin(self, circumstances: object, momentum: bool) -> None:

@@ -1,0 +1,280 @@
+"""The fused path for lines: weights on spheres and oblique manifolds, of any size, on the CPU.
+
+A *line* is a vector of a given norm: a whole component of a sphere, a column of an oblique component. All that a step
+does to a line is linear in its point ``x``, its gradient ``h`` and its momentum ``m``, but for the factor that brings
+it back to its norm, and that follows from their six inner products ("Mathematics", section 2.3). So ``lines.cpp`` takes
+the products in one sweep over memory and moves all lines in a second: eight passes in all, where the batched torch code
+takes some forty.
+
+Taken are float32 weights whose lines lie at equal distances in memory: linear layers, 1x1 and other convolutions as
+matrices, every output channel's weights on a sphere. Blocks of one weight that were dealt to several manifolds are not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+import math
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import geoopt
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgo_geo.components import BlockPartition, Segments
+from fgo_geo.kernels.cpu import NOT_BUILT, library, threads_for
+from fgo_geo.kernels.task import Batch, Configuration, Table, Task, configuration_of, gradient_of, same, types_differ
+from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere
+
+__all__ = ["DESCRIPTION", "LineTable", "goes_by_rows", "reason", "squared_norms", "task_of", "update"]
+
+DESCRIPTION = "compiled sweeps of spheres and oblique manifolds on the CPU"
+
+_SHORTEST = 16  # numbers of a line; what is computed once per line counts in shorter ones
+_PRODUCTS, _MOVES = 6, 7  # numbers per line
+
+
+@dataclass(frozen=True, eq=False)
+class LineTable(Table):
+    """Where the lines of a weight lie, and what they are.
+
+    Attributes:
+        lines: Number of lines.
+        length: Numbers of a line.
+        width: One if a line is a run in memory; else lines are the columns of matrices with so many columns.
+        group_of: Group of every line, int32; None if there is one group.
+        radius: Radius of all lines; nan if they differ.
+        radii: Radius of every line in float64 where they differ, else None.
+    """
+
+    lines: int
+    length: int
+    width: int
+    group_of: Tensor | None
+    radius: float
+    radii: Tensor | None
+
+
+class _Task(ctypes.Structure):
+    """``fgo_lines`` of lines.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "groups", "radii")),
+        *((name, ctypes.c_void_p) for name in ("products", "moves", "squared_norms", "scales")),
+        ("radius", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("lines", "length", "width")),
+        ("first", ctypes.c_int32),
+    )
+
+
+class _Options(ctypes.Structure):
+    """``fgo_line_options`` of lines.cpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening")),
+        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant")),
+    )
+
+
+# -- which weights are lines -----------------------------------------------------------------------------------------
+
+_tables: weakref.WeakKeyDictionary[geoopt.Manifold, dict[Hashable, tuple[Configuration, LineTable | None]]]
+_tables = weakref.WeakKeyDictionary()
+
+
+def task_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> Task[LineTable] | None:
+    """The task of a parameter, or None if it does not consist of lines.
+
+    Args:
+        param: A parameter with a gradient.
+        manifold: Its manifold.
+        buffer: Its momentum, if there is any yet.
+
+    Returns:
+        A task.
+    """
+    if param.device.type != "cpu" or param.dtype != torch.float32:
+        return None
+    table = _table_of(manifold, param.detach())
+    return None if table is None else Task(param, param.grad, buffer, False, manifold, table)
+
+
+def _table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
+    """The table of a weight on a manifold, kept until a radius changes."""
+    if not isinstance(manifold, (ProductOfGroups, ComponentManifold)):
+        return None
+    of_manifold = _tables.get(manifold)
+    if of_manifold is None:
+        of_manifold = _tables[manifold] = {}
+    key = weight.shape, weight.stride()
+    kept = of_manifold.get(key)
+    if kept is None or not same(kept[0], configuration_of(manifold)):
+        kept = of_manifold[key] = (configuration_of(manifold), _build(manifold, weight))
+    return kept[1]
+
+
+def _build(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
+    if isinstance(manifold, ProductOfGroups):
+        cut = manifold.partition
+        if not isinstance(cut, BlockPartition) or len(cut.kinds) > 1:
+            return None
+        ((part, segments),) = manifold.parts
+        (components,), (numbers,) = cut.split(weight), cut.groups
+        if components.data_ptr() != weight.data_ptr() or components.numel() != weight.numel():
+            return None  # sorted: the components are copies
+    else:
+        n = math.prod(weight.shape[: weight.ndim - manifold.ndim])
+        part, segments, components, numbers = manifold, Segments(1, n), weight, np.zeros(1, int)
+    if type(part) not in (ScaledSphere, Oblique):
+        return None
+    part = cast(ComponentManifold, part)
+    found = _lie_of(type(part) is Oblique, components, part.ndim)
+    if found is None or found[0] < _SHORTEST:
+        return None
+    length, width, per_component = found
+    groups = None
+    if segments.count > 1:
+        groups = segments.spread(torch.from_numpy(numbers).int()).repeat_interleave(per_component)
+    batch = components.shape[: components.ndim - part.ndim]
+    radius = part.radius
+    radii = radius.detach().double().cpu().expand(batch).flatten() if isinstance(radius, Tensor) else None
+    curvature = torch.empty(segments.count, dtype=torch.float64)
+    own = torch.full((segments.total,), math.nan if isinstance(radius, Tensor) else radius, dtype=torch.float64)
+    curvature[torch.from_numpy(numbers)] = segments.max((own if radii is None else radii) ** -2)
+    return LineTable(
+        groups=segments.count,
+        curvature=curvature,
+        constrained=torch.ones(segments.count, dtype=torch.bool),
+        lines=segments.total * per_component,
+        length=length,
+        width=width,
+        group_of=groups,
+        radius=math.nan if isinstance(radius, Tensor) else radius,
+        radii=None if radii is None else radii.repeat_interleave(per_component),
+    )
+
+
+def _lie_of(columns: bool, x: Tensor, ndim: int) -> tuple[int, int, int] | None:
+    """Length of the lines of components, their width (see :class:`LineTable`), and how many a component has.
+
+    Args:
+        columns: Whether lines are the columns of components, or components as they are.
+        x: Components.
+        ndim: How many dimensions a component has.
+
+    Returns:
+        Three numbers, or None if the lines do not lie at equal distances.
+    """
+    sizes = list(zip(x.shape, x.stride(), strict=True))
+    batch, component = sizes[: x.ndim - ndim], sizes[x.ndim - ndim :]
+    if not columns:
+        length = math.prod(x.shape[x.ndim - ndim :])
+        inside = sorted(component, key=lambda dimension: -dimension[1])
+        return (length, 1, 1) if _follow([*batch, (1, 1), *inside]) and _follow(inside) else None
+    rows, width = x.shape[-2:]
+    if _follow([*batch, component[1], component[0]]):
+        return rows, 1, width
+    return (rows, width, width) if _follow([*batch, *component]) else None
+
+
+def _follow(dimensions: Sequence[tuple[int, int]]) -> bool:
+    """Whether sizes and strides are those of a contiguous tensor."""
+    step = 1
+    for size, stride in reversed(dimensions):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
+# -- the path --------------------------------------------------------------------------------------------------------
+
+
+def reason(task: Task[LineTable]) -> str | None:
+    """Why the path cannot take a parameter, None if it can."""
+    return types_differ(task) or (NOT_BUILT if library() is None else None)
+
+
+def goes_by_rows(task: Task[LineTable]) -> bool:
+    """No weight does: lines are longer than what a cache holds of three tensors."""
+    return False
+
+
+def squared_norms(batch: Batch) -> Tensor:
+    """Squared norms of the Riemannian gradients of all groups, one behind the other, in float64.
+
+    The memory of the result is used again in the next step of the batch.
+    """
+    call = _begun(batch)
+    call.norms.zero_()
+    call.run("fgo_line_norms")
+    return call.norms
+
+
+def update(batch: Batch, scales: Tensor, skips: bool) -> None:
+    """Take the step of all tasks, given ``1 / τ`` of all groups; a zero leaves the gradient out.
+
+    It goes on from the inner products that :func:`squared_norms` took.
+    """
+    call = cast(_Call, batch.prepared)
+    call.scales.copy_(scales)
+    if call.run("fgo_line_update"):  # a step so long that its own rounding shows: rare, and not worth a loop in C++
+        for task in batch.tasks:
+            manifold, weight = cast(ComponentManifold, task.manifold), task.weight
+            weight.copy_(manifold.retr(weight, torch.zeros_like(weight)))
+
+
+class _Call:
+    """The tasks of a batch as the extension wants them. In the next step only addresses and options are different."""
+
+    def __init__(self, batch: Batch) -> None:
+        tables = [cast(LineTable, task.table) for task in batch.tasks]
+        lines = sum(table.lines for table in tables)
+        self.norms = torch.empty(sum(batch.counts), dtype=torch.float64)
+        self.scales = torch.empty(sum(batch.counts), dtype=torch.float32)
+        self._products = torch.empty(_PRODUCTS * lines, dtype=torch.float64)
+        self._moves = torch.empty(_MOVES * lines, dtype=torch.float32)
+        self._options = _Options()
+        self._tasks = (_Task * len(tables))()
+        self._threads = functools.partial(threads_for, sum(task.weight.numel() for task in batch.tasks))
+        first_groups = itertools.accumulate(batch.counts, initial=0)
+        first_lines = itertools.accumulate((table.lines for table in tables), initial=0)
+        for entry, table, group, line in zip(self._tasks, tables, first_groups, first_lines, strict=False):
+            entry.groups = None if table.group_of is None else table.group_of.data_ptr()
+            entry.radii = None if table.radii is None else table.radii.data_ptr()
+            entry.radius = table.radius
+            entry.products = self._products.data_ptr() + _PRODUCTS * line * self._products.itemsize
+            entry.moves = self._moves.data_ptr() + _MOVES * line * self._moves.itemsize
+            entry.squared_norms = self.norms.data_ptr() + group * self.norms.itemsize
+            entry.scales = self.scales.data_ptr() + group * self.scales.itemsize
+            entry.lines, entry.length, entry.width = table.lines, table.length, table.width
+
+    def begin(self, batch: Batch) -> None:
+        """Write the addresses and options of a step."""
+        o = batch.options
+        self._options = _Options(float(o.lr), o.momentum, o.dampening, o.nesterov, o.maximize, o.radius_invariant)
+        for entry, task in zip(self._tasks, batch.tasks, strict=True):
+            entry.weight = task.weight.data_ptr()
+            entry.grad = gradient_of(task).data_ptr()
+            entry.buffer = None if task.buffer is None else task.buffer.data_ptr()
+            entry.first = task.first
+
+    def run(self, name: str) -> int:
+        """Call a function of the extension; returns what it returns."""
+        with torch.profiler.record_function(name):
+            sweep, options = getattr(library(), name), ctypes.byref(self._options)
+            return sweep(self._tasks, ctypes.c_int64(len(self._tasks)), options, ctypes.c_int(self._threads()))
+
+
+def _begun(batch: Batch) -> _Call:
+    """The call of a batch, at the beginning of a step."""
+    if batch.prepared is None:
+        batch.prepared = _Call(batch)
+    call = cast(_Call, batch.prepared)
+    call.begin(batch)
+    return call

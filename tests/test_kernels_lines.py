@@ -1,0 +1,384 @@
+"""The fused step on lines: spheres and oblique manifolds of any size, against the batched torch code."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from typing import Any
+
+import geoopt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_kernels import TOLERANCE, as_parameter, assert_close, built, option_sets, trained
+from torch import Tensor, nn
+from versions import TRACES_PARAMETERS
+
+from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel, constrain, kernels
+from fgo_geo.components import WeightLayout
+from fgo_geo.grouping import collection
+from fgo_geo.kernels import cpu, lines
+
+CLOSE = TOLERANCE[torch.float32]
+
+
+def declared(manifold: Any, *shape: int, dims: tuple[int, ...] | None = None, dtype: Any = torch.float32) -> Any:
+    """A random point, stored with its dimensions in the given order, the first the slowest."""
+    point = manifold.random(*shape, dtype=dtype, generator=torch.Generator().manual_seed(0)).as_subclass(Tensor)
+    if dims is not None:
+        point = point.permute(dims).contiguous().permute([dims.index(d) for d in range(len(dims))])
+    return as_parameter(point, manifold)
+
+
+def taken(*weights: Tensor) -> list[bool]:
+    return [lines.task_of(w, w.manifold, None) is not None for w in weights]  # pyright: ignore
+
+
+def in_double(weight: Any) -> Any:
+    """The same weight in double precision, which the batched code takes, under manifolds of its own."""
+    return as_parameter(weight.detach().as_subclass(Tensor).double(), copy.deepcopy(weight.manifold))
+
+
+def assert_is_the_batched_step(weights: list[Any], scale: float, **options: Any) -> None:
+    fused = trained("auto", weights, 3, scale, **options)
+    assert_close(fused, trained("reference", [in_double(w) for w in weights], 3, scale, **options), CLOSE)
+    for weight, after in zip(weights, fused["weights"], strict=True):
+        assert after.stride() == weight.stride()
+        assert float(weight.manifold.violation(after).max()) <= 5e-7
+
+
+def radius_of(draw: Any, *batch: int) -> Any:
+    per_component = 0.5 + torch.rand(batch, generator=torch.Generator().manual_seed(3))
+    return draw(st.sampled_from([1.0, 0.7, *([per_component] if batch else [])]))
+
+
+scales = st.sampled_from([0.0, 1e-3, 0.1, 1.0, 1e3])
+
+
+@built
+@given(data=st.data(), scale=scales, options=option_sets)
+def test_a_sphere_is_the_batched_step(data: st.DataObject, scale: float, options: dict[str, Any]):
+    draw = data.draw
+    ndim, n_batch = draw(st.integers(1, 4)), draw(st.integers(0, 2))
+    batch = tuple(draw(st.lists(st.integers(1, 6), min_size=n_batch, max_size=n_batch)))
+    sizes = [draw(st.integers(1, 5)) for _ in range(ndim - 1)]
+    shape = (*batch, *draw(st.permutations([*sizes, draw(st.integers(16, 90))])))
+    inside = draw(st.permutations(range(n_batch, n_batch + ndim)))
+    weight = declared(ScaledSphere(radius_of(draw, *batch), ndim), *shape, dims=(*range(n_batch), *inside))
+    if weight.ndim != 4 or ndim != 2:  # or they are kernels
+        assert taken(weight) == [True]
+    assert_is_the_batched_step([weight], scale, **options)
+
+
+@built
+@given(data=st.data(), scale=scales, options=option_sets)
+def test_an_oblique_manifold_is_the_batched_step(data: st.DataObject, scale: float, options: dict[str, Any]):
+    draw = data.draw
+    batch = tuple(draw(st.lists(st.integers(1, 4), max_size=1)))
+    shape = (*batch, draw(st.integers(16, 70)), draw(st.integers(1, 70)))
+    *first, row, column = range(len(shape))
+    dims = draw(st.sampled_from([(*first, row, column), (*first, column, row)]))
+    weight = declared(Oblique(radius_of(draw, *batch)), *shape, dims=dims)
+    assert taken(weight) == [True]
+    assert_is_the_batched_step([weight], scale, **options)
+
+
+@built
+@given(data=st.data(), scale=scales, options=option_sets)
+def test_a_matrix_of_a_layer_is_the_batched_step(data: st.DataObject, scale: float, options: dict[str, Any]):
+    draw = data.draw
+    kind = draw(st.sampled_from(["sphere", "oblique"]))
+    strategy = draw(st.sampled_from(["layer", "po"]))
+    sections = draw(st.sampled_from([1, 3]))
+    n_groups = 1 if strategy == "layer" else draw(st.integers(1, 3))
+    rows, columns = n_groups * draw(st.integers(6, 24)), draw(st.integers(16, 50))
+    kernel = draw(st.sampled_from([(), (1, 1), (3, 3)]))
+    shape = (sections * rows, columns, *kernel)
+    groups = [collection(rows, columns, strategy, (kind,) * n_groups, components="block")] * sections
+    radius = draw(st.sampled_from([0.7, 0.5 + torch.rand(sections * n_groups)]))
+    weight = declared(ProductOfGroups(groups, WeightLayout(shape, sections=sections), radius), *shape)
+    assert taken(weight) == [True]
+    assert_is_the_batched_step([weight], scale, **options)
+
+
+def many_weights() -> list[Any]:
+    """Runs and columns, long and short, with one radius and several."""
+    return [
+        declared(ScaledSphere(2.0), 100_003),
+        declared(ScaledSphere(torch.linspace(0.5, 2, 57)), 57, 33),
+        declared(Oblique(), 300, 521),
+        declared(Oblique(0.5), 300, 37, dims=(1, 0)),
+        declared(Oblique(torch.tensor([0.5, 1.5, 1.0])), 3, 64, 70),
+        declared(ScaledSphere(ndim=3), 19, 4, 9, 5, dims=(0, 2, 3, 1)),
+    ]
+
+
+@built
+@pytest.mark.parametrize("threads", [1, 2, 3, 7, 64])
+def test_every_number_of_threads_gives_the_same_step(threads: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "_PER_THREAD", 64)
+    weights = many_weights()
+    assert all(taken(*weights))
+    expected = trained("reference", [in_double(w) for w in weights], 3, 0.3, momentum=0.9)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        actual = [trained("auto", weights, 3, 0.3, momentum=0.9) for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    assert_close(actual[0], expected, CLOSE)
+    for name, tensors in actual[0].items():  # the order of the sums does not depend on timing
+        for one, other in zip(tensors, actual[1][name], strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_closed_form():
+    """A unit gradient at a right angle to the point, on the unit sphere, is divided by τ = 3."""
+    point = torch.zeros(16)
+    point[0] = 1
+    weight = as_parameter(point, ScaledSphere())
+    weight.grad = torch.zeros(16)
+    weight.grad[0], weight.grad[1] = 5.0, -1.0
+    optimizer = RiemannianFGSGD([weight], lr=1.0)
+    optimizer.step()
+    assert optimizer.step_scales()[weight].tolist() == [3.0]
+    expected = torch.tensor([3.0, 1.0]) / 10**0.5
+    torch.testing.assert_close(weight.detach().as_subclass(Tensor)[:2], expected, rtol=1e-6, atol=0)
+
+
+@built
+def test_two_sweeps_take_all_weights_of_a_network(monkeypatch: pytest.MonkeyPatch):
+    called: list[tuple[str, int]] = []
+    run = lines._Call.run
+    monkeypatch.setattr(
+        lines._Call, "run", lambda call, name: (called.append((name, len(call._tasks))), run(call, name))[1]
+    )
+    model = nn.Sequential(nn.Linear(40, 30), nn.MultiheadAttention(32, 4), nn.Conv2d(64, 32, 1), nn.Conv2d(32, 64, 1))
+    constrain(model, strategy="layer", manifolds="oblique", components="block", first_layer=True)
+    weights = [p for p in model.parameters() if isinstance(p, geoopt.ManifoldParameter)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    RiemannianFGSGD(weights, lr=0.1, momentum=0.9).step()
+    assert called == [("fgo_line_norms", 4), ("fgo_line_update", 4)]
+
+
+class OwnSphere(ScaledSphere):
+    """Whoever overrides a method wants it to be called."""
+
+
+DEALT = ProductOfGroups(collection(40, 30, "po", ("sphere", "stiefel"), components="block"), (40, 30))
+SORTED = ProductOfGroups(collection(40, 30, "po", ("sphere",) * 2, "random", components="block"), (40, 30))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        declared(ScaledSphere(), 40, 15),
+        declared(Oblique(), 15, 40),
+        declared(OwnSphere(), 40, 30),
+        declared(Stiefel(), 40, 30),
+        declared(DEALT, 40, 30),
+        declared(SORTED, 40, 30),
+        declared(ScaledSphere(), 40, 30, dtype=torch.float64),
+        declared(ScaledSphere(), 20, 30, dims=(1, 0)),
+        declared(ScaledSphere(ndim=2), 4, 20, 30, dims=(1, 0, 2)),
+        declared(Oblique(), 4, 20, 30, dims=(1, 0, 2)),
+    ],
+    ids=lambda weight: f"{weight.manifold}, {tuple(weight.shape)}, {weight.dtype}, {weight.stride()}",
+)
+def test_what_consists_of_no_lines_takes_the_batched_step(weight: Any):
+    assert taken(weight) == [False]
+    expected = trained("reference", [weight], 2, 0.3, momentum=0.9)
+    assert_close(trained("auto", [weight], 2, 0.3, momentum=0.9), expected, 0.0)
+
+
+def test_numbers_with_room_between_them_are_no_lines():
+    weight = declared(ScaledSphere(), 20, 32)
+    weight.data = torch.stack([weight.data, weight.data], -1)[..., 0]
+    assert taken(weight) == [False]
+
+
+@built
+@pytest.mark.parametrize("check_finite", [None, False])
+@pytest.mark.parametrize("make", many_weights(), ids=lambda weight: str(tuple(weight.shape)))
+def test_a_gradient_that_is_not_finite(make: Any, check_finite: bool | None):
+    """It is refused before anything has changed, or left out, while the momentum goes on."""
+    results: list[Tensor] = []
+    for path in ("auto", "reference"):
+        weight = copy.deepcopy(make)
+        optimizer = RiemannianFGSGD([("own", weight)], lr=0.1, momentum=0.9, check_finite=check_finite)
+        with kernels.use_path(path):
+            for step in range(3):
+                weight.grad = torch.full_like(weight.detach(), 0.1 * (step + 1))
+                if step == 1:
+                    weight.grad[(-1,) * weight.ndim] = float("nan")
+                    if check_finite is None:
+                        before = weight.detach().clone(), optimizer.state[weight]["momentum_buffer"].clone()
+                        with pytest.raises(FloatingPointError, match=r"the gradient of 'own'.*no parameter"):
+                            optimizer.step()
+                        after = weight.detach(), optimizer.state[weight]["momentum_buffer"]
+                        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+                        continue
+                optimizer.step()
+        assert optimizer.skipped_groups() == (0 if check_finite is None else 1)
+        results.append(weight.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=CLOSE)
+
+
+@built
+@pytest.mark.parametrize("stretch", [1e-3, 0.9, 1.1, 30.0])
+def test_a_point_off_its_manifold_is_brought_back(stretch: float):
+    for weight in many_weights():
+        optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
+        weight.data.mul_(stretch)  # what no optimiser does
+        weight.grad = 0.01 * torch.ones_like(weight)
+        optimizer.step()
+        assert float(weight.manifold.violation(weight.detach()).max()) <= 5e-7
+
+
+@built
+@pytest.mark.parametrize("normal", [0.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("length", [1e-4, 0.5, 50.0, 1e4])
+def test_steps_of_every_length_end_on_the_manifold(length: float, normal: float):
+    """The normal part of a gradient makes no step, but its rounding shows in the new point where it is large."""
+    for weight in many_weights():
+        tangent = weight.manifold.proju(weight.detach(), torch.ones_like(weight))
+        weight.grad = (tangent + normal * weight.detach()).as_subclass(Tensor)
+        RiemannianFGSGD([weight], lr=length, step_size="constant").step()
+        assert float(weight.manifold.violation(weight.detach()).max()) <= 5e-7
+
+
+@built
+@pytest.mark.parametrize("normal", [1.0, 1e3, 1e5])
+def test_the_norm_of_an_almost_normal_gradient_is_right(normal: float):
+    """In single precision nothing would be left of it."""
+    manifold = ScaledSphere(2.0)
+    weight = declared(manifold, 1, 4096)
+    point = weight.detach().as_subclass(Tensor).double()
+    tangent = torch.randn(1, 4096, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    grad = (tangent / tangent.norm() + normal * point).float()
+    along = (point * grad).sum() / 4
+    weight.grad = grad
+    task = lines.task_of(weight, manifold, None)
+    assert task is not None
+    options = kernels.StepOptions(0.1, 0.0, 0.0, False, 0.0, False, False)
+    squared = lines.squared_norms(kernels.Batch(lines, [task], options))
+    torch.testing.assert_close(squared[0], (grad - along * point).square().sum(), rtol=1e-5, atol=4e-14 * normal**2)
+
+
+@built
+def test_ten_thousand_steps_do_not_drift():
+    weights = [declared(Oblique(), 32, 20), declared(ScaledSphere(3.0), 8, 32)]
+    after = trained("auto", weights, 10_000, 0.1, momentum=0.9)
+    for weight, point in zip(weights, after["weights"], strict=True):
+        assert float(weight.manifold.violation(point).max()) <= 5e-7
+    for weight, point, momentum in zip(weights, after["weights"], after["momentum"], strict=True):
+        normal = momentum - weight.manifold.proju(point, momentum)
+        assert float(normal.norm()) <= 0.5 * float(momentum.norm())  # tangent at the point before
+
+
+@built
+def test_gradient_and_momentum_in_another_memory_format():
+    weight = declared(Oblique(), 40, 30)
+    results: list[Tensor] = []
+    for path in ("auto", "reference"):
+        own = copy.deepcopy(weight)
+        optimizer = RiemannianFGSGD([own], lr=0.1, momentum=0.9)
+        generator = torch.Generator().manual_seed(1)
+        with kernels.use_path(path):
+            for _ in range(3):
+                own.grad = torch.randn(30, 40, generator=generator).mT
+                optimizer.step()
+                state = optimizer.state[own]
+                state["momentum_buffer"] = state["momentum_buffer"].mT.contiguous().mT
+        results.append(own.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=CLOSE)
+
+
+@built
+def test_paths_can_change_between_steps_and_with_a_checkpoint():
+    weight = declared(Oblique(1.5), 40, 30)
+    expected = trained("reference", [weight], 4, 0.3, momentum=0.9)["weights"][0]
+    own = copy.deepcopy(weight)
+    optimizer = RiemannianFGSGD([own], lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(1)
+    for path in ("fused", "reference", "auto", "auto"):
+        own.grad = (0.3 * torch.randn(own.shape, dtype=torch.float64, generator=generator)).float()
+        fresh = RiemannianFGSGD([own], lr=0.1, momentum=0.9)
+        fresh.load_state_dict(optimizer.state_dict())
+        optimizer = fresh
+        with kernels.use_path(path):
+            optimizer.step()
+    torch.testing.assert_close(own.detach(), expected, rtol=0, atol=CLOSE)
+
+
+@built
+@pytest.mark.parametrize("radius", [2.0, torch.tensor([2.0, 3.0])])
+def test_new_radii_are_seen(radius: Any):
+    sphere = ScaledSphere(1.0 if isinstance(radius, float) else torch.ones(2))
+    product = ProductOfGroups(collection(2, 40, "po", ("sphere",) * 2, components="block"), (2, 40))
+    weights = [declared(sphere, 2, 40), declared(product, 2, 40)]
+    optimizer = RiemannianFGSGD(weights, lr=0.1, momentum=0.9)
+    for number in range(2):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        if number == 0:
+            if isinstance(radius, float):
+                sphere.radius = radius
+            else:
+                sphere.radius.copy_(radius)  # in place
+            product.set_radius(radius)
+    for weight in weights:
+        torch.testing.assert_close(weight.detach().norm(dim=1), torch.ones(2) * radius)
+
+
+@built
+def test_autograd_notices_that_the_weight_has_changed():
+    weight = declared(ScaledSphere(), 3, 40)
+    loss = weight.square().sum()
+    weight.grad = torch.ones_like(weight)
+    RiemannianFGSGD([weight], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_without_the_extension_everything_works_and_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(lines, "library", lambda: None)
+    monkeypatch.setattr(kernels, "_said", set())
+    weight = declared(ScaledSphere(), 3, 40)
+    expected = trained("reference", [weight], 2, 0.3, momentum=0.9)
+    with caplog.at_level(logging.WARNING, "fgo_geo"):
+        actual = trained("auto", [weight], 2, 0.3, momentum=0.9)
+    assert_close(actual, expected, 0.0)
+    assert [r.getMessage() for r in caplog.records] == [f"step by the batched torch code: {cpu.NOT_BUILT}"]
+
+
+@built
+def test_the_active_path_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(kernels, "_said", set())
+    with caplog.at_level(logging.INFO, "fgo_geo"):
+        trained("auto", [declared(ScaledSphere(), 3, 40)], 3, 0.3)
+    assert [r.getMessage() for r in caplog.records] == [f"fused step: {lines.DESCRIPTION}"]
+
+
+@built
+def test_torch_compile_takes_the_same_step():
+    weights = [declared(ScaledSphere(2.0), 6, 40), declared(Oblique(), 40, 24)]
+    own = [copy.deepcopy(w) for w in weights]
+    optimizers = [RiemannianFGSGD(ws, lr=0.1, momentum=0.9) for ws in (weights, own)]
+    torch.compiler.reset()
+    steps = [optimizers[0].step, torch.compile(optimizers[1].step, fullgraph=TRACES_PARAMETERS)]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        for one, other in zip(weights, own, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for step in steps:
+            step()
+    for one, other in itertools.zip_longest(weights, own):
+        torch.testing.assert_close(one.detach(), other.detach(), rtol=0, atol=CLOSE)
