@@ -64,7 +64,7 @@ def test_a_sphere_is_the_batched_step(data: st.DataObject, scale: float, options
     ndim, n_batch = draw(st.integers(1, 4)), draw(st.integers(0, 2))
     batch = tuple(draw(st.lists(st.integers(1, 6), min_size=n_batch, max_size=n_batch)))
     sizes = [draw(st.integers(1, 5)) for _ in range(ndim - 1)]
-    shape = (*batch, *draw(st.permutations([*sizes, draw(st.integers(16, 90))])))
+    shape = (*batch, *draw(st.permutations([*sizes, draw(st.integers(4, 90))])))
     inside = draw(st.permutations(range(n_batch, n_batch + ndim)))
     weight = declared(ScaledSphere(radius_of(draw, *batch), ndim), *shape, dims=(*range(n_batch), *inside))
     if weight.ndim != 4 or ndim != 2:  # or they are kernels
@@ -77,7 +77,7 @@ def test_a_sphere_is_the_batched_step(data: st.DataObject, scale: float, options
 def test_an_oblique_manifold_is_the_batched_step(data: st.DataObject, scale: float, options: dict[str, Any]):
     draw = data.draw
     batch = tuple(draw(st.lists(st.integers(1, 4), max_size=1)))
-    shape = (*batch, draw(st.integers(16, 70)), draw(st.integers(1, 70)))
+    shape = (*batch, draw(st.integers(4, 70)), draw(st.integers(1, 70)))
     *first, row, column = range(len(shape))
     dims = draw(st.sampled_from([(*first, row, column), (*first, column, row)]))
     weight = declared(Oblique(radius_of(draw, *batch)), *shape, dims=dims)
@@ -175,8 +175,8 @@ SORTED = ProductOfGroups(collection(40, 30, "po", ("sphere",) * 2, "random", com
 @pytest.mark.parametrize(
     "weight",
     [
-        declared(ScaledSphere(), 40, 15),
-        declared(Oblique(), 15, 40),
+        declared(ScaledSphere(), 40, 3),
+        declared(Oblique(), 3, 40),
         declared(OwnSphere(), 40, 30),
         declared(Stiefel(), 40, 30),
         declared(DEALT, 40, 30),

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.kernels import cpu, gpu, lines
-from fgo_geo.kernels._operators import TracedBatch, register
+from fgo_geo.kernels._operators import TracedBatch, TracedBatches, register
 from fgo_geo.kernels.task import Batch, StepOptions, Task
 from fgo_geo.kernels.task import task_of as kernel_task_of
 from fgo_geo.linalg import traces
@@ -43,11 +43,11 @@ __all__ = [
     "StepOptions",
     "Task",
     "TracedBatch",
+    "TracedBatches",
     "circumstances",
     "curvature",
     "fused_path",
-    "kernel_task_of",
-    "path_on",
+    "path_of",
     "register",
     "squared_norms",
     "step_by_rows",
@@ -119,23 +119,26 @@ def circumstances() -> object:
     return _path, *_PATHS.values(), lines, torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
-def path_on(device: torch.device) -> ModuleType:
-    """The fused path for a device, which may not take every parameter there."""
-    return _PATHS.get(device.type, cpu)
+def path_of(task: Task[Any]) -> ModuleType:
+    """The fused path for components like those of a task, on its device; it may not take every weight."""
+    return lines if isinstance(task.table, lines.LineTable) else _PATHS.get(task.weight.device.type, cpu)
 
 
-def task_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> Task[Any] | None:
+def task_of(
+    param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, grad: Tensor | None = None
+) -> Task[Any] | None:
     """The task of a parameter for a fused path, or None if its components are neither kernels nor lines.
 
     Args:
         param: A parameter with a gradient.
         manifold: Its manifold.
         buffer: Its momentum, if there is any yet.
+        grad: Its gradient, if that is not ``param.grad``.
 
     Returns:
         A task.
     """
-    return kernel_task_of(param, manifold, buffer) or lines.task_of(param, manifold, buffer)
+    return kernel_task_of(param, manifold, buffer, grad) or lines.task_of(param, manifold, buffer, grad)
 
 
 def fused_path(task: Task[Any]) -> ModuleType | None:
@@ -150,7 +153,7 @@ def fused_path(task: Task[Any]) -> ModuleType | None:
     Raises:
         RuntimeError: If the path ``"fused"`` is forced and there is none, with the reason.
     """
-    module = lines if isinstance(task.table, lines.LineTable) else path_on(task.weight.device)
+    module = path_of(task)
     reason = module.reason(task)
     if reason is None:
         _say_once(f"fused step: {module.DESCRIPTION}", logging.INFO)

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import geoopt
 import torch
 from torch import Tensor
 
 import fgo_geo.kernels as kernels  # which imports this module: its names are there when functions are called
-from fgo_geo.kernels.task import Batch, KernelTable, StepOptions, Task, product_of, table_of
+from fgo_geo.kernels.task import Batch, StepOptions, Task
 from fgo_geo.linalg import reads_for_free
 from fgo_geo.manifolds import EmbeddedManifold
 
-__all__ = ["TracedBatch", "register"]
+__all__ = ["TracedBatch", "TracedBatches", "register"]
 
 _manifolds: weakref.WeakValueDictionary[int, EmbeddedManifold] = weakref.WeakValueDictionary()
 
@@ -31,14 +32,40 @@ def register(manifold: EmbeddedManifold) -> None:
 
 def _groups_of(
     number: int, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> int:
-    """Number of groups of a weight that a fused path takes; 0 for others. Runs once, when a step is traced."""
+) -> tuple[str, int]:
+    """The fused path that takes a weight, and its number of groups, 0 if none does. Runs once, as a step is traced."""
     manifold = _manifolds.get(number)
     if manifold is None:
-        return 0
+        return "", 0
     weight = torch.empty_strided(shape, strides, dtype=dtype, device=device)
-    task = kernels.kernel_task_of(weight, manifold, None, grad=weight)
-    return 0 if task is None or kernels.fused_path(task) is None else task.table.groups
+    task = kernels.task_of(weight, manifold, None, grad=weight)
+    path = None if task is None else kernels.fused_path(task)
+    return ("", 0) if task is None or path is None else (path.__name__, task.table.groups)
+
+
+class TracedBatches:
+    """What fused paths do of a parameter group, while ``torch.compile`` traces."""
+
+    def __init__(self, options: StepOptions) -> None:
+        self._options = options
+        self._batches: dict[str, TracedBatch] = {}  # by path
+
+    def add(self, param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> bool:
+        """Do the step of a parameter, if there is a fused path for it; returns whether there is."""
+        grad = param.grad
+        if grad is None or grad.dtype != param.dtype or (buffer is not None and buffer.dtype != param.dtype):
+            return False
+        path, groups = _groups_of(id(manifold), tuple(param.shape), tuple(param.stride()), param.dtype, param.device)
+        if groups == 0:
+            return False
+        if path not in self._batches:
+            self._batches[path] = TracedBatch(self._options)
+        self._batches[path].add(param, grad, buffer, id(manifold), groups)
+        return True
+
+    def all(self) -> list[TracedBatch]:
+        """One batch for every path."""
+        return list(self._batches.values())
 
 
 class TracedBatch:
@@ -61,24 +88,17 @@ class TracedBatch:
         self._first: list[bool] = []
         self._numbers: list[int] = []
 
-    def add(self, param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> bool:
-        """Do the step of a parameter, if there is a fused path for it; returns whether there is."""
-        grad = param.grad
-        if grad is None or grad.dtype != param.dtype or (buffer is not None and buffer.dtype != param.dtype):
-            return False
-        groups = _groups_of(id(manifold), tuple(param.shape), tuple(param.stride()), param.dtype, param.device)
-        if groups == 0:
-            return False
+    def add(self, param: Tensor, grad: Tensor, buffer: Tensor | None, number: int, groups: int) -> None:
+        """Do the step of a parameter, given the number of its manifold and how many groups it has."""
         self.weights.append(param)
         self.counts.append(groups)
         self._grads.append(grad)
-        self._numbers.append(id(manifold))
+        self._numbers.append(number)
         if self.options.momentum != 0:
             self._first.append(buffer is None)
             self._buffers.append(torch.empty_like(param) if buffer is None else buffer)
         if param.dtype == torch.float64:
             self.dtype = torch.float64
-        return True
 
     def fresh_buffers(self) -> list[tuple[Tensor, Tensor]]:
         """Parameters without momentum yet, and where it will be."""
@@ -117,15 +137,15 @@ class TracedBatch:
         ]
 
 
-def _table(number: int, weight: Tensor) -> tuple[EmbeddedManifold, KernelTable]:
+def _task(number: int, weight: Tensor, grad: Tensor, buffer: Tensor | None = None) -> Task[Any]:
     manifold = _manifolds.get(number)
-    product = product_of(manifold, weight.shape)
-    if manifold is None or product is None:
+    task = None if manifold is None else kernels.task_of(weight, manifold, buffer, grad=grad)
+    if task is None:
         raise RuntimeError(
             "a compiled step of RiemannianFGSGD needs the manifold of a parameter, which is no more; compile the step "
             "again, and within one process"
         )
-    return manifold, table_of(product, weight.device)
+    return task
 
 
 def _batch(
@@ -141,11 +161,11 @@ def _batch(
     options = StepOptions(
         rate, momentum, dampening, bool(nesterov), weight_decay, bool(maximize), bool(radius_invariant)
     )
-    tasks: list[Task[KernelTable]] = []
+    tasks: list[Task[Any]] = []
     for k, (weight, grad, number) in enumerate(zip(weights, grads, numbers, strict=True)):
-        manifold, table = _table(number, weight)
-        tasks.append(Task(weight, grad, buffers[k] if buffers else None, bool(first and first[k]), manifold, table))
-    path = kernels.path_on(weights[0].device)
+        tasks.append(_task(number, weight, grad, buffers[k] if buffers else None))
+        tasks[-1].first = bool(first and first[k])
+    path = kernels.path_of(tasks[0])
     problem = next(filter(None, map(path.reason, tasks)), None)
     if problem is not None:
         raise RuntimeError(f"a compiled step of RiemannianFGSGD cannot go on: {problem}; compile it again")
@@ -193,8 +213,8 @@ def _(*_arguments: object) -> None:
 
 @torch.library.custom_op("fgo_geo::curvature", mutates_args=())
 def _curvature(like: Tensor, weights: Sequence[Tensor], numbers: Sequence[int], radius_invariant: bool) -> Tensor:
-    tables = [_table(number, weight)[1] for number, weight in zip(numbers, weights, strict=True)]
-    return torch.cat([table.curvature_bound(radius_invariant) for table in tables]).to(like.dtype)
+    tasks = [_task(number, weight, weight) for number, weight in zip(numbers, weights, strict=True)]
+    return torch.cat([task.table.curvature_bound(radius_invariant) for task in tasks]).to(like.dtype)
 
 
 @_curvature.register_fake

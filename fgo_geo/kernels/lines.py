@@ -35,7 +35,7 @@ __all__ = ["DESCRIPTION", "LineTable", "goes_by_rows", "reason", "squared_norms"
 
 DESCRIPTION = "compiled sweeps of spheres and oblique manifolds on the CPU"
 
-_SHORTEST = 16  # numbers of a line; what is computed once per line counts in shorter ones
+_SHORTEST = 4  # numbers of a line; shorter ones are less than what is kept of each
 _PRODUCTS, _MOVES = 6, 7  # numbers per line
 
 
@@ -87,13 +87,16 @@ _tables: weakref.WeakKeyDictionary[geoopt.Manifold, dict[Hashable, tuple[Configu
 _tables = weakref.WeakKeyDictionary()
 
 
-def task_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> Task[LineTable] | None:
+def task_of(
+    param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, grad: Tensor | None = None
+) -> Task[LineTable] | None:
     """The task of a parameter, or None if it does not consist of lines.
 
     Args:
         param: A parameter with a gradient.
         manifold: Its manifold.
         buffer: Its momentum, if there is any yet.
+        grad: Its gradient, if that is not ``param.grad``.
 
     Returns:
         A task.
@@ -101,7 +104,9 @@ def task_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> 
     if param.device.type != "cpu" or param.dtype != torch.float32:
         return None
     table = _table_of(manifold, param.detach())
-    return None if table is None else Task(param, param.grad, buffer, False, manifold, table)
+    if table is None:
+        return None
+    return Task(param, param.grad if grad is None else grad, buffer, False, manifold, table)
 
 
 def _table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
@@ -219,8 +224,10 @@ def squared_norms(batch: Batch) -> Tensor:
 def update(batch: Batch, scales: Tensor, skips: bool) -> None:
     """Take the step of all tasks, given ``1 / τ`` of all groups; a zero leaves the gradient out.
 
-    It goes on from the inner products that :func:`squared_norms` took.
+    It goes on from the inner products that :func:`squared_norms` took, if it was called for this batch.
     """
+    if batch.prepared is None:
+        squared_norms(batch)
     call = cast(_Call, batch.prepared)
     call.scales.copy_(scales)
     if call.run("fgo_line_update"):  # a step so long that its own rounding shows: rare, and not worth a loop in C++

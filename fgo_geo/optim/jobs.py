@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.components import Segments
-from fgo_geo.kernels import Batch, StepOptions, Task, TracedBatch, fused_path, task_of
+from fgo_geo.kernels import Batch, StepOptions, Task, TracedBatch, TracedBatches, fused_path, task_of
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 
 __all__ = ["FusedTasks", "Job", "Piece", "TracedTasks", "join", "manifold_of", "pieces_of", "put_back"]
@@ -251,8 +251,7 @@ class TracedTasks:
     """What :class:`FusedTasks` is, while ``torch.compile`` traces: nothing is kept."""
 
     def __init__(self, options: StepOptions) -> None:
-        self._options = options
-        self._batches: dict[str, TracedBatch] = {}  # by kind of device
+        self._batches = TracedBatches(options)
 
     def renew(self, position: int, param: Tensor, buffer: Tensor | None) -> bool:
         """Nothing is."""
@@ -260,19 +259,11 @@ class TracedTasks:
 
     def add(self, position: int, param: Tensor, manifold: geoopt.Manifold | None, buffer: Tensor | None) -> bool:
         """As :meth:`FusedTasks.add`."""
-        if manifold is None:
-            return False
-        batch = self._batches.get(param.device.type)
-        if batch is None:
-            batch = TracedBatch(self._options)
-        taken = batch.add(param, manifold, buffer)
-        if taken:
-            self._batches[param.device.type] = batch
-        return taken
+        return manifold is not None and self._batches.add(param, manifold, buffer)
 
     def batches(self, options: StepOptions) -> list[TracedBatch]:
         """All that is to be done in this step."""
-        return list(self._batches.values())
+        return self._batches.all()
 
 
 def join(pieces: Sequence[Piece]) -> list[Job]:
