@@ -14,7 +14,7 @@ from pybtex.style.labels import BaseLabelStyle
 
 with warnings.catch_warnings():
     # Geoopt scripts a few functions when it is imported; torch has announced the end of TorchScript.
-    warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+    warnings.filterwarnings("ignore", message="`torch.jit.script`")
     import fgo_geo
 
 if TYPE_CHECKING:

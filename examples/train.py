@@ -1,6 +1,6 @@
 """Train an image classifier whose weights live on manifolds, and see what came of it.
 
-    python examples/train.py                      # digits, PIO groups, under a minute on two CPU cores
+    python examples/train.py                      # digits, PIO groups, less than two minutes on two CPU cores
     python examples/train.py --optimizer sgd      # the same network without manifolds
     python examples/train.py --strategy layer --manifolds stiefel --linear-manifold sphere
     python examples/train.py --channel-directed h1 --lam 2

@@ -178,7 +178,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         check_finite: Raise on a gradient on a manifold that is not finite, before anything has changed. None checks
             where reading the answer is free: on the CPU, outside of ``torch.compile``. Elsewhere such a group takes
             no gradient in this step, stays on its manifold, and is counted in :meth:`skipped_groups`. Plain
-            parameters are not checked, as in :class:`torch.optim.SGD`.
+            parameters are not checked, as in :class:`torch.optim.SGD`, unless they are adapted.
         maximize: Ascend instead of descend.
         foreach: For plain parameters, as in :class:`torch.optim.SGD`.
         fused: For plain parameters, as in :class:`torch.optim.SGD`.
