@@ -12,10 +12,12 @@ Where no group has kernels of two rows (PO), a row can be measured and moved whi
 be known of the other rows first. A path says with ``goes_by_rows(task)`` whether it does that; it then has
 ``step_by_rows(batch)``, the whole step.
 
-The paths are :mod:`~fgo_geo.kernels.cpu`, a compiled extension, and :mod:`~fgo_geo.kernels.gpu`, Triton. Inside
-``torch.compile`` both sweeps are operators, which the graph calls. Where no path applies (blocks, other manifolds, half
-precision) the batched torch code does the work: it is the reference, and the only place where the formulas are meant to
-be read. This module is where a path is chosen; nothing else knows that there are several.
+There are three paths. Kernels, of any mix of manifolds, take :mod:`~fgo_geo.kernels.cpu`, a compiled extension, or
+:mod:`~fgo_geo.kernels.gpu`, Triton. Spheres and oblique manifolds of any size take :mod:`~fgo_geo.kernels.lines`, of
+the same extension. Inside ``torch.compile`` both sweeps are operators, which the graph calls. Where no path applies
+(Stiefel matrices, blocks of one weight that were dealt to several manifolds, other manifolds, half precision) the
+batched torch code does the work: it is the reference, and the only place where the formulas are meant to be read. This
+module is where a path is chosen; nothing else knows that there are several.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ One step is the composition of small pure functions on whole tensors:
 2. :func:`~fgo_geo.optim.theorem_step_scale` turns the norm ``R`` of every group into its ``τ``;
 3. :func:`fgsgd_update` adds momentum and moves along a retraction.
 
-Two kinds of weight take the same step otherwise, to rounding: kernels that a fused path takes (:mod:`fgo_geo.kernels`),
-and large Stiefel matrices, in which the three share products (:mod:`fgo_geo.optim.shared_products`).
+Some weights take the same step otherwise, to rounding: kernels, spheres and oblique manifolds that a fused path takes
+(:mod:`fgo_geo.kernels`), and large Stiefel matrices, in which the three share products
+(:mod:`fgo_geo.optim.shared_products`).
 
 :class:`RiemannianFGSGD` is what surrounds them: validation and state. What one batched call works on is a
 :class:`~fgo_geo.optim.jobs.Job`. Parameters without a constraint never get there: they take the step of
