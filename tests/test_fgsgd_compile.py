@@ -48,6 +48,28 @@ def test_a_compiled_step_follows_the_learning_rate():
         torch.testing.assert_close(params[0], twins[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("manifold", [ScaledSphere, Oblique, Stiefel])
+def test_a_compiled_step_on_matrices_follows_their_radii(manifold):
+    """Numbers that change are compiled once, not for every value."""
+    torch._dynamo.reset()
+    networks = [[on(manifold(r), 8, 4, seed=k) for k, r in enumerate((2.0, 2.0, 3.0))] for _ in range(2)]
+    optimizers = [RiemannianFGSGD(params, lr=torch.tensor(0.1), momentum=0.9) for params in networks]
+    step = torch.compile(optimizers[0].step, backend="eager", fullgraph=TRACES_PARAMETERS)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for number in range(6):
+        for params in networks:
+            set_gradients(params, number)
+            for param in params if number >= 2 else ():
+                param.manifold.radius *= 1.0 + 0.1 * number
+                param.data.copy_(param.manifold.projx(param.data))
+        step()
+        optimizers[1].step()
+        for a, b in zip(*networks, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            assert a.manifold.violation(a.detach()).max() <= 1e-12
+    assert not TRACES_PARAMETERS or torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 3
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Raises when a tensor's values reach the host, or decide a shape."""
 
