@@ -295,16 +295,16 @@ def join(pieces: Sequence[Piece]) -> list[Job]:
     Returns:
         Jobs that hold every piece once.
     """
-    buckets: dict[object, list[list[Piece]]] = {}
+    buckets: dict[object, list[tuple[object, list[Piece]]]] = {}  # by key, with the radii
     for piece in pieces:
-        alike = buckets.setdefault(piece.key, [])
-        for bucket in alike:
-            if bucket[0].radii == piece.radii:
+        alike, radii = buckets.setdefault(piece.key, []), piece.radii
+        for others, bucket in alike:
+            if others == radii:
                 bucket.append(piece)
                 break
         else:
-            alike.append([piece])
-    return [_job(bucket) for alike in buckets.values() for bucket in alike]
+            alike.append((radii, [piece]))
+    return [_job(bucket) for alike in buckets.values() for _, bucket in alike]
 
 
 def _job(pieces: list[Piece]) -> Job:
