@@ -177,8 +177,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         adapt_euclidean: Divide by ``τ`` on plain parameters too.
         check_finite: Raise on a gradient on a manifold that is not finite, before anything has changed. None checks
             where reading the answer is free: on the CPU, outside of ``torch.compile``. Elsewhere such a group takes
-            no gradient in this step, stays on its manifold, and is counted in :meth:`skipped_groups`. Plain
-            parameters are not checked, as in :class:`torch.optim.SGD`.
+            no gradient in this step, stays on its manifold, and is counted in :meth:`skipped_groups`. True ends the
+            graph inside ``torch.compile``, which refuses that with ``fullgraph=True``. Plain parameters are not
+            checked, as in :class:`torch.optim.SGD`.
         maximize: Ascend instead of descend.
         foreach: For plain parameters, as in :class:`torch.optim.SGD`.
         fused: For plain parameters, as in :class:`torch.optim.SGD`.
@@ -744,9 +745,16 @@ def _shares_products(options: _Options, job: Job) -> bool:
 
 def _checks(options: _Options, norms: Tensor) -> bool:
     """Whether to raise on norms that are not finite: if asked to, or if reading them is free."""
-    if options["check_finite"] is None:
+    asked = options["check_finite"]
+    if asked is None:
         return norms.device.type == "cpu" and not torch.compiler.is_compiling()
-    return options["check_finite"]
+    if asked and torch.compiler.is_compiling():  # the graph ends here; with fullgraph=True that is an error, which says
+        torch._dynamo.graph_break(  # pyright: ignore[reportPrivateUsage]
+            msg=f"RiemannianFGSGD: check_finite={asked!r} cannot raise inside torch.compile(..., fullgraph=True); "
+            "nothing has changed. Leave it None or set it to False: groups whose gradient is not finite then take none "
+            "in the step, and optimizer.skipped_groups() counts them"
+        )
+    return asked
 
 
 def _fused_options(options: _Options) -> kernels.StepOptions:
