@@ -154,7 +154,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     Works for every manifold of Geoopt. Plain parameters and those on :class:`geoopt.Euclidean` take the step of
     :class:`torch.optim.SGD`, bit for bit. ``p.grad`` is read, never written. Weight decay acts where it means
     something: on plain parameters and on Geoopt's own manifolds; on spheres, oblique and Stiefel manifolds it is
-    radial and projects to zero.
+    radial and projects to zero. Momentum on a manifold takes the type and the device of a weight that was converted or
+    moved between steps (``model.double()``), as loading a ``state_dict`` would.
 
     Args:
         params: Parameters, named parameters or parameter groups.
@@ -396,12 +397,22 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 continue
             param.copy_(manifold.projx(param))
             self._carried.clear()
-            buffer = self._momentum_of(param)
+            buffer = self._momentum_like(param)
             if buffer is not None:
                 buffer.copy_(manifold.proju(param, buffer))
 
     def _momentum_of(self, param: Tensor) -> Tensor | None:
         return self.state[param].get("momentum_buffer") if param in self.state else None
+
+    def _momentum_like(self, param: Tensor) -> Tensor | None:
+        """The momentum of a parameter in its type and on its device, as ``load_state_dict`` would bring it there.
+
+        It is not when the weight was converted or moved after a step, by ``model.double()`` or ``model.to(device)``.
+        """
+        buffer = self._momentum_of(param)
+        if buffer is not None and (buffer.dtype != param.dtype or buffer.device != param.device):
+            buffer = self.state[param]["momentum_buffer"] = buffer.to(dtype=param.dtype, device=param.device)
+        return buffer
 
     # -- before anything changes -----------------------------------------------------------------------------
 
@@ -436,8 +447,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             manifold = manifold_of(param)
             if manifold is None and not group["adapt_euclidean"]:
                 plain.append(param)
-            elif fused is None or not fused.add(position, param, manifold, buffer):
-                pieces += pieces_of(param, manifold or self._default_manifold, self._momentum_of(param))
+                continue
+            momentum = self._momentum_like(param)
+            buffer = momentum if group["momentum"] != 0 else None
+            if fused is None or not fused.add(position, param, manifold, buffer):
+                pieces += pieces_of(param, manifold or self._default_manifold, momentum)
         jobs = join(pieces)
         for job in jobs:
             grad = -job.grad if group["maximize"] else job.grad
