@@ -52,7 +52,7 @@ def test_weights_that_were_declared_by_hand_have_no_plan_and_the_remedy_works() 
     averaged.update_parameters(model)
     message = (
         r"no plan: 1 parameter\(s\) were put on manifolds without fgo_geo.constrain: module.0.weight. To project "
-        r"these, `with torch.no_grad\(\):` call `p.proj_\(\)` of every geoopt.ManifoldParameter p in model.parameters\(\)"
+        r"these, `with torch.no_grad\(\):` call `p.proj_\(\)` of every geoopt.ManifoldParameter p in model.parameters"
     )
     with pytest.raises(ValueError, match=message):
         plan_of(averaged).project()

@@ -38,7 +38,10 @@ def _groups_of(
         return 0
     weight = torch.empty_strided(shape, strides, dtype=dtype, device=device)
     task = kernels.task_of(weight, manifold, None, grad=weight)
-    return 0 if task is None or kernels.fused_path(task) is None else task.table.groups
+    if task is None:
+        kernels.say_unfused_weight(weight, manifold)
+        return 0
+    return 0 if kernels.fused_path(task) is None else task.table.groups
 
 
 class TracedBatch:

@@ -470,6 +470,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if circumstances is None:
             if not torch.compiler.is_compiling():
                 self._fused.pop(number, None)
+                recorded = "operations are recorded, by a mode or a transform of torch"
+                exponential = "fused steps know no exponential map"
+                reason = exponential if group["update"] == "exponential" else recorded
+                kernels.say_unfused(f"param_groups[{number}]", reason)
             return None
         if torch.compiler.is_compiling():
             return TracedTasks(_fused_options(group))

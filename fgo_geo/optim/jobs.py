@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.components import Segments
-from fgo_geo.kernels import Batch, StepOptions, Task, TracedBatch, fused_path, task_of
+from fgo_geo.kernels import Batch, StepOptions, Task, TracedBatch, fused_path, say_unfused_weight, task_of
 from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere, Stiefel
 
 __all__ = ["FusedTasks", "Job", "Piece", "TracedTasks", "join", "manifold_of", "pieces_of", "put_back"]
@@ -229,9 +229,14 @@ class FusedTasks:
             Whether it will be done.
         """
         self._kept.pop(position, None)
-        task = None if manifold is None else task_of(param, manifold, buffer)
-        path = None if task is None else fused_path(task)
-        if path is None or task is None:
+        if manifold is None:
+            return False
+        task = task_of(param, manifold, buffer)
+        if task is None:
+            say_unfused_weight(param, manifold)
+            return False
+        path = fused_path(task)
+        if path is None:
             return False
         if self._momentum and (buffer is None or buffer.stride() != param.stride()):
             task.buffer, task.first, task.fresh = torch.empty_like(param.detach()), buffer is None, True
