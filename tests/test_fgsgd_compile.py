@@ -49,11 +49,12 @@ def test_a_compiled_step_follows_the_learning_rate():
 
 
 @pytest.mark.parametrize("manifold", [ScaledSphere, Oblique, Stiefel])
-def test_a_compiled_step_on_matrices_follows_their_radii(manifold):
+@pytest.mark.parametrize("options", [{}, {"curvature": "manifold"}], ids=str)
+def test_a_compiled_step_on_matrices_follows_their_radii(manifold, options):
     """Numbers that change are compiled once, not for every value."""
     torch._dynamo.reset()
     networks = [[on(manifold(r), 8, 4, seed=k) for k, r in enumerate((2.0, 2.0, 3.0))] for _ in range(2)]
-    optimizers = [RiemannianFGSGD(params, lr=torch.tensor(0.1), momentum=0.9) for params in networks]
+    optimizers = [RiemannianFGSGD(params, lr=torch.tensor(0.1), momentum=0.9, **options) for params in networks]
     step = torch.compile(optimizers[0].step, backend="eager", fullgraph=TRACES_PARAMETERS)
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for number in range(6):

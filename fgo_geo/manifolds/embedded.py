@@ -299,7 +299,7 @@ class ComponentManifold(EmbeddedManifold):
             radius = float(radius)
         else:
             raise TypeError(f"{self.name}: radius must be a real number or a tensor, got {radius!r}")
-        smallest, largest = limits = _range(radius)
+        smallest, largest = _range(radius)
         if not (smallest > 0 and math.isfinite(largest)):
             raise ValueError(f"{self.name}: radius must be positive and finite, got values in [{smallest}, {largest}]")
         if hasattr(self, "radius"):  # a buffer and a number are kept in different places
@@ -309,12 +309,13 @@ class ComponentManifold(EmbeddedManifold):
             self.register_buffer("radius", radius, persistent=False)
         else:
             super().__setattr__("radius", radius)
-        self._radius_range = limits
+        # Numbers of their own, and no pair: torch.compile would compile anew for every pair.
+        self._smallest_radius, self._largest_radius = smallest, largest
 
     @property
     def radius_range(self) -> tuple[float, float]:
         """Smallest and largest radius, of when it was assigned."""
-        return self._radius_range
+        return self._smallest_radius, self._largest_radius
 
     def radius_for(self, x: Tensor) -> float | Tensor:
         """The radius in the form in which it multiplies points of the shape, type and device of ``x``."""
