@@ -27,6 +27,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -291,7 +292,7 @@ def margin(logits: Tensor, targets: Tensor, quantile: float = 0.1) -> float:
         >>> margin(torch.tensor([[3.0, 1.0], [4.0, 0.0]]), torch.tensor([0, 0]), quantile=0.5)
         3.0
     """
-    if not 0 <= quantile <= 1:
+    if isinstance(quantile, (bool, np.bool_)) or not 0 <= quantile <= 1:
         raise ValueError(f"quantile is {quantile}; expected a number in [0, 1]")
     values = margins(logits, targets)
     if not values.numel():
@@ -305,7 +306,7 @@ def _log_rate(n_samples: int, margin: float) -> float:
 
 
 def _log_positive(number: float, name: str) -> float:
-    if not (number > 0 and math.isfinite(number)):
+    if isinstance(number, (bool, np.bool_)) or not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{name} is {number}; expected a positive, finite number")
     return math.log(number)
 

@@ -404,12 +404,19 @@ def plan_of(model: nn.Module) -> Plan:
         model: A constrained model.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none. Weights that were declared on manifolds by hand have none.
     """
     plans = _plans(model)
-    if not plans:
-        raise ValueError("this model is not constrained: call fgo_geo.constrain(model) first")
-    return plans[0]
+    if plans:
+        return plans[0]
+    declared = [name for name, p in model.named_parameters() if isinstance(p, geoopt.ManifoldParameter)]
+    if declared:
+        raise ValueError(
+            f"this model has no plan: {len(declared)} parameter(s) were put on manifolds without fgo_geo.constrain: "
+            f"{few(declared)}. To project these, `with torch.no_grad():` call `p.proj_()` of every "
+            "geoopt.ManifoldParameter p in model.parameters()"
+        )
+    raise ValueError("this model is not constrained: call fgo_geo.constrain(model) first")
 
 
 def _plans(model: nn.Module) -> list[Plan]:

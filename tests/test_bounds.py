@@ -311,6 +311,9 @@ def test_margin_of_a_model_in_training_is_a_number():
         ([], {}, ValueError, r"norms is empty"),
         ([ONE], {"n_samples": 0}, ValueError, r"n_samples is 0; expected a positive"),
         ([ONE], {"n_samples": -3}, ValueError, r"n_samples is -3"),
+        ([ONE], {"n_samples": True}, ValueError, r"n_samples is True; expected a positive, finite number"),
+        ([ONE], {"margin": True}, ValueError, r"margin is True; expected a positive, finite number"),
+        ([ONE], {"margin": np.True_}, ValueError, r"margin is True; expected a positive, finite number"),
         ([ONE], {"margin": 0.0}, ValueError, r"margin is 0.0; expected a positive"),
         ([ONE], {"margin": -1.0}, ValueError, r"margin is -1.0"),
         ([ONE], {"margin": math.nan}, ValueError, r"margin is nan"),
@@ -363,6 +366,8 @@ TARGETS = torch.tensor([0, 1])
     [
         (lambda: neyshabur2015([ONE], 10, depth_factor="linear"), r"depth_factor is 'linear'; expected one of"),
         (lambda: neyshabur2018([ONE], 10, width=0), r"width is 0; expected a positive"),
+        (lambda: neyshabur2018([ONE], 10, width=True), r"width is True; expected a positive, finite number"),
+        (lambda: neyshabur2018([ONE, ONE], 10, width=[3, True]), r"width\[1\] is True"),
         (lambda: neyshabur2018([ONE, ONE], 10, width=[3, -1]), r"width\[1\] is -1"),
         (lambda: neyshabur2018([ONE, ONE], 10, width=[3]), r"there are 1 widths and 2 layers"),
         (lambda: margins(torch.ones(2, 1), TARGETS), r"logits have shape \(2, 1\)"),
@@ -371,6 +376,8 @@ TARGETS = torch.tensor([0, 1])
         (lambda: margins(LOGITS, torch.tensor([0, 3])), r"targets range from 0 to 3; expected \[0, 3\)"),
         (lambda: margins(LOGITS, torch.tensor([-1, 2])), r"targets range from -1 to 2"),
         (lambda: margin(LOGITS, TARGETS, 1.5), r"quantile is 1.5"),
+        (lambda: margin(LOGITS, TARGETS, True), r"quantile is True; expected a number in \[0, 1\]"),
+        (lambda: margin(LOGITS, TARGETS, np.False_), r"quantile is False"),
         (lambda: margin(LOGITS[:0], TARGETS[:0]), r"there are no samples"),
     ],
 )

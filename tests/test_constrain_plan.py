@@ -12,7 +12,7 @@ from networks import assert_on_manifolds, assert_unchanged, names, net, snapshot
 from torch import nn
 
 import fgo_geo
-from fgo_geo import Plan, constrain, plan_of
+from fgo_geo import Plan, Stiefel, constrain, plan_of
 
 
 def test_the_plan_prints_every_parameter_once() -> None:
@@ -40,6 +40,29 @@ def test_the_plan_is_the_models() -> None:
     assert plan.model is model
     with pytest.raises(ValueError, match="this model is not constrained"):
         plan_of(net())
+
+
+def test_weights_that_were_declared_by_hand_have_no_plan_and_the_remedy_works() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+    model[0].weight = geoopt.ManifoldParameter(Stiefel().random(5, 3).detach(), manifold=Stiefel())
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    averaged.update_parameters(model)
+    with torch.no_grad():
+        model[0].weight.copy_(Stiefel().random(5, 3))
+    averaged.update_parameters(model)
+    message = (
+        r"no plan: 1 parameter\(s\) were put on manifolds without fgo_geo.constrain: module.0.weight. To project "
+        r"these, `with torch.no_grad\(\):` call `p.proj_\(\)` of every geoopt.ManifoldParameter p in model.parameters"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan_of(averaged).project()
+    weight = averaged.module[0].weight
+    assert weight.manifold.violation(weight.detach()).max() > 1e-3
+    with torch.no_grad():
+        for p in averaged.parameters():
+            if isinstance(p, geoopt.ManifoldParameter):
+                p.proj_()
+    assert weight.manifold.violation(weight.detach()).max() <= 1e-6
 
 
 def test_json_keeps_everything() -> None:

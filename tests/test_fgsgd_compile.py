@@ -48,6 +48,68 @@ def test_a_compiled_step_follows_the_learning_rate():
         torch.testing.assert_close(params[0], twins[0], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("manifold", [ScaledSphere, Oblique, Stiefel])
+@pytest.mark.parametrize("options", [{}, {"curvature": "manifold"}], ids=str)
+def test_a_compiled_step_on_matrices_follows_their_radii(manifold, options):
+    """Numbers that change are compiled once, not for every value."""
+    torch._dynamo.reset()
+    networks = [[on(manifold(r), 8, 4, seed=k) for k, r in enumerate((2.0, 2.0, 3.0))] for _ in range(2)]
+    optimizers = [RiemannianFGSGD(params, lr=torch.tensor(0.1), momentum=0.9, **options) for params in networks]
+    step = torch.compile(optimizers[0].step, backend="eager", fullgraph=TRACES_PARAMETERS)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for number in range(6):
+        for params in networks:
+            set_gradients(params, number)
+            for param in params if number >= 2 else ():
+                param.manifold.radius *= 1.0 + 0.1 * number
+                param.data.copy_(param.manifold.projx(param.data))
+        step()
+        optimizers[1].step()
+        for a, b in zip(*networks, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            assert a.manifold.violation(a.detach()).max() <= 1e-12
+    assert not TRACES_PARAMETERS or torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 3
+
+
+@pytest.mark.skipif(not TRACES_PARAMETERS, reason="the step runs between graphs")
+@pytest.mark.parametrize(
+    ("manifold", "shape"), [(Stiefel(), (5, 3)), (Oblique(), (4, 3, 3, 3))], ids=["matrix", "kernels"]
+)
+def test_one_graph_that_should_raise_on_the_host_is_refused_by_name(manifold, shape):
+    torch._dynamo.reset()
+    param = on(manifold, *shape)
+    before = param.detach().clone()
+    optimizer = RiemannianFGSGD([param], lr=0.1, momentum=0.9, check_finite=True)
+    set_gradients([param], 1)
+    message = r"RiemannianFGSGD: check_finite=True cannot raise.*fullgraph=True.*Leave it None or .*skipped_groups\(\)"
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
+        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+    torch.testing.assert_close(param.detach(), before, rtol=0, atol=0)
+    assert not optimizer.state
+
+
+def test_graphs_that_may_end_raise_on_what_is_not_finite():
+    torch._dynamo.reset()
+    params = [on(Stiefel(), 5, 3), on(Oblique(), 4, 3, 3, 3)]
+    twins = [geoopt.ManifoldParameter(p.detach().clone(), manifold=p.manifold) for p in params]
+    optimizers = [RiemannianFGSGD(p, lr=0.1, momentum=0.9, check_finite=True) for p in (params, twins)]
+    step = torch.compile(optimizers[0].step, backend="eager")
+    for number in range(2):
+        for some in (params, twins):
+            set_gradients(some, number)
+        step()
+        optimizers[1].step()
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, twin, rtol=1e-12, atol=1e-12)
+    for bad in params:
+        set_gradients(params, 3)
+        bad.grad[0] = torch.nan
+        with pytest.raises(FloatingPointError, match="no parameter was changed"):
+            step()
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param, twin, rtol=1e-12, atol=1e-12)
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Raises when a tensor's values reach the host, or decide a shape."""
 

@@ -9,10 +9,12 @@ import pickle
 import geoopt
 import pytest
 import torch
-from parameters import MOMENTA, assert_same, network, on, plain, run, set_gradients, train_apart
+from parameters import MOMENTA, assert_same, network, on, on_geoopt, plain, run, set_gradients, train_apart, values
 from torch import Tensor, nn
 
-from fgo_geo import Oblique, RiemannianFGSGD, Stiefel
+from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, Stiefel
+from fgo_geo.grouping import collection
+from fgo_geo.manifolds import EmbeddedManifold
 
 
 def through_state_dict(params: list[Tensor], optimizer: RiemannianFGSGD) -> tuple[list[Tensor], RiemannianFGSGD]:
@@ -101,3 +103,64 @@ def test_momentum_survives_being_switched_off_and_on():
         sgd.step()
         params[0].manifold.assert_check_point_on_manifold(params[0])
     assert_same([params[1]], [twin])
+
+
+CONVERTED = [
+    (torch.float32, torch.float64),
+    (torch.float64, torch.float32),
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.float64),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), CONVERTED, ids=str)
+@pytest.mark.parametrize("momentum", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}])
+def test_momentum_follows_weights_that_are_converted(before, after, momentum):
+    """To go on after ``model.double()`` is to save before it, and to load into an optimiser that was built after it."""
+    groups = ProductOfGroups(collection(4, 3, "pio", ("sphere", "stiefel")), (4, 3, 3, 3))
+    points = [on(Oblique(), 5, 3), on(Stiefel(2.0), 5, 3), on(Stiefel(), 40, 20), on(Stiefel(), 4, 3, 3, 3)]
+    points += [on(groups, 4, 3, 3, 3), on_geoopt(geoopt.Sphere(), 5, 3)]
+    models = [nn.ParameterList(copy.deepcopy(points)).to(before) for _ in range(2)]
+    optimizers = [RiemannianFGSGD(model.parameters(), lr=0.3, **momentum) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        run(optimizer, 3)
+        model.to(after)
+        if before == torch.bfloat16:  # too coarse for a new optimiser to accept its points
+            for param in model:
+                param.data = param.manifold.projx(param.data)
+    fresh = RiemannianFGSGD(models[1].parameters(), lr=7.0)
+    fresh.load_state_dict(optimizers[1].state_dict())
+    run(optimizers[0], 3, first_seed=5)
+    run(fresh, 3, first_seed=5)
+    assert_same(*models)
+    for param in models[0]:
+        assert optimizers[0].state[param]["momentum_buffer"].dtype == param.dtype == after
+        if isinstance(param.manifold, EmbeddedManifold):
+            assert param.manifold.violation(param.detach()).max() <= 64 * torch.finfo(after).eps
+
+
+def test_momentum_that_rests_follows_a_conversion_when_it_is_stabilised():
+    model = nn.ParameterList([on(Stiefel(), 5, 3), on(Oblique(), 5, 3)])
+    optimizer = RiemannianFGSGD(model.parameters(), lr=0.3, momentum=0.9, stabilize=1)
+    run(optimizer, 1)
+    model.float()
+    optimizer.zero_grad()
+    optimizer.step()
+    for param in model:
+        buffer = optimizer.state[param]["momentum_buffer"]
+        assert buffer.dtype == torch.float32
+        torch.testing.assert_close(buffer, param.manifold.proju(param.detach(), buffer))
+
+
+def test_a_refused_step_after_a_conversion_leaves_the_weights_as_they_were():
+    model = nn.ParameterList([on(Stiefel(), 5, 3), on(Oblique(), 4, 3, 3, 3)])
+    optimizer = RiemannianFGSGD(model.parameters(), lr=0.3, momentum=0.9)
+    run(optimizer, 1)
+    model.float()
+    before, momentum = values(model), [optimizer.state[p]["momentum_buffer"].float() for p in model]
+    set_gradients(model, 2)
+    model[1].grad[0] = torch.nan
+    with pytest.raises(FloatingPointError, match="no parameter was changed"):
+        optimizer.step()
+    assert_same(model, before)
+    assert_same([optimizer.state[p]["momentum_buffer"] for p in model], momentum)

@@ -236,6 +236,30 @@ def test_equal_manifolds_of_many_layers_share_a_job() -> None:
     assert sorted(len(job.pieces) for job in jobs) == [1, 1, 3, 3]
 
 
+class Own(Stiefel):
+    """With an option of which nobody knows."""
+
+
+@pytest.mark.parametrize(
+    ("manifolds", "sizes"),
+    [
+        ([Stiefel(), Stiefel(), Stiefel(retraction="qr"), Stiefel(2.0), Oblique()], [2, 1, 1, 1]),
+        ([ScaledSphere(ndim=2), ScaledSphere(), ScaledSphere(ndim=2), ScaledSphere(2.0, ndim=2)], [2, 1, 1]),
+        ([geoopt.Euclidean(ndim=2), geoopt.Euclidean(ndim=2), geoopt.Euclidean(ndim=1)], [2, 1]),
+        ([Own(), Own(), Stiefel()], [1, 1, 1]),
+        ([own := Own(), own], [2]),
+    ],
+    ids=str,
+)
+def test_only_equal_manifolds_share_a_job(manifolds: list[geoopt.Manifold], sizes: list[int]) -> None:
+    params = [geoopt.ManifoldParameter(m.origin(5, 3, dtype=torch.float64), manifold=m) for m in manifolds]
+    for param in params:
+        param.grad = normal(param.shape, 0)
+    found = join([piece for p in params for piece in pieces_of(p, p.manifold, None)])
+    assert [len(job.pieces) for job in found] == sizes
+    assert {id(piece.param) for job in found for piece in job.pieces} == {id(p) for p in params}
+
+
 def test_layers_that_have_been_smaller_have_a_job_of_their_own() -> None:
     """Their momentum may be longer, relative to the radius, than that of layers that have always been as large."""
     grouped = Grouped(WeightLayout((4, 3, 3, 3)), (collection(4, 3, "layer", "stiefel"),))

@@ -17,8 +17,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from versions import TRACES_PARAMETERS
 
-from fgo_geo import ProductOfGroups, RiemannianFGSGD, constrain, kernels
+from fgo_geo import ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel, constrain, kernels
 from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
 from fgo_geo.kernels import cpu
@@ -373,6 +375,73 @@ def test_what_cannot_be_fused_says_why(reason: str):
     with kernels.use_path("fused"), pytest.raises(RuntimeError, match=reason):
         optimizer.step()
     optimizer.step()
+
+
+def unfused(caplog: Any) -> list[str]:
+    """Reasons for which something was left to the batched code."""
+    messages = [r.getMessage() for r in caplog.records if r.name == "fgo_geo" and r.levelno == logging.WARNING]
+    assert all(m.startswith("path 'fused': ") and " takes the batched torch code: " in m for m in messages)
+    return [m.partition(" takes the batched torch code: ")[2] for m in messages]
+
+
+ONE_MANIFOLD = "kernels on one manifold need weights (D, C, A, B) and components of two dimensions"
+UNFUSED: list[tuple[Any, tuple[int, ...], str]] = [
+    (
+        ProductOfGroups(collection(24, 8, "layer", "stiefel", components="block"), (24, 8)),
+        (24, 8),
+        "its components are blocks",
+    ),
+    (Stiefel(), (5, 3), ONE_MANIFOLD),
+    (ScaledSphere(ndim=3), (4, 3, 3, 3), ONE_MANIFOLD),
+    (Stiefel(retraction="qr"), (4, 3, 3, 3), "fused steps know no other retraction than polar, the manifold has qr"),
+    (
+        Stiefel(),
+        (2, 3, 64, 8),
+        "kernels A x B on one manifold need A >= B, more than one entry, and are at most 49 x 7",
+    ),
+    (geoopt.Sphere(), (4, 3), "fused steps know no Sphere, and no classes derived from those that they know"),
+]
+
+
+@built
+@pytest.mark.parametrize("compiled", [False, True][: 1 + TRACES_PARAMETERS])  # or the step runs between graphs
+def test_forcing_the_fused_path_says_once_what_has_none(compiled: bool, monkeypatch, caplog):
+    torch._dynamo.reset()
+    monkeypatch.setattr(kernels, "_said", set())
+    taken: list[int] = []
+    update = cpu.update
+    monkeypatch.setattr(cpu, "update", lambda batch, *rest: (taken.append(len(batch.tasks)), update(batch, *rest)))
+    weights = [weight_on(product(), torch.float32, torch.contiguous_format, 0)]
+    weights += [as_parameter(m.random(*shape).detach().as_subclass(Tensor), m) for m, shape, _ in 2 * UNFUSED]
+    weights += [nn.Parameter(torch.ones(3))]
+    optimizer = RiemannianFGSGD(weights, lr=torch.tensor(0.1), momentum=0.9)
+    step = torch.compile(optimizer.step, backend="eager", fullgraph=True) if compiled else optimizer.step
+    with caplog.at_level(logging.WARNING, "fgo_geo"):
+        for path in ("auto", "fused"):
+            with kernels.use_path(path):
+                for _ in range(2):
+                    for weight in weights:
+                        weight.grad = torch.ones_like(weight).detach()
+                    step()
+            reasons = dict.fromkeys(reason for manifold, _, reason in UNFUSED if path == "fused")
+            if compiled:  # where a manifold of Geoopt is not looked at
+                reasons.pop(UNFUSED[-1][2], None)
+            assert unfused(caplog) == list(reasons)
+    assert taken == [1] * 4
+
+
+@built
+def test_forcing_the_fused_path_says_what_no_weight_is_the_reason_for(monkeypatch, caplog):
+    monkeypatch.setattr(kernels, "_said", set())
+    weight = weight_on(product(), torch.float32, torch.contiguous_format, 0)
+    with caplog.at_level(logging.WARNING, "fgo_geo"):
+        trained("fused", [weight], 2, 0.3, update="exponential")
+        assert unfused(caplog) == ["fused steps know no exponential map"]
+        optimizer = RiemannianFGSGD([weight], lr=0.1)
+        weight.grad = torch.ones_like(weight).detach()
+        with kernels.use_path("fused"), FlopCounterMode(display=False):
+            optimizer.step()
+    assert unfused(caplog)[1:] == ["operations are recorded, by a mode or a transform of torch"]
 
 
 def test_without_the_extension_everything_works_and_it_is_said_once(monkeypatch, caplog):

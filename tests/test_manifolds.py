@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -288,8 +290,7 @@ def test_keepdim(entry: Entry, method: str) -> None:
 # -- radius, shapes, checks --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [ScaledSphere, Oblique, Stiefel])
-@pytest.mark.parametrize(
+bad_radii = pytest.mark.parametrize(
     ("radius", "error", "message"),
     [
         (0.0, ValueError, r"radius must be positive and finite, got values in \[0.0, 0.0\]"),
@@ -304,12 +305,56 @@ def test_keepdim(entry: Entry, method: str) -> None:
         ("2", TypeError, "radius must be a real number or a tensor, got '2'"),
         (None, TypeError, "radius must be a real number or a tensor, got None"),
         (1j, TypeError, "radius must be a real number or a tensor, got 1j"),
+        (True, TypeError, "radius must be a real number or a tensor, got True"),
     ],
     ids=str,
 )
+
+
+@pytest.mark.parametrize("make", [ScaledSphere, Oblique, Stiefel])
+@bad_radii
 def test_radius_errors(make: Callable[[Any], Any], radius: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{make.name}: .*{message}"):
         make(radius)
+
+
+@pytest.mark.parametrize("make", [ScaledSphere, Oblique, Stiefel])
+@pytest.mark.parametrize("before", [2.0, torch.tensor([0.5, 2.0])], ids=["number", "tensor"])
+@bad_radii
+def test_a_bad_radius_is_refused_later_too_and_changes_nothing(
+    make: Callable[[Any], Any], before: Any, radius: Any, error: type[Exception], message: str
+) -> None:
+    manifold = make(before)
+    limits = manifold.radius_range
+    with pytest.raises(error, match=f"^{make.name}: .*{message}"):
+        manifold.radius = radius
+    torch.testing.assert_close(manifold.radius, before, rtol=0, atol=0)
+    assert manifold.radius_range == limits
+    assert len(list(manifold.buffers())) == isinstance(before, Tensor)
+
+
+def test_a_radius_can_be_assigned_in_every_form() -> None:
+    """A number after a tensor and a tensor after a number, which torch.nn.Module keeps in different places."""
+    manifold: Any = Stiefel(2.0)
+    values = torch.tensor([0.5, 4.0], requires_grad=True)
+    for radius, limits in (
+        (3, (3.0, 3.0)),
+        (values, (0.5, 4.0)),
+        (2 * values, (1.0, 8.0)),
+        (np.float32(7), (7.0, 7.0)),
+    ):
+        manifold.radius = radius
+        kept = manifold.radius
+        for clone in (manifold, copy.deepcopy(manifold), pickle.loads(pickle.dumps(manifold)), manifold.double()):
+            assert clone.radius_range == limits
+            torch.testing.assert_close(clone.radius, kept, check_dtype=False)
+            assert [name for name, _ in clone.named_buffers()] == ["radius"] * isinstance(radius, Tensor)
+            assert clone.state_dict() == {}
+        if isinstance(radius, Tensor):
+            assert manifold.radius.dtype == torch.float64
+            assert not manifold.radius.requires_grad
+            manifold.radius.fill_(1.0)  # it is a copy
+    assert values.tolist() == [0.5, 4.0]
 
 
 def test_radius_forms() -> None:

@@ -588,3 +588,19 @@ def test_other_shapes_are_refused() -> None:
             call(4, 3, 2, 3)
     with pytest.raises(ValueError, match="exactly one weight"):
         geoopt.ManifoldParameter(torch.zeros(2, 4, 3, 3, 2), manifold=manifold)
+
+
+def test_a_radius_is_not_assigned_past_set_radius() -> None:
+    """Nothing would come of it, or the fused steps would go on with the old one."""
+    manifold = ProductOfGroups(PIO, SHAPE, 2.0)
+    message = r"^ProductOfGroups: every component has its own radius.*got 3.0; call set_radius, and scale points"
+    with pytest.raises(AttributeError, match=message):
+        manifold.radius = 3.0
+    for copied in (manifold, copy.deepcopy(manifold)):
+        for part in copied.manifolds:
+            if isinstance(part, ComponentManifold):
+                with pytest.raises(AttributeError, match=r"part of a ProductOfGroups.*got 3.0; call set_radius of the"):
+                    part.radius = 3.0
+                assert part.radius == 2.0
+    manifold.set_radius(3.0)
+    assert {part.radius for part in manifold.manifolds if isinstance(part, ComponentManifold)} == {3.0}

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fgo_geo.kernels import cpu, gpu, lines
 from fgo_geo.kernels._operators import TracedBatch, TracedBatches, register
-from fgo_geo.kernels.task import Batch, StepOptions, Task
+from fgo_geo.kernels.task import Batch, StepOptions, Task, no_kernels
 from fgo_geo.kernels.task import task_of as kernel_task_of
 from fgo_geo.linalg import traces
 
@@ -51,6 +51,8 @@ __all__ = [
     "fused_path",
     "path_of",
     "register",
+    "say_unfused",
+    "say_unfused_weight",
     "squared_norms",
     "step_by_rows",
     "task_of",
@@ -74,7 +76,9 @@ def use_path(path: Path) -> Generator[None]:
 
     Args:
         path: ``"auto"`` takes the fastest that applies; ``"reference"`` the batched torch code; ``"fused"`` is
-            ``"auto"`` that raises for kernels whose type, size or strides no fused path can take.
+            ``"auto"`` that raises for kernels whose type, size or strides no fused path can take. What has no fused
+            path at all (blocks, other manifolds, the exponential map) takes the batched torch code there too; the
+            logger ``fgo_geo`` warns of it, once per reason.
 
     Raises:
         ValueError: If there is no such path.
@@ -170,9 +174,32 @@ def fused_path(task: Task[Any]) -> ModuleType | None:
     return None
 
 
-def _say_once(message: str, level: int) -> None:
-    if message not in _said:
-        _said.add(message)
+def say_unfused_weight(weight: Tensor, manifold: object) -> None:
+    """Say, if the path ``"fused"`` is forced, why there is none for a weight.
+
+    Args:
+        weight: A parameter whose components are no kernels.
+        manifold: Its manifold.
+    """
+    if _path == "fused":
+        reason = cast(str, no_kernels(manifold, weight.shape))
+        say_unfused(f"a weight of shape {tuple(weight.shape)} on {manifold}", reason)
+
+
+def say_unfused(what: str, reason: str) -> None:
+    """Say, if the path ``"fused"`` is forced, that the batched torch code does something; once per reason.
+
+    Args:
+        what: What has no fused path.
+        reason: Why.
+    """
+    if _path == "fused":
+        _say_once(f"path 'fused': {what} takes the batched torch code: {reason}", logging.WARNING, reason)
+
+
+def _say_once(message: str, level: int, key: str | None = None) -> None:
+    if (key or message) not in _said:
+        _said.add(key or message)
         _logger.log(level, message)
 
 

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar, cast
 
 import geoopt
 import torch
@@ -33,6 +33,7 @@ __all__ = [
     "Task",
     "configuration_of",
     "gradient_of",
+    "no_kernels",
     "place_of",
     "problem_of",
     "product_of",
@@ -167,6 +168,36 @@ _products: weakref.WeakKeyDictionary[ComponentManifold, dict[tuple[int, ...], tu
 _products = weakref.WeakKeyDictionary()
 
 
+def no_kernels(manifold: object, shape: Sequence[int]) -> str | None:
+    """Why the components of a weight are no kernels for a fused path, None if they are.
+
+    Args:
+        manifold: The manifold of the weight.
+        shape: Shape of the weight.
+
+    Returns:
+        A reason, or None.
+
+    Example:
+        >>> no_kernels(Stiefel(retraction="qr"), (16, 8, 3, 3))
+        'fused steps know no other retraction than polar, the manifold has qr'
+    """
+    if isinstance(manifold, ProductOfGroups):
+        return None if isinstance(manifold.partition, KernelPartition) else "its components are blocks"
+    if not isinstance(manifold, ComponentManifold) or type(manifold) not in _KIND_OF:
+        return f"fused steps know no {type(manifold).__name__}, and no classes derived from those that they know"
+    if manifold.ndim != 2 or len(shape) != 4:
+        return "kernels on one manifold need weights (D, C, A, B) and components of two dimensions"
+    rows, columns = shape[2:]
+    small = rows <= LARGEST[0] and columns <= LARGEST[1]
+    if not (rows * columns > 1 and columns <= rows and small) or 0 in shape:  # a product transposes wide kernels
+        most = f"{LARGEST[0]} x {LARGEST[1]}"
+        return f"kernels A x B on one manifold need A >= B, more than one entry, and are at most {most}"
+    if isinstance(manifold, Stiefel) and manifold.retraction != "polar":
+        return f"fused steps know no other retraction than polar, the manifold has {manifold.retraction}"
+    return None
+
+
 def product_of(manifold: object, shape: Sequence[int]) -> ProductOfGroups | None:
     """The product of groups of kernels that a weight lives on.
 
@@ -186,17 +217,11 @@ def product_of(manifold: object, shape: Sequence[int]) -> ProductOfGroups | None
         >>> product.n_groups, product.manifolds[0].radius
         (1, 2.0)
     """
+    if no_kernels(manifold, shape) is not None:
+        return None
     if isinstance(manifold, ProductOfGroups):
-        return manifold if isinstance(manifold.partition, KernelPartition) else None
-    kind = _KIND_OF.get(type(manifold))
-    if not isinstance(manifold, ComponentManifold) or kind is None or manifold.ndim != 2 or len(shape) != 4:
-        return None
-    rows, columns = shape[2:]
-    small = rows <= LARGEST[0] and columns <= LARGEST[1]
-    if not (rows * columns > 1 and columns <= rows and small) or 0 in shape:  # a product transposes wide kernels
-        return None
-    if isinstance(manifold, Stiefel) and manifold.retraction != "polar":
-        return None
+        return manifold
+    manifold = cast(ComponentManifold, manifold)
     of_shape = _products.get(manifold)
     if of_shape is None:
         of_shape = _products[manifold] = {}
@@ -204,7 +229,7 @@ def product_of(manifold: object, shape: Sequence[int]) -> ProductOfGroups | None
     if kept is None or not same(kept[0], configuration_of(manifold)):
         radius = manifold.radius
         radius = radius.expand(*shape[:2]) if isinstance(radius, Tensor) else radius
-        product = ProductOfGroups(collection(shape[0], shape[1], "layer", kind), shape, radius)
+        product = ProductOfGroups(collection(shape[0], shape[1], "layer", _KIND_OF[type(manifold)]), shape, radius)
         kept = of_shape[tuple(shape)] = (configuration_of(manifold), product)
     return kept[1]
 

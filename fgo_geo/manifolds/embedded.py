@@ -259,37 +259,63 @@ class ComponentManifold(EmbeddedManifold):
 
     Args:
         radius: Positive number, or a tensor of positive numbers that broadcasts over the leading (component)
-            dimensions of the points.
+            dimensions of the points. Another one can be assigned to the attribute ``radius`` later on.
 
     Raises:
-        ValueError: If a radius is not positive and finite, or there is none.
+        ValueError: If a radius, here or assigned, is not positive and finite, or there is none.
+        AttributeError: If one is assigned to a part of a :class:`~fgo_geo.ProductOfGroups`.
         TypeError: If the radius is neither a real number nor a floating-point tensor.
     """
 
     __scaling__ = EmbeddedManifold.__scaling__.copy()
 
+    radius: float | Tensor
+    is_part = False  # of a product, which keeps what it has worked out from the radii
+
     def __init__(self, radius: float | Tensor = 1.0) -> None:
         super().__init__()
-        self.radius: float | Tensor
+        self.radius = radius
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check a radius, whenever one is assigned; whether points lie on the manifold is the caller's concern."""
+        if name == "radius":
+            self._set_radius(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set_radius(self, radius: Any) -> None:
+        if self.is_part:
+            raise AttributeError(
+                f"{self.name}: this manifold is a part of a ProductOfGroups, so its radius cannot be assigned, got "
+                f"{radius!r}; call set_radius of the product"
+            )
         if isinstance(radius, Tensor) and radius.ndim == 0:
             radius = radius.item()
         if isinstance(radius, Tensor):
             if not radius.is_floating_point():
                 raise TypeError(f"{self.name}: radius must be floating point, got dtype {radius.dtype}; use .float()")
-            # Not persistent: like a radius that is a number, it is configuration and no state.
-            self.register_buffer("radius", radius.detach().clone(), persistent=False)
+            radius = radius.detach().clone()
         elif isinstance(radius, Real) and not isinstance(radius, bool):
-            self.radius = float(radius)
+            radius = float(radius)
         else:
             raise TypeError(f"{self.name}: radius must be a real number or a tensor, got {radius!r}")
-        smallest, largest = self._radius_range = _range(self.radius)
+        smallest, largest = _range(radius)
         if not (smallest > 0 and math.isfinite(largest)):
             raise ValueError(f"{self.name}: radius must be positive and finite, got values in [{smallest}, {largest}]")
+        if hasattr(self, "radius"):  # a buffer and a number are kept in different places
+            del self.radius
+        if isinstance(radius, Tensor):
+            # Not persistent: like a radius that is a number, it is configuration and no state.
+            self.register_buffer("radius", radius, persistent=False)
+        else:
+            super().__setattr__("radius", radius)
+        # Numbers of their own, and no pair: torch.compile would compile anew for every pair.
+        self._smallest_radius, self._largest_radius = smallest, largest
 
     @property
     def radius_range(self) -> tuple[float, float]:
-        """Smallest and largest radius."""
-        return self._radius_range
+        """Smallest and largest radius, of when it was assigned."""
+        return self._smallest_radius, self._largest_radius
 
     def radius_for(self, x: Tensor) -> float | Tensor:
         """The radius in the form in which it multiplies points of the shape, type and device of ``x``."""

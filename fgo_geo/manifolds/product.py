@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import geoopt
 import numpy as np
@@ -111,6 +111,15 @@ class ProductOfGroups(EmbeddedManifold):
         self.smallest_radii = [math.inf] * len(self.partition.kinds)
         self.set_radius(radius)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse a radius, which would change nothing: the components have theirs."""
+        if name == "radius":
+            raise AttributeError(
+                f"ProductOfGroups: every component has its own radius, so `radius` cannot be assigned, got {value!r}; "
+                "call set_radius, and scale points and momentum by radius_map"
+            )
+        super().__setattr__(name, value)
+
     @property
     def reversible(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether a step can be undone: with ``-v`` in place of the transported ``v`` it leads back."""
@@ -135,6 +144,9 @@ class ProductOfGroups(EmbeddedManifold):
             if not ok:
                 raise ValueError(f"ProductOfGroups: {kind} cannot hold components of size {size}: {reason}")
             manifolds.append(manifold)
+        for manifold in manifolds:
+            if isinstance(manifold, ComponentManifold):
+                manifold.is_part = True
         self.manifolds = nn.ModuleList(manifolds)
         smallest = [m.radius_range[0] if isinstance(m, ComponentManifold) else 1.0 for m in manifolds]
         self.smallest_radii = [min(old, new) for old, new in zip(self.smallest_radii, smallest, strict=True)]

@@ -155,7 +155,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     Works for every manifold of Geoopt. Plain parameters and those on :class:`geoopt.Euclidean` take the step of
     :class:`torch.optim.SGD`, bit for bit. ``p.grad`` is read, never written. Weight decay acts where it means
     something: on plain parameters and on Geoopt's own manifolds; on spheres, oblique and Stiefel manifolds it is
-    radial and projects to zero.
+    radial and projects to zero. Momentum on a manifold takes the type and the device of a weight that was converted or
+    moved between steps (``model.double()``), as loading a ``state_dict`` would.
 
     Args:
         params: Parameters, named parameters or parameter groups.
@@ -178,8 +179,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         adapt_euclidean: Divide by ``τ`` on plain parameters too.
         check_finite: Raise on a gradient on a manifold that is not finite, before anything has changed. None checks
             where reading the answer is free: on the CPU, outside of ``torch.compile``. Elsewhere such a group takes
-            no gradient in this step, stays on its manifold, and is counted in :meth:`skipped_groups`. Plain
-            parameters are not checked, as in :class:`torch.optim.SGD`, unless they are adapted.
+            no gradient in this step, stays on its manifold, and is counted in :meth:`skipped_groups`. True ends the
+            graph inside ``torch.compile``, which refuses that with ``fullgraph=True``. Plain parameters are not
+            checked, as in :class:`torch.optim.SGD`, unless they are adapted.
         maximize: Ascend instead of descend.
         foreach: For plain parameters, as in :class:`torch.optim.SGD`.
         fused: For plain parameters, as in :class:`torch.optim.SGD`.
@@ -396,12 +398,22 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 continue
             param.copy_(manifold.projx(param))
             self._carried.clear()
-            buffer = self._momentum_of(param)
+            buffer = self._momentum_like(param)
             if buffer is not None:
                 buffer.copy_(manifold.proju(param, buffer))
 
     def _momentum_of(self, param: Tensor) -> Tensor | None:
         return self.state[param].get("momentum_buffer") if param in self.state else None
+
+    def _momentum_like(self, param: Tensor) -> Tensor | None:
+        """The momentum of a parameter in its type and on its device, as ``load_state_dict`` would bring it there.
+
+        It is not when the weight was converted or moved after a step, by ``model.double()`` or ``model.to(device)``.
+        """
+        buffer = self._momentum_of(param)
+        if buffer is not None and (buffer.dtype != param.dtype or buffer.device != param.device):
+            buffer = self.state[param]["momentum_buffer"] = buffer.to(dtype=param.dtype, device=param.device)
+        return buffer
 
     # -- before anything changes -----------------------------------------------------------------------------
 
@@ -436,8 +448,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             manifold = manifold_of(param)
             if manifold is None and not group["adapt_euclidean"]:
                 plain.append(param)
-            elif fused is None or not fused.add(position, param, manifold, buffer):
-                pieces += pieces_of(param, manifold or self._default_manifold, self._momentum_of(param))
+                continue
+            momentum = self._momentum_like(param)
+            buffer = momentum if group["momentum"] != 0 else None
+            if fused is None or not fused.add(position, param, manifold, buffer):
+                pieces += pieces_of(param, manifold or self._default_manifold, momentum)
         jobs = join(pieces)
         for job in jobs:
             grad = -job.grad if group["maximize"] else job.grad
@@ -456,6 +471,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if circumstances is None:
             if not torch.compiler.is_compiling():
                 self._fused.pop(number, None)
+                recorded = "operations are recorded, by a mode or a transform of torch"
+                exponential = "fused steps know no exponential map"
+                reason = exponential if group["update"] == "exponential" else recorded
+                kernels.say_unfused(f"param_groups[{number}]", reason)
             return None
         if torch.compiler.is_compiling():
             return TracedTasks(_fused_options(group))
@@ -745,9 +764,16 @@ def _shares_products(options: _Options, job: Job) -> bool:
 
 def _checks(options: _Options, norms: Tensor) -> bool:
     """Whether to raise on norms that are not finite: if asked to, or if reading them is free."""
-    if options["check_finite"] is None:
+    asked = options["check_finite"]
+    if asked is None:
         return norms.device.type == "cpu" and not torch.compiler.is_compiling()
-    return options["check_finite"]
+    if asked and torch.compiler.is_compiling():  # the graph ends here; with fullgraph=True that is an error, which says
+        torch._dynamo.graph_break(  # pyright: ignore[reportPrivateUsage]
+            msg=f"RiemannianFGSGD: check_finite={asked!r} cannot raise inside torch.compile(..., fullgraph=True); "
+            "nothing has changed. Leave it None or set it to False: groups whose gradient is not finite then take none "
+            "in the step, and optimizer.skipped_groups() counts them"
+        )
+    return asked
 
 
 def _fused_options(options: _Options) -> kernels.StepOptions:

@@ -22,8 +22,17 @@ import torch
 from torch import Tensor
 
 from fgo_geo.components import Segments
-from fgo_geo.kernels import Batch, StepOptions, Task, TracedBatch, TracedBatches, fused_path, task_of
-from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
+from fgo_geo.kernels import (
+    Batch,
+    StepOptions,
+    Task,
+    TracedBatch,
+    TracedBatches,
+    fused_path,
+    say_unfused_weight,
+    task_of,
+)
+from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere, Stiefel
 
 __all__ = ["FusedTasks", "Job", "Piece", "TracedTasks", "join", "manifold_of", "pieces_of", "put_back"]
 
@@ -34,6 +43,9 @@ _JOIN_LIMIT = 2**16  # entries; larger pieces keep the cores busy on their own, 
 # from 1,000 on for 8 x 8. For 16 x 16 they never do, and with two blocks of 64 x 16 they take seven times as long.
 _PLANES_ENTRIES = 64  # at most, of a matrix
 _PLANES_MATRICES = 128  # at least
+
+# By class, what tells its manifolds apart beside the radius and the shape of a component.
+_OPTIONS: dict[type, tuple[str, ...]] = {ScaledSphere: (), Oblique: (), Stiefel: ("retraction",), geoopt.Euclidean: ()}
 
 
 def manifold_of(param: Tensor) -> geoopt.Manifold | None:
@@ -72,13 +84,21 @@ class Piece:
 
     @property
     def key(self) -> object:
-        """Pieces with equal keys can be joined."""
+        """Pieces with equal keys and equal radii can be joined."""
         m, x = self.manifold, self.x
-        radius = m.radius if isinstance(m, ComponentManifold) else None
-        if x.numel() > _JOIN_LIMIT or isinstance(radius, Tensor) or not _is_batch_of_components(m):
+        if x.numel() > _JOIN_LIMIT or isinstance(self.radii[0], Tensor) or not _is_batch_of_components(m):
             return id(self)
-        of_manifold = (type(m), m.extra_repr(), radius, self.smallest_radius)
-        return (*of_manifold, x.shape[-m.ndim :], x.dtype, x.device, self.buffer is None)
+        return _class_and_options(m), x.shape[-m.ndim :], x.dtype, x.device, self.buffer is None
+
+    @property
+    def radii(self) -> tuple[float | Tensor | None, float]:
+        """Radius (None without one) and smallest radius, to be compared only.
+
+        A number that changes is a symbol inside ``torch.compile``: to hash it would compile the step anew for every
+        value, to compare it does not.
+        """
+        m = self.manifold
+        return m.radius if isinstance(m, ComponentManifold) else None, self.smallest_radius
 
 
 def pieces_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> list[Piece]:
@@ -218,9 +238,14 @@ class FusedTasks:
             Whether it will be done.
         """
         self._kept.pop(position, None)
-        task = None if manifold is None else task_of(param, manifold, buffer)
-        path = None if task is None else fused_path(task)
-        if path is None or task is None:
+        if manifold is None:
+            return False
+        task = task_of(param, manifold, buffer)
+        if task is None:
+            say_unfused_weight(param, manifold)
+            return False
+        path = fused_path(task)
+        if path is None:
             return False
         if self._momentum and (buffer is None or buffer.stride() != param.stride()):
             task.buffer, task.first, task.fresh = torch.empty_like(param.detach()), buffer is None, True
@@ -275,10 +300,16 @@ def join(pieces: Sequence[Piece]) -> list[Job]:
     Returns:
         Jobs that hold every piece once.
     """
-    buckets: dict[object, list[Piece]] = {}
+    buckets: dict[object, list[tuple[object, list[Piece]]]] = {}  # by key, with the radii
     for piece in pieces:
-        buckets.setdefault(piece.key, []).append(piece)
-    return [_job(bucket) for bucket in buckets.values()]
+        alike, radii = buckets.setdefault(piece.key, []), piece.radii
+        for others, bucket in alike:
+            if others == radii:
+                bucket.append(piece)
+                break
+        else:
+            alike.append((radii, [piece]))
+    return [_job(bucket) for alike in buckets.values() for _, bucket in alike]
 
 
 def _job(pieces: list[Piece]) -> Job:
@@ -306,6 +337,12 @@ def _job(pieces: list[Piece]) -> Job:
 def _working(tensor: Tensor) -> Tensor:
     """The tensor to compute with: plain, and float32 for half precision."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.detach()
+
+
+def _class_and_options(manifold: geoopt.Manifold) -> object:
+    """What is equal for manifolds that differ in their radius at most; of an unknown class nothing but itself is."""
+    options = _OPTIONS.get(type(manifold))
+    return id(manifold) if options is None else (type(manifold), *(getattr(manifold, name) for name in options))
 
 
 def _is_batch_of_components(manifold: geoopt.Manifold) -> bool:

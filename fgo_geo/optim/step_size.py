@@ -101,5 +101,5 @@ def momentum_gain(momentum: float, dampening: float, nesterov: bool) -> float:
 
 
 def _check_non_negative(name: str, value: float) -> None:
-    if not (value >= 0 and math.isfinite(value)):
+    if not 0 <= value < math.inf:  # which torch.compile can ask of a symbol too
         raise ValueError(f"{name} must be a non-negative finite number, got {value!r}")
