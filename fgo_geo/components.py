@@ -437,6 +437,7 @@ class BlockPartition(Partition):
         rows_per_section = layout.out_channels // layout.sections
         whole_rows: dict[_PartKey, list[np.ndarray]] = {}
         parts: dict[_PartKey, list[int]] = {}
+        rectangles: dict[_PartKey, list[tuple[np.ndarray, np.ndarray]]] = {}
         bands: dict[_Shares, list[tuple[np.ndarray, dict[_PartKey, list[np.ndarray]]]]] = {}
         number = 0
         for section, c in enumerate(collections):
@@ -451,9 +452,11 @@ class BlockPartition(Partition):
                 parts.setdefault(key, []).append(number)
                 number += 1
                 own_rows = group.rows + section * rows_per_section
+                own_columns = (group.columns[:, None] * len(entries) + entries).ravel()
+                rectangles.setdefault(key, []).append((own_rows, own_columns))
                 if is_share:
                     rows = own_rows
-                    columns.setdefault(key, []).append((group.columns[:, None] * len(entries) + entries).ravel())
+                    columns.setdefault(key, []).append(own_columns)
                 else:
                     whole_rows.setdefault(key, []).append(own_rows)
             if shares:
@@ -463,6 +466,10 @@ class BlockPartition(Partition):
         self.groups = tuple(np.array(numbers) for numbers in parts.values())
         self.sizes = tuple((max(a, b), min(a, b)) for _, a, b, _ in parts)
         self._wide = tuple(a < b for _, a, b, _ in parts)
+        self._rectangles = [
+            tuple(torch.from_numpy(np.stack(lines).astype(np.int32)) for lines in zip(*blocks, strict=True))
+            for blocks in rectangles.values()
+        ]
         position = {key: part for part, key in enumerate(parts)}
         self._whole_rows = tuple(position[key] for key in whole_rows)
         self._bands: list[_Band] = []
@@ -512,6 +519,25 @@ class BlockPartition(Partition):
             strips.append(columns.flatten(0, 1))
         matrix = _sorted_rows(strips[0] if len(strips) == 1 else torch.cat(strips), self.inverse)
         return layout.weight(matrix.reshape(layout.out_channels, layout.in_channels, *layout.kernel))
+
+    def rectangles(self, part: int) -> tuple[Tensor, Tensor]:
+        """Rows ``(n, a)`` and columns ``(n, b)`` of a part's blocks, in the matrix ``(D, C K)``."""
+        rows, columns = self._rectangles[part]
+        return rows, columns
+
+    def take(self, weight: Tensor, part: int) -> Tensor:
+        """The blocks of one part: ``split(weight)[part]``, without looking at the others."""
+        blocks = self.layout.channels(weight).flatten(1)[self._indices(part, weight.device)]
+        return blocks.mT if self._wide[part] else blocks
+
+    def put_(self, weight: Tensor, part: int, blocks: Tensor) -> None:
+        """Write the blocks of one part into a contiguous weight."""
+        matrix = self.layout.channels(weight).flatten(1)
+        matrix[self._indices(part, weight.device)] = blocks.mT if self._wide[part] else blocks
+
+    def _indices(self, part: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        rows, columns = self._rectangles[part]
+        return rows.to(device, torch.int64).unsqueeze(2), columns.to(device, torch.int64).unsqueeze(1)
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)`` in the order of the components; a block has no number per kernel."""

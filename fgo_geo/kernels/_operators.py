@@ -39,7 +39,7 @@ def _groups_of(
         return "", 0
     weight = torch.empty_strided(shape, strides, dtype=dtype, device=device)
     task = kernels.task_of(weight, manifold, None, grad=weight)
-    if task is None:
+    if task is None or task.table.left:
         kernels.say_unfused_weight(weight, manifold)
         return "", 0
     path = kernels.fused_path(task)

@@ -124,14 +124,6 @@ FGO_TARGET void measure_part(const fgo_lines &t, int64_t task, int64_t begin, in
   }
 }
 
-// Products of the lines between two numbers of a task; of lines that go on elsewhere, a share.
-FGO_TARGET void measure(const fgo_lines &t, int64_t task, int64_t begin, int64_t end, std::vector<share_of_lines> &shares) {
-  if (t.buffer && !t.first)
-    measure_part<true>(t, task, begin, end, shares);
-  else
-    measure_part<false>(t, task, begin, end, shares);
-}
-
 // What a line moves by, combinations of h, m and x and a factor: numbers, or vectors of them.
 constexpr int numbers = factor + 1;
 template <class V> struct moves_of {
@@ -211,14 +203,116 @@ template <bool OLD, bool KEEP> FGO_TARGET void move_part(const fgo_lines &t, int
   }
 }
 
+// -- matrices whose blocks were dealt to several manifolds -----------------------------------------------------------------
+
+// The segments of a row. Columns that are in order are taken where they are, others through a copy.
+struct row_of_segments {
+  const fgo_segment *begin, *end;
+  const int32_t *order;  // null: as they are
+  int64_t place;
+};
+
+FGO_INLINE row_of_segments row_at(const fgo_lines &t, int64_t row) {
+  const int32_t pattern = t.patterns[row], *order = t.orders + pattern * t.width;
+  return {t.segments + t.first_segments[pattern], t.segments + t.first_segments[pattern + 1], *order < 0 ? nullptr : order,
+          t.places[row]};
+}
+
+FGO_INLINE void gather(const float *row, const int32_t *order, int64_t count, float *copy) {
+  for (int64_t j = 0; j < count; ++j) copy[j] = row[order[j]];
+}
+
+FGO_INLINE void scatter(const float *copy, const int32_t *order, int64_t count, float *row) {
+  for (int64_t j = 0; j < count; ++j) row[order[j]] = copy[j];
+}
+
+template <bool M>
+FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, int64_t end, std::vector<share_of_lines> &shares) {
+  shares.push_back({task, 0, t.shared, begin == 0, std::vector<double>(planes * t.shared)});
+  double *sums = shares.back().sums.data();
+  std::vector<float> copies(3 * t.width);
+  float *xs = copies.data(), *hs = xs + t.width, *ms = hs + t.width;
+  for (int64_t row = begin / t.width; row < end / t.width; ++row) {
+    const row_of_segments all = row_at(t, row);
+    for (const fgo_segment *s = all.begin; s != all.end; ++s) {
+      if (!s->mode) continue;
+      const float *x = t.weight + row * t.width, *h = t.grad + row * t.width, *m = M ? t.buffer + row * t.width : nullptr;
+      if (all.order) {
+        const int32_t *order = all.order + s->start;
+        gather(x, order, s->count, xs), gather(h, order, s->count, hs), x = xs, h = hs;
+        if (M) gather(m, order, s->count, ms), m = ms;
+      } else {
+        x += s->start, h += s->start, m = M ? m + s->start : nullptr;
+      }
+      if (s->mode == 3) {
+        measure_rows<M, 1>(x, h, m, 0, s->count, sums + s->first_line, t.shared);
+        continue;
+      }
+      double of_run[planes];
+      measure_run<M>(x, h, m, s->count, of_run);
+      for (int k = 0; k < planes; ++k) {
+        if (s->mode == 1)
+          sums[k * t.shared + s->first_line] += of_run[k];
+        else
+          t.products[k * t.lines + s->first_line + all.place] = of_run[k];
+      }
+    }
+  }
+}
+
+template <bool OLD, bool KEEP> FGO_TARGET void move_blocks(const fgo_lines &t, int64_t begin, int64_t end) {
+  std::vector<float> copies(3 * t.width);
+  float *xs = copies.data(), *hs = xs + t.width, *ms = hs + t.width;
+  for (int64_t row = begin / t.width; row < end / t.width; ++row) {
+    const row_of_segments all = row_at(t, row);
+    for (const fgo_segment *s = all.begin; s != all.end; ++s) {
+      if (!s->mode) continue;
+      const float *h = t.grad + row * t.width;
+      float *x = t.weight + row * t.width, *m = KEEP ? t.buffer + row * t.width : nullptr;
+      const int32_t *order = all.order ? all.order + s->start : nullptr;
+      float *const own_x = x, *const own_m = m;
+      if (order) {
+        gather(x, order, s->count, xs), gather(h, order, s->count, hs), x = xs, h = hs;
+        if (OLD) gather(m, order, s->count, ms);
+        if (KEEP) m = ms;
+      } else {
+        x += s->start, h += s->start, m = KEEP ? m + s->start : nullptr;
+      }
+      if (s->mode == 3) {
+        move_rows<OLD, KEEP, 1>(x, h, m, s->count, t.moves + s->first_line, t.lines);
+      } else {
+        float by[numbers];
+        for (int k = 0; k < numbers; ++k) by[k] = t.moves[k * t.lines + s->first_line + (s->mode == 2 ? all.place : 0)];
+        move_run<OLD, KEEP>(x, h, m, s->count, by);
+      }
+      if (order) {
+        scatter(x, order, s->count, own_x);
+        if (KEEP) scatter(m, order, s->count, own_m);
+      }
+    }
+  }
+}
+
+// -- what a thread does ------------------------------------------------------------------------------------------------
+
+// Products of the lines between two numbers of a task; of lines that go on elsewhere, a share.
+FGO_TARGET void measure(const fgo_lines &t, int64_t task, int64_t begin, int64_t end, std::vector<share_of_lines> &shares) {
+  const bool old = t.buffer && !t.first;
+  if (t.patterns) return old ? measure_blocks<true>(t, task, begin, end, shares) : measure_blocks<false>(t, task, begin, end, shares);
+  if (old)
+    measure_part<true>(t, task, begin, end, shares);
+  else
+    measure_part<false>(t, task, begin, end, shares);
+}
+
 // Moves what lies between two numbers of a task.
 FGO_TARGET void move(const fgo_lines &t, int64_t begin, int64_t end) {
   if (!t.buffer)
-    move_part<false, false>(t, begin, end);
+    t.patterns ? move_blocks<false, false>(t, begin, end) : move_part<false, false>(t, begin, end);
   else if (t.first)
-    move_part<false, true>(t, begin, end);
+    t.patterns ? move_blocks<false, true>(t, begin, end) : move_part<false, true>(t, begin, end);
   else
-    move_part<true, true>(t, begin, end);
+    t.patterns ? move_blocks<true, true>(t, begin, end) : move_part<true, true>(t, begin, end);
 }
 
 #undef FGO_INLINE

@@ -6,8 +6,9 @@ it back to its norm, and that follows from their six inner products ("Mathematic
 the products in one sweep over memory and moves all lines in a second: eight passes in all, where the batched torch code
 takes some forty.
 
-Taken are float32 weights whose lines lie at equal distances in memory: linear layers, 1x1 and other convolutions as
-matrices, every output channel's weights on a sphere. Blocks of one weight that were dealt to several manifolds are not.
+Taken are contiguous float32 weights, whatever number of blocks they were dealt to (linear layers, 1x1 and other
+convolutions as matrices), but for their Stiefel blocks, which are left to the batched code; and weights that were
+declared on one manifold, if their lines lie at equal distances in memory.
 """
 
 from __future__ import annotations
@@ -37,19 +38,43 @@ DESCRIPTION = "compiled sweeps of spheres and oblique manifolds on the CPU"
 
 _SHORTEST = 4  # numbers of a line; shorter ones are less than what is kept of each
 _PRODUCTS, _MOVES = 6, 7  # numbers per line
+_MODES = {"nobody": 0, "one line": 1, "a line of every row": 2, "a line of every column": 3}
 
 
 @dataclass(frozen=True, eq=False)
+class Deal:
+    """How the blocks of a matrix were dealt to lines.
+
+    Attributes:
+        patterns: For every row the pattern that its columns are dealt by, int32.
+        places: For every row its number among those of its blocks, int32.
+        segments: Runs of columns that belong to one block, int32: where they start, how many they are, whose they are
+            (:data:`_MODES`), the block's first line; pattern by pattern.
+        first_segments: The first segment of every pattern, and where the last pattern ends, int32.
+        orders: For every pattern its columns in order, int32, shape ``(patterns, columns)``; from -1 on: as they are.
+        shared: Number of lines of which several rows have a part; they come first.
+    """
+
+    patterns: Tensor
+    places: Tensor
+    segments: Tensor
+    first_segments: Tensor
+    orders: Tensor
+    shared: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LineTable(Table):
     """Where the lines of a weight lie, and what they are.
 
     Attributes:
         lines: Number of lines.
-        length: Numbers of a line.
+        length: Numbers of a line; of a matrix that was dealt, its rows.
         width: One if a line is a run in memory; else lines are the columns of matrices with so many columns.
         group_of: Group of every line, int32; None if there is one group.
         radius: Radius of all lines; nan if they differ.
-        radii: Radius of every line in float64 where they differ, else None.
+        radii: Radius of every line in float64 where they differ, infinite where there is no constraint; else None.
+        deal: How a matrix was dealt to lines, None if they lie at equal distances.
     """
 
     lines: int
@@ -58,6 +83,7 @@ class LineTable(Table):
     group_of: Tensor | None
     radius: float
     radii: Tensor | None
+    deal: Deal | None = None
 
 
 class _Task(ctypes.Structure):
@@ -66,8 +92,9 @@ class _Task(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "groups", "radii")),
         *((name, ctypes.c_void_p) for name in ("products", "moves", "squared_norms", "scales")),
+        *((name, ctypes.c_void_p) for name in ("patterns", "places", "segments", "first_segments", "orders")),
         ("radius", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("lines", "length", "width")),
+        *((name, ctypes.c_int64) for name in ("lines", "length", "width", "shared")),
         ("first", ctypes.c_int32),
     )
 
@@ -76,7 +103,7 @@ class _Options(ctypes.Structure):
     """``fgo_line_options`` of lines.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening")),
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),
         *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant")),
     )
 
@@ -124,6 +151,14 @@ def _table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
 
 
 def _build(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
+    """The table of a weight whose lines lie at equal distances, or that of a matrix whose blocks were dealt."""
+    alike = _build_alike(manifold, weight)
+    if alike is not None or not isinstance(manifold, ProductOfGroups):
+        return alike
+    return _build_dealt(manifold, weight)
+
+
+def _build_alike(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
     if isinstance(manifold, ProductOfGroups):
         cut = manifold.partition
         if not isinstance(cut, BlockPartition) or len(cut.kinds) > 1:
@@ -162,6 +197,100 @@ def _build(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
         radius=math.nan if isinstance(radius, Tensor) else radius,
         radii=None if radii is None else radii.repeat_interleave(per_component),
     )
+
+
+@dataclass
+class _Block:
+    """One block of a matrix: its group, whose its entries are, and how many lines that makes."""
+
+    group: int
+    mode: int
+    lines: int
+    first_line: int = 0
+
+
+def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
+    cut, layout = manifold.partition, manifold.layout
+    matrix = layout.channels(weight).flatten(1)
+    if not isinstance(cut, BlockPartition) or set(cut.kinds) == {"stiefel"}:
+        return None
+    if matrix.data_ptr() != weight.data_ptr() or not matrix.is_contiguous():
+        return None
+    radius_of = np.full(manifold.n_groups, math.inf)
+    blocks: list[_Block] = []
+    rows_of: dict[int, np.ndarray] = {}  # by the first row: its pattern's rows
+    pattern_of: dict[int, list[tuple[_Block, np.ndarray]]] = {}  # by the first row: blocks and their columns
+    for part, (kind, groups, own) in enumerate(zip(cut.kinds, cut.groups, manifold.manifolds, strict=True)):
+        if isinstance(own, ComponentManifold):
+            radius_of[groups] = own.radius.cpu().numpy() if isinstance(own.radius, Tensor) else own.radius
+        for group, rows, columns in zip(groups, *(lines.numpy() for lines in cut.rectangles(part)), strict=True):
+            block = _block(int(group), kind, len(rows), len(columns))
+            blocks.append(block)
+            rows_of[int(rows[0])] = rows
+            pattern_of.setdefault(int(rows[0]), []).append((block, columns))
+    shared = _number_lines(blocks)
+    patterns, places = torch.empty(len(matrix), dtype=torch.int32), torch.empty(len(matrix), dtype=torch.int32)
+    segments: list[tuple[int, int, int, int]] = []
+    first_segments = [0]
+    orders: list[np.ndarray] = []
+    for number, (first, pattern) in enumerate(pattern_of.items()):
+        rows = torch.from_numpy(rows_of[first]).long()
+        patterns[rows] = number
+        places[rows] = torch.arange(len(rows), dtype=torch.int32)
+        pattern.sort(key=lambda dealt: int(dealt[1][0]))  # blocks that are runs of columns come in their order
+        start = 0
+        for block, columns in pattern:
+            segments.append((start, len(columns), block.mode, block.first_line))
+            start += len(columns)
+        first_segments.append(len(segments))
+        order = np.concatenate([columns for _, columns in pattern])
+        orders.append(np.full_like(order, -1) if (order == np.arange(len(order))).all() else order)
+    lines_of = [block.lines for block in sorted(blocks, key=lambda block: block.first_line) if block.lines]
+    group_of = [block.group for block in sorted(blocks, key=lambda block: block.first_line) if block.lines]
+    groups = np.repeat(np.array(group_of, np.int32), lines_of)
+    return LineTable(
+        groups=manifold.n_groups,
+        curvature=torch.from_numpy(radius_of**-2),
+        constrained=torch.from_numpy(np.isfinite(radius_of)),
+        left=tuple(part for part, kind in enumerate(cut.kinds) if kind == "stiefel"),
+        lines=len(groups),
+        length=matrix.shape[0],
+        width=matrix.shape[1],
+        group_of=torch.from_numpy(groups),
+        radius=math.nan,
+        radii=torch.from_numpy(radius_of[groups]),
+        deal=Deal(
+            patterns,
+            places,
+            torch.tensor(segments, dtype=torch.int32),
+            torch.tensor(first_segments, dtype=torch.int32),
+            torch.from_numpy(np.stack(orders)),
+            shared,
+        ),
+    )
+
+
+def _block(group: int, kind: str, rows: int, columns: int) -> _Block:
+    """A block; the lines of an oblique one are its columns, or its rows where these are longer."""
+    if kind == "stiefel":
+        return _Block(group, _MODES["nobody"], 0)
+    if kind != "oblique":
+        return _Block(group, _MODES["one line"], 1)
+    if rows < columns:
+        return _Block(group, _MODES["a line of every row"], rows)
+    return _Block(group, _MODES["a line of every column"], columns)
+
+
+def _number_lines(blocks: Sequence[_Block]) -> int:
+    """Number the lines, those first of which several rows have a part; returns how many these are."""
+    shared = count = 0
+    for of_rows in (False, True):
+        for block in blocks:
+            if (block.mode == _MODES["a line of every row"]) == of_rows:
+                block.first_line = count
+                count += block.lines
+        shared = shared if of_rows else count
+    return shared
 
 
 def _lie_of(columns: bool, x: Tensor, ndim: int) -> tuple[int, int, int] | None:
@@ -260,11 +389,17 @@ class _Call:
             entry.squared_norms = self.norms.data_ptr() + group * self.norms.itemsize
             entry.scales = self.scales.data_ptr() + group * self.scales.itemsize
             entry.lines, entry.length, entry.width = table.lines, table.length, table.width
+            if table.deal is not None:
+                for name in ("patterns", "places", "segments", "first_segments", "orders"):
+                    setattr(entry, name, getattr(table.deal, name).data_ptr())
+                entry.shared = table.deal.shared
 
     def begin(self, batch: Batch) -> None:
         """Write the addresses and options of a step."""
         o = batch.options
-        self._options = _Options(float(o.lr), o.momentum, o.dampening, o.nesterov, o.maximize, o.radius_invariant)
+        self._options = _Options(
+            float(o.lr), o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize, o.radius_invariant
+        )
         for entry, task in zip(self._tasks, batch.tasks, strict=True):
             entry.weight = task.weight.data_ptr()
             entry.grad = gradient_of(task).data_ptr()

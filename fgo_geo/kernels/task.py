@@ -89,12 +89,14 @@ class Table:
         groups: Number of groups.
         curvature: Bound on the sectional curvature of every group, float64; zero on Euclidean ones.
         constrained: Which groups have a constraint.
+        left: Numbers of the parts of the weight that the path leaves to the batched code; empty if it takes all.
         known: What has been worked out from the table, for :meth:`keep`.
     """
 
     groups: int
     curvature: Tensor
     constrained: Tensor
+    left: tuple[int, ...] = ()
     known: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], repr=False)
 
     def curvature_bound(self, radius_invariant: bool) -> Tensor:

@@ -225,7 +225,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        self._step_scales: dict[Tensor, tuple[Tensor, ...]] = {}  # by piece
+        self._step_scales: dict[Tensor, dict[int, Tensor]] = {}  # by piece
         self._fused_scales: list[tuple[list[Tensor], list[int], Tensor]] = []  # by batch: parameters, counts, values
         self._skipped: dict[torch.device, Tensor] = {}
         self._fused: dict[int, FusedTasks] = {}  # by parameter group
@@ -357,9 +357,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._carried.clear()
         for (group, plain, batches, jobs), squared, fused_squared in zip(work, norms, fused_norms, strict=True):
             self._step_plain(group, plain)
-            self._step_jobs(group, jobs, squared, carried)
             for batch, measured in zip(batches, fused_squared, strict=True):
                 self._step_fused(group, batch, measured)
+            self._step_jobs(group, jobs, squared, carried)
 
     def step_scales(self) -> dict[Tensor, Tensor]:
         """The divisors ``τ`` of the latest step.
@@ -370,12 +370,17 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             the caller's synchronisation, not the step's.
         """
         scales: dict[Tensor, Tensor] = {}
-        for param, taus in self._step_scales.items():
-            manifold = manifold_of(param)
-            scales[param] = manifold.in_collection_order(taus) if isinstance(manifold, ProductOfGroups) else taus[0]
         for params, counts, tau in self._fused_scales:
             for param, taus in zip(params, tau.split(counts), strict=True):
                 scales[param] = taus.to(param.dtype)
+        for param, by_part in self._step_scales.items():
+            manifold = manifold_of(param)
+            if not isinstance(manifold, ProductOfGroups):
+                scales[param] = by_part[0]
+                continue
+            scales[param] = scales.get(param, by_part[min(by_part)].new_empty(manifold.n_groups)).clone()
+            for part, taus in by_part.items():
+                scales[param][torch.from_numpy(manifold.partition.groups[part])] = taus
         return {param: scales[param] for group in self.param_groups for param in group["params"] if param in scales}
 
     def skipped_groups(self) -> int:
@@ -443,16 +448,22 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                     "build the layer with sparse=False or use geoopt's SparseRiemannianSGD for it"
                 )
             buffer = self._momentum_of(param) if group["momentum"] != 0 else None
-            if (fused is not None and fused.renew(position, param, buffer)) or param.numel() == 0:
+            if param.numel() == 0:
                 continue
             manifold = manifold_of(param)
+            if fused is not None and manifold is not None and fused.renew(position, param, buffer):
+                if left := fused.left(position):
+                    pieces += pieces_of(param, manifold, buffer, left)
+                continue
             if manifold is None and not group["adapt_euclidean"]:
                 plain.append(param)
                 continue
             momentum = self._momentum_like(param)
             buffer = momentum if group["momentum"] != 0 else None
-            if fused is None or not fused.add(position, param, manifold, buffer):
-                pieces += pieces_of(param, manifold or self._default_manifold, momentum)
+            taken = fused is not None and fused.add(position, param, manifold, buffer)
+            left = fused.left(position) if fused is not None and taken else ()
+            if left or not taken:
+                pieces += pieces_of(param, manifold or self._default_manifold, momentum, left)
         jobs = join(pieces)
         for job in jobs:
             grad = -job.grad if group["maximize"] else job.grad
@@ -667,15 +678,14 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             by_param.setdefault(result[0].param, []).append(result)
         for param, parts in by_param.items():
             manifold = manifold_of(param) or self._default_manifold
-            parts.sort(key=lambda result: result[0].part)
-            _, xs, buffers, taus = zip(*parts, strict=True)
-            param.copy_(put_back(manifold, xs, param))
-            self._step_scales[param] = taus
-            if buffers[0] is not None:
+            put_back(param, manifold, {piece.part: x for piece, x, _, _ in parts})
+            self._step_scales[param] = {piece.part: tau for piece, _, _, tau in parts}
+            buffers = {piece.part: buffer for piece, _, buffer, _ in parts if buffer is not None}
+            if buffers:
                 state = self.state[param]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.empty_like(param)
-                state["momentum_buffer"].copy_(put_back(manifold, buffers, param))
+                put_back(state["momentum_buffer"], manifold, buffers)
 
 
 def _is_unbroken(seal: _Seal, now: _Seal) -> bool:

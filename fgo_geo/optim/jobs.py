@@ -15,13 +15,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import geoopt
 import torch
 from torch import Tensor
 
-from fgo_geo.components import Segments
+from fgo_geo.components import BlockPartition, Segments
 from fgo_geo.kernels import (
     Batch,
     StepOptions,
@@ -101,13 +101,14 @@ class Piece:
         return m.radius if isinstance(m, ComponentManifold) else None, self.smallest_radius
 
 
-def pieces_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -> list[Piece]:
+def pieces_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, only: Sequence[int] = ()) -> list[Piece]:
     """Cut a parameter, its gradient and its momentum into pieces, half precision in float32.
 
     Args:
         param: A parameter with a gradient.
         manifold: Its manifold.
         buffer: Its momentum buffer, if there is one.
+        only: Numbers of the parts that are wanted, of a product of groups of blocks; all if left out.
 
     Returns:
         The pieces, in the order that :func:`put_back` expects.
@@ -118,15 +119,39 @@ def pieces_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None) -
         n = math.prod(x.shape[: x.ndim - manifold.ndim])
         radius = manifold.radius_range[0] if isinstance(manifold, ComponentManifold) else 1.0
         return [Piece(param, 0, manifold, radius, Segments(1, n), x, grad, momentum)]
+    if only:
+        take = cast(BlockPartition, manifold.partition).take
+        tensors = [(part, *(None if t is None else take(t, part) for t in (x, grad, momentum))) for part in only]
+        return [
+            Piece(param, part, *_part(manifold, part), cast(Tensor, xs), cast(Tensor, gs), bs)
+            for part, xs, gs, bs in tensors
+        ]
     split = manifold.partition.split
     buffers: Sequence[Tensor | None] = [None] * len(manifold.parts) if momentum is None else split(momentum)
     parts = zip(manifold.parts, manifold.smallest_radii, split(x), split(grad), buffers, strict=True)
     return [Piece(param, part, m, r, groups, xs, gs, bs) for part, ((m, groups), r, xs, gs, bs) in enumerate(parts)]
 
 
-def put_back(manifold: geoopt.Manifold, components: Sequence[Tensor], like: Tensor) -> Tensor:
-    """The tensor of the parameter's shape whose pieces are given; ``like`` is the parameter."""
-    return manifold.partition.merge(components, like) if isinstance(manifold, ProductOfGroups) else components[0]
+def _part(manifold: ProductOfGroups, part: int) -> tuple[geoopt.Manifold, float, Segments]:
+    own, groups = manifold.parts[part]
+    return own, manifold.smallest_radii[part], groups
+
+
+def put_back(tensor: Tensor, manifold: geoopt.Manifold, components: dict[int, Tensor]) -> None:
+    """Write pieces into a tensor of the parameter's shape.
+
+    Args:
+        tensor: The parameter, or its momentum.
+        manifold: The parameter's manifold.
+        components: The pieces by their numbers, all or some.
+    """
+    if not isinstance(manifold, ProductOfGroups):
+        tensor.copy_(components[0])
+    elif len(components) == len(manifold.partition.kinds):
+        tensor.copy_(manifold.partition.merge([components[part] for part in sorted(components)], tensor))
+    else:
+        for part, blocks in components.items():
+            cast(BlockPartition, manifold.partition).put_(tensor, part, blocks)
 
 
 @dataclass
@@ -256,6 +281,10 @@ class FusedTasks:
         self._now.setdefault(way, []).append(task)
         return True
 
+    def left(self, position: int) -> tuple[int, ...]:
+        """Numbers of the parts of a parameter that will not be done, of one that :meth:`renew` or :meth:`add` took."""
+        return self._kept[position][1].table.left
+
     def batches(self, options: StepOptions) -> list[Batch]:
         """All that is to be done in this step, with the options of the parameter group."""
         if [batch.tasks for batch in self._batches] != list(self._now.values()):
@@ -285,6 +314,10 @@ class TracedTasks:
     def add(self, position: int, param: Tensor, manifold: geoopt.Manifold | None, buffer: Tensor | None) -> bool:
         """As :meth:`FusedTasks.add`."""
         return manifold is not None and self._batches.add(param, manifold, buffer)
+
+    def left(self, position: int) -> tuple[int, ...]:
+        """None are."""
+        return ()
 
     def batches(self, options: StepOptions) -> list[TracedBatch]:
         """All that is to be done in this step."""
