@@ -54,8 +54,8 @@ __all__ = ["Carried", "normal_square", "shared_products_step"]
 
 _MOST_DRIFT = 9.0  # in units of what rounding adds to xᵀx / r² in one step, some 1e-8 in single precision
 _LONGEST = 1.0  # ‖E‖; beyond, its rounding is no longer that of x
-_OFF = 64  # units of rounding by which xᵀx v / r² may differ from v before it is measured at once
-_FOREIGN = 1e-4  # of ‖x e₁‖ ‖m v‖ by which xᵀm v may differ before it is taken for that of another point
+_OFF = 64  # units of rounding by which ‖x u‖² / (r² ‖u‖²) may differ from one before it is measured at once
+_FOREIGN = 2e-5  # of ‖x u‖ ‖m v‖ by which uᵀ xᵀm v may differ before it is taken for that of another point
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ class Carried:
     slip: float
 
     def belongs_to(self, x: Tensor, buffer: Tensor, radius: float | Tensor = 1.0) -> bool:
-        """Whether ``x`` is on its manifold and ``xᵀm`` is that of ``x`` and ``m``, by products with one vector.
+        """Whether ``x`` is on its manifold and ``xᵀm`` is that of ``x`` and ``m``, by products with two vectors.
+
+        ``‖x u‖ = r ‖u‖``, and ``<x u, m v>`` is ``uᵀ (xᵀm) v``: two products with a vector, read row by row.
 
         Args:
             x: Points, shape ``(..., n, p)``.
@@ -81,7 +83,7 @@ class Carried:
             radius: Radius of the points, a number or a tensor that multiplies them.
 
         Returns:
-            False if somebody has changed one of them. A change that the vector does not see passes.
+            False if somebody has changed one of them. A change that the vectors do not see passes.
 
         Example:
             >>> x, m = torch.eye(3, 2), torch.ones(3, 2)
@@ -90,16 +92,17 @@ class Carried:
             (True, False, False)
         """
         columns = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)
-        vector = columns.square().cos().unsqueeze(-1)  # without a pattern that weights have
-        image = buffer @ vector
-        back, along = (x.mT @ torch.cat((x @ vector, image), -1)).split(1, -1)
-        off = root_of_sum(back / radius**2 - vector, (-2, -1)) / root_of_sum(vector, (-2, -1))
-        if not bool((off <= _OFF * torch.finfo(x.dtype).eps).all()):
+        one, other = columns.square().cos().unsqueeze(-1), columns.square().sin().unsqueeze(-1)  # no pattern of weights
+        point = x @ one
+        off = inner_sum(point, point, (-2, -1)) / (radius**2 * one.square().sum()) - 1
+        if not bool((off.abs() <= _OFF * torch.finfo(x.dtype).eps).all()):
             return False
         if self.along is None:
             return True
-        length = root_of_sum(x[..., :1], (-2, -1)) * root_of_sum(image, (-2, -1))
-        return bool((root_of_sum(along - self.along @ vector, (-2, -1)) <= _FOREIGN * length).all())
+        image = buffer @ other
+        foreign = inner_sum(point, image, (-2, -1)) - one.mT @ (self.along @ other)
+        length = root_of_sum(point, (-2, -1)) * root_of_sum(image, (-2, -1))
+        return bool((foreign.abs() <= _FOREIGN * length).all())
 
 
 def normal_square(along: Tensor, radius: float | Tensor) -> Tensor:
