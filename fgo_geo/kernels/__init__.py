@@ -65,6 +65,7 @@ Path = Literal["auto", "fused", "reference"]
 _logger = logging.getLogger("fgo_geo")
 _said: set[str] = set()
 _path: Path = "auto"
+_LINES = "lines are those of float32 weights on the CPU, on spheres or an oblique manifold, of four numbers or more"
 _PATHS: dict[str, ModuleType] = {"cpu": cpu, "cuda": gpu}  # by device
 
 
@@ -77,8 +78,8 @@ def use_path(path: Path) -> Generator[None]:
     Args:
         path: ``"auto"`` takes the fastest that applies; ``"reference"`` the batched torch code; ``"fused"`` is
             ``"auto"`` that raises for kernels whose type, size or strides no fused path can take. What has no fused
-            path at all (blocks, other manifolds, the exponential map) takes the batched torch code there too; the
-            logger ``fgo_geo`` warns of it, once per reason.
+            path at all (Stiefel matrices, blocks that were dealt to several manifolds, other manifolds, the exponential
+            map) takes the batched torch code there too; the logger ``fgo_geo`` warns of it, once per reason.
 
     Raises:
         ValueError: If there is no such path.
@@ -178,11 +179,11 @@ def say_unfused_weight(weight: Tensor, manifold: object) -> None:
     """Say, if the path ``"fused"`` is forced, why there is none for a weight.
 
     Args:
-        weight: A parameter whose components are no kernels.
+        weight: A parameter whose components are neither kernels nor lines.
         manifold: Its manifold.
     """
     if _path == "fused":
-        reason = cast(str, no_kernels(manifold, weight.shape))
+        reason = f"{no_kernels(manifold, weight.shape)}; {_LINES}"
         say_unfused(f"a weight of shape {tuple(weight.shape)} on {manifold}", reason)
 
 

@@ -307,15 +307,16 @@ class ComponentManifold(EmbeddedManifold):
         if isinstance(radius, Tensor):
             # Not persistent: like a radius that is a number, it is configuration and no state.
             self.register_buffer("radius", radius, persistent=False)
+            self._range_of_tensor = smallest, largest
         else:
             super().__setattr__("radius", radius)
-        # Numbers of their own, and no pair: torch.compile would compile anew for every pair.
-        self._smallest_radius, self._largest_radius = smallest, largest
 
     @property
     def radius_range(self) -> tuple[float, float]:
         """Smallest and largest radius, of when it was assigned."""
-        return self._smallest_radius, self._largest_radius
+        if isinstance(self.radius, Tensor):
+            return self._range_of_tensor
+        return self.radius, self.radius  # from one place: torch.compile compiles anew for what it finds in another
 
     def radius_for(self, x: Tensor) -> float | Tensor:
         """The radius in the form in which it multiplies points of the shape, type and device of ``x``."""
