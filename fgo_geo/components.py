@@ -525,20 +525,6 @@ class BlockPartition(Partition):
         rows, columns = self._rectangles[part]
         return rows, columns
 
-    def take(self, weight: Tensor, part: int) -> Tensor:
-        """The blocks of one part: ``split(weight)[part]``, without looking at the others."""
-        blocks = self.layout.channels(weight).flatten(1)[self._indices(part, weight.device)]
-        return blocks.mT if self._wide[part] else blocks
-
-    def put_(self, weight: Tensor, part: int, blocks: Tensor) -> None:
-        """Write the blocks of one part into a contiguous weight."""
-        matrix = self.layout.channels(weight).flatten(1)
-        matrix[self._indices(part, weight.device)] = blocks.mT if self._wide[part] else blocks
-
-    def _indices(self, part: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        rows, columns = self._rectangles[part]
-        return rows.to(device, torch.int64).unsqueeze(2), columns.to(device, torch.int64).unsqueeze(1)
-
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)`` in the order of the components; a block has no number per kernel."""
         if values.ndim != 1:

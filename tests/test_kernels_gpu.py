@@ -360,7 +360,7 @@ def test_the_device_of_the_weight_chooses_the_path(monkeypatch):
     monkeypatch.setattr(cpu, "reason", lambda task: None)
     monkeypatch.setitem(kernels._PATHS, "cpu", cpu)
     for device, path in (("cpu", cpu), ("cuda:0", gpu)):
-        task: Any = SimpleNamespace(weight=SimpleNamespace(device=torch.device(device)))
+        task: Any = SimpleNamespace(weight=SimpleNamespace(device=torch.device(device)), table=None)
         assert kernels.fused_path(task) is path
 
 

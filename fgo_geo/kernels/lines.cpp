@@ -217,4 +217,22 @@ int64_t fgo_line_update(const fgo_lines *tasks, int64_t count, const fgo_line_op
   share(tasks, count, threads, [&](int64_t k, int64_t begin, int64_t end, int) { run.move(tasks[k], begin, end); });
   return off;
 }
+
+// Copies blocks out of a matrix of `width` columns, or back into it: entry (i, j) of block k lies in row rows[k a + i] and
+// column columns[k b + j] of the matrix.
+int64_t fgo_take(const float *matrix, int64_t width, const int32_t *rows, const int32_t *columns, int64_t n, int64_t a, int64_t b,
+                 float *blocks, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n * a; ++i)
+    for (int64_t j = 0; j < b; ++j) blocks[i * b + j] = matrix[rows[i] * width + columns[i / a * b + j]];
+  return 0;
+}
+
+int64_t fgo_put(float *matrix, int64_t width, const int32_t *rows, const int32_t *columns, int64_t n, int64_t a, int64_t b,
+                const float *blocks, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n * a; ++i)
+    for (int64_t j = 0; j < b; ++j) matrix[rows[i] * width + columns[i / a * b + j]] = blocks[i * b + j];
+  return 0;
+}
 }

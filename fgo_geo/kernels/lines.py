@@ -32,7 +32,18 @@ from fgo_geo.kernels.cpu import NOT_BUILT, library, threads_for
 from fgo_geo.kernels.task import Batch, Configuration, Table, Task, configuration_of, gradient_of, same, types_differ
 from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere
 
-__all__ = ["DESCRIPTION", "LineTable", "goes_by_rows", "reason", "squared_norms", "task_of", "update"]
+__all__ = [
+    "DESCRIPTION",
+    "Deal",
+    "LineTable",
+    "goes_by_rows",
+    "put_",
+    "reason",
+    "squared_norms",
+    "take",
+    "task_of",
+    "update",
+]
 
 DESCRIPTION = "compiled sweeps of spheres and oblique manifolds on the CPU"
 
@@ -420,3 +431,43 @@ def _begun(batch: Batch) -> _Call:
     call = cast(_Call, batch.prepared)
     call.begin(batch)
     return call
+
+
+# -- blocks that are left to the batched code ------------------------------------------------------------------------
+
+
+def take(weight: Tensor, cut: BlockPartition, part: int) -> Tensor:
+    """The blocks of one part of a weight that was dealt: ``cut.split(weight)[part]``, without looking at the others.
+
+    Args:
+        weight: A weight in float32, or its gradient or momentum.
+        cut: How the weight is cut.
+        part: Number of the part.
+
+    Returns:
+        Blocks ``(n, A, B)``.
+    """
+    rows, columns = cut.rectangles(part)
+    blocks = weight.new_empty(*rows.shape, columns.shape[1])
+    _copy_blocks("fgo_take", cut.layout.channels(weight).flatten(1).contiguous(), cut, part, blocks)
+    return blocks.mT if rows.shape[1] < columns.shape[1] else blocks
+
+
+def put_(weight: Tensor, cut: BlockPartition, part: int, blocks: Tensor) -> None:
+    """Write the blocks of one part into a weight that was dealt, or into its momentum; the inverse of :func:`take`.
+
+    The matrix of the weight's channels has to be contiguous.
+    """
+    rows, columns = cut.rectangles(part)
+    stored = (blocks.mT if rows.shape[1] < columns.shape[1] else blocks).contiguous()
+    torch.autograd.graph.increment_version(weight)
+    _copy_blocks("fgo_put", cut.layout.channels(weight).flatten(1), cut, part, stored)
+
+
+def _copy_blocks(name: str, channels: Tensor, cut: BlockPartition, part: int, blocks: Tensor) -> None:
+    rows, columns = cut.rectangles(part)
+    width, *shape = (ctypes.c_int64(size) for size in (channels.shape[1], *rows.shape, columns.shape[1]))
+    addresses = (ctypes.c_void_p(t.data_ptr()) for t in (channels, rows, columns, blocks))
+    matrix, own_rows, own_columns, own_blocks = addresses
+    threads = ctypes.c_int(threads_for(blocks.numel()))
+    getattr(library(), name)(matrix, width, own_rows, own_columns, *shape, own_blocks, threads)

@@ -29,6 +29,7 @@ from fgo_geo.kernels import (
     TracedBatch,
     TracedBatches,
     fused_path,
+    lines,
     say_unfused_weight,
     task_of,
 )
@@ -120,8 +121,10 @@ def pieces_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, o
         radius = manifold.radius_range[0] if isinstance(manifold, ComponentManifold) else 1.0
         return [Piece(param, 0, manifold, radius, Segments(1, n), x, grad, momentum)]
     if only:
-        take = cast(BlockPartition, manifold.partition).take
-        tensors = [(part, *(None if t is None else take(t, part) for t in (x, grad, momentum))) for part in only]
+        cut = cast(BlockPartition, manifold.partition)
+        tensors = [
+            (part, *(None if t is None else lines.take(t, cut, part) for t in (x, grad, momentum))) for part in only
+        ]
         return [
             Piece(param, part, *_part(manifold, part), cast(Tensor, xs), cast(Tensor, gs), bs)
             for part, xs, gs, bs in tensors
@@ -151,7 +154,7 @@ def put_back(tensor: Tensor, manifold: geoopt.Manifold, components: dict[int, Te
         tensor.copy_(manifold.partition.merge([components[part] for part in sorted(components)], tensor))
     else:
         for part, blocks in components.items():
-            cast(BlockPartition, manifold.partition).put_(tensor, part, blocks)
+            lines.put_(tensor, cast(BlockPartition, manifold.partition), part, blocks)
 
 
 @dataclass
