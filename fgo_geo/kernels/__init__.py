@@ -35,6 +35,7 @@ from torch import Tensor
 
 from fgo_geo.kernels import cpu, gpu, lines
 from fgo_geo.kernels._operators import TracedBatch, TracedBatches, register
+from fgo_geo.kernels.line_tables import LineTable
 from fgo_geo.kernels.task import Batch, StepOptions, Task, no_kernels
 from fgo_geo.kernels.task import task_of as kernel_task_of
 from fgo_geo.linalg import traces
@@ -128,7 +129,7 @@ def circumstances() -> object:
 
 def path_of(task: Task[Any]) -> ModuleType:
     """The fused path for components like those of a task, on its device; it may not take every weight."""
-    return lines if isinstance(task.table, lines.LineTable) else _PATHS.get(task.weight.device.type, cpu)
+    return lines if isinstance(task.table, LineTable) else _PATHS.get(task.weight.device.type, cpu)
 
 
 def task_of(

@@ -235,7 +235,7 @@ FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, 
   for (int64_t row = begin / t.width; row < end / t.width; ++row) {
     const row_of_segments all = row_at(t, row);
     for (const fgo_segment *s = all.begin; s != all.end; ++s) {
-      if (!s->mode) continue;
+      if (!s->owner) continue;
       const float *x = t.weight + row * t.width, *h = t.grad + row * t.width, *m = M ? t.buffer + row * t.width : nullptr;
       if (all.order) {
         const int32_t *order = all.order + s->start;
@@ -244,14 +244,14 @@ FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, 
       } else {
         x += s->start, h += s->start, m = M ? m + s->start : nullptr;
       }
-      if (s->mode == 3) {
+      if (s->owner == 3) {
         measure_rows<M, 1>(x, h, m, 0, s->count, sums + s->first_line, t.shared);
         continue;
       }
       double of_run[planes];
       measure_run<M>(x, h, m, s->count, of_run);
       for (int k = 0; k < planes; ++k) {
-        if (s->mode == 1)
+        if (s->owner == 1)
           sums[k * t.shared + s->first_line] += of_run[k];
         else
           t.products[k * t.lines + s->first_line + all.place] = of_run[k];
@@ -266,7 +266,7 @@ template <bool OLD, bool KEEP> FGO_TARGET void move_blocks(const fgo_lines &t, i
   for (int64_t row = begin / t.width; row < end / t.width; ++row) {
     const row_of_segments all = row_at(t, row);
     for (const fgo_segment *s = all.begin; s != all.end; ++s) {
-      if (!s->mode) continue;
+      if (!s->owner) continue;
       const float *h = t.grad + row * t.width;
       float *x = t.weight + row * t.width, *m = KEEP ? t.buffer + row * t.width : nullptr;
       const int32_t *order = all.order ? all.order + s->start : nullptr;
@@ -278,11 +278,11 @@ template <bool OLD, bool KEEP> FGO_TARGET void move_blocks(const fgo_lines &t, i
       } else {
         x += s->start, h += s->start, m = KEEP ? m + s->start : nullptr;
       }
-      if (s->mode == 3) {
+      if (s->owner == 3) {
         move_rows<OLD, KEEP, 1>(x, h, m, s->count, t.moves + s->first_line, t.lines);
       } else {
         float by[numbers];
-        for (int k = 0; k < numbers; ++k) by[k] = t.moves[k * t.lines + s->first_line + (s->mode == 2 ? all.place : 0)];
+        for (int k = 0; k < numbers; ++k) by[k] = t.moves[k * t.lines + s->first_line + (s->owner == 2 ? all.place : 0)];
         move_run<OLD, KEEP>(x, h, m, s->count, by);
       }
       if (order) {

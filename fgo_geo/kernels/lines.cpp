@@ -24,7 +24,7 @@ extern "C" {
 // A run of the columns of a row, in the row's order of columns, that belong to one block.
 struct fgo_segment {
   int32_t start, count;
-  int32_t mode;            // whose: 0 no line's, 1 one line's, 2 a line of every row, 3 a line of every column
+  int32_t owner;           // whose: 0 no line's, 1 one line's, 2 a line of every row, 3 a line of every column
   int32_t first_line;
 };
 

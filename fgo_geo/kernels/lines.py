@@ -16,26 +16,20 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-import math
-import weakref
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import geoopt
-import numpy as np
 import torch
 from torch import Tensor
 
-from fgo_geo.components import BlockPartition, Segments
+from fgo_geo.components import BlockPartition
 from fgo_geo.kernels.cpu import NOT_BUILT, library, threads_for
-from fgo_geo.kernels.task import Batch, Configuration, Table, Task, configuration_of, gradient_of, same, types_differ
-from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere
+from fgo_geo.kernels.line_tables import LineTable, table_of
+from fgo_geo.kernels.task import Batch, Task, gradient_of, types_differ
+from fgo_geo.manifolds import ComponentManifold
 
 __all__ = [
     "DESCRIPTION",
-    "Deal",
-    "LineTable",
     "goes_by_rows",
     "put_",
     "reason",
@@ -47,54 +41,7 @@ __all__ = [
 
 DESCRIPTION = "compiled sweeps of spheres and oblique manifolds on the CPU"
 
-_SHORTEST = 4  # numbers of a line; shorter ones are less than what is kept of each
 _PRODUCTS, _MOVES = 6, 7  # numbers per line
-_MODES = {"nobody": 0, "one line": 1, "a line of every row": 2, "a line of every column": 3}
-
-
-@dataclass(frozen=True, eq=False)
-class Deal:
-    """How the blocks of a matrix were dealt to lines.
-
-    Attributes:
-        patterns: For every row the pattern that its columns are dealt by, int32.
-        places: For every row its number among those of its blocks, int32.
-        segments: Runs of columns that belong to one block, int32: where they start, how many they are, whose they are
-            (:data:`_MODES`), the block's first line; pattern by pattern.
-        first_segments: The first segment of every pattern, and where the last pattern ends, int32.
-        orders: For every pattern its columns in order, int32, shape ``(patterns, columns)``; from -1 on: as they are.
-        shared: Number of lines of which several rows have a part; they come first.
-    """
-
-    patterns: Tensor
-    places: Tensor
-    segments: Tensor
-    first_segments: Tensor
-    orders: Tensor
-    shared: int
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LineTable(Table):
-    """Where the lines of a weight lie, and what they are.
-
-    Attributes:
-        lines: Number of lines.
-        length: Numbers of a line; of a matrix that was dealt, its rows.
-        width: One if a line is a run in memory; else lines are the columns of matrices with so many columns.
-        group_of: Group of every line, int32; None if there is one group.
-        radius: Radius of all lines; nan if they differ.
-        radii: Radius of every line in float64 where they differ, infinite where there is no constraint; else None.
-        deal: How a matrix was dealt to lines, None if they lie at equal distances.
-    """
-
-    lines: int
-    length: int
-    width: int
-    group_of: Tensor | None
-    radius: float
-    radii: Tensor | None
-    deal: Deal | None = None
 
 
 class _Task(ctypes.Structure):
@@ -119,10 +66,7 @@ class _Options(ctypes.Structure):
     )
 
 
-# -- which weights are lines -----------------------------------------------------------------------------------------
-
-_tables: weakref.WeakKeyDictionary[geoopt.Manifold, dict[Hashable, tuple[Configuration, LineTable | None]]]
-_tables = weakref.WeakKeyDictionary()
+# -- the path --------------------------------------------------------------------------------------------------------
 
 
 def task_of(
@@ -141,203 +85,10 @@ def task_of(
     """
     if param.device.type != "cpu" or param.dtype != torch.float32:
         return None
-    table = _table_of(manifold, param.detach())
+    table = table_of(manifold, param.detach())
     if table is None:
         return None
     return Task(param, param.grad if grad is None else grad, buffer, False, manifold, table)
-
-
-def _table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
-    """The table of a weight on a manifold, kept until a radius changes."""
-    if not isinstance(manifold, (ProductOfGroups, ComponentManifold)):
-        return None
-    of_manifold = _tables.get(manifold)
-    if of_manifold is None:
-        of_manifold = _tables[manifold] = {}
-    key = weight.shape, weight.stride()
-    kept = of_manifold.get(key)
-    if kept is None or not same(kept[0], configuration_of(manifold)):
-        kept = of_manifold[key] = (configuration_of(manifold), _build(manifold, weight))
-    return kept[1]
-
-
-def _build(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
-    """The table of a weight whose lines lie at equal distances, or that of a matrix whose blocks were dealt."""
-    alike = _build_alike(manifold, weight)
-    if alike is not None or not isinstance(manifold, ProductOfGroups):
-        return alike
-    return _build_dealt(manifold, weight)
-
-
-def _build_alike(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
-    if isinstance(manifold, ProductOfGroups):
-        cut = manifold.partition
-        if not isinstance(cut, BlockPartition) or len(cut.kinds) > 1:
-            return None
-        ((part, segments),) = manifold.parts
-        (components,), (numbers,) = cut.split(weight), cut.groups
-        if components.data_ptr() != weight.data_ptr() or components.numel() != weight.numel():
-            return None  # sorted: the components are copies
-    else:
-        n = math.prod(weight.shape[: weight.ndim - manifold.ndim])
-        part, segments, components, numbers = manifold, Segments(1, n), weight, np.zeros(1, int)
-    if type(part) not in (ScaledSphere, Oblique):
-        return None
-    part = cast(ComponentManifold, part)
-    found = _lie_of(type(part) is Oblique, components, part.ndim)
-    if found is None or found[0] < _SHORTEST:
-        return None
-    length, width, per_component = found
-    groups = None
-    if segments.count > 1:
-        groups = segments.spread(torch.from_numpy(numbers).int()).repeat_interleave(per_component)
-    batch = components.shape[: components.ndim - part.ndim]
-    radius = part.radius
-    radii = radius.detach().double().cpu().expand(batch).flatten() if isinstance(radius, Tensor) else None
-    curvature = torch.empty(segments.count, dtype=torch.float64)
-    own = torch.full((segments.total,), math.nan if isinstance(radius, Tensor) else radius, dtype=torch.float64)
-    curvature[torch.from_numpy(numbers)] = segments.max((own if radii is None else radii) ** -2)
-    return LineTable(
-        groups=segments.count,
-        curvature=curvature,
-        constrained=torch.ones(segments.count, dtype=torch.bool),
-        lines=segments.total * per_component,
-        length=length,
-        width=width,
-        group_of=groups,
-        radius=math.nan if isinstance(radius, Tensor) else radius,
-        radii=None if radii is None else radii.repeat_interleave(per_component),
-    )
-
-
-@dataclass
-class _Block:
-    """One block of a matrix: its group, whose its entries are, and how many lines that makes."""
-
-    group: int
-    mode: int
-    lines: int
-    first_line: int = 0
-
-
-def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
-    cut, layout = manifold.partition, manifold.layout
-    matrix = layout.channels(weight).flatten(1)
-    if not isinstance(cut, BlockPartition) or set(cut.kinds) == {"stiefel"}:
-        return None
-    if matrix.data_ptr() != weight.data_ptr() or not matrix.is_contiguous():
-        return None
-    radius_of = np.full(manifold.n_groups, math.inf)
-    blocks: list[_Block] = []
-    rows_of: dict[int, np.ndarray] = {}  # by the first row: its pattern's rows
-    pattern_of: dict[int, list[tuple[_Block, np.ndarray]]] = {}  # by the first row: blocks and their columns
-    for part, (kind, groups, own) in enumerate(zip(cut.kinds, cut.groups, manifold.manifolds, strict=True)):
-        if isinstance(own, ComponentManifold):
-            radius_of[groups] = own.radius.cpu().numpy() if isinstance(own.radius, Tensor) else own.radius
-        for group, rows, columns in zip(groups, *(lines.numpy() for lines in cut.rectangles(part)), strict=True):
-            block = _block(int(group), kind, len(rows), len(columns))
-            blocks.append(block)
-            rows_of[int(rows[0])] = rows
-            pattern_of.setdefault(int(rows[0]), []).append((block, columns))
-    shared = _number_lines(blocks)
-    patterns, places = torch.empty(len(matrix), dtype=torch.int32), torch.empty(len(matrix), dtype=torch.int32)
-    segments: list[tuple[int, int, int, int]] = []
-    first_segments = [0]
-    orders: list[np.ndarray] = []
-    for number, (first, pattern) in enumerate(pattern_of.items()):
-        rows = torch.from_numpy(rows_of[first]).long()
-        patterns[rows] = number
-        places[rows] = torch.arange(len(rows), dtype=torch.int32)
-        pattern.sort(key=lambda dealt: int(dealt[1][0]))  # blocks that are runs of columns come in their order
-        start = 0
-        for block, columns in pattern:
-            segments.append((start, len(columns), block.mode, block.first_line))
-            start += len(columns)
-        first_segments.append(len(segments))
-        order = np.concatenate([columns for _, columns in pattern])
-        orders.append(np.full_like(order, -1) if (order == np.arange(len(order))).all() else order)
-    lines_of = [block.lines for block in sorted(blocks, key=lambda block: block.first_line) if block.lines]
-    group_of = [block.group for block in sorted(blocks, key=lambda block: block.first_line) if block.lines]
-    groups = np.repeat(np.array(group_of, np.int32), lines_of)
-    return LineTable(
-        groups=manifold.n_groups,
-        curvature=torch.from_numpy(radius_of**-2),
-        constrained=torch.from_numpy(np.isfinite(radius_of)),
-        left=tuple(part for part, kind in enumerate(cut.kinds) if kind == "stiefel"),
-        lines=len(groups),
-        length=matrix.shape[0],
-        width=matrix.shape[1],
-        group_of=torch.from_numpy(groups),
-        radius=math.nan,
-        radii=torch.from_numpy(radius_of[groups]),
-        deal=Deal(
-            patterns,
-            places,
-            torch.tensor(segments, dtype=torch.int32),
-            torch.tensor(first_segments, dtype=torch.int32),
-            torch.from_numpy(np.stack(orders)),
-            shared,
-        ),
-    )
-
-
-def _block(group: int, kind: str, rows: int, columns: int) -> _Block:
-    """A block; the lines of an oblique one are its columns, or its rows where these are longer."""
-    if kind == "stiefel":
-        return _Block(group, _MODES["nobody"], 0)
-    if kind != "oblique":
-        return _Block(group, _MODES["one line"], 1)
-    if rows < columns:
-        return _Block(group, _MODES["a line of every row"], rows)
-    return _Block(group, _MODES["a line of every column"], columns)
-
-
-def _number_lines(blocks: Sequence[_Block]) -> int:
-    """Number the lines, those first of which several rows have a part; returns how many these are."""
-    shared = count = 0
-    for of_rows in (False, True):
-        for block in blocks:
-            if (block.mode == _MODES["a line of every row"]) == of_rows:
-                block.first_line = count
-                count += block.lines
-        shared = shared if of_rows else count
-    return shared
-
-
-def _lie_of(columns: bool, x: Tensor, ndim: int) -> tuple[int, int, int] | None:
-    """Length of the lines of components, their width (see :class:`LineTable`), and how many a component has.
-
-    Args:
-        columns: Whether lines are the columns of components, or components as they are.
-        x: Components.
-        ndim: How many dimensions a component has.
-
-    Returns:
-        Three numbers, or None if the lines do not lie at equal distances.
-    """
-    sizes = list(zip(x.shape, x.stride(), strict=True))
-    batch, component = sizes[: x.ndim - ndim], sizes[x.ndim - ndim :]
-    if not columns:
-        length = math.prod(x.shape[x.ndim - ndim :])
-        inside = sorted(component, key=lambda dimension: -dimension[1])
-        return (length, 1, 1) if _follow([*batch, (1, 1), *inside]) and _follow(inside) else None
-    rows, width = x.shape[-2:]
-    if _follow([*batch, component[1], component[0]]):
-        return rows, 1, width
-    return (rows, width, width) if _follow([*batch, *component]) else None
-
-
-def _follow(dimensions: Sequence[tuple[int, int]]) -> bool:
-    """Whether sizes and strides are those of a contiguous tensor."""
-    step = 1
-    for size, stride in reversed(dimensions):
-        if size > 1 and stride != step:
-            return False
-        step *= size
-    return True
-
-
-# -- the path --------------------------------------------------------------------------------------------------------
 
 
 def reason(task: Task[LineTable]) -> str | None:
