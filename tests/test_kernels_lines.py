@@ -20,6 +20,7 @@ from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Sti
 from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
 from fgo_geo.kernels import cpu, lines
+from fgo_geo.optim import jobs
 
 CLOSE = TOLERANCE[torch.float32]
 
@@ -293,6 +294,134 @@ def test_steps_of_every_length_end_on_the_manifold(length: float, normal: float)
 
 
 @built
+@pytest.mark.parametrize("length", [4, 5, 16, 64])
+@pytest.mark.parametrize("exponent", range(0, 61, 4))
+def test_a_gradient_along_the_normal_does_no_harm(length: int, exponent: int):
+    """All its terms cancel: what is left of them in rounding is no length to divide by, and no squared norm."""
+    for weight in (
+        declared(ScaledSphere(1e-3), 50, length),
+        declared(Oblique(), length, 50),
+        declared(dealt((2 * length, 3 * length), "pio", ("oblique", "sphere")), 2 * length, 3 * length),
+    ):
+        optimizer = RiemannianFGSGD([weight], lr=1.0, momentum=0.9)
+        for _ in range(3):
+            weight.grad = 2.0**exponent * weight.detach().as_subclass(Tensor)
+            optimizer.step()
+        assert float(weight.manifold.violation(weight.detach()).max()) <= 5e-7
+
+
+@built
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_step_whose_terms_cancel_goes_in_the_right_direction(nesterov: bool):
+    options = {"lr": 1.0, "step_size": "constant", "momentum": 0.9, "nesterov": nesterov}
+    for weight in (
+        declared(ScaledSphere(), 30, 7),
+        declared(Oblique(2.0), 9, 40),
+        declared(Oblique(), 9, 4, dims=(1, 0)),
+    ):
+        results: list[Tensor] = []
+        for own in (copy.deepcopy(weight), in_double(weight)):
+            optimizer = RiemannianFGSGD([own], **options)
+            for seed in range(3):
+                tangent = torch.randn(own.shape, generator=torch.Generator().manual_seed(seed))
+                own.grad = (tangent + 100 * weight.detach().as_subclass(Tensor)).to(own.dtype)
+                optimizer.step()
+            results.append(own.detach().double())
+        torch.testing.assert_close(*results, rtol=0, atol=2e-4)  # the weights differ by rounding, times a hundred
+
+
+@built
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("shape", [(40, 30), (39, 31)])
+def test_step_sizes_with_the_manifolds_own_curvature(invariant: bool, shape: tuple[int, int]):
+    """On radius 0.1, ``τ`` follows from the norm in closed form; Euclidean groups are flat, and of no radius."""
+    kinds = ("sphere", "oblique", "euclidean")
+    radii = {"sphere": 0.1, "oblique": 0.2, "euclidean": 1.0}
+    manifold = ProductOfGroups(collection(*shape, "po", kinds, "random", 0, components="block"), shape, radii)
+    weight = declared(manifold, *shape)
+    weight.grad = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    optimizer = RiemannianFGSGD([weight], lr=0.1, curvature="manifold", radius_invariant=invariant, rho=0.01)
+    point, grad = weight.detach().clone().double(), weight.grad.double()
+    optimizer.step()
+    norms = manifold.group_norm(point, manifold.proju(point, grad))
+    for (group, kind), norm, tau in zip(
+        enumerate(c.manifold for c in manifold.collections[0].groups),
+        norms,
+        optimizer.step_scales()[weight],
+        strict=True,
+    ):
+        radius = radii[kind]
+        norm = float(norm) * (radius if invariant and kind != "euclidean" else 1.0)
+        curvature = 0.0 if kind == "euclidean" else 1.0 if invariant else radius**-2
+        expected = max(1.0, norm * max(2 * 0.01 + norm, (1 + curvature * (0.01 + norm)) ** 0.5))
+        assert float(tau) == pytest.approx(expected, rel=1e-5), (group, kind)
+
+
+@built
+def test_weight_decay_that_is_short_beside_rounding_is_not_lost():
+    manifold = dealt((64, 64), "po", ("sphere", "euclidean"))
+    rows = manifold.collections[0].groups[1].rows
+    weight = declared(manifold, 64, 64)
+    with torch.no_grad():
+        weight[rows.tolist()] = 1.0
+    optimizer = RiemannianFGSGD([weight], lr=2e-4, weight_decay=1e-4, step_size="constant")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        noise = torch.randn(64, 64, generator=generator)
+        for sign in (1, -1):  # which cancels but for what is rounded
+            weight.grad = sign * noise
+            optimizer.step()
+    lost = 1 - float(weight.detach()[rows.tolist()].double().mean())
+    assert lost == pytest.approx(4000 * 2e-8, rel=0.2)
+
+
+@built
+def test_a_gradient_whose_square_overflows_is_refused():
+    for weight in many_weights():
+        weight.grad = torch.full_like(weight.detach(), 1e25)
+        with pytest.raises(FloatingPointError, match="its squared norm overflows"):
+            RiemannianFGSGD([weight], lr=0.1).step()
+
+
+@built
+def test_a_gradient_that_stands_for_its_negative():
+    weight = declared(ScaledSphere(), 3, 40)
+    results: list[Tensor] = []
+    for path in ("auto", "reference"):
+        own = copy.deepcopy(weight)
+        own.grad = torch._neg_view(torch.linspace(-1, 1, 120).reshape(3, 40))
+        with kernels.use_path(path):  # pyright: ignore
+            RiemannianFGSGD([own], lr=0.1).step()
+        results.append(own.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=CLOSE)
+
+
+@built
+def test_radii_from_inference_mode():
+    with torch.inference_mode():
+        radius = torch.tensor([1.0, 2.0])
+        sphere = ScaledSphere(radius)
+    weight = declared(ScaledSphere(torch.tensor([1.0, 2.0])), 2, 40)
+    weight.manifold = sphere
+    weight.grad = torch.ones_like(weight)
+    RiemannianFGSGD([weight], lr=0.1).step()
+    torch.testing.assert_close(weight.detach().norm(dim=1), torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize("lacks", ["fgo_abi", "fgo_take", "the version"])
+def test_an_extension_of_another_version_is_left_alone(lacks: str, monkeypatch: pytest.MonkeyPatch):
+    class Loaded:
+        def __init__(self, path: str) -> None:
+            names = {"fgo_abi", *cpu._FUNCTIONS} - {lacks}
+            self.__dict__ |= dict.fromkeys(names, lambda: cpu._ABI - (lacks == "the version"))
+
+    monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [""])
+    monkeypatch.setattr(cpu.Path, "exists", lambda path: True)
+    monkeypatch.setattr(cpu.ctypes, "CDLL", Loaded)
+    assert cpu.library.__wrapped__() is None
+
+
+@built
 @pytest.mark.parametrize("normal", [1.0, 1e3, 1e5])
 def test_the_norm_of_an_almost_normal_gradient_is_right(normal: float):
     """In single precision nothing would be left of it."""
@@ -458,8 +587,10 @@ def test_a_dealt_transposed_convolution_is_the_batched_step(dims: tuple[int, ...
 def test_only_the_stiefel_blocks_are_gathered(monkeypatch: pytest.MonkeyPatch):
     """The step writes every number once: the sweeps those of lines, the batched code the others."""
     put: list[tuple[int, ...]] = []
-    write = lines.put_
-    monkeypatch.setattr(lines, "put_", lambda w, cut, part, x: (put.append((*x.shape,)), write(w, cut, part, x))[1])
+    write = jobs.put_blocks_
+    monkeypatch.setattr(
+        jobs, "put_blocks_", lambda w, cut, part, x: (put.append((*x.shape,)), write(w, cut, part, x))[1]
+    )
     manifold = dealt((48, 40), "po", ("sphere", "stiefel", "oblique"))
     weight = declared(manifold, 48, 40)
     optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
@@ -517,6 +648,49 @@ def test_a_dealt_matrix_goes_on_from_a_checkpoint_on_either_path():
         "scales": [optimizer.step_scales()[own]],
     }
     assert_close(actual, expected, CLOSE)
+
+
+@built
+def test_blocks_are_put_into_contiguous_matrices_only():
+    cut = dealt((12, 10, 2, 2), "po", ("sphere", "stiefel")).partition
+    weight = torch.zeros(12, 10, 2, 2).to(memory_format=torch.channels_last)
+    with pytest.raises(
+        ValueError, match=r"put_: the channels of a weight of shape \(12, 10, 2, 2\) and strides.*contiguous"
+    ):
+        lines.put_(weight, cut, 0, cut.split(weight)[0])
+
+
+@built
+def test_nothing_has_changed_if_the_stiefel_blocks_fail(monkeypatch: pytest.MonkeyPatch):
+    weight = declared(dealt((48, 40), "po", ("sphere", "stiefel")), 48, 40)
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stiefel, "retract_bounded", fail)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert torch.equal(weight.detach(), before)
+    assert not optimizer.state
+    monkeypatch.setattr(RiemannianFGSGD, "_write", fail)
+    with pytest.raises(KeyboardInterrupt):  # too late: but what is found is zero, not what was in the memory before
+        optimizer.step()
+    (stiefel,) = (part for part, kind in enumerate(weight.manifold.partition.kinds) if kind == "stiefel")
+    assert not weight.manifold.partition.split(optimizer.state[weight]["momentum_buffer"])[stiefel].any()
+
+
+@built
+def test_a_forced_path_says_what_it_leaves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    monkeypatch.setattr(kernels, "_said", set())
+    weight = declared(DEALT, 40, 30)
+    with caplog.at_level(logging.WARNING, "fgo_geo"):
+        trained("fused", [weight], 2, 0.3)
+    (record,) = caplog.records
+    assert "the Stiefel blocks of a weight of shape (40, 30)" in record.getMessage()
 
 
 @built

@@ -36,6 +36,8 @@ from torch import Tensor
 from fgo_geo.kernels import cpu, gpu, lines
 from fgo_geo.kernels._operators import TracedBatch, TracedBatches, register
 from fgo_geo.kernels.line_tables import LineTable
+from fgo_geo.kernels.lines import put_ as put_blocks_
+from fgo_geo.kernels.lines import take as take_blocks
 from fgo_geo.kernels.task import Batch, StepOptions, Task, no_kernels
 from fgo_geo.kernels.task import task_of as kernel_task_of
 from fgo_geo.linalg import traces
@@ -51,11 +53,13 @@ __all__ = [
     "curvature",
     "fused_path",
     "path_of",
+    "put_blocks_",
     "register",
     "say_unfused",
     "say_unfused_weight",
     "squared_norms",
     "step_by_rows",
+    "take_blocks",
     "task_of",
     "update",
     "use_path",

@@ -39,8 +39,11 @@ def _groups_of(
         return "", 0
     weight = torch.empty_strided(shape, strides, dtype=dtype, device=device)
     task = kernels.task_of(weight, manifold, None, grad=weight)
-    if task is None or task.table.left:
+    if task is None:
         kernels.say_unfused_weight(weight, manifold)
+        return "", 0
+    if task.table.left:
+        kernels.say_unfused(f"a weight of shape {shape}", "torch.compile takes no weight that is fused in part")
         return "", 0
     path = kernels.fused_path(task)
     return ("", 0) if path is None else (path.__name__, task.table.groups)

@@ -34,7 +34,7 @@ __all__ = [
 DESCRIPTION = "compiled sweeps on the CPU"
 NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
 
-_ABI = 4  # of fused.cpp and lines.cpp; a file built from another version is left alone
+_ABI = 5  # of fused.cpp and lines.cpp; a file built from another version is left alone
 _FUNCTIONS = ("fgo_norms", "fgo_update", "fgo_step", "fgo_line_norms", "fgo_line_update", "fgo_take", "fgo_put")
 _PER_THREAD = 2**16  # entries below which another thread costs more than it saves
 
@@ -72,8 +72,7 @@ def library() -> ctypes.CDLL | None:
                 loaded = ctypes.CDLL(str(path))
             except OSError:  # built for another machine
                 continue
-            abi = getattr(loaded, "fgo_abi", None)
-            if abi is not None and abi() == _ABI:
+            if all(hasattr(loaded, name) for name in ("fgo_abi", *_FUNCTIONS)) and loaded.fgo_abi() == _ABI:
                 for name in _FUNCTIONS:
                     getattr(loaded, name).restype = ctypes.c_int64
                 return loaded

@@ -160,7 +160,7 @@ int64_t all_chunks(const fgo_task &t) { return t.rows * chunks_per_row(t); }
 
 extern "C" {
 
-int fgo_abi() { return 4; }  // of this file and of lines.cpp
+int fgo_abi() { return 5; }  // of this file and of lines.cpp
 
 // Sums of a thread go to a buffer of its own and are added up in the order of the threads: the result depends on their
 // number, not on their timing.

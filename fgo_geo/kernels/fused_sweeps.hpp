@@ -665,7 +665,7 @@ struct whole_step {
       const int64_t before = left_out;
       for (int k = 0; k < 4; ++k) {
         if (groups[k] < 0) continue;
-        const bool finite = std::isfinite(row_sums[k]);
+        const bool finite = std::isfinite(T(row_sums[k]));  // as the type of the weights holds it
         const double curvature = task->curvature ? task->curvature[groups[k]] : options->curvature;
         const double tau = !finite || options->constant ? 1.0 : step_scale(std::sqrt(row_sums[k]), options->rho, curvature);
         row_scales[k] = finite ? T(1 / tau) : T(0);

@@ -35,11 +35,11 @@ template <class V, bool M> FGO_INLINE void add_products(const V &x, const V &h, 
 // Products of `count` numbers.
 template <bool M>
 FGO_TARGET __attribute__((noinline)) void measure_run(const float *x, const float *h, const float *m, int64_t count, double *sums) {
-  wide total[planes] = {};
+  wide total[products] = {};
   int64_t i = 0;
   for (; i + 4 <= count; i += 4)
     add_products<wide, M>(widened(x + i), widened(h + i), M ? widened(m + i) : wide{}, total);
-  for (int k = 0; k < planes; ++k) sums[k] = (total[k][0] + total[k][1]) + (total[k][2] + total[k][3]);
+  for (int k = 0; k < products; ++k) sums[k] = (total[k][0] + total[k][1]) + (total[k][2] + total[k][3]);
   for (; i < count; ++i) add_products<double, M>(x[i], h[i], M ? m[i] : 0, sums);
 }
 
@@ -59,21 +59,21 @@ FGO_INLINE void measure_rows(const float *x, const float *h, const float *m, int
   int64_t j = 0;
   for (; j + 4 <= count; j += 4) {
     if (j % 16 == 0) prefetch<R>(x + j, h + j, M ? m + j : nullptr, stride);
-    wide total[planes];
-    for (int k = 0; k < (M ? planes : 3); ++k) total[k] = load<wide>(sums + k * plane + j);
+    wide total[products];
+    for (int k = 0; k < (M ? products : 3); ++k) total[k] = load<wide>(sums + k * plane + j);
     for (int r = 0; r < R; ++r) {
       const int64_t e = r * stride + j;
       add_products<wide, M>(widened(x + e), widened(h + e), M ? widened(m + e) : wide{}, total);
     }
-    for (int k = 0; k < (M ? planes : 3); ++k) store(sums + k * plane + j, total[k]);
+    for (int k = 0; k < (M ? products : 3); ++k) store(sums + k * plane + j, total[k]);
   }
   for (; j < count; ++j) {
-    double total[planes] = {};
+    double total[products] = {};
     for (int r = 0; r < R; ++r) {
       const int64_t e = r * stride + j;
       add_products<double, M>(x[e], h[e], M ? m[e] : 0, total);
     }
-    for (int k = 0; k < planes; ++k) sums[k * plane + j] += total[k];
+    for (int k = 0; k < products; ++k) sums[k * plane + j] += total[k];
   }
 }
 
@@ -106,52 +106,51 @@ FGO_TARGET void measure_part(const fgo_lines &t, int64_t task, int64_t begin, in
     double *sums = t.products + bundle * count;
     int64_t plane = t.lines;
     if (!alone) {
-      shares.push_back({task, bundle * count, count, from == start, std::vector<double>(planes * count)});
+      shares.push_back({task, bundle * count, count, from == start, std::vector<double>(products * count)});
       sums = shares.back().sums.data(), plane = count;
     }
     const float *m = M ? t.buffer + from : nullptr;
     if (turned) {
       if (alone)
-        for (int k = 0; k < planes; ++k)
+        for (int k = 0; k < products; ++k)
           for (int64_t j = 0; j < count; ++j) sums[k * plane + j] = 0;
       measure_matrix<M>(t.weight + from, t.grad + from, m, (to - from) / t.width, t.width, sums, plane);
     } else {
-      double of_run[planes];
+      double of_run[products];
       measure_run<M>(t.weight + from, t.grad + from, m, to - from, of_run);
-      for (int k = 0; k < planes; ++k) sums[k * plane] = of_run[k];
+      for (int k = 0; k < products; ++k) sums[k * plane] = of_run[k];
     }
     from = to;
   }
 }
 
-// What a line moves by, combinations of h, m and x and a factor: numbers, or vectors of them.
-constexpr int numbers = factor + 1;
+// What a line moves by: numbers, or vectors of them.
 template <class V> struct moves_of {
-  V v[numbers];
+  V v[moves];
 };
 
 template <class V, bool OLD, bool KEEP>
 FGO_INLINE void move_by(float *x, const float *h, float *m, const moves_of<V> &by) {
   const V none = {}, x0 = load<V>(x), read = load<V>(h);
-  const V h0 = by.v[KEEP ? 0 : 3] == none ? none : read;  // a gradient that is left out may be NaN
-  V next = by.v[3] * h0 + by.v[5] * x0;
+  const V h0 = by.v[KEEP ? a_h : b_h] == none ? none : read;  // a gradient that is left out may be NaN
+  V step = by.v[b_h] * h0 + by.v[b_x] * x0;  // added to x as a whole: a short one is not to be lost in rounding
   if constexpr (KEEP) {
-    V kept = by.v[0] * h0 + by.v[2] * x0;
+    V kept = by.v[a_h] * h0 + by.v[a_x] * x0;
     if constexpr (OLD) {
       const V m0 = load<V>(m);
-      kept += by.v[1] * m0;
-      next += by.v[4] * m0;
+      kept += by.v[a_m] * m0;
+      step += by.v[b_m] * m0;
     }
     store(m, kept);
   }
-  store(x, next * by.v[factor]);
+  store(x, (x0 + step) * by.v[factor]);
 }
 
 template <bool OLD, bool KEEP>
 FGO_TARGET __attribute__((noinline)) void move_run(float *x, const float *h, float *m, int64_t count, const float *by) {
   moves_of<vec> all;
   moves_of<float> one;
-  for (int k = 0; k < numbers; ++k) all.v[k] = vec{} + by[k], one.v[k] = by[k];
+  for (int k = 0; k < moves; ++k) all.v[k] = vec{} + by[k], one.v[k] = by[k];
   int64_t i = 0;
   for (; i + 8 <= count; i += 8) move_by<vec, OLD, KEEP>(x + i, h + i, KEEP ? m + i : m, all);
   for (; i < count; ++i) move_by<float, OLD, KEEP>(x + i, h + i, KEEP ? m + i : m, one);
@@ -163,13 +162,13 @@ FGO_INLINE void move_rows(float *x, const float *h, float *m, int64_t width, con
   for (; j + 8 <= width; j += 8) {
     if (j % 16 == 0) prefetch<R>(x + j, h + j, OLD ? m + j : nullptr, width);
     moves_of<vec> all;
-    for (int k = 0; k < numbers; ++k) all.v[k] = load<vec>(by + k * plane + j);
+    for (int k = 0; k < moves; ++k) all.v[k] = load<vec>(by + k * plane + j);
     for (int r = 0; r < R; ++r)
       move_by<vec, OLD, KEEP>(x + r * width + j, h + r * width + j, KEEP ? m + r * width + j : m, all);
   }
   for (; j < width; ++j) {
     moves_of<float> one;
-    for (int k = 0; k < numbers; ++k) one.v[k] = by[k * plane + j];
+    for (int k = 0; k < moves; ++k) one.v[k] = by[k * plane + j];
     for (int r = 0; r < R; ++r)
       move_by<float, OLD, KEEP>(x + r * width + j, h + r * width + j, KEEP ? m + r * width + j : m, one);
   }
@@ -195,8 +194,8 @@ template <bool OLD, bool KEEP> FGO_TARGET void move_part(const fgo_lines &t, int
     if (turned) {
       move_matrix<OLD, KEEP>(t.weight + from, t.grad + from, m, (to - from) / t.width, t.width, by, t.lines);
     } else {
-      float of_run[numbers];
-      for (int k = 0; k < numbers; ++k) of_run[k] = by[k * t.lines];
+      float of_run[moves];
+      for (int k = 0; k < moves; ++k) of_run[k] = by[k * t.lines];
       move_run<OLD, KEEP>(t.weight + from, t.grad + from, m, to - from, of_run);
     }
     from = to;
@@ -228,14 +227,14 @@ FGO_INLINE void scatter(const float *copy, const int32_t *order, int64_t count, 
 
 template <bool M>
 FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, int64_t end, std::vector<share_of_lines> &shares) {
-  shares.push_back({task, 0, t.shared, begin == 0, std::vector<double>(planes * t.shared)});
+  shares.push_back({task, 0, t.shared, begin == 0, std::vector<double>(products * t.shared)});
   double *sums = shares.back().sums.data();
   std::vector<float> copies(3 * t.width);
   float *xs = copies.data(), *hs = xs + t.width, *ms = hs + t.width;
   for (int64_t row = begin / t.width; row < end / t.width; ++row) {
     const row_of_segments all = row_at(t, row);
     for (const fgo_segment *s = all.begin; s != all.end; ++s) {
-      if (!s->owner) continue;
+      if (s->owner == nobody) continue;
       const float *x = t.weight + row * t.width, *h = t.grad + row * t.width, *m = M ? t.buffer + row * t.width : nullptr;
       if (all.order) {
         const int32_t *order = all.order + s->start;
@@ -244,14 +243,14 @@ FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, 
       } else {
         x += s->start, h += s->start, m = M ? m + s->start : nullptr;
       }
-      if (s->owner == 3) {
+      if (s->owner == line_per_column) {
         measure_rows<M, 1>(x, h, m, 0, s->count, sums + s->first_line, t.shared);
         continue;
       }
-      double of_run[planes];
+      double of_run[products];
       measure_run<M>(x, h, m, s->count, of_run);
-      for (int k = 0; k < planes; ++k) {
-        if (s->owner == 1)
+      for (int k = 0; k < products; ++k) {
+        if (s->owner == one_line)
           sums[k * t.shared + s->first_line] += of_run[k];
         else
           t.products[k * t.lines + s->first_line + all.place] = of_run[k];
@@ -266,7 +265,7 @@ template <bool OLD, bool KEEP> FGO_TARGET void move_blocks(const fgo_lines &t, i
   for (int64_t row = begin / t.width; row < end / t.width; ++row) {
     const row_of_segments all = row_at(t, row);
     for (const fgo_segment *s = all.begin; s != all.end; ++s) {
-      if (!s->owner) continue;
+      if (s->owner == nobody) continue;
       const float *h = t.grad + row * t.width;
       float *x = t.weight + row * t.width, *m = KEEP ? t.buffer + row * t.width : nullptr;
       const int32_t *order = all.order ? all.order + s->start : nullptr;
@@ -278,11 +277,11 @@ template <bool OLD, bool KEEP> FGO_TARGET void move_blocks(const fgo_lines &t, i
       } else {
         x += s->start, h += s->start, m = KEEP ? m + s->start : nullptr;
       }
-      if (s->owner == 3) {
+      if (s->owner == line_per_column) {
         move_rows<OLD, KEEP, 1>(x, h, m, s->count, t.moves + s->first_line, t.lines);
       } else {
-        float by[numbers];
-        for (int k = 0; k < numbers; ++k) by[k] = t.moves[k * t.lines + s->first_line + (s->owner == 2 ? all.place : 0)];
+        float by[moves];
+        for (int k = 0; k < moves; ++k) by[k] = t.moves[k * t.lines + s->first_line + (s->owner == line_per_row ? all.place : 0)];
         move_run<OLD, KEEP>(x, h, m, s->count, by);
       }
       if (order) {

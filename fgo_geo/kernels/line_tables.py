@@ -25,7 +25,7 @@ from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, Scale
 
 __all__ = ["Deal", "LineTable", "Owner", "table_of"]
 
-_SHORTEST = 4  # numbers of a line; shorter ones are less than what is kept of each
+_SHORTEST = 4  # numbers of a line: of shorter ones the batched code makes a step as fast
 
 
 class Owner(IntEnum):
@@ -272,7 +272,7 @@ def _lie_of(columns: bool, x: Tensor, ndim: int) -> tuple[int, int, int] | None:
     if not columns:
         length = math.prod(x.shape[x.ndim - ndim :])
         inside = sorted(component, key=lambda dimension: -dimension[1])
-        return (length, 1, 1) if _follow([*batch, (1, 1), *inside]) and _follow(inside) else None
+        return (length, 1, 1) if _follow([*batch, *inside]) else None
     rows, width = x.shape[-2:]
     if _follow([*batch, component[1], component[0]]):
         return rows, 1, width

@@ -6,9 +6,11 @@
 //
 //   fgo_line_norms    reads x, h and m: their inner products for every line, in double precision, and from these the
 //                     squared norm of the Riemannian gradient of every group;
-//   fgo_line_update   turns the products into seven numbers per line, and writes m <- a·(h, m, x) and x <- f b·(h, m, x).
+//   fgo_line_update   turns the products into seven numbers per line, and writes m <- a·(h, m, x) and
+//                     x <- f (x + b·(h, m, x)).
 //
-// That is eight passes over memory. A matrix whose blocks were dealt to several manifolds is gone through row by row, each
+// That is eight passes over memory. Where the terms of x + b·(h, m, x) cancel, as they do for a long step along the normal,
+// the products know too little of its length: such lines are gone through once more, in double precision. A matrix whose blocks were dealt to several manifolds is gone through row by row, each
 // cut into the segments of its blocks; those that are no lines (Stiefel) are left alone. Plain C ABI, as in fused.cpp.
 
 #include <cmath>
@@ -21,10 +23,13 @@
 
 extern "C" {
 
+// Whose the entries of a block are.
+enum fgo_owner { nobody, one_line, line_per_row, line_per_column };
+
 // A run of the columns of a row, in the row's order of columns, that belong to one block.
 struct fgo_segment {
   int32_t start, count;
-  int32_t owner;           // whose: 0 no line's, 1 one line's, 2 a line of every row, 3 a line of every column
+  int32_t owner;
   int32_t first_line;
 };
 
@@ -61,15 +66,15 @@ struct fgo_line_options {
 
 namespace {
 
-constexpr int planes = 6, factor = 6;  // products; the factor is the last of the moves
-enum product { xx, xh, hh, xm, mm, hm };
-constexpr double most_cancelled = 1e3;  // of squares, in the length of a new point
+enum product { xx, xh, hh, xm, mm, hm, products };
+enum move { a_h, a_m, a_x, b_h, b_m, b_x, factor, moves };
+constexpr double most_cancelled = 100;  // of squares, in the length of a new point; rounding is ten times as large then
 
 // What a thread has of a line, or of the lines of a matrix, that it shares with another thread.
 struct share_of_lines {
   int64_t task, first_line, count;
   bool begins;                 // with the first number of the lines
-  std::vector<double> sums;    // six planes
+  std::vector<double> sums;    // a plane per product
 };
 
 int64_t size_of(const fgo_lines &t) { return (t.patterns ? t.width : t.lines) * t.length; }
@@ -125,61 +130,103 @@ template <class Run> void share(const fgo_lines *tasks, int64_t count, int threa
 
 double radius_of(const fgo_lines &t, int64_t line) { return t.radii ? t.radii[line] : t.radius; }
 
-// A line's products; without a constraint, of the gradient with weight decay, of which it is `decay` times the point.
-struct line_products {
-  double g[planes], radius, decay;
-  bool free;
-};
+bool is_free(const fgo_lines &t, int64_t line) { return std::isinf(radius_of(t, line)); }
 
-line_products products_of(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
-  line_products p;
-  for (int k = 0; k < planes; ++k) p.g[k] = t.products[k * t.lines + line];
-  p.radius = radius_of(t, line), p.free = std::isinf(p.radius);
-  p.decay = p.free ? (o.maximize ? -o.weight_decay : o.weight_decay) : 0;
-  p.g[hh] += p.decay * (2 * p.g[xh] + p.decay * p.g[xx]);
-  p.g[xh] += p.decay * p.g[xx];
-  p.g[hm] += p.decay * p.g[xm];
-  return p;
-}
+// What a free line's gradient gets of the point.
+double decay_of(const fgo_line_options &o) { return o.maximize ? -o.weight_decay : o.weight_decay; }
 
 // Squared norm of the Riemannian gradient, ‖h - x <x,h> / r²‖². In double precision nothing that the gradient's own type
 // could hold is lost where little of it is tangent.
 double square_of_gradient(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
-  const line_products p = products_of(t, o, line);
-  if (p.free) return p.g[hh];
-  const double square = p.radius * p.radius;
-  const double tangent = p.g[hh] - p.g[xh] * p.g[xh] / square * (2 - p.g[xx] / square);
-  return (tangent < 0 ? 0 : tangent) * (o.radius_invariant ? square : 1);
+  double g[products];
+  for (int k = 0; k < products; ++k) g[k] = t.products[k * t.lines + line];
+  const double square = radius_of(t, line) * radius_of(t, line), decay = decay_of(o);
+  if (is_free(t, line)) return g[hh] + decay * (2 * g[xh] + decay * g[xx]);
+  const double tangent = g[hh] - g[xh] * g[xh] / square * (2 - g[xx] / square);
+  return (tangent < 0 ? 0 : tangent) * (o.radius_invariant ? square : 1);  // rounding can take it below zero
 }
 
-// The numbers of a line from its products: fgo_geo.optim.fgsgd.fgsgd_update on a sphere, or where nothing is to be kept. The
-// factor is that of the numbers as they are rounded, which may be large where the gradient is almost normal. Returns
-// whether even so the rounding of the sum could take the new point from its norm.
-bool find_move(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
-  line_products p = products_of(t, o, line);
-  double *g = p.g, rate = t.scales[t.groups ? t.groups[line] : 0];
-  const double square = p.radius * p.radius;
-  const bool old = t.buffer && !t.first, taken = rate != 0;
-  if (o.radius_invariant && !p.free) rate *= square;
-  if (!taken) g[xh] = g[hh] = g[hm] = 0;  // they may be NaN
-  if (!old) g[xm] = g[mm] = g[hm] = 0;
-  const double sign = o.maximize ? -1 : 1, share = sign * rate * (old ? 1 - o.dampening : 1), mu = old ? o.momentum : 0;
-  // On h, m and x: the momentum, projected onto the tangent space; the direction; the new point before it is normalised.
-  const double along = p.free ? 0 : g[xh] / square, before = p.free ? 0 : g[xm] / square;
-  const double a[3] = {share, mu, share * (p.decay - along) - mu * before};
-  const double nesterov[3] = {sign * rate, 0, sign * rate * (p.decay - along)};
-  double b[3];
-  for (int k = 0; k < 3; ++k) {
-    const double direction = o.nesterov ? nesterov[k] + o.momentum * a[k] : a[k];
-    t.moves[k * t.lines + line] = float(a[k]);
-    b[k] = t.moves[(3 + k) * t.lines + line] = float((k == 2) - o.lr * direction);
+// What a line moves by, fgo_geo.optim.fgsgd.fgsgd_update on a sphere or in the plane: a and b, on h, m and x.
+struct line_move {
+  double a[3], b[3];
+  bool old, taken;  // whether there is momentum, and whether the gradient counts: it may be NaN if not
+};
+
+line_move move_of(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
+  line_move v;
+  double rate = t.scales[t.groups ? t.groups[line] : 0];
+  const double square = radius_of(t, line) * radius_of(t, line);
+  const bool free = is_free(t, line);
+  v.old = t.buffer && !t.first, v.taken = rate != 0;
+  if (o.radius_invariant && !free) rate *= square;
+  const double sign = o.maximize ? -1 : 1, share = sign * rate * (v.old ? 1 - o.dampening : 1), mu = v.old ? o.momentum : 0;
+  const double along = free || !v.taken ? 0 : t.products[xh * t.lines + line] / square;
+  const double before = free || !v.old ? 0 : t.products[xm * t.lines + line] / square;
+  const double normal = free ? decay_of(o) : -along;
+  v.a[0] = share, v.a[1] = mu, v.a[2] = share * normal - mu * before;
+  const double nesterov[3] = {sign * rate, 0, sign * rate * normal};
+  for (int k = 0; k < 3; ++k) v.b[k] = -o.lr * (o.nesterov ? nesterov[k] + o.momentum * v.a[k] : v.a[k]);
+  return v;
+}
+
+// Writes down what a line moves by. The factor is that of the numbers as they are rounded. Returns whether the line has to be
+// moved with care; it stays where it is then.
+bool write_move(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
+  const line_move v = move_of(t, o, line);
+  auto at = [&](int k) -> float & { return t.moves[k * t.lines + line]; };
+  for (int k = 0; k < 3; ++k) at(a_h + k) = float(v.a[k]), at(b_h + k) = float(v.b[k]);
+  at(factor) = 1;
+  if (is_free(t, line)) return false;
+  auto g = [&](int k, bool there) { return there ? t.products[k * t.lines + line] : 0; };
+  const double b[3] = {at(b_h), at(b_m), 1 + double(at(b_x))};
+  const double terms = b[0] * b[0] * g(hh, v.taken) + b[1] * b[1] * g(mm, v.old) + b[2] * b[2] * g(xx, true);
+  const double length = terms + 2 * (b[0] * b[1] * g(hm, v.taken && v.old) + b[0] * b[2] * g(xh, v.taken) + b[1] * b[2] * g(xm, v.old));
+  if (terms <= most_cancelled * length) {
+    at(factor) = float(radius_of(t, line) / std::sqrt(length));
+    return false;
   }
-  t.moves[factor * t.lines + line] = 1;
-  if (p.free) return false;
-  const double terms = b[0] * b[0] * g[hh] + b[1] * b[1] * g[mm] + b[2] * b[2] * g[xx];
-  const double length = terms + 2 * (b[0] * b[1] * g[hm] + b[0] * b[2] * g[xh] + b[1] * b[2] * g[xm]);
-  t.moves[factor * t.lines + line] = float(p.radius / std::sqrt(length));
-  return !(terms <= most_cancelled * length);
+  for (int k = 0; k < moves; ++k) at(k) = k == a_m || k == factor;
+  return true;
+}
+
+// Calls run(line, place) for every number of a task that belongs to a line.
+template <class Run> void for_every_number(const fgo_lines &t, Run run) {
+  if (!t.patterns) {
+    for (int64_t e = 0; e < t.lines * t.length; ++e)
+      run(t.width > 1 ? e / (t.length * t.width) * t.width + e % t.width : e / t.length, e);
+    return;
+  }
+  for (int64_t row = 0; row < t.length; ++row) {
+    const int32_t pattern = t.patterns[row], *order = t.orders + pattern * t.width;
+    for (int32_t k = t.first_segments[pattern]; k < t.first_segments[pattern + 1]; ++k) {
+      const fgo_segment &s = t.segments[k];
+      for (int32_t j = 0; s.owner != nobody && j < s.count; ++j) {
+        const int64_t own = s.owner == line_per_row ? t.places[row] : s.owner == line_per_column ? j : 0;
+        run(s.first_line + own, row * t.width + (*order < 0 ? s.start + j : order[s.start + j]));
+      }
+    }
+  }
+}
+
+// Moves the lines whose terms cancel, in double precision: the length of a new point is that of its numbers.
+void move_with_care(const fgo_lines &t, const fgo_line_options &o, const std::vector<char> &careful) {
+  std::vector<double> squares(t.lines, 0.0);
+  auto combine = [&](const line_move &v, const double *by, int64_t e) {
+    return (v.taken ? by[0] * t.grad[e] : 0) + (v.old ? by[1] * t.buffer[e] : 0) + by[2] * t.weight[e];
+  };
+  for_every_number(t, [&](int64_t line, int64_t e) {
+    if (!careful[line]) return;
+    const line_move v = move_of(t, o, line);
+    const double y = t.weight[e] + combine(v, v.b, e);
+    squares[line] += y * y;
+  });
+  for_every_number(t, [&](int64_t line, int64_t e) {
+    if (!careful[line] || !(squares[line] > 0)) return;
+    const line_move v = move_of(t, o, line);
+    const double y = t.weight[e] + combine(v, v.b, e), kept = combine(v, v.a, e);
+    t.weight[e] = float(y * (radius_of(t, line) / std::sqrt(squares[line])));
+    if (t.buffer) t.buffer[e] = float(kept);
+  });
 }
 
 }  // namespace
@@ -194,7 +241,7 @@ int64_t fgo_line_norms(const fgo_lines *tasks, int64_t count, const fgo_line_opt
   });
   for (const auto &of_thread : shares)  // in the order of the numbers: the sums don't depend on the threads' timing
     for (const share_of_lines &part : of_thread)
-      for (int k = 0; k < planes; ++k)
+      for (int k = 0; k < products; ++k)
         for (int64_t l = 0; l < part.count; ++l) {
           double &sum = tasks[part.task].products[k * tasks[part.task].lines + part.first_line + l];
           sum = (part.begins ? 0 : sum) + part.sums[k * part.count + l];
@@ -206,16 +253,25 @@ int64_t fgo_line_norms(const fgo_lines *tasks, int64_t count, const fgo_line_opt
   return 0;
 }
 
-// Returns the number of lines whose new point is to be normalised once more.
 int64_t fgo_line_update(const fgo_lines *tasks, int64_t count, const fgo_line_options *options, int threads) {
   const line_sweeps run = choose();
-  int64_t off = 0;
-#pragma omp parallel num_threads(threads) reduction(+ : off)
+  std::vector<std::vector<char>> careful(count);
+  for (int64_t k = 0; k < count; ++k) careful[k].assign(tasks[k].lines, 0);
+  int64_t cancelled = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : cancelled)
   for (int64_t k = 0; k < count; ++k)
 #pragma omp for schedule(static) nowait
-    for (int64_t l = 0; l < tasks[k].lines; ++l) off += find_move(tasks[k], *options, l);
+    for (int64_t l = 0; l < tasks[k].lines; ++l) cancelled += careful[k][l] = write_move(tasks[k], *options, l);
   share(tasks, count, threads, [&](int64_t k, int64_t begin, int64_t end, int) { run.move(tasks[k], begin, end); });
-  return off;
+  if (!cancelled) return 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t k = 0; k < count; ++k)
+    for (char own : careful[k])
+      if (own) {
+        move_with_care(tasks[k], *options, careful[k]);
+        break;
+      }
+  return 0;
 }
 
 // Copies blocks out of a matrix of `width` columns, or back into it: entry (i, j) of block k lies in row rows[k a + i] and

@@ -14,7 +14,6 @@ declared on one manifold, if their lines lie at equal distances in memory.
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 from typing import cast
 
@@ -26,7 +25,6 @@ from fgo_geo.components import BlockPartition
 from fgo_geo.kernels.cpu import NOT_BUILT, library, threads_for
 from fgo_geo.kernels.line_tables import LineTable, table_of
 from fgo_geo.kernels.task import Batch, Task, gradient_of, types_differ
-from fgo_geo.manifolds import ComponentManifold
 
 __all__ = [
     "DESCRIPTION",
@@ -97,7 +95,7 @@ def reason(task: Task[LineTable]) -> str | None:
 
 
 def goes_by_rows(task: Task[LineTable]) -> bool:
-    """No weight does: lines are longer than what a cache holds of three tensors."""
+    """No weight does."""
     return False
 
 
@@ -121,10 +119,7 @@ def update(batch: Batch, scales: Tensor, skips: bool) -> None:
         squared_norms(batch)
     call = cast(_Call, batch.prepared)
     call.scales.copy_(scales)
-    if call.run("fgo_line_update"):  # a step so long that its own rounding shows: rare, and not worth a loop in C++
-        for task in batch.tasks:
-            manifold, weight = cast(ComponentManifold, task.manifold), task.weight
-            weight.copy_(manifold.retr(weight, torch.zeros_like(weight)))
+    call.run("fgo_line_update")
 
 
 class _Call:
@@ -139,7 +134,7 @@ class _Call:
         self._moves = torch.empty(_MOVES * lines, dtype=torch.float32)
         self._options = _Options()
         self._tasks = (_Task * len(tables))()
-        self._threads = functools.partial(threads_for, sum(task.weight.numel() for task in batch.tasks))
+        self._work = sum(task.weight.numel() for task in batch.tasks)
         first_groups = itertools.accumulate(batch.counts, initial=0)
         first_lines = itertools.accumulate((table.lines for table in tables), initial=0)
         for entry, table, group, line in zip(self._tasks, tables, first_groups, first_lines, strict=False):
@@ -168,11 +163,11 @@ class _Call:
             entry.buffer = None if task.buffer is None else task.buffer.data_ptr()
             entry.first = task.first
 
-    def run(self, name: str) -> int:
-        """Call a function of the extension; returns what it returns."""
+    def run(self, name: str) -> None:
+        """Call a function of the extension."""
         with torch.profiler.record_function(name):
             sweep, options = getattr(library(), name), ctypes.byref(self._options)
-            return sweep(self._tasks, ctypes.c_int64(len(self._tasks)), options, ctypes.c_int(self._threads()))
+            sweep(self._tasks, ctypes.c_int64(len(self._tasks)), options, ctypes.c_int(threads_for(self._work)))
 
 
 def _begun(batch: Batch) -> _Call:
@@ -207,12 +202,19 @@ def take(weight: Tensor, cut: BlockPartition, part: int) -> Tensor:
 def put_(weight: Tensor, cut: BlockPartition, part: int, blocks: Tensor) -> None:
     """Write the blocks of one part into a weight that was dealt, or into its momentum; the inverse of :func:`take`.
 
-    The matrix of the weight's channels has to be contiguous.
+    Raises:
+        ValueError: If the channels of the weight are no contiguous matrix.
     """
+    matrix = cut.layout.channels(weight).flatten(1)
+    if matrix.data_ptr() != weight.data_ptr() or not matrix.is_contiguous():
+        raise ValueError(
+            f"put_: the channels of a weight of shape {tuple(weight.shape)} and strides {weight.stride()} are no "
+            "contiguous matrix; write into weight.contiguous()"
+        )
     rows, columns = cut.rectangles(part)
     stored = (blocks.mT if rows.shape[1] < columns.shape[1] else blocks).contiguous()
     torch.autograd.graph.increment_version(weight)
-    _copy_blocks("fgo_put", cut.layout.channels(weight).flatten(1), cut, part, stored)
+    _copy_blocks("fgo_put", matrix, cut, part, stored)
 
 
 def _copy_blocks(name: str, channels: Tensor, cut: BlockPartition, part: int, blocks: Tensor) -> None:

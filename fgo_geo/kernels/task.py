@@ -244,7 +244,9 @@ def configuration_of(manifold: geoopt.Manifold) -> Configuration:
     if isinstance(manifold, ProductOfGroups):
         return manifold.manifolds, 0
     radius = getattr(manifold, "radius", None)
-    return radius, radius._version if isinstance(radius, Tensor) else 0  # pyright: ignore[reportPrivateUsage]
+    if not isinstance(radius, Tensor) or radius.is_inference():
+        return radius, 0
+    return radius, radius._version  # pyright: ignore[reportPrivateUsage]
 
 
 def same(one: Configuration, other: Configuration) -> bool:
@@ -459,6 +461,8 @@ def types_differ(task: Task[Table]) -> str | None:
 def gradient_of(task: Task[Table]) -> Tensor:
     """The gradient, stored as the weight is; a copy only if it is not, which the task then holds."""
     assert task.grad is not None
+    if task.grad.is_neg():  # a view that stands for its negative
+        task.grad = task.grad.resolve_neg()
     if task.grad.stride() != task.weight.stride():
         task.grad = torch.empty_like(task.weight).copy_(task.grad)
     return task.grad

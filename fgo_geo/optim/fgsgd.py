@@ -355,11 +355,16 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             pieces: left for pieces, (left, seal) in self._carried.items() if _is_unbroken(seal, self._seal(pieces))
         }
         self._carried.clear()
-        for (group, plain, batches, jobs), squared, fused_squared in zip(work, norms, fused_norms, strict=True):
+        moved = [
+            self._move_jobs(group, jobs, squared, carried)
+            for (group, _, _, jobs), squared in zip(work, norms, strict=True)
+        ]
+        for (group, plain, batches, _), fused_squared, (results, left) in zip(work, fused_norms, moved, strict=True):
             self._step_plain(group, plain)
             for batch, measured in zip(batches, fused_squared, strict=True):
                 self._step_fused(group, batch, measured)
-            self._step_jobs(group, jobs, squared, carried)
+            self._write(results)
+            self._carried.update({pieces: (leaves, self._seal(pieces)) for pieces, leaves in left.items()})
 
     def step_scales(self) -> dict[Tensor, Tensor]:
         """The divisors ``τ`` of the latest step.
@@ -503,9 +508,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if isinstance(batch, kernels.Batch) and batch.by_rows and not _checks(options, batch.weights[0]):
             return None
         squared = kernels.squared_norms(batch)
-        if reads_for_free(squared) and math.isfinite(float(squared.sum())):
+        largest = torch.finfo(batch.dtype).max  # the sums are in float64
+        if reads_for_free(squared) and float(squared.sum()) <= largest:
             return squared, None
-        finite = torch.isfinite(squared)
+        finite = squared <= largest
         if not _checks(options, squared):
             self._count_skipped((~finite).sum())
         elif not bool(finite.all()):
@@ -582,9 +588,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             for param, buffer in zip(params, buffers, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
 
-    def _step_jobs(
+    def _move_jobs(
         self, options: _Options, jobs: list[Job], squared_norms: list[Tensor], carried: dict[_Pieces, Carried]
-    ) -> None:
+    ) -> tuple[list[_Result], dict[_Pieces, Carried]]:
+        """Where the jobs of a group go, and what they leave for the next step; nothing is written."""
         results: list[_Result] = []
         left: dict[_Pieces, Carried] = {}
         longest = _longest_step(options)
@@ -612,8 +619,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             taus = job.split_groups(torch.ones_like(squared) if tau is None else tau)
             buffers = [None] * len(taus) if buffer is None else job.split(buffer)
             results += zip(job.pieces, job.split(x), buffers, taus, strict=True)
-        self._write(results)
-        self._carried.update({pieces: (leaves, self._seal(pieces)) for pieces, leaves in left.items()})
+        return results, left
 
     def _step_shared(
         self,

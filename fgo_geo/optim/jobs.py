@@ -29,8 +29,10 @@ from fgo_geo.kernels import (
     TracedBatch,
     TracedBatches,
     fused_path,
-    lines,
+    put_blocks_,
+    say_unfused,
     say_unfused_weight,
+    take_blocks,
     task_of,
 )
 from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere, Stiefel
@@ -123,7 +125,7 @@ def pieces_of(param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, o
     if only:
         cut = cast(BlockPartition, manifold.partition)
         tensors = [
-            (part, *(None if t is None else lines.take(t, cut, part) for t in (x, grad, momentum))) for part in only
+            (part, *(None if t is None else take_blocks(t, cut, part) for t in (x, grad, momentum))) for part in only
         ]
         return [
             Piece(param, part, *_part(manifold, part), cast(Tensor, xs), cast(Tensor, gs), bs)
@@ -154,7 +156,7 @@ def put_back(tensor: Tensor, manifold: geoopt.Manifold, components: dict[int, Te
         tensor.copy_(manifold.partition.merge([components[part] for part in sorted(components)], tensor))
     else:
         for part, blocks in components.items():
-            lines.put_(tensor, cast(BlockPartition, manifold.partition), part, blocks)
+            put_blocks_(tensor, cast(BlockPartition, manifold.partition), part, blocks)
 
 
 @dataclass
@@ -276,9 +278,13 @@ class FusedTasks:
         if path is None:
             return False
         if self._momentum and (buffer is None or buffer.stride() != param.stride()):
-            task.buffer, task.first, task.fresh = torch.empty_like(param.detach()), buffer is None, True
+            # What is left is written later: nobody is to find what was in the memory before.
+            new = torch.zeros_like if task.table.left else torch.empty_like
+            task.buffer, task.first, task.fresh = new(param.detach()), buffer is None, True
             if buffer is not None:  # from when the weight was stored otherwise
                 task.buffer.copy_(buffer)
+        if task.table.left:
+            say_unfused(f"the Stiefel blocks of a weight of shape {tuple(param.shape)}", "Stiefel blocks are no lines")
         way = path, path.goes_by_rows(task)
         self._kept[position] = way, task
         self._now.setdefault(way, []).append(task)
