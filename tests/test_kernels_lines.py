@@ -358,6 +358,21 @@ def test_step_sizes_with_the_manifolds_own_curvature(invariant: bool, shape: tup
 
 
 @built
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("manifold", [ScaledSphere(0.5), Oblique(0.5), ScaledSphere(torch.tensor([0.5] * 32))], ids=str)
+def test_step_size_of_one_manifold_with_its_own_curvature(manifold: Any, invariant: bool):
+    """Where the curvature decides: a norm of one, at radius one or at that of the weight."""
+    weight = declared(manifold, 32, 20)
+    tangent = manifold.proju(weight.detach(), torch.randn(32, 20, generator=torch.Generator().manual_seed(1)))
+    weight.grad = (tangent / tangent.norm()).as_subclass(Tensor) / (0.5 if invariant else 1.0)
+    optimizer = RiemannianFGSGD([weight], lr=0.1, curvature="manifold", radius_invariant=invariant, rho=0.1)
+    optimizer.step()
+    assert float(optimizer.step_scales()[weight]) == pytest.approx(
+        (1 + (1.0 if invariant else 4.0) * 1.1) ** 0.5, rel=1e-5
+    )
+
+
+@built
 def test_weight_decay_that_is_short_beside_rounding_is_not_lost():
     manifold = dealt((64, 64), "po", ("sphere", "euclidean"))
     rows = manifold.collections[0].groups[1].rows

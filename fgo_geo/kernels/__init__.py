@@ -14,8 +14,9 @@ be known of the other rows first. A path says with ``goes_by_rows(task)`` whethe
 
 There are three paths. Kernels, of any mix of manifolds, take :mod:`~fgo_geo.kernels.cpu`, a compiled extension, or
 :mod:`~fgo_geo.kernels.gpu`, Triton. Spheres and oblique manifolds of any size take :mod:`~fgo_geo.kernels.lines`, of
-the same extension. Inside ``torch.compile`` both sweeps are operators, which the graph calls. Where no path applies
-(Stiefel matrices, blocks of one weight that were dealt to several manifolds, other manifolds, half precision) the
+the same extension; of a matrix whose blocks were dealt to several manifolds it takes all but the Stiefel blocks, which
+are handed to the batched code by ``take_blocks`` and come back by ``put_blocks_``. Inside ``torch.compile`` both sweeps
+are operators, which the graph calls. Where no path applies (Stiefel matrices, other manifolds, half precision) the
 batched torch code does the work: it is the reference, and the only place where the formulas are meant to be read. This
 module is where a path is chosen; nothing else knows that there are several.
 """
@@ -83,8 +84,8 @@ def use_path(path: Path) -> Generator[None]:
     Args:
         path: ``"auto"`` takes the fastest that applies; ``"reference"`` the batched torch code; ``"fused"`` is
             ``"auto"`` that raises for kernels whose type, size or strides no fused path can take. What has no fused
-            path at all (Stiefel matrices, blocks that were dealt to several manifolds, other manifolds, the exponential
-            map) takes the batched torch code there too; the logger ``fgo_geo`` warns of it, once per reason.
+            path at all (Stiefel matrices and blocks, other manifolds, the exponential map) takes the batched torch code
+            there too; the logger ``fgo_geo`` warns of it, once per reason.
 
     Raises:
         ValueError: If there is no such path.
