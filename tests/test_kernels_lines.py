@@ -332,16 +332,19 @@ def test_a_step_whose_terms_cancel_goes_in_the_right_direction(nesterov: bool):
 
 @built
 @pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 5.0])
 @pytest.mark.parametrize("shape", [(40, 30), (39, 31)])
-def test_step_sizes_with_the_manifolds_own_curvature(invariant: bool, shape: tuple[int, int]):
+def test_step_sizes_with_the_manifolds_own_curvature(invariant: bool, decay: float, shape: tuple[int, int]):
     """On radius 0.1, ``τ`` follows from the norm in closed form; Euclidean groups are flat, and of no radius."""
     kinds = ("sphere", "oblique", "euclidean")
     radii = {"sphere": 0.1, "oblique": 0.2, "euclidean": 1.0}
     manifold = ProductOfGroups(collection(*shape, "po", kinds, "random", 0, components="block"), shape, radii)
     weight = declared(manifold, *shape)
     weight.grad = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    optimizer = RiemannianFGSGD([weight], lr=0.1, curvature="manifold", radius_invariant=invariant, rho=0.01)
-    point, grad = weight.detach().clone().double(), weight.grad.double()
+    options = {"curvature": "manifold", "radius_invariant": invariant, "rho": 0.01, "weight_decay": decay}
+    optimizer = RiemannianFGSGD([weight], lr=0.1, **options)
+    point = weight.detach().as_subclass(Tensor).double()
+    grad = manifold.where_constrained(weight.grad.double(), weight.grad + decay * point)
     optimizer.step()
     norms = manifold.group_norm(point, manifold.proju(point, grad))
     for (group, kind), norm, tau in zip(
@@ -370,6 +373,22 @@ def test_step_size_of_one_manifold_with_its_own_curvature(manifold: Any, invaria
     assert float(optimizer.step_scales()[weight]) == pytest.approx(
         (1 + (1.0 if invariant else 4.0) * 1.1) ** 0.5, rel=1e-5
     )
+
+
+@built
+def test_no_squared_norm_is_below_zero():
+    weight = declared(ScaledSphere(), 300, 64)
+    manifold = ProductOfGroups(collection(300, 64, "po", ("sphere",) * 300, components="block"), (300, 64))
+    weight = as_parameter(weight.detach().as_subclass(Tensor), manifold)
+    weight.grad = weight.detach().as_subclass(Tensor).clone()  # nothing but rounding is tangent
+    task = lines.task_of(weight, manifold, None)
+    assert task is not None
+    squared = lines.squared_norms(
+        kernels.Batch(lines, [task], kernels.StepOptions(0.1, 0.0, 0.0, False, 0.0, False, False))
+    )
+    assert squared.shape == (300,)
+    assert float(squared.min()) == 0
+    assert float(squared.max()) <= 1e-13
 
 
 @built
