@@ -23,7 +23,6 @@ __all__ = [
     "DESCRIPTION",
     "NOT_BUILT",
     "goes_by_rows",
-    "library",
     "reason",
     "squared_norms",
     "step_by_rows",

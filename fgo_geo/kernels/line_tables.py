@@ -23,12 +23,12 @@ from fgo_geo.components import BlockPartition, Segments
 from fgo_geo.kernels.task import Configuration, Table, configuration_of, same
 from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere
 
-__all__ = ["Deal", "LineTable", "Owner", "table_of"]
+__all__ = ["Deal", "LineTable", "table_of"]
 
 _SHORTEST = 4  # numbers of a line: of shorter ones the batched code makes a step as fast
 
 
-class Owner(IntEnum):
+class _Owner(IntEnum):
     """Whose the entries of a block are, as lines.cpp numbers it."""
 
     NOBODY = 0
@@ -45,7 +45,7 @@ class Deal:
         patterns: For every row the pattern that its columns are dealt by, int32.
         places: For every row its number among those of its blocks, int32.
         segments: Runs of columns that belong to one block, int32: where they start, how many they are, whose they are
-            (:class:`Owner`), the block's first line; pattern by pattern.
+            (numbered as in lines.cpp), the block's first line; pattern by pattern.
         first_segments: The first segment of every pattern, and where the last pattern ends, int32.
         orders: For every pattern its columns in order, int32, shape ``(patterns, columns)``; from -1 on: as they are.
         shared: Number of lines of which several rows have a part; they come first.
@@ -170,7 +170,7 @@ class _Block:
     """
 
     group: int
-    owner: Owner
+    owner: _Owner
     rows: np.ndarray
     columns: np.ndarray
     first_line: int = 0
@@ -178,7 +178,7 @@ class _Block:
     @property
     def lines(self) -> int:
         """How many lines it has."""
-        of_owner = {Owner.ONE_LINE: 1, Owner.LINE_PER_ROW: len(self.rows), Owner.LINE_PER_COLUMN: len(self.columns)}
+        of_owner = {_Owner.ONE_LINE: 1, _Owner.LINE_PER_ROW: len(self.rows), _Owner.LINE_PER_COLUMN: len(self.columns)}
         return of_owner.get(self.owner, 0)
 
 
@@ -197,7 +197,7 @@ def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
         for group, rows, columns in zip(groups, *(lines.numpy() for lines in cut.rectangles(part)), strict=True):
             blocks.append(_Block(int(group), _owner(kind, len(rows), len(columns)), rows, columns))
     # Lines of which several rows have a part come first: threads add those up between them.
-    blocks.sort(key=lambda block: block.owner is Owner.LINE_PER_ROW)
+    blocks.sort(key=lambda block: block.owner is _Owner.LINE_PER_ROW)
     count = 0
     for block in blocks:
         block.first_line, count = count, count + block.lines
@@ -217,13 +217,13 @@ def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
     )
 
 
-def _owner(kind: str, rows: int, columns: int) -> Owner:
+def _owner(kind: str, rows: int, columns: int) -> _Owner:
     """Whose the entries of a block are; the lines of an oblique one are its columns, or its rows if they are longer."""
     if kind == "stiefel":
-        return Owner.NOBODY
+        return _Owner.NOBODY
     if kind != "oblique":
-        return Owner.ONE_LINE
-    return Owner.LINE_PER_ROW if rows < columns else Owner.LINE_PER_COLUMN
+        return _Owner.ONE_LINE
+    return _Owner.LINE_PER_ROW if rows < columns else _Owner.LINE_PER_COLUMN
 
 
 def _deal(blocks: Sequence[_Block], rows: int) -> Deal:
@@ -252,7 +252,7 @@ def _deal(blocks: Sequence[_Block], rows: int) -> Deal:
         torch.tensor(segments, dtype=torch.int32),
         torch.tensor(first_segments, dtype=torch.int32),
         torch.from_numpy(np.stack(orders)),
-        sum(block.lines for block in blocks if block.owner is not Owner.LINE_PER_ROW),
+        sum(block.lines for block in blocks if block.owner is not _Owner.LINE_PER_ROW),
     )
 
 

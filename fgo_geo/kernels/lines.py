@@ -200,7 +200,9 @@ def take(weight: Tensor, cut: BlockPartition, part: int) -> Tensor:
 
 
 def put_(weight: Tensor, cut: BlockPartition, part: int, blocks: Tensor) -> None:
-    """Write the blocks of one part into a weight that was dealt, or into its momentum; the inverse of :func:`take`.
+    """Write the blocks of one part into a weight that was dealt, or into its momentum.
+
+    It is the inverse of :func:`~fgo_geo.kernels.lines.take`.
 
     Raises:
         ValueError: If the channels of the weight are no contiguous matrix.

@@ -97,7 +97,7 @@ class Table:
     curvature: Tensor
     constrained: Tensor
     left: tuple[int, ...] = ()
-    known: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], repr=False)
+    known: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any], repr=False, init=False)
 
     def curvature_bound(self, radius_invariant: bool) -> Tensor:
         """Bound on the sectional curvature of every group, measured on the manifolds of radius one or as they are."""
