@@ -29,6 +29,7 @@ from fgo_geo.manifolds import ProductOfGroups
         ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
         ({"rho": -1.0}, "rho must be at least 0, got -1.0"),
         ({"rho": math.inf}, "rho must be finite, got inf"),
+        ({"lr": math.inf}, "lr must be finite, got inf"),
         ({"nesterov": True}, "nesterov needs momentum > 0 and dampening = 0, got momentum=0.0, dampening=0.0"),
         (
             {"nesterov": True, "momentum": 0.9, "dampening": 0.1},

@@ -68,6 +68,7 @@ namespace {
 
 enum product { xx, xh, hh, xm, mm, hm, products };
 enum move { a_h, a_m, a_x, b_h, b_m, b_x, factor, moves };
+constexpr double least_tangent = 1e-9;  // of a gradient's square, or rounding of the products counts in it
 constexpr double most_cancelled = 100;  // of squares, in the length of a new point; rounding is ten times as large then
 
 // What a thread has of a line, or of the lines of a matrix, that it shares with another thread.
@@ -135,15 +136,19 @@ bool is_free(const fgo_lines &t, int64_t line) { return std::isinf(radius_of(t, 
 // What a free line's gradient gets of the point.
 double decay_of(const fgo_line_options &o) { return o.maximize ? -o.weight_decay : o.weight_decay; }
 
-// Squared norm of the Riemannian gradient, ‖h - x <x,h> / r²‖². In double precision nothing that the gradient's own type
-// could hold is lost where little of it is tangent.
+// What a gradient has along the point: h - x <x,h> / r² is tangent.
+double along_of(const fgo_lines &t, int64_t line) {
+  const double radius = radius_of(t, line);
+  return t.products[xh * t.lines + line] / (radius * radius);
+}
+
+// Squared norm of the Riemannian gradient, ‖h - x <x,h> / r²‖², as the products have it: rounding can take it below zero.
 double square_of_gradient(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
   double g[products];
   for (int k = 0; k < products; ++k) g[k] = t.products[k * t.lines + line];
   const double square = radius_of(t, line) * radius_of(t, line), decay = decay_of(o);
   if (is_free(t, line)) return g[hh] + decay * (2 * g[xh] + decay * g[xx]);
-  const double tangent = g[hh] - g[xh] * g[xh] / square * (2 - g[xx] / square);
-  return (tangent < 0 ? 0 : tangent) * (o.radius_invariant ? square : 1);  // rounding can take it below zero
+  return g[hh] - g[xh] * g[xh] / square * (2 - g[xx] / square);
 }
 
 // What a line moves by, fgo_geo.optim.fgsgd.fgsgd_update on a sphere or in the plane: a and b, on h, m and x.
@@ -160,7 +165,7 @@ line_move move_of(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
   v.old = t.buffer && !t.first, v.taken = rate != 0;
   if (o.radius_invariant && !free) rate *= square;
   const double sign = o.maximize ? -1 : 1, share = sign * rate * (v.old ? 1 - o.dampening : 1), mu = v.old ? o.momentum : 0;
-  const double along = free || !v.taken ? 0 : t.products[xh * t.lines + line] / square;
+  const double along = free || !v.taken ? 0 : along_of(t, line);
   const double before = free || !v.old ? 0 : t.products[xm * t.lines + line] / square;
   const double normal = free ? decay_of(o) : -along;
   v.a[0] = share, v.a[1] = mu, v.a[2] = share * normal - mu * before;
@@ -208,6 +213,30 @@ template <class Run> void for_every_number(const fgo_lines &t, Run run) {
   }
 }
 
+// Adds the squared norms of the gradients of a task's lines to those of their groups. Of lines where the products leave next
+// to nothing, the tangent part is gone through itself: its norm decides how far the line may go.
+void add_squares(const fgo_lines &t, const fgo_line_options &o) {
+  std::vector<double> squares(t.lines);
+  std::vector<char> careful(t.lines, 0);
+  bool any = false;
+  for (int64_t l = 0; l < t.lines; ++l) {
+    squares[l] = square_of_gradient(t, o, l);
+    careful[l] = !is_free(t, l) && squares[l] < least_tangent * t.products[hh * t.lines + l];
+    any |= careful[l];
+    if (careful[l]) squares[l] = 0;
+  }
+  if (any)
+    for_every_number(t, [&](int64_t line, int64_t e) {
+      if (!careful[line]) return;
+      const double tangent = t.grad[e] - along_of(t, line) * t.weight[e];
+      squares[line] += tangent * tangent;
+    });
+  for (int64_t l = 0; l < t.lines; ++l) {
+    const bool scaled = o.radius_invariant && !is_free(t, l);
+    t.squared_norms[t.groups ? t.groups[l] : 0] += squares[l] * (scaled ? radius_of(t, l) * radius_of(t, l) : 1);
+  }
+}
+
 // Moves the lines whose terms cancel, in double precision: the length of a new point is that of its numbers.
 void move_with_care(const fgo_lines &t, const fgo_line_options &o, const std::vector<char> &careful) {
   std::vector<double> squares(t.lines, 0.0);
@@ -247,9 +276,7 @@ int64_t fgo_line_norms(const fgo_lines *tasks, int64_t count, const fgo_line_opt
           sum = (part.begins ? 0 : sum) + part.sums[k * part.count + l];
         }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t k = 0; k < count; ++k)
-    for (int64_t l = 0; l < tasks[k].lines; ++l)
-      tasks[k].squared_norms[tasks[k].groups ? tasks[k].groups[l] : 0] += square_of_gradient(tasks[k], *options, l);
+  for (int64_t k = 0; k < count; ++k) add_squares(tasks[k], *options);
   return 0;
 }
 

@@ -708,8 +708,9 @@ def _check_options(options: dict[str, Any]) -> None:
         value = options[name]
         if not value >= 0:
             raise ValueError(f"RiemannianFGSGD: {name} must be at least 0, got {value!r}")
-    if not math.isfinite(options["rho"]):
-        raise ValueError(f"RiemannianFGSGD: rho must be finite, got {options['rho']!r}")
+    for name in ("lr", "rho"):
+        if not options[name] < math.inf:
+            raise ValueError(f"RiemannianFGSGD: {name} must be finite, got {options[name]!r}")
     if options["fused"] and options["foreach"]:
         raise ValueError("RiemannianFGSGD: fused and foreach exclude each other, got True for both")
     if options["nesterov"] and (momentum <= 0 or options["dampening"] != 0):
