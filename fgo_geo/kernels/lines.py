@@ -70,17 +70,7 @@ class _Options(ctypes.Structure):
 def task_of(
     param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, grad: Tensor | None = None
 ) -> Task[LineTable] | None:
-    """The task of a parameter, or None if it does not consist of lines.
-
-    Args:
-        param: A parameter with a gradient.
-        manifold: Its manifold.
-        buffer: Its momentum, if there is any yet.
-        grad: Its gradient, if that is not ``param.grad``.
-
-    Returns:
-        A task.
-    """
+    """As :func:`fgo_geo.kernels.task_of`, for lines alone."""
     if param.device.type != "cpu" or param.dtype != torch.float32:
         return None
     table = table_of(manifold, param.detach())

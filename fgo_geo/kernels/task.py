@@ -384,17 +384,7 @@ def _stored(tensor: Tensor) -> tuple[object, ...]:
 def task_of(
     param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, grad: Tensor | None = None
 ) -> Task[KernelTable] | None:
-    """The task of a parameter, or None if its components are no kernels.
-
-    Args:
-        param: A parameter with a gradient.
-        manifold: Its manifold.
-        buffer: Its momentum, if there is any yet.
-        grad: Its gradient, if that is not ``param.grad``.
-
-    Returns:
-        A task.
-    """
+    """As :func:`fgo_geo.kernels.task_of`, for kernels alone."""
     product = product_of(manifold, param.shape)
     if product is None:
         return None

@@ -246,11 +246,23 @@ class ProductOfGroups(EmbeddedManifold):
         """Norm of a tangent vector, per group, shape ``(G,)``."""
         return self.group_inner(x, u).sqrt()
 
-    def in_collection_order(self, per_part: Sequence[Tensor]) -> Tensor:
-        """Numbers per group of every part, as one tensor ``(G,)`` in the order of the collection."""
-        values = torch.cat(list(per_part))
-        order = torch.from_numpy(np.concatenate(self.partition.groups)).to(values.device)
-        return torch.empty_like(values).index_copy(0, order, values)
+    def in_collection_order(
+        self, per_part: Sequence[Tensor] | Mapping[int, Tensor], others: Tensor | None = None
+    ) -> Tensor:
+        """Numbers per group of every part, as one tensor ``(G,)`` in the order of the collection.
+
+        Args:
+            per_part: The numbers of every part, or of some parts by the part's number.
+            others: The numbers of all groups ``(G,)``, where those of some parts are not given.
+
+        Returns:
+            A new tensor.
+        """
+        of_part = per_part if isinstance(per_part, Mapping) else dict(enumerate(per_part))
+        values = torch.cat(list(of_part.values()))
+        order = torch.from_numpy(np.concatenate([self.partition.groups[part] for part in of_part])).to(values.device)
+        before = values.new_empty(self.n_groups) if others is None else others.to(values.dtype)
+        return before.index_copy(0, order, values)
 
     # -- manifold --------------------------------------------------------------------------------------------
 

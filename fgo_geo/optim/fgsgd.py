@@ -380,12 +380,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 scales[param] = taus.to(param.dtype)
         for param, by_part in self._step_scales.items():
             manifold = manifold_of(param)
-            if not isinstance(manifold, ProductOfGroups):
-                scales[param] = by_part[0]
-                continue
-            scales[param] = scales.get(param, by_part[min(by_part)].new_empty(manifold.n_groups)).clone()
-            for part, taus in by_part.items():
-                scales[param][torch.from_numpy(manifold.partition.groups[part])] = taus
+            product = isinstance(manifold, ProductOfGroups)
+            scales[param] = manifold.in_collection_order(by_part, scales.get(param)) if product else by_part[0]
         return {param: scales[param] for group in self.param_groups for param in group["params"] if param in scales}
 
     def skipped_groups(self) -> int:
