@@ -44,11 +44,11 @@ def rounding(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """A processor that rounds as soon as it may."""
     multiply, minus = products._product, products._minus
 
-    def own_product(a: Tensor, b: Tensor) -> Tensor:
-        return multiply(rounded(a), rounded(b)) if linalg.lowers_products() else multiply(a, b)
+    def own_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        return multiply(rounded(a), rounded(b), out) if linalg.lowers_products() else multiply(a, b, out)
 
-    def own_minus(c: Tensor, a: Tensor, b: Tensor, in_place: bool) -> Tensor:
-        return minus(c, rounded(a), rounded(b), in_place) if linalg.lowers_products() else minus(c, a, b, in_place)
+    def own_minus(c: Tensor, a: Tensor, b: Tensor, *options: Any) -> Tensor:
+        return minus(c, rounded(a), rounded(b), *options) if linalg.lowers_products() else minus(c, a, b, *options)
 
     monkeypatch.setattr(products, "_product", own_product)
     monkeypatch.setattr(products, "_minus", own_minus)
@@ -63,7 +63,7 @@ def test_a_retraction_ends_on_the_manifold(bound: float | None, rounding: None) 
     error = float(linalg.sym(x.double().mT @ u.double()).abs().max() / u.norm())
     assert 1e-6 < error < 1e-2  # the projection has been rounded
     y = manifold.retract_bounded(x, u, bound)
-    assert float(manifold.violation(y.double())) <= 2e-6
+    assert float(manifold.violation(y.double())) <= 1e-6
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -94,19 +94,21 @@ def test_the_setting_inside_and_after(method: str, medium: None, monkeypatch: py
     u = 0.01 * manifold.proju(x, normal((80, 70), 1))
     arguments = {"projx": (x,), "uniform": (x,), "violation": (x,), "logmap": (x, x), "retract_bounded": (x, u, 0.1)}
     seen: list[bool] = []
+    raising = False
 
     def radius_for(own: Tensor) -> float:  # which all of them ask for
         seen.append(linalg.lowers_products())
-        if len(seen) > 1:
+        if raising:
             raise KeyError
         return 1.0
 
     monkeypatch.setattr(manifold, "radius_for", radius_for)
     getattr(manifold, method)(*arguments.get(method, (x, u)))
     assert linalg.lowers_products()
+    raising = True
     with pytest.raises(KeyError):
         getattr(manifold, method)(*arguments.get(method, (x, u)))
-    assert seen == [method == "proju"] * 2
+    assert set(seen) == {method == "proju"}
     assert linalg.lowers_products()
     assert torch.get_float32_matmul_precision() == "medium"
 

@@ -173,7 +173,7 @@ def test_nothing_has_changed_if_the_stiefel_blocks_fail(monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stiefel, "retract_bounded", fail)
+        patch.setattr(Stiefel, "retract_measured", fail)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
     assert torch.equal(weight.detach(), before)

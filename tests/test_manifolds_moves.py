@@ -361,7 +361,10 @@ def test_a_step_longer_than_its_bound_or_not_finite_falls_back_on_the_bound() ->
         steps = torch.cat((u[:2], u[2:] * bad))
         y = case.manifold.retract_bounded(x, steps, 0.4)
         torch.testing.assert_close(y[:2], expected[:2], rtol=0, atol=32 * case.eps)
-        assert bool(y[2].isnan().all()) if math.isnan(bad) else bool((torch.linalg.matrix_norm(y[2], 2) <= 1).all())
+        if math.isnan(bad):
+            assert bool(y[2].isnan().all())
+        else:
+            assert float(torch.linalg.matrix_norm(y[2], 2)) <= 1 + 32 * case.eps
 
 
 @every_entry

@@ -7,8 +7,8 @@ model's: the view ``D x (C K)`` of a weight, transposed for Geoopt's Stiefel man
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -226,7 +226,8 @@ def ours(
         kind: Manifold kind, or ``"mixed"`` for all four.
         strategy: How to group.
         path: ``"auto"``, ``"fused"``, ``"reference"``; ``"unchecked"`` for ``"auto"`` without a look at the
-            gradients, or ``"compile"`` for ``torch.compile`` of it.
+            gradients, ``"bfloat16"`` for ``"auto"`` with ``torch.set_float32_matmul_precision("medium")``, or
+            ``"compile"`` for ``torch.compile`` of it.
         only: Constrain only ``"kernels"`` or ``"matrices"``.
     """
     wanted = [n for n in names_of(model, only) if n in set(names)]
@@ -250,14 +251,24 @@ def ours(
         return Contestant(step, params, violation=lambda: _violation(params), warm_up=2)
 
     def step() -> None:
-        with _path("auto" if path == "unchecked" else path):
+        with _path(path):
             optimizer.step()
 
     return Contestant(step, params, violation=lambda: _violation(params))
 
 
-def _path(path: Any) -> AbstractContextManager[None]:
-    return use_path(path)
+@contextmanager
+def _path(path: Any) -> Generator[None]:
+    if path != "bfloat16":
+        with use_path("auto" if path == "unchecked" else path):
+            yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _violation(params: Iterable[Tensor]) -> float:

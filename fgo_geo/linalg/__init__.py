@@ -21,23 +21,32 @@ from fgo_geo.linalg.newton_schulz import (
     polar_newton_schulz,
     polar_series,
     polish,
+    refine_gap,
     series_limit,
+    unrefined_precision,
 )
 from fgo_geo.linalg.precision import computes_in_float32, lowers_products, takes_full_products
 from fgo_geo.linalg.products import (
+    frobenius_norm,
+    gram_blocks,
     gram_excess,
     gram_matrix,
     inner_sum,
     root_of_sum,
     skew,
     small_product,
+    subtract_part,
     subtract_product,
     sym,
 )
 from fgo_geo.linalg.values import reads_for_free, require_finite, traces
+from fgo_geo.linalg.workspace import Workspace
 
 __all__ = [
+    "Workspace",
     "computes_in_float32",
+    "frobenius_norm",
+    "gram_blocks",
     "gram_excess",
     "gram_matrix",
     "has_closed_form",
@@ -52,14 +61,17 @@ __all__ = [
     "polish",
     "qr_factor",
     "reads_for_free",
+    "refine_gap",
     "require_finite",
     "root_of_sum",
     "series_limit",
     "skew",
     "small_product",
     "spectral_norm_3",
+    "subtract_part",
     "subtract_product",
     "sym",
     "takes_full_products",
     "traces",
+    "unrefined_precision",
 ]

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg.products import gram_excess, gram_matrix, small_product, subtract_product
+from fgo_geo.linalg.products import gram_excess, small_product, subtract_product
 
 __all__ = [
     "inverse_root_gap",
@@ -21,7 +21,9 @@ __all__ = [
     "polar_newton_schulz",
     "polar_series",
     "polish",
+    "refine_gap",
     "series_limit",
+    "unrefined_precision",
 ]
 
 _SAFETY = 1.05  # head room for points that have drifted off the manifold
@@ -42,10 +44,12 @@ def newton_schulz_schedule(excess: float, precision: float) -> tuple[float, ...]
         One factor ``ρ`` per iteration.
 
     Example:
-        A step of spectral norm 0.414 needs three iterations in single precision.
+        A step of spectral norm 0.414 needs three iterations in single precision; two, if the last is another one.
 
         >>> len(newton_schulz_schedule(0.4142**2, 2.0**-23))
         3
+        >>> len(newton_schulz_schedule(0.4142**2, unrefined_precision(2.0**-23)))
+        2
     """
     factors: list[float] = []
     low = 1 / math.sqrt(_SAFETY * (1 + excess))
@@ -67,7 +71,8 @@ def polar_newton_schulz(
 
     so the long side enters two products only. The scale ``s² = 1.05 (1 + excess)`` leaves head room for points that
     have drifted off the manifold; the Gram matrix is formed from ``y`` itself, so that the drift is corrected too.
-    All ``B x B`` matrices are polynomials in ``M``: they commute.
+    All ``B x B`` matrices are polynomials in ``M``: they commute. What rounding has left in ``Z``, and twice the digits
+    that the schedule has reached, are seen to by :func:`refine_gap`.
 
     Args:
         y: Matrices with singular values in ``[1, sqrt(1 + excess)]`` times the radius, shape ``(..., A, B)``,
@@ -86,21 +91,63 @@ def polar_newton_schulz(
                 [0., 1.]])
     """
     bound = excess[..., None, None] if isinstance(excess, Tensor) else excess
-    return small_product(y, _inverse_root_newton_schulz(gram_matrix(y) / radius**2, bound, schedule))
+    return subtract_product(y, y, _newton_schulz_gap(gram_excess(y, radius), bound, schedule))
 
 
-def _inverse_root_newton_schulz(gram: Tensor, excess: Tensor | float, schedule: tuple[float, ...]) -> Tensor:
-    """``G^{-1/2}`` for eigenvalues in ``[1, 1 + excess]``, and some head room on either side."""
-    top = _SAFETY * (1 + excess)
-    gram = gram / top
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+def _newton_schulz_gap(
+    excess: Tensor, bound: Tensor | float, schedule: tuple[float, ...], out: Tensor | None = None
+) -> Tensor:
+    """``I - (I + E)^{-1/2}`` for eigenvalues of ``E`` in ``[0, bound]``, and some head room on either side."""
+    top = _SAFETY * (1 + bound)
+    identity = torch.eye(excess.shape[-1], dtype=excess.dtype, device=excess.device)
+    gram = (excess + identity) / top
     inverse_root = identity
     for step, rho in enumerate(schedule):
         factor = torch.sub(identity * (1.5 * rho), gram, alpha=0.5 * rho**3)
         inverse_root = factor if step == 0 else small_product(inverse_root, factor)
         if step + 1 < len(schedule):
             gram = small_product(small_product(gram, factor), factor)
-    return inverse_root * top**-0.5
+    return refine_gap(excess, identity - inverse_root * top**-0.5, out=out)
+
+
+def refine_gap(excess: Tensor, gap: Tensor, *, out: Tensor | None = None) -> Tensor:
+    r"""Newton's step for ``Z = (I + E)^{-1/2}``, ``Z <- Z (I + R/2)`` with ``R = I - Z (I + E) Z``, for ``H = I - Z``.
+
+    Written with ``H`` and ``E`` alone, ``R = K - E + K E`` for ``K = 2 H - H²``, no sum has terms larger than these: a
+    product with ``Z``, whose diagonal is near one, would be rounded to the digits of one. An error ``ε`` of the
+    singular values of ``y Z`` becomes ``3 ε² / 2``.
+
+    Args:
+        excess: Symmetric matrices ``E``, shape ``(..., B, B)``.
+        gap: Approximations of ``H`` that commute with them.
+        out: Where to put the result; it shares no memory with the others.
+
+    Returns:
+        Symmetric matrices of the same shape.
+
+    Example:
+        >>> refine_gap(torch.tensor([[3.0]]), torch.tensor([[0.49]]))
+        tensor([[0.4997]])
+    """
+    k = subtract_product(gap, gap, gap, beta=2.0)
+    rest = subtract_product(k - excess, k, excess, alpha=-1.0)
+    return subtract_product(torch.sub(gap, rest, alpha=0.5), gap, rest, alpha=-0.5, out=out)
+
+
+def unrefined_precision(precision: float) -> float:
+    """What a schedule has to reach, so that :func:`refine_gap` reaches a precision: ``3 ε² / 2`` of it.
+
+    Args:
+        precision: Accepted distance of the singular values from 1.
+
+    Returns:
+        Accepted distance before the last step.
+
+    Example:
+        >>> round(unrefined_precision(2.0**-23), 5)
+        0.00028
+    """
+    return math.sqrt(2 * precision / 3)
 
 
 def series_limit(precision: float, terms: int = 2) -> float:
@@ -142,13 +189,14 @@ def polar_series(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
     return subtract_product(y, y, _series_gap(gram_excess(y, radius), 2))
 
 
-def _series_gap(excess: Tensor, terms: int) -> Tensor:
+def _series_gap(excess: Tensor, terms: int, out: Tensor | None = None) -> Tensor:
     """``I - (I + E)^{-1/2}`` for small ``E``: ``E/2`` and, with two terms, ``- 3E²/8``."""
-    half = 0.5 * excess
-    return half if terms == 1 else subtract_product(half, half, 0.75 * excess)
+    if terms == 1:
+        return torch.mul(excess, 0.5, out=out)
+    return subtract_product(excess, excess, excess, beta=0.5, alpha=0.375, out=out)
 
 
-def inverse_root_gap(excess: Tensor, norm: float) -> Tensor:
+def inverse_root_gap(excess: Tensor, norm: float, *, out: Tensor | None = None) -> Tensor:
     r"""``I - (I + E)^{-1/2}`` for symmetric ``E`` by products alone.
 
     Eigenvalues are to lie in ``[0, ‖E‖]``; slightly negative ones, of points that have drifted off a manifold, come
@@ -158,6 +206,7 @@ def inverse_root_gap(excess: Tensor, norm: float) -> Tensor:
     Args:
         excess: Symmetric matrices, shape ``(..., B, B)``.
         norm: Bound on their spectral norms.
+        out: Where to put the result; it shares no memory with ``excess``.
 
     Returns:
         Symmetric matrices of the same shape.
@@ -170,13 +219,12 @@ def inverse_root_gap(excess: Tensor, norm: float) -> Tensor:
     precision = torch.finfo(excess.dtype).eps
     for terms in (1, 2):
         if norm <= series_limit(precision, terms):
-            return _series_gap(excess, terms)
-    identity = torch.eye(excess.shape[-1], dtype=excess.dtype, device=excess.device)
-    return identity - _inverse_root_newton_schulz(excess + identity, norm, newton_schulz_schedule(norm, precision))
+            return _series_gap(excess, terms, out)
+    return _newton_schulz_gap(excess, norm, newton_schulz_schedule(norm, unrefined_precision(precision)), out)
 
 
 def polish(y: Tensor) -> Tensor:
-    """One Newton-Schulz step, ``y (3 I - yᵀy) / 2``: an error ``ε`` of the singular values becomes ``3 ε² / 2``.
+    """One Newton-Schulz step, ``y - y (yᵀy - I) / 2``: an error ``ε`` of the singular values becomes ``3 ε² / 2``.
 
     Args:
         y: Nearly orthonormal matrices, shape ``(..., A, B)``, ``A >= B``.
@@ -189,4 +237,4 @@ def polish(y: Tensor) -> Tensor:
         tensor([[1.0000],
                 [0.0000]], dtype=torch.float64)
     """
-    return subtract_product(1.5 * y, y, 0.5 * gram_matrix(y))
+    return subtract_product(y, y, gram_excess(y), alpha=0.5)

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["computes_in_float32", "lowers_products", "takes_full_products"]
+__all__ = ["computes_in_float32", "lowers_products", "multiplies_bfloat16", "takes_full_products"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -117,6 +117,13 @@ def lowers_products() -> bool:
         False
     """
     return any(value not in _FULL for value in _precisions())
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has a unit for products of bfloat16 matrices (AMX), many times as fast as for float32."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)  # public from some later torch on
+    return supported is not None and bool(supported()) and torch.backends.mkldnn.is_available()
 
 
 def takes_full_products(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -11,17 +11,26 @@ memory. A call of a matrix product or a reduction per matrix costs many times th
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg.precision import multiplies_bfloat16
+from fgo_geo.linalg.workspace import Workspace
+
 __all__ = [
     "divide_or_zero",
+    "frobenius_norm",
+    "gram_blocks",
     "gram_excess",
     "gram_matrix",
     "inner_sum",
     "root_of_sum",
     "skew",
     "small_product",
+    "subtract_part",
     "subtract_product",
     "sym",
 ]
@@ -44,15 +53,16 @@ def _terms(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
     return list(zip(a.split(1, -1), b.split(1, -2), strict=True))
 
 
-def small_product(a: Tensor, b: Tensor) -> Tensor:
+def small_product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """The matrix product ``a @ b``; as a sum of outer products if the batch runs fastest in memory.
 
     Args:
         a: Matrices, shape ``(..., A, K)``.
         b: Matrices, shape ``(..., K, B)``.
+        out: Where to put the result; it shares no memory with a factor.
 
     Returns:
-        Matrices of shape ``(..., A, B)``, in the memory layout of the factors.
+        Matrices of shape ``(..., A, B)``, in the memory layout of the factors unless there is an ``out``.
 
     Example:
         >>> a = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).expand(5, 2, 2)
@@ -62,52 +72,117 @@ def small_product(a: Tensor, b: Tensor) -> Tensor:
                 [15., 22.]])
     """
     if not _unrolled(a.shape[-1], a, b):
-        return _product(b.mT, a.mT).mT if _goes_by_columns(a) else _product(a, b)
+        if _goes_by_columns(a if out is None else out):
+            return _product(b.mT, a.mT, None if out is None else out.mT).mT
+        return _product(a, b, out)
     (column, row), *others = _terms(a, b)
-    total = column * row
+    total = torch.mul(column, row, out=out)
     for column, row in others:
         total.addcmul_(column, row)
     return total
 
 
-def subtract_product(c: Tensor, a: Tensor, b: Tensor, *, in_place: bool = False) -> Tensor:
-    """``c - a @ b``, computed as :func:`small_product` is.
+def subtract_product(
+    c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1.0, alpha: float = 1.0, out: Tensor | None = None
+) -> Tensor:
+    """``beta c - alpha a @ b``, computed as :func:`small_product` is.
 
     Args:
         c: Matrices, shape ``(..., A, B)``.
         a: Matrices, shape ``(..., A, K)``.
         b: Matrices, shape ``(..., K, B)``.
-        in_place: Write the result to ``c``.
+        beta: Factor of ``c``.
+        alpha: Factor of the product.
+        out: Where to put the result; it may be ``c``, and shares no memory with ``a`` or ``b``.
 
     Returns:
         Matrices of shape ``(..., A, B)``.
 
     Example:
-        >>> subtract_product(torch.ones(1, 1), torch.tensor([[2.0, 1.0]]), torch.tensor([[3.0], [4.0]]))
-        tensor([[-9.]])
+        >>> subtract_product(torch.ones(1, 1), torch.tensor([[2.0, 1.0]]), torch.tensor([[3.0], [4.0]]), beta=2.0)
+        tensor([[-8.]])
     """
     if not _unrolled(a.shape[-1], a, b, c):
         if _goes_by_columns(c):
-            return _minus(c.mT, b.mT, a.mT, in_place).mT
-        return _minus(c, a, b, in_place)
+            return _minus(c.mT, b.mT, a.mT, beta, alpha, None if out is None else out.mT).mT
+        return _minus(c, a, b, beta, alpha, out)
     (column, row), *others = _terms(a, b)
-    total = c.addcmul_(column, row, value=-1) if in_place else torch.addcmul(c, column, row, value=-1)
+    scaled = c if beta == 1 else torch.mul(c, beta, out=out)
+    total = torch.addcmul(scaled, column, row, value=-alpha, out=out)
     for column, row in others:
-        total.addcmul_(column, row, value=-1)
+        total.addcmul_(column, row, value=-alpha)
     return total
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return a @ b
+_SMALL = 2.0**-15  # largest entry of a part up to which rounding to 8 bits does not show in c - c @ part
+_WIDE_PART = 256  # columns; for fewer, rounding and adding take what the product saves
 
 
-def _minus(c: Tensor, a: Tensor, b: Tensor, in_place: bool) -> Tensor:
-    out = c if in_place else None
-    if c.ndim == a.ndim == b.ndim == 2:
-        return torch.addmm(c, a, b, alpha=-1, out=out)
+def subtract_part(c: Tensor, part: Tensor, workspace: Workspace, *, from_left: bool = False, out: Tensor) -> Tensor:
+    """``c - c @ part`` for a part that may be small; then its product is rounded, where that is faster.
+
+    If no entry of the part is larger than 2^-15, the eight bits of bfloat16 leave errors below 2^-22 of the norm of a
+    row of ``c``, of the size of what float32 does itself; where the processor has a unit for such products
+    (:func:`~fgo_geo.linalg.precision.multiplies_bfloat16`) they take a quarter of the time. Reads values, so it is for
+    where that is free.
+
+    Args:
+        c: Matrices, shape ``(..., A, B)``.
+        part: Square matrices, shape ``(..., B, B)``, or ``(..., A, A)`` from the left.
+        workspace: Memory for what is rounded.
+        from_left: Take ``c - part @ c`` instead.
+        out: Where to put the result; it shares no memory with the others.
+
+    Returns:
+        ``out``.
+
+    Example:
+        >>> y = torch.ones(2, 2)
+        >>> subtract_part(y, 0.25 * torch.eye(2), Workspace(), out=torch.empty(2, 2))
+        tensor([[0.7500, 0.7500],
+                [0.7500, 0.7500]])
+    """
+    if not _rounds(c, part):
+        return subtract_product(c, *((part, c) if from_left else (c, part)), out=out)
+    whole, small = (
+        workspace.like(x, f"{name}, rounded", torch.bfloat16).copy_(x) for name, x in (("c", c), ("part", part))
+    )
+    product = workspace.like(c, "product, rounded", torch.bfloat16)
+    small_product(*((small, whole) if from_left else (whole, small)), out=product)
+    return torch.sub(c, out.copy_(product), out=out)
+
+
+def _rounds(c: Tensor, part: Tensor) -> bool:
+    wide = c.dtype == torch.float32 and min(c.shape[-2:]) >= _WIDE_PART
+    return wide and multiplies_bfloat16() and all(abs(float(end)) <= _SMALL for end in torch.aminmax(part))
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    if _are_single(a, b):
+        product = torch.mm(_flat(a), _flat(b), out=None if out is None else _flat(out))
+        return product.reshape(*a.shape[:-1], b.shape[-1]) if out is None else out
+    return torch.matmul(a, b, out=out)
+
+
+def _minus(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, out: Tensor | None) -> Tensor:
+    if _are_single(c, a, b):
+        result = torch.addmm(
+            _flat(c), _flat(a), _flat(b), beta=beta, alpha=-alpha, out=None if out is None else _flat(out)
+        )
+        return result.reshape(c.shape) if out is None else out
     if c.ndim == a.ndim == b.ndim == 3 and len(c) == len(a) == len(b):
-        return torch.baddbmm(c, a, b, alpha=-1, out=out)
-    return torch.sub(c, a @ b, out=out)
+        return torch.baddbmm(c, a, b, beta=beta, alpha=-alpha, out=out)
+    return torch.sub(c if beta == 1 else beta * c, a @ b, alpha=alpha, out=out)
+
+
+def _are_single(*operands: Tensor) -> bool:
+    """Whether each is one matrix: its product has ways of its own in torch, some of them faster than a batch of one."""
+    return all(math.prod(x.shape[:-2]) == 1 and x.ndim == operands[0].ndim for x in operands)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """The one matrix of a batch of one."""
+    return x[(0,) * (x.ndim - 2)] if x.ndim > 2 else x
 
 
 def _goes_by_columns(x: Tensor) -> bool:
@@ -115,14 +190,26 @@ def _goes_by_columns(x: Tensor) -> bool:
     return x.shape[-2] >= x.shape[-1] > 1 and x.stride(-2) == 1 != x.stride(-1)
 
 
-_WIDE_GRAM = 128  # columns; the halves of narrower matrices make products too small to be fast
+_WIDE_GRAM = 128  # columns; the blocks of narrower matrices make products too small to be fast
+_MOST_BLOCKS = 4  # of a wide matrix's columns
 
 
-def gram_matrix(x: Tensor) -> Tensor:
-    """``xᵀx``; of wide matrices the block that follows by symmetry, a quarter, is copied.
+def gram_blocks(columns: int) -> int:
+    """In how many blocks of columns :func:`gram_matrix` takes a matrix; ``k`` of them save ``(k - 1) / 2k`` of it.
+
+    Example:
+        >>> gram_blocks(64), gram_blocks(256), gram_blocks(2048)
+        (1, 2, 4)
+    """
+    return max(1, min(_MOST_BLOCKS, columns // _WIDE_GRAM))
+
+
+def gram_matrix(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """``xᵀx``; of wide matrices the blocks that follow by symmetry are copied.
 
     Args:
         x: Matrices, shape ``(..., A, B)``.
+        out: Where to put the result, stored row by row.
 
     Returns:
         Symmetric matrices, shape ``(..., B, B)``.
@@ -133,19 +220,32 @@ def gram_matrix(x: Tensor) -> Tensor:
                 [2., 4.]])
     """
     columns = x.shape[-1]
-    if columns < _WIDE_GRAM:
-        return small_product(x.mT, x)
-    left, right = x.split((columns + 1) // 2, -1)
-    above, below = _product(left.mT, x), _product(right.mT, right)
-    return torch.cat((above, torch.cat((above[..., left.shape[-1] :].mT, below), -1)), -2)
+    blocks = gram_blocks(columns)
+    if blocks == 1:
+        return small_product(x.mT, x, out=out)
+    edges = [columns * k // blocks for k in range(blocks + 1)]
+    rows = [
+        _product(x[..., start:stop].mT, x[..., start:], None if out is None else out[..., start:stop, start:])
+        for start, stop in itertools.pairwise(edges)
+    ]  # from the diagonal on
+    if out is None:
+        below = [
+            [row[..., edges[k] - edges[j] : edges[k + 1] - edges[j]].mT for j, row in enumerate(rows[:k])]
+            for k in range(blocks)
+        ]
+        return torch.cat([torch.cat([*left, row], -1) for left, row in zip(below, rows, strict=True)], -2)
+    for start, stop in itertools.pairwise(edges):
+        out[..., stop:, start:stop] = out[..., start:stop, stop:].mT
+    return out
 
 
-def gram_excess(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
+def gram_excess(y: Tensor, radius: float | Tensor = 1.0, *, out: Tensor | None = None) -> Tensor:
     """``yᵀy / r² - I``: zero if the columns of ``y / r`` are orthonormal.
 
     Args:
         y: Matrices, shape ``(..., A, B)``.
         radius: Radius ``r``, a number or a tensor that broadcasts against ``y``.
+        out: Where to put the result, stored row by row.
 
     Returns:
         Symmetric matrices, shape ``(..., B, B)``.
@@ -155,7 +255,7 @@ def gram_excess(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
         tensor([[0.0000, 0.0000],
                 [0.0000, 1.2500]])
     """
-    excess = gram_matrix(y) / radius**2
+    excess = torch.div(gram_matrix(y, out=out), radius**2, out=out)
     excess.diagonal(dim1=-2, dim2=-1).sub_(1)
     return excess
 
@@ -204,6 +304,26 @@ def root_of_sum(a: Tensor, dim: tuple[int, ...]) -> Tensor:
     squared = inner_sum(a, a, dim)
     zero = squared == 0
     return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
+
+
+def frobenius_norm(x: Tensor) -> Tensor:
+    """Frobenius norms of matrices, without a temporary of their size.
+
+    Lines that lie together in memory are added up first: over two million entries in single precision
+    ``torch.linalg.vector_norm`` is off by 3e-5.
+
+    Args:
+        x: Matrices, shape ``(..., A, B)``.
+
+    Returns:
+        Norms, shape ``(...)``.
+
+    Example:
+        >>> frobenius_norm(torch.tensor([[3.0, 4.0], [0.0, 12.0]]))
+        tensor(13.)
+    """
+    together = -2 if _goes_by_columns(x) else -1
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=together), dim=-1)
 
 
 def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:

@@ -20,10 +20,13 @@ import math
 from typing import Literal, get_args
 
 import torch
+from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
 from fgo_geo.linalg import (
+    Workspace,
     computes_in_float32,
+    frobenius_norm,
     gram_excess,
     inner_sum,
     inverse_root_gap,
@@ -35,12 +38,13 @@ from fgo_geo.linalg import (
     polish,
     qr_factor,
     reads_for_free,
-    root_of_sum,
     series_limit,
     small_product,
+    subtract_part,
     subtract_product,
     sym,
     takes_full_products,
+    unrefined_precision,
 )
 from fgo_geo.manifolds.embedded import ComponentManifold
 
@@ -130,6 +134,10 @@ _POLISH_BOUND = 1.0  # beyond, the result is polished
 _LARGEST_BOUND = 100.0  # beyond, the Gram matrix is too ill-conditioned for single precision
 
 
+def _put(x: Tensor, out: Tensor | None) -> Tensor:
+    return x if out is None else out.copy_(x)
+
+
 class Stiefel(ComponentManifold):
     r"""The (scaled) Stiefel manifold ``{ x in R^{A x B} : xᵀx = r² I }``, ``A >= B``, over the last two dimensions.
 
@@ -152,6 +160,7 @@ class Stiefel(ComponentManifold):
                 [ 2.,  0.]])
     """
 
+    __scaling__ = ComponentManifold.__scaling__.copy()
     name = "Stiefel"
     ndim = 2
 
@@ -237,29 +246,59 @@ class Stiefel(ComponentManifold):
         radius = self.radius_for(x)
         squared = math.inf if bound is None else bound**2
         excess = (inner_sum(u, u, (-2, -1)) / radius**2).squeeze((-2, -1))
-        is_free = u.numel() > 0 and reads_for_free(u)
-        largest = float(excess.detach().amax()) if is_free else math.nan
-        squared = squared if math.isnan(largest) else largest
+        if u.numel() > 0 and reads_for_free(u):
+            return self.retract_measured(x + u, excess.detach(), squared)
         if not squared <= _LARGEST_BOUND**2:
             return self.retr(x, u)
-        if is_free:
-            return self._retract_measured(x + u, radius, excess, squared)
         precision = torch.finfo(x.dtype).eps
         if squared + _DRIFT <= series_limit(precision):
             return polar_series(x + u, radius)
-        schedule = newton_schulz_schedule(squared, precision)
+        schedule = newton_schulz_schedule(squared, unrefined_precision(precision))
         y = polar_newton_schulz(x + u, excess, schedule, radius)
         return y if squared <= _POLISH_BOUND**2 else radius * polish(y / radius)
 
-    def _retract_measured(self, y: Tensor, radius: float | Tensor, explained: Tensor, squared: float) -> Tensor:
-        """The polar factor of ``y``, by products if steps explain how far ``yᵀy / r²`` is from the identity."""
-        excess = gram_excess(y, radius)
-        distances = root_of_sum(excess.detach(), (-2, -1)).squeeze((-2, -1))
+    @__scaling__(ScalingInfo.NotCompatible)
+    @takes_full_products
+    def retract_measured(
+        self,
+        y: Tensor,
+        explained: Tensor,
+        squared: float = math.inf,
+        workspace: Workspace | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The polar retraction of ``y = x + u``, where reading values is free.
+
+        By products, if the step is not long and explains how far ``yᵀy / r²`` is from the identity; else by a
+        factorisation.
+
+        Args:
+            y: Points moved along tangent vectors, shape ``(..., A, B)``.
+            explained: ``‖u‖² / r²`` per component, shape ``(...)``.
+            squared: Bound on it, used if it is not a number.
+            workspace: Memory for temporaries, with ``out``; fresh memory if left out.
+            out: Where to put the result; it shares no memory with ``y``.
+
+        Returns:
+            ``r y (yᵀy)^{-1/2}`` up to rounding.
+        """
+        radius = self.radius_for(y)
+        longest = float(explained.amax())
+        squared = squared if math.isnan(longest) else longest
+        if not squared <= _LARGEST_BOUND**2:
+            return _put(radius * polar_factor(y), out)
+        excess, gap = (None, None) if workspace is None else (workspace.square(y, k) for k in ("excess", "gap"))
+        excess = gram_excess(y, radius, out=excess)
+        distances = frobenius_norm(excess.detach())
         if bool((distances > explained + _DRIFT).any()):  # a step began elsewhere, and products may diverge
-            return radius * polar_factor(y)
+            return _put(radius * polar_factor(y), out)
         distance = float(distances.amax())
-        y = subtract_product(y, y, inverse_root_gap(excess, squared if math.isnan(distance) else distance))
-        return y if squared <= _POLISH_BOUND**2 else radius * polish(y / radius)
+        gap = inverse_root_gap(excess, squared if math.isnan(distance) else distance, out=gap)
+        if workspace is None or out is None:
+            y = subtract_product(y, y, gap)
+        else:
+            y = subtract_part(y, gap, workspace, out=out)
+        return y if squared <= _POLISH_BOUND**2 else _put(radius * polish(y / radius), out)
 
     @computes_in_float32
     @takes_full_products

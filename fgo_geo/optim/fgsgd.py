@@ -33,10 +33,10 @@ from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from fgo_geo import kernels
-from fgo_geo.linalg import reads_for_free, small_product
+from fgo_geo.linalg import Workspace, reads_for_free, small_product
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups, Stiefel
 from fgo_geo.optim.jobs import FusedTasks, Job, Piece, TracedTasks, join, manifold_of, pieces_of, put_back
-from fgo_geo.optim.shared_products import Carried, normal_square, shared_products_step
+from fgo_geo.optim.shared_products import Carried, shared_products_step, tangent_square
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
 
 __all__ = ["RiemannianFGSGD", "fgsgd_update"]
@@ -45,13 +45,13 @@ StepSize = Literal["theorem", "constant"]
 Update = Literal["retraction", "exponential"]
 
 _LARGE_MATRIX = 16  # columns
-_CANCELLATION = 0.01  # of a gradient's square is tangent at least, or it is projected before it is measured
 _UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
 
 
 _Pieces: TypeAlias = tuple[tuple[Tensor, int], ...]  # of a job: parameters and numbers of their parts
 _Seal: TypeAlias = tuple[tuple[Tensor, int], ...]  # tensors, and how often they were written to
-_Result: TypeAlias = tuple[Piece, Tensor, Tensor | None, Tensor]  # new components, their momentum, their τ
+# New components (None if they are where they belong already), their momentum, their τ.
+_Result: TypeAlias = tuple[Piece, Tensor | None, Tensor | None, Tensor]
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
@@ -230,6 +230,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._skipped: dict[torch.device, Tensor] = {}
         self._fused: dict[int, FusedTasks] = {}  # by parameter group
         self._carried: dict[_Pieces, tuple[Carried, _Seal]] = {}  # by job
+        self._workspace = Workspace()
+        self._steps = 0  # that have come to their end, so that what one leaves is not where the next one writes
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -262,6 +264,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._skipped = {}
         self._fused = {}
         self._carried = {}
+        self._workspace = Workspace()
+        self._steps = 0
         for group in self.param_groups:  # a checkpoint of torch.optim.SGD or of Geoopt knows fewer options
             group.setdefault("longest_step", math.inf)  # its buffers may be of any length
             for option, value in self.defaults.items():
@@ -355,16 +359,22 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             pieces: left for pieces, (left, seal) in self._carried.items() if _is_unbroken(seal, self._seal(pieces))
         }
         self._carried.clear()
-        moved = [
-            self._move_jobs(group, jobs, squared, carried)
-            for (group, _, _, jobs), squared in zip(work, norms, strict=True)
-        ]
-        for (group, plain, batches, _), fused_squared, (results, left) in zip(work, fused_norms, moved, strict=True):
+        left: dict[_Pieces, Carried] = {}
+        held: list[_Result] = []
+        for (group, _, _, jobs), squared_norms in zip(work, norms, strict=True):
+            for job, squared in zip(jobs, squared_norms, strict=True):
+                results = self._move(group, job, squared, carried, left)
+                if job.is_whole:
+                    self._write(results)
+                else:
+                    held += results
+        for (group, plain, batches, _), fused_squared in zip(work, fused_norms, strict=True):
             self._step_plain(group, plain)
             for batch, measured in zip(batches, fused_squared, strict=True):
                 self._step_fused(group, batch, measured)
-            self._write(results)
-            self._carried.update({pieces: (leaves, self._seal(pieces)) for pieces, leaves in left.items()})
+        self._write(held)
+        self._carried.update({pieces: (leaves, self._seal(pieces)) for pieces, leaves in left.items()})
+        self._steps += 1
 
     def step_scales(self) -> dict[Tensor, Tensor]:
         """The divisors ``τ`` of the latest step.
@@ -466,13 +476,14 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             if left or not taken:
                 pieces += pieces_of(param, manifold or self._default_manifold, momentum, left)
         jobs = join(pieces)
-        for job in jobs:
+        for position, job in enumerate(jobs):
             grad = -job.grad if group["maximize"] else job.grad
             if not isinstance(job.manifold, EmbeddedManifold):
                 # Always a new tensor: Geoopt's Lorentz manifold writes into the gradient that it is given.
                 grad = grad.add(job.x, alpha=group["weight_decay"])
             if _shares_products(group, job):
-                job.grad, job.along = grad, small_product(job.x.mT, grad)
+                along = self._workspace.square(job.x, f"along, {self._steps % 2}, {number}, {position}")
+                job.grad, job.along = grad, small_product(job.x.mT, grad, out=along)
             else:
                 job.grad = job.manifold.egrad2rgrad(job.x, grad)
         return plain, [] if fused is None else fused.batches(_fused_options(group)), jobs
@@ -521,20 +532,22 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         manifold, grad = job.manifold, job.grad
         radius = manifold.radius_for(job.x) if isinstance(manifold, ComponentManifold) else 1.0
         invariant = options["radius_invariant"] and isinstance(manifold, ComponentManifold)
-        if invariant:
-            job.grad = grad * radius**2
-            job.along = None if job.along is None else job.along * radius**2
-        inner = manifold.inner(job.x, grad, job.grad)  # if invariant, that of the gradient at radius one
+        inner = None
         if job.along is not None:
-            tangent = inner - normal_square(job.along, radius**2 if invariant else radius)
-            if bool((tangent < _CANCELLATION * inner).any()):  # little is left of the gradient, and much rounding
-                job.along = None
-                grad, job.grad = manifold.proju(job.x, grad), manifold.proju(job.x, job.grad)
-                inner = manifold.inner(job.x, grad, job.grad)
-            else:
-                inner = tangent
+            inner = tangent_square(grad, job.along, radius, self._workspace)
+            if inner is None:  # little is left of the gradient, and much rounding
+                job.along, job.grad = None, manifold.proju(job.x, grad)
+            elif invariant:
+                inner = inner * (radius.flatten(-3) if isinstance(radius, Tensor) else radius) ** 2
+        if inner is None:
+            grad = job.grad
+            if invariant:
+                job.grad = grad * radius**2
+            inner = manifold.inner(job.x, grad, job.grad)  # if invariant, that of the gradient at radius one
         squared = job.sum(inner.real if inner.is_complex() else inner).clamp_min(0)  # Lorentz rounds below zero
         finite = torch.isfinite(squared)
+        if reads_for_free(squared) and bool(finite.all()):
+            return squared
         if not _checks(options, squared):
             self._count_skipped((~finite).sum())
             job.grad = torch.where(job.spread(finite), job.grad, 0)
@@ -584,61 +597,71 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             for param, buffer in zip(params, buffers, strict=True):
                 self.state[param]["momentum_buffer"] = buffer
 
-    def _move_jobs(
-        self, options: _Options, jobs: list[Job], squared_norms: list[Tensor], carried: dict[_Pieces, Carried]
-    ) -> tuple[list[_Result], dict[_Pieces, Carried]]:
-        """Where the jobs of a group go, and what they leave for the next step; nothing is written."""
-        results: list[_Result] = []
-        left: dict[_Pieces, Carried] = {}
-        longest = _longest_step(options)
-        for job, squared in zip(jobs, squared_norms, strict=True):
-            tau = _step_scale(options, job, squared.sqrt())
-            bound = _step_bound(options, job, longest)
-            if job.along is not None:
-                pieces = tuple((piece.param, piece.part) for piece in job.pieces)
-                x, buffer, leaves = self._step_shared(options, job, tau, bound, carried.get(pieces))
-                if leaves is not None and job.x.dtype == job.pieces[0].param.dtype:  # half precision rounds the point
-                    left[pieces] = leaves
-            else:
-                x, buffer = fgsgd_update(
-                    job.manifold,
-                    job.x,
-                    job.grad if tau is None else job.grad / job.spread(tau),
-                    job.buffer,
-                    lr=options["lr"],
-                    momentum=options["momentum"],
-                    dampening=options["dampening"],
-                    nesterov=options["nesterov"],
-                    update=options["update"],
-                    bound=bound,
-                )
-            taus = job.split_groups(torch.ones_like(squared) if tau is None else tau)
-            buffers = [None] * len(taus) if buffer is None else job.split(buffer)
-            results += zip(job.pieces, job.split(x), buffers, taus, strict=True)
-        return results, left
-
-    def _step_shared(
+    def _move(
         self,
         options: _Options,
         job: Job,
-        tau: Tensor | None,
-        bound: float | None,
-        carried: Carried | None,
-    ) -> tuple[Tensor, Tensor, Carried | None]:
-        """The step that shares products, given what the step before has left: points, momentum, and what it leaves."""
-        scale = 1.0 if job.buffer is None else 1 - options["dampening"]
-        return shared_products_step(
-            cast(Stiefel, job.manifold),
+        squared: Tensor,
+        carried: dict[_Pieces, Carried],
+        left: dict[_Pieces, Carried],
+    ) -> list[_Result]:
+        """Where a job goes, by pieces; what it leaves for the next step is added to ``left``.
+
+        Nothing is written but what is whole, at the very end.
+        """
+        tau = _step_scale(options, job, squared.sqrt())
+        if job.along is not None:
+            pieces = tuple((piece.param, piece.part) for piece in job.pieces)
+            x, buffer, leaves = self._step_shared(options, job, tau, carried.get(pieces))
+            if leaves is not None and job.x.dtype == job.pieces[0].param.dtype:  # half precision rounds the point
+                left[pieces] = leaves
+        else:
+            x, buffer = fgsgd_update(
+                job.manifold,
+                job.x,
+                job.grad if tau is None else job.grad / job.spread(tau),
+                job.buffer,
+                lr=options["lr"],
+                momentum=options["momentum"],
+                dampening=options["dampening"],
+                nesterov=options["nesterov"],
+                update=options["update"],
+                bound=_step_bound(options, job, _longest_step(options)),
+            )
+        taus = job.split_groups(torch.ones_like(squared) if tau is None else tau)
+        components = [None] * len(taus) if x is None else job.split(x)
+        buffers = [None] * len(taus) if buffer is None else job.split(buffer)
+        return list(zip(job.pieces, components, buffers, taus, strict=True))
+
+    def _step_shared(
+        self, options: _Options, job: Job, tau: Tensor | None, carried: Carried | None
+    ) -> tuple[Tensor | None, Tensor, Carried | None]:
+        """The step that shares products, given what the step before has left: points, momentum, and what it leaves.
+
+        Points of a parameter that is a job are written to it, and None is returned of them. Momentum of a job that is
+        whole holds until the next one.
+        """
+        manifold = cast(Stiefel, job.manifold)
+        scale: float | Tensor = 1.0 if job.buffer is None else 1 - options["dampening"]
+        if tau is not None:
+            scale = scale / (float(tau) if tau.numel() == 1 else job.spread(tau))
+        if options["radius_invariant"]:
+            scale = scale * manifold.radius_for(job.x) ** 2
+        x, buffer, leaves = shared_products_step(
+            manifold,
             job.x,
             job.grad,
             cast(Tensor, job.along),
             job.buffer,
             carried,
-            scale=scale if tau is None else scale / job.spread(tau),
+            scale=scale,
             lr=float(options["lr"]),
             momentum=options["momentum"],
-            bound=bound,
+            workspace=self._workspace,
+            out=job.x if job.is_whole else None,
         )
+        is_written = job.is_whole and len(job.pieces) == 1 and job.pieces[0].is_view
+        return None if is_written else x, buffer if job.is_whole else buffer.clone(), leaves
 
     def _seal(self, pieces: _Pieces) -> _Seal:
         """Parameters and momentum, and how often each was written to: what is carried holds until one of them changes.
@@ -680,7 +703,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             by_param.setdefault(result[0].param, []).append(result)
         for param, parts in by_param.items():
             manifold = manifold_of(param) or self._default_manifold
-            put_back(param, manifold, {piece.part: x for piece, x, _, _ in parts})
+            put_back(param, manifold, {piece.part: x for piece, x, _, _ in parts if x is not None})
             self._step_scales[param] = {piece.part: tau for piece, _, _, tau in parts}
             buffers = {piece.part: buffer for piece, _, buffer, _ in parts if buffer is not None}
             if buffers:

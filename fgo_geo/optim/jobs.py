@@ -86,6 +86,16 @@ class Piece:
     buffer: Tensor | None
 
     @property
+    def is_whole(self) -> bool:
+        """Whether there is nothing else of the parameter."""
+        return self.x.numel() == self.param.numel()
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the components lie where the parameter does."""
+        return self.x.untyped_storage().data_ptr() == self.param.untyped_storage().data_ptr()
+
+    @property
     def key(self) -> object:
         """Pieces with equal keys and equal radii can be joined."""
         m, x = self.manifold, self.x
@@ -148,8 +158,10 @@ def put_back(tensor: Tensor, manifold: geoopt.Manifold, components: dict[int, Te
     Args:
         tensor: The parameter, or its momentum.
         manifold: The parameter's manifold.
-        components: The pieces by their numbers, all or some.
+        components: The pieces by their numbers, all, some or none.
     """
+    if not components:
+        return
     if not isinstance(manifold, ProductOfGroups):
         tensor.copy_(components[0])
     elif len(components) == len(manifold.partition.kinds):
@@ -180,6 +192,11 @@ class Job:
     grad: Tensor
     buffer: Tensor | None
     along: Tensor | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all parameters are in no other job, nor anywhere else."""
+        return all(piece.is_whole for piece in self.pieces)
 
     @property
     def smallest_radius(self) -> float:

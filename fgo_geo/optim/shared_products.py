@@ -14,18 +14,22 @@ transport and retraction, one after the other, take six of them. With ``x`` at r
     x <- y Z,  Z = (I + E)^(-1/2)
     B <- Z (skew(C) - η P)      which is xᵀm for the next step
 
-``P`` is symmetric, which saves a quarter of its product: ``7.5 np²`` operations, and ``2p³`` for every product of the
-short side: one for ``B`` and, unless the step is tiny, one or more for ``Z``. The ``n x p`` matrices are passed over
-some twenty times, ``80 np`` bytes in single precision, which takes ``64/p`` of the products' time where six operations
-are done in the time of moving a byte. What is measured is in "Speed".
+``P`` is symmetric: ``k`` blocks of its columns, :func:`~fgo_geo.linalg.gram_blocks`, save ``(k - 1) / 2k`` of its
+product. With four of them the step takes ``7.25 np²`` operations, and ``2p³`` for every product of the short side: one
+for ``B`` and, unless the step is tiny, one or more for ``Z``. Where ``I - Z`` is small, as it is in training, and the
+processor multiplies bfloat16 in hardware, ``y (I - Z)`` and the product for ``B`` are taken so, which costs float32
+nothing (:func:`~fgo_geo.linalg.subtract_part`). The ``n x p`` matrices are passed over some twenty times, ``80 np``
+bytes in single precision, which takes ``64/p`` of the products' time where six operations are done in the time of
+moving a byte. Temporaries lie in memory that is kept from step to step. What is measured is in "Speed".
 
 ``E`` does not see how far rounding has taken ``x`` from its manifold, and a step that pushes outward, with a large
 ``S = sym(C)/r²``, makes that grow by a factor of up to ``1 + 2η‖S‖``. So in the first step, and before what has
 gathered can be more than the rounding of eight steps, the retraction measures ``yᵀy`` itself. It leaves no ``B``: the
-next step takes that as a product, for another ``2 np²``. Where
-torch may round the factors of products (``torch.set_float32_matmul_precision``), ``A``, ``B`` and ``x sym(C)`` do so,
-``yᵀy`` and ``y Z`` don't, and nothing is carried: what follows from rounded products is off by a thousandth, and a
-point would drift by it.
+next step takes that as a product, for another ``2 np²``.
+
+Where torch may round the factors of products (``torch.set_float32_matmul_precision``), ``A``, ``B`` and ``x sym(C)``
+do so, and ``yᵀy`` is measured in full in every step. Nothing is carried then: what follows from rounded products is off
+by a thousandth, and a point would drift by it.
 """
 
 from __future__ import annotations
@@ -37,24 +41,25 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import (
+    Workspace,
+    frobenius_norm,
     gram_matrix,
     inner_sum,
     inverse_root_gap,
     lowers_products,
     root_of_sum,
-    skew,
     small_product,
+    subtract_part,
     subtract_product,
-    sym,
-    takes_full_products,
 )
 from fgo_geo.manifolds import Stiefel
 
-__all__ = ["Carried", "normal_square", "shared_products_step"]
+__all__ = ["Carried", "shared_products_step", "tangent_square"]
 
 _MOST_DRIFT = 9.0  # in units of what rounding adds to xᵀx / r² in one step, some 1e-8 in single precision
 _LONGEST = 1.0  # ‖E‖; beyond, its rounding is no longer that of x
 _OFF = 64  # units of rounding by which ‖x u‖² / (r² ‖u‖²) may differ from one before it is measured at once
+_CANCELLATION = 0.01  # of a gradient's square is tangent at least, or it is projected before it is measured
 _FOREIGN = 2e-5  # of ‖x u‖ ‖m v‖ by which uᵀ xᵀm v may differ before it is taken for that of another point
 
 
@@ -105,23 +110,36 @@ class Carried:
         return bool((foreign.abs() <= _FOREIGN * length).all())
 
 
-def normal_square(along: Tensor, radius: float | Tensor) -> Tensor:
-    """Squared norm of what the tangent projection takes away, ``‖sym(xᵀg)‖² / r²``, per component.
+def tangent_square(
+    grad: Tensor, along: Tensor, radius: float | Tensor = 1.0, workspace: Workspace | None = None
+) -> Tensor | None:
+    """Squared norm of the tangent projection of a gradient, ``‖g‖² - ‖sym(xᵀg)‖² / r²``, per component.
 
     Args:
+        grad: Gradients ``g`` at ``x``, shape ``(..., n, p)``.
         along: ``xᵀg``, shape ``(..., p, p)``.
         radius: Radius ``r``, a number or a tensor that multiplies points.
+        workspace: Memory for temporaries.
 
     Returns:
-        Non-negative tensor over the leading dimensions.
+        Positive tensor over the leading dimensions (or one that is not finite); None where next to nothing is left of a
+        gradient, but rounding.
 
     Example:
         >>> x, g = torch.tensor([[2.0], [0.0]]), torch.tensor([[3.0], [4.0]])
-        >>> normal_square(x.mT @ g, 2.0)
-        tensor(9.)
+        >>> tangent_square(g, x.mT @ g, 2.0), tangent_square(x, x.mT @ x, 2.0)
+        (tensor(16.), None)
     """
-    normal = sym(along)
-    return (inner_sum(normal, normal, (-2, -1)) / radius**2).squeeze((-2, -1))
+    twice = torch.add(along, along.mT, out=None if workspace is None else workspace.square(grad, "gap"))
+    normal = frobenius_norm(twice) / (2 * _over_components(radius))
+    whole = frobenius_norm(grad).square()
+    tangent = whole - normal.square()
+    return None if bool((tangent < _CANCELLATION * whole).any()) else tangent
+
+
+def _over_components(radius: float | Tensor) -> float | Tensor:
+    """A radius that multiplies points, as one that multiplies numbers of theirs."""
+    return radius[..., 0, 0] if isinstance(radius, Tensor) and radius.ndim > 1 else radius
 
 
 def shared_products_step(
@@ -135,7 +153,8 @@ def shared_products_step(
     scale: float | Tensor,
     lr: float,
     momentum: float,
-    bound: float | None = None,
+    workspace: Workspace | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Carried | None]:
     """Project gradient and momentum, add them, and move along the polar retraction.
 
@@ -143,13 +162,15 @@ def shared_products_step(
         manifold: Where the points live.
         x: Points, shape ``(..., n, p)``.
         grad: Gradients, shape ``(..., n, p)``, projected or not; read only.
-        along: ``xᵀ grad``, shape ``(..., p, p)``; read only.
+        along: ``xᵀ grad``, shape ``(..., p, p)``; overwritten.
         buffer: Momentum of the step before, shape ``(..., n, p)``, or None in the first one.
         carried: What the step before has left, if anything.
         scale: Factor of the gradients, ``1/τ``; a tensor broadcasts against them.
         lr: Learning rate ``η``.
         momentum: Momentum factor ``μ``.
-        bound: Bound on the length of the step relative to the radius, if one is known.
+        workspace: Memory for temporaries and the new momentum, which holds until it is used again; fresh memory if left
+            out.
+        out: Where to put the new points, at the very end; it may be ``x``.
 
     Returns:
         The new points, the new momentum, and what to carry to the next step, if anything.
@@ -162,54 +183,53 @@ def shared_products_step(
                 [0.6000]]), tensor([[ 0.0000],
                 [-0.7500]]), 1.0)
     """
-    total, along = grad * scale, along * scale
+    workspace = Workspace() if workspace is None else workspace
     radius = manifold.radius_for(x)
     drift, slip = math.inf, 0.0
+    along.mul_(scale)
     if buffer is not None:
         before = None
         if carried is not None and carried.belongs_to(x, buffer, radius):
             before, drift, slip = carried.along, carried.drift, carried.slip
         if before is None:
-            before, slip = small_product(x.mT, buffer), 0.0
-        total.add_(buffer, alpha=momentum)
+            before, slip = small_product(x.mT, buffer, out=workspace.square(x, "excess")), 0.0
         along.add_(before, alpha=momentum)
-    normal = sym(along) / radius**2
-    buffer = subtract_product(total, x, normal, in_place=True)
+    normal = torch.add(along, along.mT, out=workspace.square(x, "gap")).div_(2 * radius**2)
+    total, factor = _weighted_sum(grad, scale, buffer, momentum, workspace.like(x, "momentum"))
+    m = subtract_product(total, x, normal, beta=factor, out=workspace.like(x, "momentum"))
     if lowers_products():
-        return _move(manifold, x, buffer, along, None, lr, bound)
-    # With xᵀx = r² (I + D) and an error βr² of B, a step leaves the error β' = μβ + D S of B, and D + 2η sym(β').
-    slip = momentum * slip + drift * float(root_of_sum(normal, (-2, -1)).amax())
-    return _move(manifold, x, buffer, along, (drift + 2 * abs(lr) * slip + 1, slip), lr, bound)
-
-
-@takes_full_products
-def _move(
-    manifold: Stiefel,
-    x: Tensor,
-    buffer: Tensor,
-    along: Tensor,
-    errors: tuple[float, float] | None,
-    lr: float,
-    bound: float | None,
-) -> tuple[Tensor, Tensor, Carried | None]:
-    """Move along the polar retraction.
-
-    ``along`` is ``C``; ``errors`` are bounds on those of the new point and of its product with the momentum, as long as
-    nothing is measured, or None if nothing is to be carried.
-    """
-    drift, slip = errors or (math.inf, math.inf)
+        drift = math.inf
+    else:
+        # With xᵀx = r² (I + D) and an error βr² of B, a step leaves the error β' = μβ + D S of B, and D + 2η sym(β').
+        slip = momentum * slip + drift * float(frobenius_norm(normal).amax())
+        drift += 2 * abs(lr) * slip + 1
+    y = torch.add(x, m, alpha=-lr, out=workspace.like(x, "point"))
+    out = torch.empty_like(x) if out is None else out
     if drift <= _MOST_DRIFT:
-        radius = manifold.radius_for(x)
-        products = gram_matrix(buffer)
-        excess = products * (lr / radius) ** 2
-        norm = float(root_of_sum(excess, (-2, -1)).amax())
+        products = gram_matrix(m, out=workspace.square(x, "products"))
+        excess = torch.mul(products, (lr / radius) ** 2, out=workspace.square(x, "excess"))
+        norm = float(frobenius_norm(excess).amax())
         if norm <= _LONGEST:
-            gap = inverse_root_gap(excess, norm)
-            y = torch.add(x, buffer, alpha=-lr)
-            squared_length = products.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None] / radius**2
+            gap = inverse_root_gap(excess, norm, out=workspace.square(x, "gap"))
+            rest = torch.sub(along, along.mT, out=excess).mul_(0.5).add_(products, alpha=-lr)
+            along = subtract_part(rest, gap, workspace, from_left=True, out=along)
+            squared_length = products.diagonal(dim1=-2, dim2=-1).sum(-1) / _over_components(radius) ** 2
             slip += float(squared_length.amax()) ** 0.5  # rounding
-            rest = torch.sub(skew(along), products, alpha=lr)
-            along = subtract_product(rest, gap, rest)
-            return subtract_product(y, y, gap), buffer, Carried(along, drift, slip)
-    moved = manifold.retract_bounded(x, -lr * buffer, bound)  # which measures
-    return moved, buffer, None if errors is None else Carried(None, 1.0, 0.0)
+            return subtract_part(y, gap, workspace, out=out), m, Carried(along, drift, slip)
+    explained = (lr * frobenius_norm(m) / _over_components(radius)).square()
+    moved = manifold.retract_measured(y, explained, workspace=workspace, out=out)
+    return moved, m, None if lowers_products() else Carried(None, 1.0, 0.0)
+
+
+def _weighted_sum(
+    grad: Tensor, scale: float | Tensor, buffer: Tensor | None, momentum: float, out: Tensor
+) -> tuple[Tensor, float]:
+    """``scale g + μ m`` but for a common factor, which saves a pass over them: the sum and the factor."""
+    if isinstance(scale, Tensor):
+        total = torch.mul(grad, scale, out=out)
+        return (total if buffer is None else total.add_(buffer, alpha=momentum)), 1.0
+    if buffer is None:
+        return grad, scale
+    if abs(scale) >= momentum:
+        return torch.add(grad, buffer, alpha=momentum / scale, out=out), scale
+    return torch.add(buffer, grad, alpha=scale / momentum, out=out), momentum

@@ -1,0 +1,71 @@
+"""Memory for the temporaries of a step, kept for the next one.
+
+A large tensor that is made and dropped in every step costs more than the arithmetic on it: its memory goes back to the
+system, which has to find and clear every page again. A :class:`Workspace` holds one piece of memory per purpose, as
+large as the largest tensor that was wanted for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Workspace"]
+
+_ALIKE = 256  # numbers by which rows that follow each other must not lie apart
+_APART = 16
+
+
+class Workspace:
+    """Memory by purpose. What was taken for a purpose is overwritten when it is taken for the same one again.
+
+    Example:
+        >>> workspace = Workspace()
+        >>> first = workspace.like(torch.zeros(3, 2), "sum")
+        >>> first.data_ptr() == workspace.like(torch.zeros(2, 2), "sum").data_ptr()
+        True
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def like(self, x: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor of the shape and the layout of another one.
+
+        Args:
+            x: Any tensor; for one that is stored neither by rows nor by columns it is a contiguous one.
+            purpose: What it is for.
+            dtype: Its type, if it is not that of ``x``.
+
+        Returns:
+            A tensor of the same shape.
+        """
+        dtype = x.dtype if dtype is None else dtype
+        by_columns = not x.is_contiguous() and x.stride(-2) == 1
+        return self._take(purpose, x, x.mT.shape, dtype).mT if by_columns else self._take(purpose, x, x.shape, dtype)
+
+    def square(self, x: Tensor, purpose: str) -> Tensor:
+        """An uninitialised tensor for a square matrix of the short side of every matrix, stored row by row.
+
+        Rows begin where they don't compete for the same lines of a cache: columns of 1,024 numbers would.
+
+        Args:
+            x: Matrices, shape ``(..., A, B)``.
+            purpose: What it is for.
+
+        Returns:
+            A tensor of shape ``(..., B, B)``.
+        """
+        size = x.shape[-1]
+        between = size + _APART if size % _ALIKE == 0 else size
+        return self._take(purpose, x, (*x.shape[:-2], size, between), x.dtype)[..., :size]
+
+    def _take(self, purpose: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size, key = math.prod(shape), (purpose, dtype, x.device)
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < size:
+            memory = self._memory[key] = torch.empty(size, dtype=dtype, device=x.device)
+        return memory[:size].view(*shape)

@@ -1,0 +1,232 @@
+"""Products whose factors may be rounded, symmetric ones in blocks, norms without temporaries, memory that is kept."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fgo_geo import Stiefel
+from fgo_geo.linalg import (
+    Workspace,
+    frobenius_norm,
+    gram_blocks,
+    gram_excess,
+    gram_matrix,
+    inverse_root_gap,
+    precision,
+    products,
+    refine_gap,
+    small_product,
+    subtract_part,
+    subtract_product,
+    sym,
+)
+
+EPS = 2.0**-23
+
+
+def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def by_columns(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT
+
+
+@pytest.fixture
+def bfloat16_unit(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A processor with a unit for bfloat16, and what it was asked to do."""
+    used: list[bool] = []
+    rounds = products._rounds
+
+    def recorded(c: Tensor, part: Tensor) -> bool:
+        used.append(rounds(c, part))
+        return used[-1]
+
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(products, "_rounds", recorded)
+    return used
+
+
+# -- a small part ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("from_left", [False, True])
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, by_columns])
+@pytest.mark.parametrize("batch", [(), (1,), (2,)])
+def test_a_small_part_is_subtracted_as_exactly_as_float32_can(batch, layout, from_left, bfloat16_unit) -> None:
+    c, part = layout(normal((*batch, 300, 300), 0)), 2.0**-15 * torch.tanh(sym(normal((*batch, 300, 300), 1)))
+    left, right = (part, c) if from_left else (c, part)
+    expected = c.double() - left.double() @ right.double()
+    out = torch.full_like(c, math.nan)
+    result = subtract_part(c, part, Workspace(), from_left=from_left, out=out)
+    assert bfloat16_unit == [True]
+    assert result is out
+    row = float(c.norm(dim=-1).max())
+    assert float((result.double() - expected).abs().max()) <= 2.0**-22 * row
+    assert not torch.equal(result, c)
+
+
+@pytest.mark.parametrize(
+    ("size", "largest", "dtype"),
+    [(300, 1.01 * 2.0**-15, torch.float32), (255, 1e-6, torch.float32), (300, 1e-6, torch.float64)],
+)
+def test_what_would_show_is_not_rounded(size: int, largest: float, dtype: torch.dtype, bfloat16_unit) -> None:
+    """A part with large entries, of either sign; narrow ones gain nothing."""
+    c = normal((400, size), 0, dtype)
+    for sign in (1, -1):
+        part = torch.zeros(size, size, dtype=dtype)
+        part[3, 4] = sign * largest
+        result = subtract_part(c, part, Workspace(), out=torch.empty_like(c))
+        assert torch.equal(result, subtract_product(c, c, part))
+    assert bfloat16_unit == [False, False]
+
+
+def test_no_unit_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: False)
+    c, part = normal((400, 300), 0), 1e-6 * normal((300, 300), 1)
+    result = subtract_part(c, part, Workspace(), out=torch.empty_like(c))
+    assert torch.equal(result, subtract_product(c, c, part))
+
+
+def test_whether_there_is_a_unit_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for supported in (True, False):
+        precision.multiplies_bfloat16.cache_clear()
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda supported=supported: supported, raising=False)
+        assert precision.multiplies_bfloat16() == (supported and torch.backends.mkldnn.is_available())
+    precision.multiplies_bfloat16.cache_clear()
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert not precision.multiplies_bfloat16()
+    precision.multiplies_bfloat16.cache_clear()
+
+
+# -- products with somewhere to go -------------------------------------------------------------------------------
+
+
+@given(
+    batch=st.sampled_from([(), (1,), (3,), (2, 1)]),
+    n=st.integers(1, 9),
+    p=st.integers(1, 9),
+    beta=st.sampled_from([1.0, 0.0, -0.5, 3.0]),
+    alpha=st.sampled_from([1.0, -1.0, 0.25]),
+    turned=st.booleans(),
+    in_place=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_product_is_the_same_wherever_it_goes(batch, n, p, beta, alpha, turned, in_place, seed) -> None:
+    layout = by_columns if turned else torch.Tensor.contiguous
+    c, a = (layout(normal((*batch, n, p), seed + k, torch.float64)) for k in range(2))
+    b = normal((*batch, p, p), seed + 2, torch.float64)
+    expected = beta * c - alpha * torch.matmul(a, b)
+    out = c.clone() if in_place else torch.full_like(c, 7.0)
+    result = subtract_product(out if in_place else c, a, b, beta=beta, alpha=alpha, out=out)
+    assert result.data_ptr() == out.data_ptr()
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(subtract_product(c, a, b, beta=beta, alpha=alpha), expected, rtol=0, atol=1e-13)
+    product = torch.full_like(c, 7.0)
+    assert small_product(a, b, out=product).data_ptr() == product.data_ptr()
+    torch.testing.assert_close(product, a @ b, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("columns", "blocks"), [(1, 1), (255, 1), (256, 2), (500, 3), (513, 4), (1300, 4)])
+@pytest.mark.parametrize("batch", [(), (1,), (2,)])
+def test_a_gram_matrix_in_blocks(columns: int, blocks: int, batch: tuple[int, ...]) -> None:
+    assert gram_blocks(columns) == blocks
+    x = normal((*batch, 40, columns), columns, torch.float64)
+    expected = x.mT @ x
+    out = Workspace().square(x, "gram").fill_(math.nan)
+    assert gram_matrix(x, out=out) is out
+    for result in (out, gram_matrix(x), gram_matrix(by_columns(x))):
+        torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
+        assert torch.equal(result, result.mT) or blocks == 1
+    torch.testing.assert_close(gram_excess(x, 2.0, out=out), expected / 4 - torch.eye(columns).double())
+
+
+@given(shape=st.sampled_from([(1, 1), (3, 40), (40, 3), (2, 5, 4), (1, 7, 7)]), seed=st.integers(0, 99))
+def test_a_norm_without_a_temporary(shape: tuple[int, ...], seed: int) -> None:
+    x = normal(shape, seed, torch.float64)
+    for stored in (x, by_columns(x)):
+        torch.testing.assert_close(frobenius_norm(stored), x.square().sum((-2, -1)).sqrt())
+
+
+def test_a_long_norm_is_exact() -> None:
+    x = torch.full((2000, 1000), 0.1)
+    assert float(frobenius_norm(x)) == pytest.approx(float(x.double().norm()), rel=3e-7)
+
+
+# -- the inverse root --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("largest", [0.01, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("size", [3, 40, 257])
+def test_the_gap_of_an_inverse_root_is_as_exact_as_its_entries(size: int, largest: float) -> None:
+    """Relative to the gap itself: a Newton-Schulz iteration alone is exact relative to one."""
+    turn = torch.linalg.qr(normal((size, size), size, torch.float64))[0]
+    excess = (turn * torch.linspace(0, largest, size).double()) @ turn.mT
+    values, vectors = torch.linalg.eigh(excess.float().double())
+    expected = (vectors * (1 - (1 + values.clamp_min(-0.5)) ** -0.5)) @ vectors.mT
+    result = inverse_root_gap(excess.float(), largest)
+    error = float((result.double() - expected).abs().max())
+    assert error <= 8 * EPS * float(expected.abs().max()) * max(1.0, largest**0.5)
+
+
+def test_a_step_of_newton_squares_the_error() -> None:
+    excess = torch.diag(torch.tensor([0.0, 0.3, 3.0], dtype=torch.float64))
+    exact = torch.diag(1 - (1 + excess.diagonal()) ** -0.5)
+    for error in (1e-2, 1e-4):
+        gap = exact + torch.diag(torch.tensor([error, -error, error], dtype=torch.float64))
+        singular = (1 - refine_gap(excess, gap).diagonal()) * (1 + excess.diagonal()).sqrt()
+        before = (1 - gap.diagonal()) * (1 + excess.diagonal()).sqrt() - 1
+        torch.testing.assert_close(singular - 1, -1.5 * before**2, rtol=0.03, atol=0)
+
+
+@pytest.mark.parametrize("size", [(40, 20), (300, 256)])
+@pytest.mark.parametrize("length", [0.05, 0.2, 0.41, 0.7, 1.0, 2.0])
+def test_retractions_end_on_the_manifold_however_long_the_step(length: float, size: tuple[int, int]) -> None:
+    """The steps that the theorem allows, and longer ones, in single precision; along one direction and along many."""
+    manifold = Stiefel(0.5)
+    x = manifold.projx(normal(size, 0))
+    for noise in (normal(size, 1), normal((size[0], 1), 1) @ normal((1, size[1]), 2)):
+        u = manifold.proju(x, noise)
+        u = u * (0.5 * length / u.norm())
+        for bound in (length, None):
+            assert float(manifold.violation(manifold.retract_bounded(x, u, bound).double())) <= 1.5e-6
+
+
+# -- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_memory_of_a_purpose_grows_to_what_was_needed() -> None:
+    workspace = Workspace()
+    small = workspace.like(torch.zeros(2, 3), "sum")
+    large = workspace.like(torch.zeros(4, 3), "sum")
+    assert large.data_ptr() != small.data_ptr()
+    for x, purpose, same in (
+        (torch.zeros(2, 3), "sum", True),
+        (torch.zeros(2, 3), "product", False),
+        (torch.zeros(2, 3, dtype=torch.float64), "sum", False),
+    ):
+        again = workspace.like(x, purpose)
+        assert (again.data_ptr() == large.data_ptr()) == same
+        assert (again.shape, again.dtype) == (x.shape, x.dtype)
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3)])
+def test_memory_is_laid_out_as_what_it_is_for(batch: tuple[int, ...]) -> None:
+    x = torch.zeros(*batch, 5, 4)
+    for stored in (x, by_columns(x)):
+        assert Workspace().like(stored, "point").stride() == stored.stride()
+        assert Workspace().like(stored, "rounded", torch.bfloat16).dtype == torch.bfloat16
+    square = Workspace().square(x, "gram")
+    assert square.shape == (*batch, 4, 4)
+    assert square.is_contiguous()
+
+
+@pytest.mark.parametrize(("size", "between"), [(255, 255), (256, 272), (1000, 1000), (1024, 1040)])
+def test_rows_of_squares_compete_for_no_lines_of_the_cache(size: int, between: int) -> None:
+    assert Workspace().square(torch.empty(2, size), "gram").stride() == (between, 1)
