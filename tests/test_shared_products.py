@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fgo_geo import RiemannianFGSGD, Stiefel
+from fgo_geo.linalg import products, subtract_part
+from fgo_geo.manifolds import stiefel
 from fgo_geo.optim import fgsgd, shared_products
 from fgo_geo.optim.shared_products import Carried, shared_products_step, tangent_square
 
@@ -336,6 +338,87 @@ def test_the_operations_are_those_of_the_docstring(n: int, p: int, long: float) 
     products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
     flops = sum(event.flops for event in profiled.key_averages() if event.key in products) / 8
     assert flops == pytest.approx((long + 2 / 8) * n * p**2 + 7 / 8 * 2 * p**3, rel=0.01)
+
+
+def test_a_step_that_was_refused_has_not_happened() -> None:
+    """Nor has it written where the one before has left its product."""
+    params = [parameter((40, 20)), parameter((40, 20))]
+    optimizers = [RiemannianFGSGD([param], lr=0.05, momentum=0.9) for param in params]
+    for param, optimizer in zip(params, optimizers, strict=True):
+        run(optimizer, param, range(4))
+        if param is params[0]:
+            for _ in range(3):
+                param.grad = torch.full((40, 20), float("nan"), dtype=torch.float64)
+                with pytest.raises(FloatingPointError, match="no parameter was changed"):
+                    optimizer.step()
+        run(optimizer, param, range(4, 7))
+    assert torch.equal(plain(params[0]), plain(params[1]))
+
+
+def test_memory_is_that_of_the_first_steps() -> None:
+    params = [parameter((40, 20)), parameter((30, 16))]
+    optimizer = RiemannianFGSGD(params, lr=0.05, momentum=0.9)
+    places: list[dict[Any, int]] = []
+    for step in range(20):
+        for param in params:
+            param.grad = normal(tuple(param.shape), step)
+        optimizer.step()
+        buffers = [optimizer.state[param]["momentum_buffer"] for param in params]
+        kept = optimizer._workspace._memory | dict(enumerate([*map(plain, params), *buffers]))
+        places.append({key: tensor.data_ptr() for key, tensor in kept.items()})
+    assert places[-1] == places[9]
+
+
+def test_an_interrupted_step_leaves_every_matrix_before_or_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = [parameter((40, 20)), parameter((30, 16))]
+    optimizer = RiemannianFGSGD(params, lr=0.05, momentum=0.9)
+
+    def state() -> list[Tensor]:
+        return [t.clone() for p in params for t in (plain(p), optimizer.state[p]["momentum_buffer"])]
+
+    def step(own: RiemannianFGSGD) -> None:
+        for param in own.param_groups[0]["params"]:
+            param.grad = normal(tuple(param.shape), 1)
+        own.step()
+
+    step(optimizer)
+    before = state()
+    twin = copy.deepcopy(optimizer)
+    step(twin)
+    after = [t for p in twin.param_groups[0]["params"] for t in (plain(p), twin.state[p]["momentum_buffer"])]
+
+    def interrupted(c: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if c.shape == params[1].shape:
+            raise KeyboardInterrupt
+        return subtract_part(c, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        for module in (shared_products, stiefel):
+            patch.setattr(module, "subtract_part", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(optimizer)
+    for actual, expected in zip(state(), [*after[:2], *before[2:]], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)
+    assert len(optimizer._carried) == 0
+    step(optimizer)
+    assert max(float(p.manifold.violation(plain(p))) for p in params) < 1e-14
+
+
+def test_rounding_small_parts_is_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a processor that multiplies bfloat16, and without one."""
+    params = [parameter((300, 256), 0.5, torch.float32) for _ in range(2)]
+    used: list[bool] = []
+    rounds = products._rounds
+    monkeypatch.setattr(products, "_rounds", lambda c, part: used.append(rounds(c, part)) or used[-1])
+    for param, has_unit in zip(params, (True, False), strict=True):
+        monkeypatch.setattr(products, "multiplies_bfloat16", lambda has_unit=has_unit: has_unit)
+        optimizer = RiemannianFGSGD([param], lr=0.01, momentum=0.9)
+        for step in range(30):
+            run(optimizer, param, range(step, step + 1), size=0.1)
+            assert float(param.manifold.violation(plain(param).double())) <= 1e-6
+    assert used[: len(used) // 2].count(True) > 20
+    assert not any(used[len(used) // 2 :])
+    torch.testing.assert_close(plain(params[0]), plain(params[1]), rtol=0, atol=2e-6 * 0.5)
 
 
 def test_the_path_is_for_large_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
