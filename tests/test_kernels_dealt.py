@@ -24,7 +24,7 @@ from test_kernels_lines import (
 )
 from torch import Tensor
 
-from fgo_geo import ProductOfGroups, RiemannianFGSGD, Stiefel, kernels
+from fgo_geo import ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel, kernels
 from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
 from fgo_geo.kernels import lines
@@ -183,6 +183,44 @@ def test_nothing_has_changed_if_the_stiefel_blocks_fail(monkeypatch: pytest.Monk
         optimizer.step()
     (stiefel,) = (part for part, kind in enumerate(weight.manifold.partition.kinds) if kind == "stiefel")
     assert not weight.manifold.partition.split(optimizer.state[weight]["momentum_buffer"])[stiefel].any()
+
+
+def test_blocks_are_written_together_with_the_rest_of_their_weight(monkeypatch: pytest.MonkeyPatch):
+    """Also where they lie in the weight as they are, so that a step could end in place."""
+    weight = declared(dealt((80, 48), "po", ("stiefel", "sphere"), selection="deterministic"), 80, 48)
+    before = weight.detach().clone()
+    weight.grad = torch.ones_like(weight)
+    optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
+
+    def fail(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ScaledSphere, "retract_bounded", fail)
+    with kernels.use_path("reference"), pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert torch.equal(weight.detach(), before)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_blocks_of_several_weights_move_as_those_of_one(path: Any):
+    """Their steps use the same memory, one after the other."""
+    one, other = dealt((80, 48), "po", ("stiefel", "sphere")), dealt((60, 40), "pi", ("oblique", "stiefel"))
+    together, apart = ([declared(one, 80, 48), declared(other, 60, 40)] for _ in range(2))
+    optimizers = [RiemannianFGSGD(params, lr=0.1, momentum=0.9) for params in (together, apart[:1], apart[1:])]
+    generator = torch.Generator().manual_seed(0)
+    with kernels.use_path(path):
+        for _ in range(4):
+            for pair in zip(together, apart, strict=True):
+                gradient = torch.randn(pair[0].shape, generator=generator)
+                for param in pair:
+                    param.grad = gradient
+            for optimizer in optimizers:
+                optimizer.step()
+    for (weight, its), optimizer in zip(zip(together, apart, strict=True), optimizers[1:], strict=True):
+        assert torch.equal(weight.detach(), its.detach())
+        momentum = optimizers[0].state[weight]["momentum_buffer"]
+        assert torch.equal(momentum, optimizer.state[its]["momentum_buffer"])
 
 
 @built

@@ -127,7 +127,7 @@ def refine_gap(excess: Tensor, gap: Tensor, *, out: Tensor | None = None) -> Ten
 
     Example:
         >>> refine_gap(torch.tensor([[3.0]]), torch.tensor([[0.49]]))
-        tensor([[0.4997]])
+        tensor([[0.5003]])
     """
     k = subtract_product(gap, gap, gap, beta=2.0)
     rest = subtract_product(k - excess, k, excess, alpha=-1.0)
@@ -150,23 +150,26 @@ def unrefined_precision(precision: float) -> float:
     return math.sqrt(2 * precision / 3)
 
 
-def series_limit(precision: float, terms: int = 2) -> float:
-    """The largest ``‖E‖`` for which the first terms of :func:`polar_series` reach a precision.
+_SERIES = (1 / 2, -3 / 8, 5 / 16, -35 / 128, 63 / 256)  # of 1 - (1 + e)^(-1/2), from the first power on
 
-    The error is that of the first term left out, ``3 ‖E‖² / 8`` or ``5 ‖E‖³ / 16``.
+
+def series_limit(precision: float, terms: int = 2) -> float:
+    """The largest ``‖E‖`` for which the first terms of the series of ``(I + E)^{-1/2}`` reach a precision.
+
+    The error is that of the first term left out: ``3 ‖E‖² / 8``, ``5 ‖E‖³ / 16``, ..., ``63 ‖E‖⁵ / 256``.
 
     Args:
         precision: Accepted distance of the singular values from 1.
-        terms: Powers of ``E``, one or two.
+        terms: Powers of ``E``, up to four.
 
     Returns:
         A bound on ``‖E‖``.
 
     Example:
-        >>> round(series_limit(2.0**-23), 4), round(series_limit(2.0**-23, terms=1), 5)
-        (0.0073, 0.00056)
+        >>> [round(series_limit(2.0**-23, terms), 5) for terms in (1, 2, 4)]
+        [0.00056, 0.00725, 0.05458]
     """
-    return (precision * 8 / 3) ** (1 / 2) if terms == 1 else (precision * 16 / 5) ** (1 / 3)
+    return (precision / abs(_SERIES[terms])) ** (1 / (terms + 1))
 
 
 def polar_series(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
@@ -190,18 +193,24 @@ def polar_series(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
 
 
 def _series_gap(excess: Tensor, terms: int, out: Tensor | None = None) -> Tensor:
-    """``I - (I + E)^{-1/2}`` for small ``E``: ``E/2`` and, with two terms, ``- 3E²/8``."""
+    """``I - (I + E)^{-1/2}`` for small ``E``, by one, two or four terms of its series: none, one or two products."""
+    first, second, third, fourth = _SERIES[:4]
     if terms == 1:
-        return torch.mul(excess, 0.5, out=out)
-    return subtract_product(excess, excess, excess, beta=0.5, alpha=0.375, out=out)
+        return torch.mul(excess, first, out=out)
+    if terms == 2:
+        return subtract_product(excess, excess, excess, beta=first, alpha=-second, out=out)
+    square = small_product(excess, excess)
+    tail = torch.add(third * excess, square, alpha=fourth)
+    return subtract_product(torch.add(first * excess, square, alpha=second), square, tail, alpha=-1.0, out=out)
 
 
 def inverse_root_gap(excess: Tensor, norm: float, *, out: Tensor | None = None) -> Tensor:
     r"""``I - (I + E)^{-1/2}`` for symmetric ``E`` by products alone.
 
     Eigenvalues are to lie in ``[0, ‖E‖]``; slightly negative ones, of points that have drifted off a manifold, come
-    back as well. The norm says how many terms of the series, or how many Newton-Schulz iterations, reach the precision
-    of the type.
+    back as well. The norm says what reaches the precision of the type with the fewest products: one, two or four terms
+    of the series (none, one or two products; in single precision up to ``‖E‖`` of 0.0006, 0.007 and 0.05), four terms
+    and a last step (five; 0.26), or Newton-Schulz iterations.
 
     Args:
         excess: Symmetric matrices, shape ``(..., B, B)``.
@@ -217,9 +226,11 @@ def inverse_root_gap(excess: Tensor, norm: float, *, out: Tensor | None = None) 
                 [0.0000, 0.5000]])
     """
     precision = torch.finfo(excess.dtype).eps
-    for terms in (1, 2):
+    for terms in (1, 2, 4):
         if norm <= series_limit(precision, terms):
             return _series_gap(excess, terms, out)
+    if norm <= series_limit(unrefined_precision(precision), 4):
+        return refine_gap(excess, _series_gap(excess, 4), out=out)
     return _newton_schulz_gap(excess, norm, newton_schulz_schedule(norm, unrefined_precision(precision)), out)
 
 
