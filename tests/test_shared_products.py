@@ -310,17 +310,20 @@ def test_the_square_of_a_projection_needs_no_projection(a: int, b: int, radius: 
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10 * float(whole.max()))
 
 
-def test_radii_of_components() -> None:
-    radius = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
-    manifold = Stiefel(radius)
+@pytest.mark.parametrize("invariant", [False, True])
+@pytest.mark.parametrize("radius", [[0.5, 1.0, 3.0], 0.5, [2.0]], ids=str)
+def test_radii_of_components(radius: Any, invariant: bool) -> None:
+    radii = torch.tensor(radius, dtype=torch.float64)
+    manifold = Stiefel(radii)
     start = manifold.projx(normal((3, 40, 20), 0))
     param = geoopt.ManifoldParameter(start.clone(), manifold=manifold)
-    oracle = reference.batch_of_components(start.numpy(), 2, reference.Stiefel, radius.numpy())
-    optimizer = RiemannianFGSGD([param], lr=0.1, momentum=0.9)
+    oracle = reference.batch_of_components(start.numpy(), 2, reference.Stiefel, radii.expand(3).numpy())
+    options = {"lr": 0.1, "momentum": 0.9, "radius_invariant": invariant}
+    optimizer = RiemannianFGSGD([param], **options)
     for step in range(9):
         param.grad = normal((3, 40, 20), 1 + step)
         optimizer.step()
-        reference.step(oracle, param.grad.numpy(), lr=0.1, momentum=0.9)
+        reference.step(oracle, param.grad.numpy(), **options)
     np.testing.assert_allclose(plain(param).numpy(), oracle.x, rtol=0, atol=1e-11)
 
 

@@ -36,7 +36,7 @@ from fgo_geo import kernels
 from fgo_geo.linalg import Workspace, reads_for_free, small_product
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups, Stiefel
 from fgo_geo.optim.jobs import FusedTasks, Job, Piece, TracedTasks, join, manifold_of, pieces_of, put_back
-from fgo_geo.optim.shared_products import Carried, shared_products_step, tangent_square
+from fgo_geo.optim.shared_products import Carried, over_components, shared_products_step, tangent_square
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
 
 __all__ = ["RiemannianFGSGD", "fgsgd_update"]
@@ -538,7 +538,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             if inner is None:  # little is left of the gradient, and much rounding
                 job.along, job.grad = None, manifold.proju(job.x, grad)
             elif invariant:
-                inner = inner * (radius.flatten(-3) if isinstance(radius, Tensor) else radius) ** 2
+                inner = inner * over_components(radius) ** 2
         if inner is None:
             grad = job.grad
             if invariant:
@@ -610,6 +610,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         Nothing is written but what is whole, at the very end.
         """
         tau = _step_scale(options, job, squared.sqrt())
+        bound = _step_bound(options, job, _longest_step(options))
         if job.along is not None:
             pieces = tuple((piece.param, piece.part) for piece in job.pieces)
             x, buffer, leaves = self._step_shared(options, job, tau, carried.get(pieces))
@@ -626,7 +627,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 dampening=options["dampening"],
                 nesterov=options["nesterov"],
                 update=options["update"],
-                bound=_step_bound(options, job, _longest_step(options)),
+                bound=bound,
             )
         taus = job.split_groups(torch.ones_like(squared) if tau is None else tau)
         components = [None] * len(taus) if x is None else job.split(x)

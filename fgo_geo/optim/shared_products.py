@@ -54,7 +54,7 @@ from fgo_geo.linalg import (
 )
 from fgo_geo.manifolds import Stiefel
 
-__all__ = ["Carried", "shared_products_step", "tangent_square"]
+__all__ = ["Carried", "over_components", "shared_products_step", "tangent_square"]
 
 _MOST_DRIFT = 9.0  # in units of what rounding adds to xᵀx / r² in one step, some 1e-8 in single precision
 _LONGEST = 1.0  # ‖E‖; beyond, its rounding is no longer that of x
@@ -118,7 +118,7 @@ def tangent_square(
     Args:
         grad: Gradients ``g`` at ``x``, shape ``(..., n, p)``.
         along: ``xᵀg``, shape ``(..., p, p)``.
-        radius: Radius ``r``, a number or a tensor that multiplies points.
+        radius: Radius ``r``, a number or a tensor that multiplies points, shape ``(..., 1, 1)``.
         workspace: Memory for temporaries.
 
     Returns:
@@ -131,15 +131,26 @@ def tangent_square(
         (tensor(16.), None)
     """
     twice = torch.add(along, along.mT, out=None if workspace is None else workspace.square(grad, "gap"))
-    normal = frobenius_norm(twice) / (2 * _over_components(radius))
+    normal = frobenius_norm(twice) / (2 * over_components(radius))
     whole = frobenius_norm(grad).square()
     tangent = whole - normal.square()
     return None if bool((tangent < _CANCELLATION * whole).any()) else tangent
 
 
-def _over_components(radius: float | Tensor) -> float | Tensor:
-    """A radius that multiplies points, as one that multiplies numbers of theirs."""
-    return radius[..., 0, 0] if isinstance(radius, Tensor) and radius.ndim > 1 else radius
+def over_components(radius: float | Tensor) -> float | Tensor:
+    """A radius that multiplies points, as one that multiplies a number of every component.
+
+    Args:
+        radius: A number, or a tensor of shape ``(..., 1, 1)``.
+
+    Returns:
+        The number, or a tensor of shape ``(...)``.
+
+    Example:
+        >>> over_components(torch.tensor([[[2.0]], [[3.0]]])), over_components(0.5)
+        (tensor([2., 3.]), 0.5)
+    """
+    return radius.squeeze((-2, -1)) if isinstance(radius, Tensor) else radius
 
 
 def shared_products_step(
@@ -213,10 +224,10 @@ def shared_products_step(
             gap = inverse_root_gap(excess, norm, out=workspace.square(x, "gap"))
             rest = torch.sub(along, along.mT, out=excess).mul_(0.5).add_(products, alpha=-lr)
             along = subtract_part(rest, gap, workspace, from_left=True, out=along)
-            squared_length = products.diagonal(dim1=-2, dim2=-1).sum(-1) / _over_components(radius) ** 2
+            squared_length = products.diagonal(dim1=-2, dim2=-1).sum(-1) / over_components(radius) ** 2
             slip += float(squared_length.amax()) ** 0.5  # rounding
             return subtract_part(y, gap, workspace, out=out), m, Carried(along, drift, slip)
-    explained = (lr * frobenius_norm(m) / _over_components(radius)).square()
+    explained = (lr * frobenius_norm(m) / over_components(radius)).square()
     moved = manifold.retract_measured(y, explained, workspace=workspace, out=out)
     return moved, m, None if lowers_products() else Carried(None, 1.0, 0.0)
 
