@@ -407,6 +407,17 @@ def test_an_interrupted_step_leaves_every_matrix_before_or_after_it(monkeypatch:
     assert max(float(p.manifold.violation(plain(p))) for p in params) < 1e-14
 
 
+@pytest.mark.parametrize("radius", [0.5, 2.0])
+def test_steps_that_measure_need_no_factorisation(radius: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their length explains how far they lead from the manifold."""
+    param = parameter((40, 20), radius)
+    optimizer = RiemannianFGSGD([param], lr=0.9 * radius, momentum=0.9)
+    monkeypatch.setattr(stiefel, "polar_factor", None)
+    for step in range(12):
+        run(optimizer, param, range(step, step + 1))
+        assert float(param.manifold.violation(plain(param))) < 1e-14
+
+
 def test_rounding_small_parts_is_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a processor that multiplies bfloat16, and without one."""
     params = [parameter((300, 256), 0.5, torch.float32) for _ in range(2)]
