@@ -414,7 +414,7 @@ def test_steps_that_measure_need_no_factorisation(radius: float, monkeypatch: py
     optimizer = RiemannianFGSGD([param], lr=0.9 * radius, momentum=0.9)
     monkeypatch.setattr(stiefel, "polar_factor", None)
     for step in range(12):
-        run(optimizer, param, range(step, step + 1))
+        run(optimizer, param, range(step, step + 1), size=0.015)
         assert float(param.manifold.violation(plain(param))) < 1e-14
 
 
