@@ -150,7 +150,8 @@ def test_a_gram_matrix_in_blocks(columns: int, blocks: int, batch: tuple[int, ..
 @given(shape=st.sampled_from([(1, 1), (3, 40), (40, 3), (2, 5, 4), (1, 7, 7)]), seed=st.integers(0, 99))
 def test_a_norm_without_a_temporary(shape: tuple[int, ...], seed: int) -> None:
     x = normal(shape, seed, torch.float64)
-    for stored in (x, by_columns(x)):
+    planes = x.movedim(0, -1).contiguous().movedim(-1, 0)
+    for stored in (x, by_columns(x), planes):
         torch.testing.assert_close(frobenius_norm(stored), x.square().sum((-2, -1)).sqrt())
 
 
