@@ -33,7 +33,7 @@ __all__ = [
 DESCRIPTION = "compiled sweeps on the CPU"
 NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
 
-_ABI = 5  # of fused.cpp and lines.cpp; a file built from another version is left alone
+_ABI = 6  # of fused.cpp and lines.cpp; a file built from another version is left alone
 _FUNCTIONS = ("fgo_norms", "fgo_update", "fgo_step", "fgo_line_norms", "fgo_line_update", "fgo_take", "fgo_put")
 _PER_THREAD = 2**16  # entries below which another thread costs more than it saves
 
@@ -252,3 +252,7 @@ def _entry(task: Task[KernelTable]) -> _Task:
         j_stride=place.j_stride,
         groups=table.groups,
     )
+
+
+def _limit(level):
+    return library().fgo_limit(level)
