@@ -63,7 +63,7 @@ struct fgo_options {
 
 // The instruction set in use: 2 AVX-512, 1 AVX2, 0 what every processor has. It is the best that the processor has up to
 // the limit, which a negative one leaves as it is.
-int fgo_limit(int limit) {
+int64_t fgo_limit(int limit) {
   static std::atomic<int> most{2};
   if (limit >= 0) most = limit;
   int best = 0;
@@ -73,7 +73,7 @@ int fgo_limit(int limit) {
       __builtin_cpu_supports("avx512vl"))
     best = 2;
 #endif
-  return best < most ? best : int(most);
+  return best < most ? best : most.load();
 }
 
 }  // extern "C"
@@ -88,6 +88,7 @@ template <class T, int BYTES> struct vector_of {
 
 constexpr int max_a = 49, max_b = 7;
 constexpr int64_t chunk = 512;  // kernels that a thread takes at a time, within one row
+constexpr int64_t near = 512;   // numbers that a stream asks for ahead of time
 template <class T> constexpr T precision = sizeof(T) == 4 ? T(1.1920929e-7) : T(8.8817842e-16);  // 2^-23, 2^-50
 // Up to this ‖e‖² two or four terms of the series suffice: precision^(2/3) and precision^(2/5).
 template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T(9.2e-11),
@@ -149,6 +150,7 @@ double step_scale(double norm, double rho, double curvature) {
       _mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(place(0))), _mm_loadu_ps(place(1)), 1), \
                          _mm_loadu_ps(place(2)), 2),                                                         \
       _mm_loadu_ps(place(3)), 3)
+#define FGO_SOME
 #define FGO_SPLIT(v, place)                                                                                  \
   _mm_storeu_ps(place(0), _mm512_castps512_ps128(v)), _mm_storeu_ps(place(1), _mm512_extractf32x4_ps(v, 1)), \
       _mm_storeu_ps(place(2), _mm512_extractf32x4_ps(v, 2)), _mm_storeu_ps(place(3), _mm512_extractf32x4_ps(v, 3))

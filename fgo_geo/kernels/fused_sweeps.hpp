@@ -44,6 +44,31 @@ template <class T> FGO_INLINE vec<T> look_up(const vec<T> &values, const mask<T>
 
 template <class T> FGO_INLINE void store(T *p, vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 
+// The same of the first `count` numbers alone; a lane beyond them gets the first.
+#ifdef FGO_SOME
+template <class T> FGO_INLINE vec<T> load_some(const T *p, int count) {
+  const unsigned some = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) return _mm512_mask_loadu_ps(_mm512_set1_ps(*p), some, p);
+  else return _mm512_mask_loadu_pd(_mm512_set1_pd(*p), some, p);
+}
+
+template <class T> FGO_INLINE void store_some(T *p, int count, vec<T> v) {
+  const unsigned some = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, some, v);
+  else _mm512_mask_storeu_pd(p, some, v);
+}
+#else
+template <class T> FGO_INLINE vec<T> load_some(const T *p, int count) {
+  vec<T> v;
+  for (int l = 0; l < lanes<T>; ++l) v[l] = p[l < count ? l : 0];
+  return v;
+}
+
+template <class T> FGO_INLINE void store_some(T *p, int count, vec<T> v) {
+  for (int l = 0; l < count; ++l) p[l] = v[l];
+}
+#endif
+
 // Every 16 bytes of a vector are a part of it, and hold so many numbers.
 template <class T> constexpr int in_part = 16 / sizeof(T);
 
@@ -145,7 +170,7 @@ template <class T, int K, lie P>
 FGO_INLINE void read(const T *p, const int64_t *offset, int64_t kernel_stride, int count, int size, vec<T> *v) {
   const int n = K ? K : size;
   if constexpr (P == lie::beside) {
-    for (int e = 0; e < n; ++e) v[e] = load<T>(p + offset[e]);
+    for (int e = 0; e < n; ++e) v[e] = count == lanes<T> ? load<T>(p + offset[e]) : load_some<T>(p + offset[e], count);
   } else if constexpr (P == lie::behind) {
     read_blocks<T, K, 0>(p, count, v);
   } else {
@@ -159,7 +184,7 @@ template <class T, int K, lie P>
 FGO_INLINE void write(T *p, const int64_t *offset, int64_t kernel_stride, int count, int size, const vec<T> *v) {
   const int n = K ? K : size;
   if constexpr (P == lie::beside) {
-    for (int e = 0; e < n; ++e) store<T>(p + offset[e], v[e]);
+    for (int e = 0; e < n; ++e) count == lanes<T> ? store<T>(p + offset[e], v[e]) : store_some<T>(p + offset[e], count, v[e]);
   } else if constexpr (P == lie::behind) {
     write_blocks<T, K, 0>(p, count, v);
   } else {
@@ -168,11 +193,10 @@ FGO_INLINE void write(T *p, const int64_t *offset, int64_t kernel_stride, int co
   }
 }
 
-// Asks for the memory of the same columns one row on. Nine or more streams, each a few cache lines long, are beyond what
-// the processor foresees by itself; all of them together are one stream, which is what is asked for here.
-template <class T, int K> FGO_INLINE void prefetch(const T *start, int size) {
+// Asks for as much memory as a vector of kernels fills, to be in the cache of a level.
+template <class T, int K, int LEVEL> FGO_INLINE void prefetch(const T *start, int size) {
   const char *p = reinterpret_cast<const char *>(start);
-  for (int byte = 0; byte < (K ? K : size) * FGO_BYTES; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+  for (int byte = 0; byte < (K ? K : size) * FGO_BYTES; byte += 64) __builtin_prefetch(p + byte, 0, 4 - LEVEL);
 }
 
 // -- formulas ----------------------------------------------------------------------------------------------------
@@ -513,7 +537,9 @@ FGO_INLINE vec<T> squares_of(const setting<T, A, B> &s, int64_t start, int count
   normal_factor<T, B, FULL>(normal, f, s.b);
   for (int i = 0; i < a; ++i) {
     subtract_normal<T, B, FULL>(w + i * b, normal, h + i * b, s.b);
-    for (int j = i * b; j < i * b + b; ++j) sum += h[j] * h[j];
+    vec<T> of_row = {};  // so that the sum is no chain of as many steps as there are entries
+    for (int j = i * b; j < i * b + b; ++j) of_row += h[j] * h[j];
+    sum += of_row;
   }
   return s.invariant ? sum / f.inverse_square : sum;
 }
@@ -588,14 +614,23 @@ FGO_TARGET __attribute__((noinline)) void step_of_rest(const setting<T, A, B> &s
 // Where the parts of a step ask for memory ahead of time.
 enum class ahead { nothing, own_momentum, next_row };
 
-template <class T, int A, int B>
+// Side by side, the memory of the same columns one row on: nine or more streams, each a few cache lines long, are beyond
+// what the processor foresees by itself, but all of them together are one stream, which is what is asked for here. One
+// behind the other, kernels are streams that it does foresee, but not over the borders of pages.
+template <class T, int A, int B, lie P>
 FGO_INLINE void prefetch_vector(const setting<T, A, B> &s, int64_t row, int64_t column, bool momentum, ahead what) {
   const int64_t place = column * s.n + row * s.row_stride;
-  if (what == ahead::own_momentum) prefetch<T, A * B>(s.buffer + place, s.n);
-  if (what != ahead::next_row || row + 1 >= s.rows) return;
-  prefetch<T, A * B>(s.weight + place + s.row_stride, s.n);
-  prefetch<T, A * B>(s.grad + place + s.row_stride, s.n);
-  if (momentum) prefetch<T, A * B>(s.buffer + place + s.row_stride, s.n);
+  if constexpr (P == lie::behind) {
+    prefetch<T, A * B, 1>(s.weight + place + near, s.n);
+    prefetch<T, A * B, 1>(s.grad + place + near, s.n);
+    if (momentum) prefetch<T, A * B, 1>(s.buffer + place + near, s.n);
+  } else if constexpr (P == lie::beside) {
+    if (what == ahead::own_momentum) prefetch<T, A * B, 2>(s.buffer + place, s.n);
+    if (what != ahead::next_row || row + 1 >= s.rows) return;
+    prefetch<T, A * B, 2>(s.weight + place + s.row_stride, s.n);
+    prefetch<T, A * B, 2>(s.grad + place + s.row_stride, s.n);
+    if (momentum) prefetch<T, A * B, 2>(s.buffer + place + s.row_stride, s.n);
+  }
 }
 
 // Adds the squared norms of the kernels of a row's columns to the sums of their groups, or to `row_sums` per kind.
@@ -607,14 +642,14 @@ FGO_TARGET __attribute__((noinline)) void sum_columns(const setting<T, A, B> &s,
   vec<T> by_kind[4] = {};
   for (int64_t column = first; column < last; column += L) {
     const stretch v = stretch_at(s, row, column, last);
-    if (P == lie::beside) prefetch_vector<T, A, B>(s, row, column, false, what);
+    prefetch_vector<T, A, B, P>(s, row, column, false, what);
     const lane_facts<T> f = learn<T, A, B, RADII>(s, v);
     vec<T> sum;
     if (v.count == L) {
       sum = f.any_stiefel ? squares_of<T, A, B, P, true>(s, v.start, L, f) : squares_of<T, A, B, P, false>(s, v.start, L, f);
     } else {
       vec<T> rest;
-      squares_of_rest<T, A, B, P == lie::beside ? lie::apart : P, RADII>(s, v, &rest);
+      squares_of_rest<T, A, B, P, RADII>(s, v, &rest);
       sum = rest;
     }
     if (!row_sums)
@@ -634,7 +669,7 @@ FGO_TARGET __attribute__((noinline)) void step_columns(const setting<T, A, B> &s
   constexpr int L = lanes<T>;
   for (int64_t column = first; column < last; column += L) {
     const stretch v = stretch_at(s, row, column, last);
-    if (P == lie::beside) prefetch_vector<T, A, B>(s, row, column, PLAIN, what);
+    prefetch_vector<T, A, B, P>(s, row, column, PLAIN, what);
     const lane_facts<T> f = learn<T, A, B, RADII>(s, v);
     const vec<T> rate = row_scales ? look_up<T>(*row_scales, f.kind) : rates_of<T>(s.scales, s.codes + v.kernel, v.count);
     if (v.count == L) {
@@ -644,7 +679,7 @@ FGO_TARGET __attribute__((noinline)) void step_columns(const setting<T, A, B> &s
         step_of<T, A, B, P, PLAIN, false>(s, v.start, L, f, rate);
     } else {
       const vec<T> rest = rate;
-      step_of_rest<T, A, B, P == lie::beside ? lie::apart : P, RADII>(s, v, rest);
+      step_of_rest<T, A, B, P, RADII>(s, v, rest);
     }
   }
 }
