@@ -7,7 +7,8 @@ import gc
 import logging
 import pickle
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,9 +29,20 @@ from fgo_geo.kernels.task import KINDS
 
 built = pytest.mark.skipif(cpu.library() is None, reason="the extension was not built: there is no C++ compiler")
 
+INSTRUCTION_SETS = range(1 if cpu.library() is None else cpu._instruction_set() + 1)
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-13}
 FORMATS = {2: [torch.contiguous_format], 3: [torch.contiguous_format]}
 FORMATS |= {4: [torch.contiguous_format, torch.channels_last], 5: [torch.contiguous_format, torch.channels_last_3d]}
+
+
+@contextmanager
+def limited_to(instruction_set: int) -> Iterator[None]:
+    before = cpu._instruction_set()
+    assert cpu._instruction_set(instruction_set) == instruction_set
+    try:
+        yield
+    finally:
+        cpu._instruction_set(before)
 
 
 def weight_on(manifold: ProductOfGroups, dtype: torch.dtype, memory_format: Any, seed: int) -> Any:
@@ -117,10 +129,59 @@ def test_fused_is_the_batched_step(data: st.DataObject, kernel: tuple[int, ...],
     weight = weight_on(manifold, dtype, memory_format, draw(st.integers(0, 99)))
     scale = draw(st.sampled_from([0.0, 1e-3, 0.1, 1.0, 1e3]))
     options = options | {"check_finite": draw(st.sampled_from([None, False]))}  # False: PO goes by rows
-    fused = trained("fused", [weight], 3, scale, **options)
+    with limited_to(draw(st.sampled_from(INSTRUCTION_SETS))):
+        fused = trained("fused", [weight], 3, scale, **options)
     assert_close(fused, trained("reference", [weight], 3, scale, **options), TOLERANCE[dtype])
     assert fused["weights"][0].stride() == weight.stride()
     assert float(manifold.violation(fused["weights"][0]).max()) <= TOLERANCE[dtype]
+
+
+@built
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 5), (7, 7), (1, 3)])
+@pytest.mark.parametrize("memory_format", FORMATS[4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_of_every_length(instruction_set: int, kernel: tuple[int, int], memory_format: Any, dtype: torch.dtype):
+    """Vectors hold up to sixteen kernels: what is left of a row, of none to three vectors, is dealt with alike."""
+    channels = range(1, 50) if kernel == (3, 3) else (3, 9, 16, 21, 24, 31)
+    for columns in channels:
+        strategy, wide_steps = ("po", "pi", "layer")[columns % 3], columns % 4 == 0
+        kinds = KINDS[columns % 4 :][:1] if strategy == "layer" else KINDS
+        groups = collection(3, columns, strategy, kinds, "random", columns)
+        manifold = ProductOfGroups(groups, (3, columns, *kernel), dict(zip(KINDS, (1.0, 0.5, 1.5, 2.0), strict=True)))
+        weight = weight_on(manifold, dtype, memory_format, columns)
+        options: dict[str, Any] = {"momentum": 0.9, "check_finite": (None, False)[columns % 2]}
+        options |= {"step_size": "constant", "lr": 2.0} if wide_steps else {"weight_decay": 0.1}
+        with limited_to(instruction_set):
+            fused = trained("fused", [weight], 2, 0.3, **options)
+        expected = trained("reference", [weight], 2, 0.3, **options)
+        assert_close(fused, expected, TOLERANCE[dtype] * (10 if wide_steps else 1))
+        assert float(manifold.violation(fused["weights"][0]).max()) <= TOLERANCE[dtype]
+
+
+@built
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("strategy", ["po", "pi"])
+@pytest.mark.parametrize("memory_format", FORMATS[4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_other_memory_is_written(instruction_set: int, strategy: str, memory_format: Any, dtype: torch.dtype):
+    for columns in range(2, 35):
+        manifold = product(strategy, (3, columns, 3, 3))
+        point = weight_on(manifold, dtype, memory_format, 0).detach()
+        around = torch.full((3, point.numel() + 64), torch.pi, dtype=dtype)  # weight, gradient and momentum
+        inside = [row[32:-32].as_strided(point.shape, point.stride()) for row in around]
+        for own, value in zip(inside, (point, torch.ones_like(point), torch.zeros_like(point)), strict=True):
+            own.copy_(value)
+        weight = as_parameter(inside[0], manifold)
+        weight.grad = inside[1]
+        optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9, check_finite=False)
+        optimizer.state[weight]["momentum_buffer"] = inside[2]
+        with limited_to(instruction_set), kernels.use_path("fused"):
+            optimizer.step()
+        assert weight.data_ptr() == inside[0].data_ptr()
+        assert float((inside[2] - torch.zeros_like(point)).abs().max()) > 0
+        assert bool((around[:, :32] == torch.pi).all())
+        assert bool((around[:, -32:] == torch.pi).all())
 
 
 def product(strategy: str = "pio", shape: tuple[int, ...] = (40, 24, 3, 3), **kwargs: Any) -> ProductOfGroups:
@@ -180,11 +241,13 @@ def test_a_huge_euclidean_kernel_does_not_harm_its_neighbours():
 @built
 @pytest.mark.parametrize("length", [1e-4, 0.02, 0.5, 5.0, 50.0, 1e3, 1e5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_steps_of_every_length_end_on_the_manifold(length: float, dtype: torch.dtype):
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_steps_of_every_length_end_on_the_manifold(length: float, dtype: torch.dtype, instruction_set: int):
     manifold = product()
     weight = weight_on(manifold, dtype, torch.contiguous_format, 0)
     options = {"step_size": "constant", "lr": length}
-    fused = trained("fused", [weight], 1, 1.0, **options)
+    with limited_to(instruction_set):
+        fused = trained("fused", [weight], 1, 1.0, **options)
     assert float(manifold.violation(fused["weights"][0]).max()) <= 8 * torch.finfo(dtype).eps
     expected = trained("reference", [as_parameter(weight.detach().double(), manifold)], 1, 1.0, **options)
     tolerance = TOLERANCE[dtype] * max(1.0, min(length, 10.0)) ** 2  # of a long step's polar factor, by its condition
@@ -275,13 +338,16 @@ def test_nothing_changes_before_a_gradient_is_refused():
 @built
 @pytest.mark.parametrize("strategy", ["po", "pi"])
 @pytest.mark.parametrize("memory_format", FORMATS[4])
-def test_a_group_without_a_finite_gradient_is_left_out_and_counted(strategy: str, memory_format: Any):
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_a_group_without_a_finite_gradient_is_left_out_and_counted(
+    strategy: str, memory_format: Any, instruction_set: int
+):
     manifold = product(strategy)
     results = []
     for path in ("fused", "reference"):
         weight = weight_on(manifold, torch.float64, memory_format, 0)
         optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9, check_finite=False)
-        with kernels.use_path(path):
+        with kernels.use_path(path), limited_to(instruction_set):
             for step in range(3):
                 weight.grad = torch.empty_like(weight).fill_(0.1 * (step + 1))
                 weight.grad[2, 5, 0, 0] = float("inf") if step == 1 else 0.0
@@ -460,7 +526,15 @@ def test_the_active_path_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "_said", set())
     with caplog.at_level(logging.INFO, "fgo_geo"):
         trained("auto", [weight_on(product(), torch.float32, torch.contiguous_format, 0)], 3, 0.3)
-    assert [r.getMessage() for r in caplog.records] == ["fused step: compiled sweeps on the CPU"]
+    name = cpu._INSTRUCTION_SETS[cpu._instruction_set()]
+    assert [r.getMessage() for r in caplog.records] == [f"fused step: compiled sweeps on the CPU ({name})"]
+
+
+@built
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+def test_the_active_path_names_the_instruction_set(instruction_set: int):
+    with limited_to(instruction_set):
+        assert cpu.description().endswith((" (portable)", " (AVX2)", " (AVX-512)")[instruction_set])
 
 
 @pytest.mark.parametrize("path", ["fast", "", None])

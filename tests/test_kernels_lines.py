@@ -557,7 +557,7 @@ def test_the_active_path_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: p
     monkeypatch.setattr(kernels, "_said", set())
     with caplog.at_level(logging.INFO, "fgo_geo"):
         trained("auto", [declared(ScaledSphere(), 3, 40)], 3, 0.3)
-    assert [r.getMessage() for r in caplog.records] == [f"fused step: {lines.DESCRIPTION}"]
+    assert [r.getMessage() for r in caplog.records] == [f"fused step: {lines.description()}"]
 
 
 @built

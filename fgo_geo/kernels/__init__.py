@@ -4,7 +4,7 @@ A network has millions of 3 x 3 kernels, and arithmetic on so small matrices cos
 batched torch code of :mod:`fgo_geo.optim.fgsgd` reads and writes them some hundred times in a step. A fused path takes
 two sweeps, *norms* and *update*, which every path implements as a module with the same functions:
 
-* ``reason(task)`` says why the path cannot take a parameter, or None;
+* ``description()`` says what the path is, ``reason(task)`` why it cannot take a parameter, or None;
 * ``squared_norms(batch)`` returns the squared gradient norm of every group, and changes nothing;
 * ``update(batch, scales, skips)`` then takes the step, given ``1 / τ`` of every group.
 
@@ -169,7 +169,7 @@ def fused_path(task: Task[Any]) -> ModuleType | None:
     module = path_of(task)
     reason = module.reason(task)
     if reason is None:
-        _say_once(f"fused step: {module.DESCRIPTION}", logging.INFO)
+        _say_once(f"fused step: {module.description()}", logging.INFO)
         return module
     if _path == "fused":
         raise RuntimeError(

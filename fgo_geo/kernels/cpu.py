@@ -20,8 +20,8 @@ from torch import Tensor
 from fgo_geo.kernels.task import LARGEST, Batch, KernelTable, StepOptions, Task, gradient_of, place_of, problem_of
 
 __all__ = [
-    "DESCRIPTION",
     "NOT_BUILT",
+    "description",
     "goes_by_rows",
     "reason",
     "squared_norms",
@@ -30,11 +30,12 @@ __all__ = [
     "update",
 ]
 
-DESCRIPTION = "compiled sweeps on the CPU"
 NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
 
-_ABI = 5  # of fused.cpp and lines.cpp; a file built from another version is left alone
-_FUNCTIONS = ("fgo_norms", "fgo_update", "fgo_step", "fgo_line_norms", "fgo_line_update", "fgo_take", "fgo_put")
+_ABI = 6  # of fused.cpp and lines.cpp; a file built from another version is left alone
+_FUNCTIONS = ("fgo_limit", "fgo_norms", "fgo_update", "fgo_step")
+_FUNCTIONS += ("fgo_line_norms", "fgo_line_update", "fgo_take", "fgo_put")
+_INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")
 _PER_THREAD = 2**16  # entries below which another thread costs more than it saves
 
 
@@ -76,6 +77,18 @@ def library() -> ctypes.CDLL | None:
                     getattr(loaded, name).restype = ctypes.c_int64
                 return loaded
     return None
+
+
+def _instruction_set(limit: int = -1) -> int:
+    """Number of the instruction set in use: the best that the processor has, up to a limit if one is given."""
+    loaded = library()
+    assert loaded is not None
+    return loaded.fgo_limit(ctypes.c_int(limit))
+
+
+def description() -> str:
+    """What the path is, where it is there."""
+    return f"compiled sweeps on the CPU ({_INSTRUCTION_SETS[_instruction_set()]})"
 
 
 def threads_for(work: int) -> int:

@@ -21,13 +21,17 @@
 //
 // Plain C ABI and no dependency but the C++ library, so that the compiled file serves every Python and every torch.
 
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
-#define FGO_AVX2 __attribute__((target("arch=haswell,tune=haswell")))
+#include <immintrin.h>
+#define FGO_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,lzcnt,popcnt,tune=haswell")))
+#define FGO_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,bmi,bmi2,lzcnt,popcnt,tune=skylake-avx512")))
 #endif
 
 extern "C" {
@@ -57,22 +61,34 @@ struct fgo_options {
   int32_t nesterov, maximize, radius_invariant, constant;  // constant: tau is one
 };
 
+// The instruction set in use: 2 AVX-512, 1 AVX2, 0 what every processor has. It is the best that the processor has up to
+// the limit, which a negative one leaves as it is.
+int64_t fgo_limit(int limit) {
+  static std::atomic<int> most{2};
+  if (limit >= 0) most = limit;
+  int best = 0;
+#ifdef FGO_AVX2
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = 1;
+  if (best && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl"))
+    best = 2;
+#endif
+  return best < most ? best : most.load();
+}
+
 }  // extern "C"
 
 namespace {
 
-template <class T> struct vector_of;
-template <> struct vector_of<float> {
-  typedef float type __attribute__((vector_size(32)));
-  typedef int32_t mask __attribute__((vector_size(32)));
-};
-template <> struct vector_of<double> {
-  typedef double type __attribute__((vector_size(32)));
-  typedef int64_t mask __attribute__((vector_size(32)));
+template <class T, int BYTES> struct vector_of {
+  typedef T type __attribute__((vector_size(BYTES)));
+  typedef typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type integer;
+  typedef integer mask __attribute__((vector_size(BYTES)));
 };
 
 constexpr int max_a = 49, max_b = 7;
 constexpr int64_t chunk = 512;  // kernels that a thread takes at a time, within one row
+constexpr int64_t near = 512;   // numbers that a stream asks for ahead of time
 template <class T> constexpr T precision = sizeof(T) == 4 ? T(1.1920929e-7) : T(8.8817842e-16);  // 2^-23, 2^-50
 // Up to this ‖e‖² two or four terms of the series suffice: precision^(2/3) and precision^(2/5).
 template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T(9.2e-11),
@@ -100,17 +116,44 @@ double step_scale(double norm, double rho, double curvature) {
 #endif
 #define FGO_NAMESPACE portable
 #define FGO_TARGET
+#define FGO_BYTES 32
 #include "fused_sweeps.hpp"
-#undef FGO_FAST
-#undef FGO_NAMESPACE
-#undef FGO_TARGET
 
 #ifdef FGO_AVX2
+#undef FGO_FAST
 #define FGO_FAST 1
+
+#undef FGO_NAMESPACE
+#undef FGO_TARGET
 #define FGO_NAMESPACE avx2
 #define FGO_TARGET FGO_AVX2
-#define FGO_ANY(w) (!__builtin_ia32_ptestz256(w, w))
-#define FGO_LOOK_UP(values, index) __builtin_ia32_permvarsf256(values, index)
+#define FGO_ANY(m) (!_mm256_testz_si256((__m256i)m, (__m256i)m))
+#define FGO_LOOK_UP(values, index) _mm256_permutevar8x32_ps(values, (__m256i)index)
+#define FGO_JOIN(place) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(place(0))), _mm_loadu_ps(place(1)), 1)
+#define FGO_SPLIT(v, place) _mm_storeu_ps(place(0), _mm256_castps256_ps128(v)), _mm_storeu_ps(place(1), _mm256_extractf128_ps(v, 1))
+#include "fused_sweeps.hpp"
+#undef FGO_ANY
+#undef FGO_LOOK_UP
+#undef FGO_JOIN
+#undef FGO_SPLIT
+
+#undef FGO_NAMESPACE
+#undef FGO_TARGET
+#undef FGO_BYTES
+#define FGO_NAMESPACE avx512
+#define FGO_TARGET FGO_AVX512
+#define FGO_BYTES 64
+#define FGO_ANY(m) (_mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0)
+#define FGO_LOOK_UP(values, index) _mm512_permutexvar_ps((__m512i)index, values)
+#define FGO_JOIN(place)                                                                                      \
+  _mm512_insertf32x4(                                                                                        \
+      _mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(place(0))), _mm_loadu_ps(place(1)), 1), \
+                         _mm_loadu_ps(place(2)), 2),                                                         \
+      _mm_loadu_ps(place(3)), 3)
+#define FGO_SOME
+#define FGO_SPLIT(v, place)                                                                                  \
+  _mm_storeu_ps(place(0), _mm512_castps512_ps128(v)), _mm_storeu_ps(place(1), _mm512_extractf32x4_ps(v, 1)), \
+      _mm_storeu_ps(place(2), _mm512_extractf32x4_ps(v, 2)), _mm_storeu_ps(place(3), _mm512_extractf32x4_ps(v, 3))
 #include "fused_sweeps.hpp"
 #endif
 
@@ -118,17 +161,18 @@ namespace {
 
 using sweep = int64_t (*)(const fgo_task *, const fgo_options *, double *, int64_t, int64_t);
 
-// The sweeps for this processor.
 struct sweeps { sweep norms, update, step; };
 
+#define FGO_SWEEPS(set) \
+  sweeps { set::run_sweep<set::norms_sweep, T>, set::run_sweep<set::update_sweep, T>, set::run_sweep<set::whole_step, T> }
+
+// The sweeps for this processor.
 template <class T> sweeps choose() {
 #ifdef FGO_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {avx2::run_sweep<avx2::norms_sweep, T>, avx2::run_sweep<avx2::update_sweep, T>,
-            avx2::run_sweep<avx2::whole_step, T>};
+  if (fgo_limit(-1) == 2) return FGO_SWEEPS(avx512);
+  if (fgo_limit(-1) == 1) return FGO_SWEEPS(avx2);
 #endif
-  return {portable::run_sweep<portable::norms_sweep, T>, portable::run_sweep<portable::update_sweep, T>,
-          portable::run_sweep<portable::whole_step, T>};
+  return FGO_SWEEPS(portable);
 }
 
 // Calls run(task, begin, end, thread) on equal shares of the units of all tasks, one share per thread.
@@ -160,7 +204,7 @@ int64_t all_chunks(const fgo_task &t) { return t.rows * chunks_per_row(t); }
 
 extern "C" {
 
-int fgo_abi() { return 5; }  // of this file and of lines.cpp
+int fgo_abi() { return 6; }  // of this file and of lines.cpp
 
 // Sums of a thread go to a buffer of its own and are added up in the order of the threads: the result depends on their
 // number, not on their timing.

@@ -1,14 +1,14 @@
-// The sweeps of fused.cpp, compiled once per instruction set: FGO_NAMESPACE holds them, FGO_TARGET is its attribute, and
-// FGO_FAST says whether it is the best that this build has and deserves loops of its own for common sizes and layouts.
+// The sweeps of fused.cpp, compiled once per instruction set: FGO_NAMESPACE holds them, FGO_TARGET is its attribute,
+// FGO_BYTES the size of its vectors, and FGO_FAST says whether it deserves loops of its own for common sizes and layouts.
 
 namespace {
 namespace FGO_NAMESPACE {
 
 #define FGO_INLINE FGO_TARGET __attribute__((always_inline)) static inline
 
-template <class T> using vec = typename vector_of<T>::type;
-template <class T> using mask = typename vector_of<T>::mask;
-template <class T> constexpr int lanes = 32 / sizeof(T);
+template <class T> using vec = typename vector_of<T, FGO_BYTES>::type;
+template <class T> using mask = typename vector_of<T, FGO_BYTES>::mask;
+template <class T> constexpr int lanes = FGO_BYTES / sizeof(T);
 
 template <class T> FGO_INLINE vec<T> root(vec<T> v) {
   vec<T> r;
@@ -17,12 +17,12 @@ template <class T> FGO_INLINE vec<T> root(vec<T> v) {
 }
 
 template <class T> FGO_INLINE bool any(mask<T> m) {
-  typedef long long words __attribute__((vector_size(32)));
-  const words w = (words)m;
 #ifdef FGO_ANY
-  return FGO_ANY(w);
+  return FGO_ANY(m);
 #else
-  return (w[0] | w[1] | w[2] | w[3]) != 0;
+  bool found = false;
+  for (int l = 0; l < lanes<T>; ++l) found |= m[l] != 0;
+  return found;
 #endif
 }
 
@@ -44,29 +44,61 @@ template <class T> FGO_INLINE vec<T> look_up(const vec<T> &values, const mask<T>
 
 template <class T> FGO_INLINE void store(T *p, vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// 8 x 8 transposition of single precision: v[l][e] becomes v[e][l].
-FGO_INLINE void transpose(vec<float> *v) {
-#ifdef __clang__
-#define FGO_SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+// The same of the first `count` numbers alone; a lane beyond them gets the first.
+#ifdef FGO_SOME
+template <class T> FGO_INLINE vec<T> load_some(const T *p, int count) {
+  const unsigned some = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) return _mm512_mask_loadu_ps(_mm512_set1_ps(*p), some, p);
+  else return _mm512_mask_loadu_pd(_mm512_set1_pd(*p), some, p);
+}
+
+template <class T> FGO_INLINE void store_some(T *p, int count, vec<T> v) {
+  const unsigned some = (1u << count) - 1;
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, some, v);
+  else _mm512_mask_storeu_pd(p, some, v);
+}
 #else
-  typedef int32_t index __attribute__((vector_size(32)));
-#define FGO_SHUFFLE(x, y, ...) __builtin_shuffle(x, y, (index){__VA_ARGS__})
+template <class T> FGO_INLINE vec<T> load_some(const T *p, int count) {
+  vec<T> v;
+  for (int l = 0; l < lanes<T>; ++l) v[l] = p[l < count ? l : 0];
+  return v;
+}
+
+template <class T> FGO_INLINE void store_some(T *p, int count, vec<T> v) {
+  for (int l = 0; l < count; ++l) p[l] = v[l];
+}
 #endif
-  vec<float> p[8], q[8];
-  for (int k = 0; k < 8; k += 2) {
-    p[k] = FGO_SHUFFLE(v[k], v[k + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    p[k + 1] = FGO_SHUFFLE(v[k], v[k + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+
+// Every 16 bytes of a vector are a part of it, and hold so many numbers.
+template <class T> constexpr int in_part = 16 / sizeof(T);
+
+// Groups of numbers of x and y in turn, from the lower or the upper half of every part.
+template <class T, int GROUP, bool UPPER, int... L>
+FGO_INLINE vec<T> interleave(vec<T> x, vec<T> y, std::integer_sequence<int, L...>) {
+#define FGO_FROM (L / in_part<T> * in_part<T> + (UPPER ? in_part<T> / 2 : 0) + L % in_part<T> / (2 * GROUP) * GROUP + \
+                  L % GROUP + (L / GROUP % 2 ? lanes<T> : 0))...
+#ifdef __clang__
+  return __builtin_shufflevector(x, y, FGO_FROM);
+#else
+  return __builtin_shuffle(x, y, (mask<T>){FGO_FROM});
+#endif
+#undef FGO_FROM
+}
+
+// Transposition within the parts: number j of a part of v[i] becomes number i of that of v[j].
+template <class T> FGO_INLINE void transpose(vec<T> *v) {
+  const std::make_integer_sequence<int, lanes<T>> all;
+  vec<T> p[in_part<T>];
+  for (int k = 0; k < in_part<T>; k += 2) {
+    p[k] = interleave<T, 1, false>(v[k], v[k + 1], all);
+    p[k + 1] = interleave<T, 1, true>(v[k], v[k + 1], all);
   }
-  for (int k = 0; k < 8; k += 4)
-    for (int m = 0; m < 2; ++m) {
-      q[k + 2 * m] = FGO_SHUFFLE(p[k + m], p[k + m + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      q[k + 2 * m + 1] = FGO_SHUFFLE(p[k + m], p[k + m + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+  for (int k = 0; k < in_part<T>; ++k) v[k] = p[k];
+  if constexpr (in_part<T> == 4)
+    for (int k = 0; k < 2; ++k) {
+      v[2 * k] = interleave<T, 2, false>(p[k], p[k + 2], all);
+      v[2 * k + 1] = interleave<T, 2, true>(p[k], p[k + 2], all);
     }
-  for (int k = 0; k < 4; ++k) {
-    v[k] = FGO_SHUFFLE(q[k], q[k + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    v[k + 4] = FGO_SHUFFLE(q[k], q[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-#undef FGO_SHUFFLE
 }
 
 // -- memory ------------------------------------------------------------------------------------------------------
@@ -82,53 +114,89 @@ template <class T> FGO_INLINE T *at(T *base, int64_t start) {
   return p;
 }
 
+// Where part `part` of a vector lies in memory, of kernels one behind the other: in the kernel that has this number among
+// those of the part. What is beyond the last kernel repeats the first.
+template <class T, int K> FGO_INLINE float *place(const T *p, int part, int number, int count) {
+  const int kernel = part * in_part<T> + number;
+  return (float *)(p + (kernel < count ? kernel : 0) * K);
+}
+
+template <class T, int K> FGO_INLINE vec<T> join(const T *p, int number, int count) {
+#define FGO_PLACE(part) (place<T, K>(p, part, number, count))
+#ifdef FGO_JOIN
+  return (vec<T>)FGO_JOIN(FGO_PLACE);
+#else
+  vec<T> v;
+  for (int part = 0; part < lanes<T> / in_part<T>; ++part) __builtin_memcpy((char *)&v + 16 * part, FGO_PLACE(part), 16);
+  return v;
+#endif
+}
+
+template <class T, int K> FGO_INLINE void split(T *p, int number, int count, vec<T> v) {
+#ifdef FGO_SPLIT
+  FGO_SPLIT((vec<float>)v, FGO_PLACE);
+#else
+  for (int part = 0; part < lanes<T> / in_part<T>; ++part) __builtin_memcpy(FGO_PLACE(part), (char *)&v + 16 * part, 16);
+#endif
+#undef FGO_PLACE
+}
+
+// Entries from number DONE on of kernels one behind the other, a block for every number of a part. The last block begins
+// early, with entries that are there already.
+template <class T, int K, int DONE> FGO_INLINE void read_blocks(const T *p, int count, vec<T> *v) {
+  if constexpr (DONE < K) {
+    constexpr int N = in_part<T>, first = DONE + N <= K ? DONE : K - N;
+    vec<T> block[N];
+    for (int k = 0; k < N; ++k) block[k] = join<T, K>(p + first, k, count);
+    transpose<T>(block);
+    for (int k = DONE - first; k < N; ++k) v[first + k] = block[k];
+    read_blocks<T, K, DONE + N>(p, count, v);
+  }
+}
+
+template <class T, int K, int DONE> FGO_INLINE void write_blocks(T *p, int count, const vec<T> *v) {
+  if constexpr (DONE < K) {
+    constexpr int N = in_part<T>, first = DONE + N <= K ? DONE : K - N;
+    vec<T> block[N];
+    for (int k = 0; k < N; ++k) block[k] = v[first + k];
+    transpose<T>(block);
+    for (int k = 0; k < N; ++k) split<T, K>(p + first, k, count, block[k]);
+    write_blocks<T, K, DONE + N>(p, count, v);
+  }
+}
+
 // Entries of the kernels from p on; a lane beyond the last kernel repeats the first.
 template <class T, int K, lie P>
 FGO_INLINE void read(const T *p, const int64_t *offset, int64_t kernel_stride, int count, int size, vec<T> *v) {
   const int n = K ? K : size;
   if constexpr (P == lie::beside) {
-    for (int e = 0; e < n; ++e) v[e] = load<T>(p + offset[e]);
-  } else if constexpr (P == lie::behind && sizeof(T) == 4 && K >= 8) {
-    for (int e = 0; e + 8 <= K; e += 8) {
-      vec<float> block[8];
-      for (int l = 0; l < 8; ++l) block[l] = load<float>(p + l * K + e);
-      transpose(block);
-      for (int l = 0; l < 8; ++l) v[e + l] = block[l];
-    }
-    for (int e = K / 8 * 8; e < K; ++e)
-      v[e] = (vec<float>){p[e],         p[K + e],     p[2 * K + e], p[3 * K + e],
-                          p[4 * K + e], p[5 * K + e], p[6 * K + e], p[7 * K + e]};
+    for (int e = 0; e < n; ++e) v[e] = count == lanes<T> ? load<T>(p + offset[e]) : load_some<T>(p + offset[e], count);
+  } else if constexpr (P == lie::behind) {
+    read_blocks<T, K, 0>(p, count, v);
   } else {
     for (int e = 0; e < n; ++e)
       for (int l = 0; l < lanes<T>; ++l) v[e][l] = p[(l < count ? l : 0) * kernel_stride + offset[e]];
   }
 }
 
+// A lane beyond the last kernel has the same numbers as the first, and may write them.
 template <class T, int K, lie P>
 FGO_INLINE void write(T *p, const int64_t *offset, int64_t kernel_stride, int count, int size, const vec<T> *v) {
   const int n = K ? K : size;
   if constexpr (P == lie::beside) {
-    for (int e = 0; e < n; ++e) store<T>(p + offset[e], v[e]);
-  } else if constexpr (P == lie::behind && sizeof(T) == 4 && K >= 8) {
-    for (int e = 0; e + 8 <= K; e += 8) {
-      vec<float> block[8];
-      for (int l = 0; l < 8; ++l) block[l] = v[e + l];
-      transpose(block);
-      for (int l = 0; l < 8; ++l) store<float>(p + l * K + e, block[l]);
-    }
-    for (int e = K / 8 * 8; e < K; ++e)
-      for (int l = 0; l < 8; ++l) p[l * K + e] = v[e][l];
+    for (int e = 0; e < n; ++e) count == lanes<T> ? store<T>(p + offset[e], v[e]) : store_some<T>(p + offset[e], count, v[e]);
+  } else if constexpr (P == lie::behind) {
+    write_blocks<T, K, 0>(p, count, v);
   } else {
     for (int e = 0; e < n; ++e)
       for (int l = 0; l < count; ++l) p[l * kernel_stride + offset[e]] = v[e][l];
   }
 }
 
-// Asks for the memory of the same columns one row on. Nine or more streams, each a few cache lines long, are beyond what
-// the processor foresees by itself; all of them together are one stream, which is what is asked for here.
-template <class T, int K> FGO_INLINE void prefetch(const T *start, int size) {
+// Asks for as much memory as a vector of kernels fills, to be in the cache of a level.
+template <class T, int K, int LEVEL> FGO_INLINE void prefetch(const T *start, int size) {
   const char *p = reinterpret_cast<const char *>(start);
-  for (int byte = 0; byte < (K ? K : size) * 32; byte += 64) __builtin_prefetch(p + byte, 0, 2);
+  for (int byte = 0; byte < (K ? K : size) * FGO_BYTES; byte += 64) __builtin_prefetch(p + byte, 0, 4 - LEVEL);
 }
 
 // -- formulas ----------------------------------------------------------------------------------------------------
@@ -319,21 +387,22 @@ FGO_TARGET __attribute__((noinline)) void retract_far(vec<T> *y, vec<T> *e, vec<
   if constexpr (sizeof(T) == 4) {
     if (any<T>(length > T(100))) {
       constexpr int size = A ? A * B : max_a * max_b;
-      for (int half = 0; half < 8; half += 4) {
+      constexpr int L = lanes<double>;
+      for (int half = 0; half < lanes<T>; half += L) {
         lane_facts<double> facts;
         vec<double> long_y[size], long_e[B ? B * B : max_b * max_b], long_z[B ? B * B : max_b * max_b], long_length;
-        for (int l = 0; l < 4; ++l) {
+        for (int l = 0; l < L; ++l) {
           facts.kind[l] = f.kind[half + l];
           facts.inverse_square[l] = f.inverse_square[half + l];
           long_length[l] = length[half + l];
         }
         facts.any_stiefel = f.any_stiefel;
         for (int k = 0; k < a * b; ++k)
-          for (int l = 0; l < 4; ++l) long_y[k][l] = y[k][half + l];
+          for (int l = 0; l < L; ++l) long_y[k][l] = y[k][half + l];
         excess_of<double, A, B>(long_y, long_e, facts, a, b);
         retract_far<double, A, B>(long_y, long_e, long_z, long_length, facts, a, b);
         for (int k = 0; k < a * b; ++k)
-          for (int l = 0; l < 4; ++l) y[k][half + l] = T(long_y[k][l]);
+          for (int l = 0; l < L; ++l) y[k][half + l] = T(long_y[k][l]);
       }
       return;
     }
@@ -429,7 +498,7 @@ FGO_INLINE lane_facts<T> learn(const setting<T, A, B> &s, const stretch &v) {
   constexpr int L = lanes<T>;
   const int32_t *codes = s.codes + v.kernel;
   lane_facts<T> f;
-  if (L == 8 && v.count == L) {
+  if (sizeof(T) == sizeof *codes && v.count == L) {
     __builtin_memcpy(&f.kind, codes, sizeof f.kind);
     f.kind &= 3;
   } else {
@@ -468,7 +537,9 @@ FGO_INLINE vec<T> squares_of(const setting<T, A, B> &s, int64_t start, int count
   normal_factor<T, B, FULL>(normal, f, s.b);
   for (int i = 0; i < a; ++i) {
     subtract_normal<T, B, FULL>(w + i * b, normal, h + i * b, s.b);
-    for (int j = i * b; j < i * b + b; ++j) sum += h[j] * h[j];
+    vec<T> of_row = {};  // so that the sum is no chain of as many steps as there are entries
+    for (int j = i * b; j < i * b + b; ++j) of_row += h[j] * h[j];
+    sum += of_row;
   }
   return s.invariant ? sum / f.inverse_square : sum;
 }
@@ -529,28 +600,37 @@ template <class T> FGO_INLINE vec<T> rates_of(const T *scales, const int32_t *co
 }
 
 // What is left of a row where there are fewer kernels than lanes.
-template <class T, int A, int B, bool RADII>
+template <class T, int A, int B, lie P, bool RADII>
 FGO_TARGET __attribute__((noinline)) void squares_of_rest(const setting<T, A, B> &s, const stretch &v, vec<T> *sum) {
-  *sum = squares_of<T, A, B, lie::apart, true>(s, v.start, v.count, learn<T, A, B, RADII>(s, v));
+  *sum = squares_of<T, A, B, P, true>(s, v.start, v.count, learn<T, A, B, RADII>(s, v));
   for (int l = v.count; l < lanes<T>; ++l) (*sum)[l] = 0;
 }
 
-template <class T, int A, int B, bool RADII>
+template <class T, int A, int B, lie P, bool RADII>
 FGO_TARGET __attribute__((noinline)) void step_of_rest(const setting<T, A, B> &s, const stretch &v, const vec<T> &rate) {
-  step_of<T, A, B, lie::apart, false, true>(s, v.start, v.count, learn<T, A, B, RADII>(s, v), rate);
+  step_of<T, A, B, P, false, true>(s, v.start, v.count, learn<T, A, B, RADII>(s, v), rate);
 }
 
 // Where the parts of a step ask for memory ahead of time.
 enum class ahead { nothing, own_momentum, next_row };
 
-template <class T, int A, int B>
+// Side by side, the memory of the same columns one row on: nine or more streams, each a few cache lines long, are beyond
+// what the processor foresees by itself, but all of them together are one stream, which is what is asked for here. One
+// behind the other, kernels are streams that it does foresee, but not over the borders of pages.
+template <class T, int A, int B, lie P>
 FGO_INLINE void prefetch_vector(const setting<T, A, B> &s, int64_t row, int64_t column, bool momentum, ahead what) {
   const int64_t place = column * s.n + row * s.row_stride;
-  if (what == ahead::own_momentum) prefetch<T, A * B>(s.buffer + place, s.n);
-  if (what != ahead::next_row || row + 1 >= s.rows) return;
-  prefetch<T, A * B>(s.weight + place + s.row_stride, s.n);
-  prefetch<T, A * B>(s.grad + place + s.row_stride, s.n);
-  if (momentum) prefetch<T, A * B>(s.buffer + place + s.row_stride, s.n);
+  if constexpr (P == lie::behind) {
+    prefetch<T, A * B, 1>(s.weight + place + near, s.n);
+    prefetch<T, A * B, 1>(s.grad + place + near, s.n);
+    if (momentum) prefetch<T, A * B, 1>(s.buffer + place + near, s.n);
+  } else if constexpr (P == lie::beside) {
+    if (what == ahead::own_momentum) prefetch<T, A * B, 2>(s.buffer + place, s.n);
+    if (what != ahead::next_row || row + 1 >= s.rows) return;
+    prefetch<T, A * B, 2>(s.weight + place + s.row_stride, s.n);
+    prefetch<T, A * B, 2>(s.grad + place + s.row_stride, s.n);
+    if (momentum) prefetch<T, A * B, 2>(s.buffer + place + s.row_stride, s.n);
+  }
 }
 
 // Adds the squared norms of the kernels of a row's columns to the sums of their groups, or to `row_sums` per kind.
@@ -562,14 +642,14 @@ FGO_TARGET __attribute__((noinline)) void sum_columns(const setting<T, A, B> &s,
   vec<T> by_kind[4] = {};
   for (int64_t column = first; column < last; column += L) {
     const stretch v = stretch_at(s, row, column, last);
-    if (P == lie::beside) prefetch_vector<T, A, B>(s, row, column, false, what);
+    prefetch_vector<T, A, B, P>(s, row, column, false, what);
     const lane_facts<T> f = learn<T, A, B, RADII>(s, v);
     vec<T> sum;
     if (v.count == L) {
       sum = f.any_stiefel ? squares_of<T, A, B, P, true>(s, v.start, L, f) : squares_of<T, A, B, P, false>(s, v.start, L, f);
     } else {
       vec<T> rest;
-      squares_of_rest<T, A, B, RADII>(s, v, &rest);
+      squares_of_rest<T, A, B, P, RADII>(s, v, &rest);
       sum = rest;
     }
     if (!row_sums)
@@ -589,7 +669,7 @@ FGO_TARGET __attribute__((noinline)) void step_columns(const setting<T, A, B> &s
   constexpr int L = lanes<T>;
   for (int64_t column = first; column < last; column += L) {
     const stretch v = stretch_at(s, row, column, last);
-    if (P == lie::beside) prefetch_vector<T, A, B>(s, row, column, PLAIN, what);
+    prefetch_vector<T, A, B, P>(s, row, column, PLAIN, what);
     const lane_facts<T> f = learn<T, A, B, RADII>(s, v);
     const vec<T> rate = row_scales ? look_up<T>(*row_scales, f.kind) : rates_of<T>(s.scales, s.codes + v.kernel, v.count);
     if (v.count == L) {
@@ -599,7 +679,7 @@ FGO_TARGET __attribute__((noinline)) void step_columns(const setting<T, A, B> &s
         step_of<T, A, B, P, PLAIN, false>(s, v.start, L, f, rate);
     } else {
       const vec<T> rest = rate;
-      step_of_rest<T, A, B, RADII>(s, v, rest);
+      step_of_rest<T, A, B, P, RADII>(s, v, rest);
     }
   }
 }

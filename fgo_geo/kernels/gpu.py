@@ -39,9 +39,7 @@ from torch import Tensor
 
 from fgo_geo.kernels.task import Batch, KernelTable, StepOptions, Task, gradient_of, place_of, problem_of
 
-__all__ = ["DESCRIPTION", "goes_by_rows", "reason", "squared_norms", "update"]
-
-DESCRIPTION = "Triton sweeps on the GPU"
+__all__ = ["description", "goes_by_rows", "reason", "squared_norms", "update"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs on the CPU
 _OLDEST = (3, 3)  # Triton without tuples before
@@ -79,6 +77,11 @@ def _missing(device: torch.device) -> str | None:
     ) as error:  # no C compiler, an old device, ...
         return f"Triton does not work here: {error}"
     return None
+
+
+def description() -> str:
+    """What the path is, where it is there."""
+    return "Triton sweeps on the GPU"
 
 
 def reason(task: Task[KernelTable]) -> str | None:

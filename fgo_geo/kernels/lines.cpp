@@ -57,6 +57,8 @@ struct fgo_lines {
   int32_t first;           // the buffer holds nothing yet
 };
 
+int64_t fgo_limit(int);  // see fused.cpp
+
 struct fgo_line_options {
   double lr, momentum, dampening, weight_decay;
   int32_t nesterov, maximize, radius_invariant;
@@ -104,7 +106,7 @@ struct line_sweeps {
 // The sweeps for this processor.
 line_sweeps choose() {
 #ifdef FGO_AVX2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {avx2::measure, avx2::move};
+  if (fgo_limit(-1) > 0) return {avx2::measure, avx2::move};
 #endif
   return {portable::measure, portable::move};
 }

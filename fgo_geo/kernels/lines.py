@@ -27,7 +27,7 @@ from fgo_geo.kernels.line_tables import LineTable, table_of
 from fgo_geo.kernels.task import Batch, Task, gradient_of, types_differ
 
 __all__ = [
-    "DESCRIPTION",
+    "description",
     "goes_by_rows",
     "put_",
     "reason",
@@ -36,8 +36,6 @@ __all__ = [
     "task_of",
     "update",
 ]
-
-DESCRIPTION = "compiled sweeps of spheres and oblique manifolds on the CPU"
 
 _PRODUCTS, _MOVES = 6, 7  # numbers per line
 
@@ -77,6 +75,11 @@ def task_of(
     if table is None:
         return None
     return Task(param, param.grad if grad is None else grad, buffer, False, manifold, table)
+
+
+def description() -> str:
+    """What the path is, where it is there."""
+    return "compiled sweeps of spheres and oblique manifolds on the CPU"
 
 
 def reason(task: Task[LineTable]) -> str | None:
