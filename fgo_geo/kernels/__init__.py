@@ -10,7 +10,8 @@ two sweeps, *norms* and *update*, which every path implements as a module with t
 
 Where no group has kernels of two rows (PO), a row can be measured and moved while it is in the cache, if nothing has to
 be known of the other rows first. A path says with ``goes_by_rows(task)`` whether it does that; it then has
-``step_by_rows(batch)``, the whole step.
+``step_by_rows(batch)``, the whole step, and ``gradients_are_moderate(batch)``, which tells by the gradients alone that
+no norm is to be refused.
 
 There are three paths. Kernels, of any mix of manifolds, take :mod:`~fgo_geo.kernels.cpu`, a compiled extension, or
 :mod:`~fgo_geo.kernels.gpu`, Triton. Spheres and oblique manifolds of any size take :mod:`~fgo_geo.kernels.lines`, of
@@ -53,6 +54,7 @@ __all__ = [
     "circumstances",
     "curvature",
     "fused_path",
+    "gradients_are_moderate",
     "path_of",
     "put_blocks_",
     "register",
@@ -228,6 +230,11 @@ def update(batch: Batch | TracedBatch, scales: Tensor, skips: bool) -> None:
     else:
         torch.autograd.graph.increment_version(batch.weights)
         batch.path.update(batch, scales, skips)
+
+
+def gradients_are_moderate(batch: Batch) -> bool:
+    """Whether the gradients of a batch that goes by rows show that the norms of all groups are finite."""
+    return batch.path.gradients_are_moderate(batch)
 
 
 def step_by_rows(batch: Batch) -> tuple[Tensor, int]:

@@ -23,6 +23,7 @@ __all__ = [
     "NOT_BUILT",
     "description",
     "goes_by_rows",
+    "gradients_are_moderate",
     "reason",
     "squared_norms",
     "step_by_rows",
@@ -32,8 +33,8 @@ __all__ = [
 
 NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
 
-_ABI = 6  # of fused.cpp and lines.cpp; a file built from another version is left alone
-_FUNCTIONS = ("fgo_limit", "fgo_norms", "fgo_update", "fgo_step")
+_ABI = 7  # of fused.cpp and lines.cpp; a file built from another version is left alone
+_FUNCTIONS = ("fgo_limit", "fgo_norms", "fgo_update", "fgo_large", "fgo_step")
 _FUNCTIONS += ("fgo_line_norms", "fgo_line_update", "fgo_take", "fgo_put")
 _INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")
 _PER_THREAD = 2**16  # entries below which another thread costs more than it saves
@@ -144,6 +145,14 @@ def goes_by_rows(task: Task[KernelTable]) -> bool:
     """
     side_by_side = task.weight.stride(1) == 1
     return side_by_side and task.table.rows_apart and min(task.weight.shape[:2]) > 1  # others are stored as one row
+
+
+def gradients_are_moderate(batch: Batch) -> bool:
+    """Whether gradients show by themselves that the norms of all groups are finite, for a batch that goes by rows.
+
+    They are read once, and nothing is changed. Where they are too large for that, :func:`squared_norms` knows.
+    """
+    return _begun(batch).run("fgo_large") == 0
 
 
 def step_by_rows(batch: Batch) -> tuple[Tensor, int]:

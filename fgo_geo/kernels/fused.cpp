@@ -5,9 +5,10 @@
 //                lazy transport, step, retraction.
 //
 // Between the two the caller turns norms into step sizes and may refuse to go on. That is seven passes over memory, and
-// nothing is allocated per component. Where the groups of a row of kernels are its own (PO), and the caller does not want
-// to refuse, both can be done while the row is in the cache, in five passes:
+// nothing is allocated per component. Where the groups of a row of kernels are its own (PO), both can be done while the row
+// is in the cache, in five passes; a sixth one before them tells whether the caller would have refused:
 //
+//   fgo_large    reads the gradient: whether a norm can be too large for its type, or not a number;
 //   fgo_step     both sweeps, row by row.
 //
 // Kernels are handled `lanes` at a time, one per lane of a vector register ("struct of arrays"): entry (i, j) of all of
@@ -24,6 +25,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -161,13 +163,19 @@ namespace {
 
 using sweep = int64_t (*)(const fgo_task *, const fgo_options *, double *, int64_t, int64_t);
 
-struct sweeps { sweep norms, update, step; };
+template <class T> struct sweeps {
+  sweep norms, update, step;
+  double (*squares)(const T *, int64_t);
+};
 
-#define FGO_SWEEPS(set) \
-  sweeps { set::run_sweep<set::norms_sweep, T>, set::run_sweep<set::update_sweep, T>, set::run_sweep<set::whole_step, T> }
+#define FGO_SWEEPS(set)                                                                                                  \
+  sweeps<T> {                                                                                                            \
+    set::run_sweep<set::norms_sweep, T>, set::run_sweep<set::update_sweep, T>, set::run_sweep<set::whole_step, T>,       \
+        set::squares_of_run<T>                                                                                           \
+  }
 
 // The sweeps for this processor.
-template <class T> sweeps choose() {
+template <class T> sweeps<T> choose() {
 #ifdef FGO_AVX2
   if (fgo_limit(-1) == 2) return FGO_SWEEPS(avx512);
   if (fgo_limit(-1) == 1) return FGO_SWEEPS(avx2);
@@ -200,11 +208,29 @@ void share(const fgo_task *tasks, int64_t count, int threads, Units units, Run r
 
 int64_t all_chunks(const fgo_task &t) { return t.rows * chunks_per_row(t); }
 
+// How many tasks have gradients whose squares add up to half the largest number of their type or more, or to none: then a
+// group's norm may be too large, or not a number. Otherwise no group's is, since projections shorten, however it is dealt.
+template <class T> int64_t large_gradients(const fgo_task *tasks, int64_t count, const fgo_options &options, int threads) {
+  std::vector<std::vector<double>> partial(threads, std::vector<double>(count, 0.0));
+  share(tasks, count, threads, [](const fgo_task &t) { return t.rows * t.columns * t.a * t.b; },
+        [&](int64_t k, int64_t begin, int64_t end, int number) {
+          partial[number][k] = choose<T>().squares(static_cast<const T *>(tasks[k].grad) + begin, end - begin);
+        });
+  int64_t large = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    double sum = 0, radius = 1;
+    for (const auto &of_thread : partial) sum += of_thread[k];
+    for (int kind = 0; options.radius_invariant && kind < 4; ++kind) radius = std::fmax(radius, tasks[k].radius[kind]);
+    large += !(sum * radius * radius < std::numeric_limits<T>::max() / 2) || (options.radius_invariant && tasks[k].radii);
+  }
+  return large;
+}
+
 }  // namespace
 
 extern "C" {
 
-int fgo_abi() { return 6; }  // of this file and of lines.cpp
+int fgo_abi() { return 7; }  // of this file and of lines.cpp
 
 // Sums of a thread go to a buffer of its own and are added up in the order of the threads: the result depends on their
 // number, not on their timing.
@@ -231,6 +257,11 @@ int64_t fgo_update(const fgo_task *tasks, int64_t count, const fgo_options *opti
   share(tasks, count, threads, all_chunks,
         [&](int64_t k, int64_t begin, int64_t end, int) { run(tasks + k, options, nullptr, begin, end); });
   return 0;
+}
+
+// Returns the number of weights whose gradients alone do not show that the norms of all groups are finite.
+int64_t fgo_large(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+  return (is_double ? large_gradients<double> : large_gradients<float>)(tasks, count, *options, threads);
 }
 
 // Returns the number of groups that were left out because their norm was not finite.

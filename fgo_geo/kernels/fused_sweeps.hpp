@@ -695,6 +695,23 @@ template <class T, int A, int B> FGO_INLINE piece piece_of(const setting<T, A, B
   return {row, first, last, s.row_groups ? s.row_groups + 4 * row : nullptr};
 }
 
+// Sum of the squares of numbers that lie together.
+template <class T> FGO_TARGET double squares_of_run(const T *p, int64_t count) {
+  constexpr int L = lanes<T>, streams = 4;  // sums that don't wait for each other
+  vec<T> sums[streams] = {};
+  int64_t k = 0;
+  for (; k + streams * L <= count; k += streams * L)
+    for (int s = 0; s < streams; ++s) {
+      const vec<T> v = load<T>(p + k + s * L);
+      sums[s] += v * v;
+    }
+  double total = 0;
+  for (; k < count; ++k) total += double(p[k]) * p[k];
+  for (const vec<T> &sum : sums)
+    for (int l = 0; l < L; ++l) total += sum[l];
+  return total;
+}
+
 // The first sweep: rows in chunks, the norms of whose groups are added to `sums`, two places each.
 struct norms_sweep {
   template <class T, int A, int B, lie P, bool PLAIN, bool RADII>

@@ -231,6 +231,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._fused: dict[int, FusedTasks] = {}  # by parameter group
         self._carried: dict[_Pieces, tuple[Carried, _Seal]] = {}  # by job
         self._workspace = Workspace()
+        self._broken: list[Tensor] = []  # weights of a batch, one of which took a step that was not finite
         self._steps = 0  # that have come to their end, so that what one leaves is not where the next one writes
         defaults = {
             "lr": lr,
@@ -265,6 +266,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._fused = {}
         self._carried = {}
         self._workspace = Workspace()
+        self._broken = []
         self._steps = 0
         for group in self.param_groups:  # a checkpoint of torch.optim.SGD or of Geoopt knows fewer options
             group.setdefault("longest_step", math.inf)  # its buffers may be of any length
@@ -328,7 +330,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         Raises:
             RuntimeError: If a gradient is sparse. Nothing has changed then.
             FloatingPointError: If a gradient on a manifold is not finite and ``check_finite`` applies. Nothing has
-                changed then.
+                changed then. Or, after the step, if a weight is not finite itself.
         """
         loss = None
         if closure is not None:
@@ -375,6 +377,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._write(held)
         self._carried.update({pieces: (leaves, self._seal(pieces)) for pieces, leaves in left.items()})
         self._steps += 1
+        if self._broken:
+            raise self._broken_weight()
 
     def step_scales(self) -> dict[Tensor, Tensor]:
         """The divisors ``τ`` of the latest step.
@@ -512,8 +516,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
         None if nothing has to be known of them before the step, and the path can measure while it takes it.
         """
-        if isinstance(batch, kernels.Batch) and batch.by_rows and not _checks(options, batch.weights[0]):
-            return None
+        if isinstance(batch, kernels.Batch) and batch.by_rows:
+            checks = _checks(options, batch.weights[0])
+            if not checks or kernels.gradients_are_moderate(batch):
+                return None
         squared = kernels.squared_norms(batch)
         largest = torch.finfo(batch.dtype).max  # the sums are in float64
         if reads_for_free(squared) and float(squared.sum()) <= largest:
@@ -563,6 +569,14 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             f"RiemannianFGSGD: the gradient of {self._name_of(param)} on {manifold} is not finite (or its "
             "squared norm overflows); no parameter was changed. Lower the learning rate, clip the gradient, or use a "
             "GradScaler in half precision"
+        )
+
+    def _broken_weight(self) -> FloatingPointError:
+        weights, self._broken = self._broken, []
+        bad = next((weight for weight in weights if not bool(torch.isfinite(weight).all())), weights[0])
+        return FloatingPointError(
+            f"RiemannianFGSGD: {self._name_of(bad)} on {manifold_of(bad)} is not finite, or too large for its (finite) "
+            "gradient to be projected, so that was left out of the step. Go back to a checkpoint"
         )
 
     def _count_skipped(self, skipped: Tensor) -> None:
@@ -686,7 +700,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             self.state[param]["momentum_buffer"] = buffer
         if measured is None:
             tau, left_out = kernels.step_by_rows(cast(kernels.Batch, batch))
-            if left_out:
+            if left_out and _checks(options, tau):
+                self._broken += batch.weights
+            elif left_out:
                 self._count_skipped(torch.tensor(left_out, device=tau.device))
         else:
             squared, finite = measured
