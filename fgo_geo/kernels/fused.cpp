@@ -111,6 +111,8 @@ double step_scale(double norm, double rho, double curvature) {
 
 }  // namespace
 
+// What the language has no word for, where the processor does: whether any bit is set; values by index; four numbers from
+// each of several places to a vector, and back; and whether there are masks for a part of a vector.
 #ifdef FGO_AVX2
 #define FGO_FAST 0
 #else
@@ -132,7 +134,8 @@ double step_scale(double norm, double rho, double curvature) {
 #define FGO_ANY(m) (!_mm256_testz_si256((__m256i)m, (__m256i)m))
 #define FGO_LOOK_UP(values, index) _mm256_permutevar8x32_ps(values, (__m256i)index)
 #define FGO_JOIN(place) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(place(0))), _mm_loadu_ps(place(1)), 1)
-#define FGO_SPLIT(v, place) _mm_storeu_ps(place(0), _mm256_castps256_ps128(v)), _mm_storeu_ps(place(1), _mm256_extractf128_ps(v, 1))
+#define FGO_SPLIT(v, place) \
+  _mm_storeu_ps(place(0), _mm256_castps256_ps128(v)), _mm_storeu_ps(place(1), _mm256_extractf128_ps(v, 1))
 #include "fused_sweeps.hpp"
 #undef FGO_ANY
 #undef FGO_LOOK_UP
@@ -147,15 +150,14 @@ double step_scale(double norm, double rho, double curvature) {
 #define FGO_BYTES 64
 #define FGO_ANY(m) (_mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0)
 #define FGO_LOOK_UP(values, index) _mm512_permutexvar_ps((__m512i)index, values)
-#define FGO_JOIN(place)                                                                                      \
-  _mm512_insertf32x4(                                                                                        \
-      _mm512_insertf32x4(_mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(place(0))), _mm_loadu_ps(place(1)), 1), \
-                         _mm_loadu_ps(place(2)), 2),                                                         \
-      _mm_loadu_ps(place(3)), 3)
-#define FGO_SOME
-#define FGO_SPLIT(v, place)                                                                                  \
+#define FGO_FIRST(place) \
+  _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(place(0))), _mm_loadu_ps(place(1)), 1)
+#define FGO_JOIN(place) \
+  _mm512_insertf32x4(_mm512_insertf32x4(FGO_FIRST(place), _mm_loadu_ps(place(2)), 2), _mm_loadu_ps(place(3)), 3)
+#define FGO_SPLIT(v, place) \
   _mm_storeu_ps(place(0), _mm512_castps512_ps128(v)), _mm_storeu_ps(place(1), _mm512_extractf32x4_ps(v, 1)), \
       _mm_storeu_ps(place(2), _mm512_extractf32x4_ps(v, 2)), _mm_storeu_ps(place(3), _mm512_extractf32x4_ps(v, 3))
+#define FGO_MASKS
 #include "fused_sweeps.hpp"
 #endif
 

@@ -45,7 +45,7 @@ template <class T> FGO_INLINE vec<T> look_up(const vec<T> &values, const mask<T>
 template <class T> FGO_INLINE void store(T *p, vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 
 // The same of the first `count` numbers alone; a lane beyond them gets the first.
-#ifdef FGO_SOME
+#ifdef FGO_MASKS
 template <class T> FGO_INLINE vec<T> load_some(const T *p, int count) {
   const unsigned some = (1u << count) - 1;
   if constexpr (sizeof(T) == 4) return _mm512_mask_loadu_ps(_mm512_set1_ps(*p), some, p);
@@ -103,8 +103,8 @@ template <class T> FGO_INLINE void transpose(vec<T> *v) {
 
 // -- memory ------------------------------------------------------------------------------------------------------
 
-// How the kernels of a vector lie: an entry of all of them side by side, one kernel behind the other, or anyhow (then
-// there may also be fewer of them than lanes).
+// How the kernels of a vector lie: an entry of all of them side by side, one kernel behind the other, or anyhow. At the end
+// of a row there may be fewer of them than lanes.
 enum class lie { beside, behind, apart };
 
 // An address that the compiler has to take as it is: it would work out one per entry, more than there are registers for.
