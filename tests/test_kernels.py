@@ -359,22 +359,85 @@ def test_a_group_without_a_finite_gradient_is_left_out_and_counted(
 
 @built
 @pytest.mark.parametrize(
-    ("strategy", "check_finite", "calls"),
+    ("strategy", "check_finite", "scale", "calls"),
     [
-        ("po", False, ["fgo_step"]),
-        ("po", None, ["fgo_norms", "fgo_update"]),
-        ("pi", False, ["fgo_norms", "fgo_update"]),
+        ("po", False, 0.1, ["fgo_step"]),
+        ("po", None, 0.1, ["fgo_large", "fgo_step"]),
+        ("po", None, 1e18, ["fgo_large", "fgo_norms", "fgo_update"]),
+        ("pi", False, 0.1, ["fgo_norms", "fgo_update"]),
+        ("pi", None, 0.1, ["fgo_norms", "fgo_update"]),
     ],
 )
 def test_rows_are_measured_and_moved_at_once_where_nothing_is_to_be_refused(
-    strategy: str, check_finite: Any, calls: list[str], monkeypatch
+    strategy: str, check_finite: Any, scale: float, calls: list[str], monkeypatch
 ):
+    """Nothing is, where the squares of all gradients add up to a number. Where they don't, those of groups may."""
     called: list[str] = []
     run = cpu._Table.run
     monkeypatch.setattr(cpu._Table, "run", lambda table, name: (called.append(name), run(table, name))[1])
     weight = weight_on(product(strategy), torch.float32, torch.channels_last, 0)
-    trained("fused", [weight], 1, 0.1, momentum=0.9, check_finite=check_finite)
+    fused = trained("fused", [weight], 1, scale, momentum=0.9, check_finite=check_finite)
     assert called == calls
+    assert_close(fused, trained("reference", [weight], 1, scale, momentum=0.9), TOLERANCE[torch.float32])
+
+
+@built
+@pytest.mark.parametrize("instruction_set", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "largest"])
+def test_one_bad_entry_anywhere_is_found_and_refused(
+    instruction_set: int, dtype: torch.dtype, bad: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cpu, "_PER_THREAD", 64)
+    value = torch.finfo(dtype).max ** 0.55 if bad == "largest" else bad
+    shapes = [(3, 5, 3, 3), (4, 7, 3, 3), (2, 35, 3, 3)]
+    weights = [
+        weight_on(product("po", shape, radius=0.5), dtype, torch.channels_last, seed)
+        for seed, shape in enumerate(shapes)
+    ]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = RiemannianFGSGD(weights, lr=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    with limited_to(instruction_set), kernels.use_path("fused"):
+        for number, weight in enumerate(weights):
+            for place in torch.randperm(weight.numel(), generator=generator)[:40].tolist():
+                for own in weights:
+                    own.grad = torch.zeros_like(own)
+                weight.grad.as_strided((weight.numel(),), (1,))[place] = value
+                with pytest.raises(FloatingPointError, match=rf"params'\]\[{number}\].*no parameter was changed"):
+                    optimizer.step()
+    for weight, old in zip(weights, before, strict=True):
+        assert torch.equal(weight.detach(), old)
+    assert not optimizer.state
+
+
+@built
+def test_a_gradient_is_measured_at_radius_one_if_it_is_asked_to_be():
+    """Where the norm of the whole is finite, but not that of a group at radius one."""
+    weight = weight_on(product("po", (4, 6, 3, 3), radius=1e3), torch.float32, torch.channels_last, 0)
+    weight.grad = torch.full_like(weight, 1e17)
+    optimizer = RiemannianFGSGD([weight], lr=0.1, radius_invariant=True)
+    with pytest.raises(FloatingPointError, match="no parameter was changed"):
+        optimizer.step()
+    RiemannianFGSGD([weight], lr=0.1).step()
+
+
+@built
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(value: float):
+    """Its gradient does not tell. The others have taken their step by then."""
+    weights = [weight_on(product("po", (4, 6, 3, 3)), torch.float32, torch.channels_last, seed) for seed in (0, 1)]
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = RiemannianFGSGD([("first", weights[0]), ("second", weights[1])], lr=0.1)
+    with torch.no_grad():
+        weights[1][2, 3, 0, 0] = value
+    for _ in range(2):
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        with pytest.raises(FloatingPointError, match=r"'second', .* is not finite.*Go back to a checkpoint"):
+            optimizer.step()
+    assert not torch.equal(weights[0].detach(), before[0])
+    assert bool(torch.isfinite(weights[0]).all())
 
 
 @built
