@@ -141,13 +141,13 @@ def test_separate_projections_of_attention(name: str) -> None:
 
 @given(grouped=weights)
 def test_components_are_those_of_the_collections(grouped: Grouped) -> None:
-    """Every group is a run of one part, of the right kind, and its components hold the entries that they should."""
+    """Every group is in one part, of the right kind, and its components hold the entries that they should."""
     cut = partition_of(grouped)
     found: dict[int, tuple[str, list[np.ndarray]]] = {}
-    parts = zip(cut.kinds, cut.groups, cut.group_sizes, cut.split(numbered(grouped.shape)), strict=True)
-    for kind, groups, sizes, part in parts:
-        runs = np.split(part.numpy(), np.cumsum(sizes)[:-1])
-        found |= {int(group): (kind, list(run)) for group, run in zip(groups, runs, strict=True)}
+    parts = zip(cut.kinds, cut.groups, cut.segments, cut.split(numbered(grouped.shape)), strict=True)
+    for kind, groups, segments, part in parts:
+        of_component = segments.spread(torch.from_numpy(groups)).numpy()
+        found |= {int(group): (kind, list(part.numpy()[of_component == group])) for group in groups}
     expected = grouped.groups()
     assert sorted(found) == list(range(len(expected)))
     for number, (kind, components) in enumerate(expected):
@@ -217,8 +217,8 @@ def test_numbers_per_group_and_per_kernel_reach_their_components(grouped: Groupe
     cut = partition_of(grouped)
     groups = grouped.groups()
     per_group = cut.per_component(np.arange(len(groups)))
-    for numbers, values, sizes in zip(cut.groups, per_group, cut.group_sizes, strict=True):
-        np.testing.assert_array_equal(values, np.repeat(numbers, sizes))
+    for numbers, values, segments in zip(cut.groups, per_group, cut.segments, strict=True):
+        np.testing.assert_array_equal(values, segments.spread(torch.from_numpy(numbers)).numpy())
     cells = np.arange(grouped.layout.out_channels * grouped.layout.in_channels)
     per_kernel = cells.reshape(grouped.layout.out_channels, grouped.layout.in_channels)
     if grouped.collections[0].components == "block":
