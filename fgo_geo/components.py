@@ -18,7 +18,7 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -354,19 +354,14 @@ class KernelPartition(Partition):
 
     def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
         """Write ``merge(parts)`` into a weight; kernels that have to be sorted are sorted into its memory, at once."""
-        channels = weight.flatten(2)
-        if (
-            torch.compiler.is_compiling()
-            or self.inverse is None
-            or self.layout.storage != "conv"
-            or channels.data_ptr() != weight.data_ptr()
-            or parts[0].dtype != weight.dtype
-        ):
+        by_kernel, by_channel = weight.is_contiguous(), weight.movedim(1, -1).is_contiguous()
+        sorts = self.inverse is not None and self.layout.storage == "conv" and not torch.compiler.is_compiling()
+        if not sorts or not (by_kernel or by_channel) or parts[0].dtype != weight.dtype:
             super().put_(parts, weight)
             return
         kernels = [(part.mT if self._wide else part).flatten(1) for part in parts]
-        inverse = self.inverse.to(weight.device)
-        if channels.is_contiguous():
+        inverse, channels = cast(Tensor, self.inverse).to(weight.device), weight.flatten(2)
+        if by_kernel:
             torch.index_select(_rows(kernels), 0, inverse, out=channels.flatten(0, 1))
         else:
             planes, target = _joined_planes([part.mT for part in kernels]), channels.permute(2, 0, 1)

@@ -603,7 +603,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 x, buffer = fgsgd_update(
                     job.manifold,
                     job.x,
-                    job.grad if _are_ones(tau) else job.grad / job.spread(tau),
+                    job.grad if tau is None or _are_ones(tau) else job.grad / job.spread(tau),
                     job.buffer,
                     lr=options["lr"],
                     momentum=options["momentum"],
@@ -745,9 +745,9 @@ def _check_point(param: Tensor, name: Callable[[], str]) -> None:
         )
 
 
-def _are_ones(tau: Tensor | None) -> bool:
-    """Whether it is known for free that dividing by ``τ`` changes nothing."""
-    return tau is None or (reads_for_free(tau) and bool((tau == 1).all()))
+def _are_ones(tau: Tensor) -> bool:
+    """Whether it can be read for free that dividing by ``τ`` changes nothing, as for most gradients it does not."""
+    return reads_for_free(tau) and bool((tau == 1).all())
 
 
 def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
