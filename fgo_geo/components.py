@@ -18,7 +18,7 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -97,12 +97,13 @@ class WeightLayout:
 
 @dataclass(frozen=True)
 class Segments:
-    """Which of ``n`` components belong to which of ``G`` groups; the components of a group are neighbours.
+    """Which of ``n`` components belong to which of ``G`` groups.
 
     Attributes:
         count: Number of groups ``G``.
         total: Number of components ``n``.
-        labels: The group of every component, shape ``(n,)``; None if all groups have equally many.
+        labels: The group of every component, shape ``(n,)``; None if the groups are runs of equally many, one behind
+            the other.
 
     Example:
         >>> segments = Segments.of([2, 1])
@@ -118,11 +119,21 @@ class Segments:
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> Segments:
-        """Segments of the given sizes, all at least one."""
-        if len(set(sizes)) == 1:
-            return cls(len(sizes), sum(sizes))
-        labels = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-        return cls(len(sizes), sum(sizes), torch.from_numpy(labels))
+        """Runs of the given sizes, all at least one."""
+        return cls.labelled(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
+
+    @classmethod
+    def labelled(cls, labels: np.ndarray, count: int) -> Segments:
+        """Segments of components with the given labels, in any order; every one of the numbers below ``count`` occurs.
+
+        Example:
+            >>> Segments.labelled(np.array([1, 0, 1]), 2).sum(torch.tensor([1.0, 2.0, 5.0]))
+            tensor([2., 6.])
+        """
+        run, rest = divmod(len(labels), count)
+        if rest == 0 and bool((labels == np.repeat(np.arange(count), run)).all()):
+            return cls(count, len(labels))
+        return cls(count, len(labels), torch.from_numpy(labels.astype(np.int32)))
 
     @classmethod
     def joined(cls, parts: Sequence[Segments], device: torch.device) -> Segments:
@@ -143,9 +154,14 @@ class Segments:
             return self.labels.to(device)
         return self.spread(torch.arange(self.count, dtype=torch.int32, device=device))
 
+    @property
+    def are_components(self) -> bool:
+        """Whether every component is a group, with its own number."""
+        return self.labels is None and self.count == self.total
+
     def sum(self, values: Tensor) -> Tensor:
         """Sums over the groups: ``(n,)`` to ``(G,)``."""
-        if self.count == self.total:
+        if self.are_components:
             return values
         if self.labels is None:
             return values.reshape(self.count, -1).sum(1)
@@ -153,7 +169,7 @@ class Segments:
 
     def max(self, values: Tensor) -> Tensor:
         """Maxima over the groups: ``(n,)`` to ``(G,)``."""
-        if self.count == self.total:
+        if self.are_components:
             return values
         if self.labels is None:
             return values.reshape(self.count, -1).amax(1)
@@ -162,7 +178,7 @@ class Segments:
 
     def spread(self, values: Tensor) -> Tensor:
         """One value per group, repeated for its components: ``(G,)`` to ``(n,)``."""
-        if self.count == self.total:
+        if self.are_components:
             return values
         if self.labels is None:
             return values.unsqueeze(1).expand(-1, self.total // self.count).reshape(-1)
@@ -176,7 +192,7 @@ class Partition(nn.Module, abc.ABC):
 
     Attributes:
         kinds: Manifold kind of every part.
-        groups: For every part the numbers of its groups in the collection, in the order of its segments.
+        groups: For every part the numbers of its groups in the collection, in the order of its segments' labels.
         group_sizes: Number of components of every part's groups.
         counts: Number of every part's components.
         sizes: ``(A, B)`` of every part's components.
@@ -188,9 +204,8 @@ class Partition(nn.Module, abc.ABC):
     counts: tuple[int, ...]
     sizes: tuple[tuple[int, int], ...]
 
-    def __init__(self, layout: WeightLayout, group_sizes: Sequence[np.ndarray]) -> None:
+    def __init__(self, layout: WeightLayout, group_sizes: Sequence[np.ndarray], segments: Sequence[Segments]) -> None:
         super().__init__()
-        segments = [Segments.of(sizes.tolist()) for sizes in group_sizes]
         self.layout = layout
         self.group_sizes = tuple(group_sizes)
         self.counts = tuple(s.total for s in segments)
@@ -219,6 +234,15 @@ class Partition(nn.Module, abc.ABC):
         Returns:
             The weight.
         """
+
+    def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
+        """Write ``merge(parts)`` into a weight.
+
+        Args:
+            parts: The components of every part.
+            weight: Where to.
+        """
+        weight.copy_(self.merge(parts, weight))
 
     @abc.abstractmethod
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
@@ -270,8 +294,8 @@ def partition(collections: Sequence[Collection], layout: WeightLayout) -> Partit
 class KernelPartition(Partition):
     """Every kernel ``W[d, c]`` is a component, ``kh x kw`` (transposed if wide; three dimensions as ``kd kh x kw``).
 
-    The components of a part are sorted by group, so groups are segments. Costs one 32-bit index per kernel, and
-    another for the way back.
+    The components of a part are in the order of the weight's kernels, so that gathering them reads memory once, from
+    front to back. Costs one 32-bit index per kernel, another for the way back, and a label where groups are no runs.
 
     In memory the components are a structure of arrays: the kernel number runs fastest, so that one entry of all kernels
     is one long vector (see :func:`fgo_geo.linalg.small_product`).
@@ -284,7 +308,14 @@ class KernelPartition(Partition):
         kind_of_group = collection.group_kinds
         kinds = np.unique(kind_of_group)
         groups = tuple(np.flatnonzero(kind_of_group == kind) for kind in kinds)
-        super().__init__(layout, [collection.group_sizes[numbers] for numbers in groups])
+        order = np.argsort(collection.kind_of.ravel(), kind="stable").astype(np.int32)
+        position = np.empty(len(kind_of_group), np.int32)  # of a group among those of its kind
+        for numbers in groups:
+            position[numbers] = np.arange(len(numbers))
+        ends = np.cumsum([collection.group_sizes[numbers].sum() for numbers in groups])[:-1]
+        labels = np.split(position[collection.group_of.ravel()[order]], ends)
+        segments = [Segments.labelled(own, len(numbers)) for own, numbers in zip(labels, groups, strict=True)]
+        super().__init__(layout, [collection.group_sizes[numbers] for numbers in groups], segments)
         self.groups = groups
         self.kinds = tuple(collection.kinds[kind] for kind in kinds)
         *first, last = layout.kernel
@@ -292,7 +323,6 @@ class KernelPartition(Partition):
         self._matrix = (rows, columns)
         self._wide = rows < columns
         self.sizes = ((max(rows, columns), min(rows, columns)),) * len(kinds)
-        order = _sorted_by(np.concatenate(groups), collection.group_of.ravel())
         in_order = bool((order[:-1] < order[1:]).all())
         inverse = np.empty_like(order)
         inverse[order] = np.arange(len(order), dtype=order.dtype)
@@ -300,7 +330,7 @@ class KernelPartition(Partition):
         self.register_buffer("inverse", None if in_order else torch.from_numpy(inverse), persistent=False)
 
     def split(self, weight: Tensor) -> list[Tensor]:
-        """The kernels of every kind, sorted by group."""
+        """The kernels of every kind, in their order."""
         channels = self.layout.channels(weight).flatten(2)
         if _channels_last(channels):
             planes = _sorted_planes(channels.permute(2, 0, 1).flatten(1), self.order)
@@ -315,17 +345,34 @@ class KernelPartition(Partition):
         layout = self.layout
         parts = [(part.mT if self._wide else part).flatten(1) for part in parts]
         if like is not None and _channels_last(layout.channels(like).flatten(2)):
-            planes = _sorted_planes(torch.cat([part.mT for part in parts], 1), self.inverse)
+            planes = _sorted_planes(_joined_planes([part.mT for part in parts]), self.inverse)
             channels = planes.unflatten(1, (layout.out_channels, layout.in_channels)).permute(1, 2, 0)
         else:
             kernels = _sorted_rows(_rows(parts), self.inverse)
             channels = kernels.unflatten(0, (layout.out_channels, layout.in_channels))
         return layout.weight(channels.unflatten(2, layout.kernel))
 
+    def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
+        """Write ``merge(parts)`` into a weight; kernels that have to be sorted are sorted into its memory, at once."""
+        by_kernel, by_channel = weight.is_contiguous(), weight.movedim(1, -1).is_contiguous()
+        sorts = self.inverse is not None and self.layout.storage == "conv" and not torch.compiler.is_compiling()
+        if not sorts or not (by_kernel or by_channel) or parts[0].dtype != weight.dtype:
+            super().put_(parts, weight)
+            return
+        kernels = [(part.mT if self._wide else part).flatten(1) for part in parts]
+        inverse, channels = cast(Tensor, self.inverse).to(weight.device), weight.flatten(2)
+        if by_kernel:
+            torch.index_select(_rows(kernels), 0, inverse, out=channels.flatten(0, 1))
+        else:
+            planes, target = _joined_planes([part.mT for part in kernels]), channels.permute(2, 0, 1)
+            index = inverse.to(torch.int64).unflatten(0, target.shape[1:])
+            torch.gather(planes.unsqueeze(1).expand(-1, len(weight), -1), 2, index.expand_as(target), out=target)
+
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)``, or per kernel ``(D, C)``, in the order of the components of every part."""
         if values.ndim == 1:
-            return [np.repeat(values[g], sizes) for g, sizes in zip(self.groups, self.group_sizes, strict=True)]
+            labels = [own.spread(torch.arange(own.count)).numpy() for own in self.segments]
+            return [values[g][own] for g, own in zip(self.groups, labels, strict=True)]
         kernels = values.ravel()
         if self.order is not None:
             kernels = kernels[self.order.cpu().numpy()]
@@ -346,18 +393,19 @@ def _sorted_planes(planes: Tensor, order: Tensor | None) -> Tensor:
     """Kernels ``(n, K)``, stored as ``(K, n)``, in the given order."""
     if order is None:
         return planes
-    return planes.gather(1, order.to(planes.device, torch.int64).expand(planes.shape[0], -1))
+    index = order.to(planes.device, torch.int64)
+    return planes.gather(1, index.expand(len(planes), -1))
 
 
-# Narrow matrices are turned over one entry after the other, which is several times faster than torch's general copy;
-# torch.compile writes its own loops.
+# torch.compile writes its own loops. Torch copies a batch of one narrow matrix in a fraction of the time that it takes
+# to turn over the matrix alone, and joins on one core only.
 
 
 def _planes(kernels: Tensor) -> Tensor:
     """Kernels ``(n, K)`` stored as ``(K, n)``."""
     if torch.compiler.is_compiling():
         return kernels.mT.contiguous()
-    return torch.stack(kernels.unbind(1))
+    return kernels.mT[None].contiguous()[0]
 
 
 def _stored(planes: Tensor) -> Tensor:
@@ -372,21 +420,24 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
     """Kernels ``(n, K)`` one behind the other, stored kernel by kernel."""
     if torch.compiler.is_compiling() or all(part.is_contiguous() for part in parts):
         return torch.cat(list(parts))
-    rows = parts[0].new_empty(sum(len(part) for part in parts), parts[0].shape[1])
+    rows = parts[0].new_empty(1, sum(map(len, parts)), parts[0].shape[1])
+    return _fill(rows, [part[None] for part in parts])[0]
+
+
+def _joined_planes(parts: Sequence[Tensor]) -> Tensor:
+    """Kernels one behind the other, given and stored as ``(K, n)``."""
+    if torch.compiler.is_compiling():
+        return torch.cat(list(parts), 1)
+    return _fill(parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts)), parts)
+
+
+def _fill(joined: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Parts one behind the other along the second dimension."""
     start = 0
     for part in parts:
-        stop = start + len(part)
-        for entry in range(part.shape[1]):
-            rows[start:stop, entry] = part[:, entry]
-        start = stop
-    return rows
-
-
-def _sorted_by(groups: np.ndarray, group_of: np.ndarray) -> np.ndarray:
-    """Numbers of the components, the groups one behind the other in the given order."""
-    position = np.empty(len(groups), np.min_scalar_type(len(groups) - 1))  # short types are sorted faster
-    position[groups] = np.arange(len(groups))
-    return np.argsort(position[group_of], kind="stable").astype(np.int32)
+        joined.narrow(1, start, part.shape[1]).copy_(part)
+        start += part.shape[1]
+    return joined
 
 
 @dataclass(frozen=True)
@@ -461,7 +512,8 @@ class BlockPartition(Partition):
                     whole_rows.setdefault(key, []).append(own_rows)
             if shares:
                 bands.setdefault(shares, []).append((rows, columns))
-        super().__init__(layout, [np.ones(len(numbers), int) for numbers in parts.values()])
+        ones = [np.ones(len(numbers), int) for numbers in parts.values()]
+        super().__init__(layout, ones, [Segments(len(one), len(one)) for one in ones])
         self.kinds = tuple(kind for kind, *_ in parts)
         self.groups = tuple(np.array(numbers) for numbers in parts.values())
         self.sizes = tuple((max(a, b), min(a, b)) for _, a, b, _ in parts)

@@ -199,7 +199,7 @@ def norms_of_groups(cut: Partition, weight: Tensor) -> MatrixNorms:
     """
     per_part: list[MatrixNorms] = []
     for segments, components in zip(cut.segments, cut.split(weight), strict=True):
-        if segments.count == segments.total:
+        if segments.are_components:
             per_part.append(matrix_norms(components))
         else:
             labels = segments.spread(torch.arange(segments.count, device=components.device))

@@ -141,13 +141,13 @@ def test_separate_projections_of_attention(name: str) -> None:
 
 @given(grouped=weights)
 def test_components_are_those_of_the_collections(grouped: Grouped) -> None:
-    """Every group is a run of one part, of the right kind, and its components hold the entries that they should."""
+    """Every group is in one part, of the right kind, and its components hold the entries that they should."""
     cut = partition_of(grouped)
     found: dict[int, tuple[str, list[np.ndarray]]] = {}
-    parts = zip(cut.kinds, cut.groups, cut.group_sizes, cut.split(numbered(grouped.shape)), strict=True)
-    for kind, groups, sizes, part in parts:
-        runs = np.split(part.numpy(), np.cumsum(sizes)[:-1])
-        found |= {int(group): (kind, list(run)) for group, run in zip(groups, runs, strict=True)}
+    parts = zip(cut.kinds, cut.groups, cut.segments, cut.split(numbered(grouped.shape)), strict=True)
+    for kind, groups, segments, part in parts:
+        of_component = segments.spread(torch.from_numpy(groups)).numpy()
+        found |= {int(group): (kind, list(part.numpy()[of_component == group])) for group in groups}
     expected = grouped.groups()
     assert sorted(found) == list(range(len(expected)))
     for number, (kind, components) in enumerate(expected):
@@ -217,8 +217,8 @@ def test_numbers_per_group_and_per_kernel_reach_their_components(grouped: Groupe
     cut = partition_of(grouped)
     groups = grouped.groups()
     per_group = cut.per_component(np.arange(len(groups)))
-    for numbers, values, sizes in zip(cut.groups, per_group, cut.group_sizes, strict=True):
-        np.testing.assert_array_equal(values, np.repeat(numbers, sizes))
+    for numbers, values, segments in zip(cut.groups, per_group, cut.segments, strict=True):
+        np.testing.assert_array_equal(values, segments.spread(torch.from_numpy(numbers)).numpy())
     cells = np.arange(grouped.layout.out_channels * grouped.layout.in_channels)
     per_kernel = cells.reshape(grouped.layout.out_channels, grouped.layout.in_channels)
     if grouped.collections[0].components == "block":
@@ -299,6 +299,35 @@ def test_equal_blocks_of_one_kind_share_a_part() -> None:
     cut = partition([blocks], WeightLayout((8, 12)))
     assert cut.kinds == ("sphere", "stiefel")
     assert cut.counts == (2, 1)
+
+
+@given(grouped=weights, seed=st.integers(0, 99), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+def test_parts_are_put_where_they_came_from(grouped: Grouped, seed: int, dtype: torch.dtype) -> None:
+    """However a weight's dimensions are ordered in memory, and even if parts are in another precision than it is."""
+    cut = partition_of(grouped)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(grouped.shape, generator=generator)
+    parts = cut.split(weight)
+    for order in itertools.permutations(range(weight.ndim)):
+        inverse = [order.index(dim) for dim in range(weight.ndim)]
+        for room in (0, 1):  # in memory of its own, and as a part of a larger tensor
+            shape = [weight.shape[dim] for dim in order]
+            memory = torch.full((*shape[:-1], shape[-1] + room), torch.nan, dtype=dtype)
+            target = memory[..., : shape[-1]].permute(inverse)
+            cut.put_(parts, target)
+            assert torch.equal(target, weight.to(dtype))
+            assert int(memory.isnan().sum()) == memory.numel() - weight.numel()
+
+
+@given(grouped=weights)
+def test_kernels_of_a_part_are_in_the_order_of_the_weight(grouped: Grouped) -> None:
+    """So that they are gathered from front to back; blocks have an order of their own."""
+    if grouped.collections[0].components == "kernel":
+        kernels = grouped.layout.channels(numbered(grouped.shape)).flatten(2)
+        first_entries = kernels.flatten(0, 1).amin(1)
+        for part in partition_of(grouped).split(numbered(grouped.shape)):
+            found = torch.isin(first_entries, part.flatten(1).amin(1))
+            assert torch.equal(part.flatten(1).amin(1), first_entries[found])
 
 
 @given(grouped=sections_of_blocks())
@@ -409,6 +438,20 @@ def test_segments_are_loops_over_groups(sizes: list[int]) -> None:
     per_group = torch.arange(len(sizes))
     assert segments.spread(per_group).tolist() == np.repeat(np.arange(len(sizes)), sizes).tolist()
     assert (segments.labels is None) == (len(set(sizes)) == 1)
+
+
+@given(sizes=sizes_of_segments, data=st.data())
+def test_segments_in_any_order_are_loops_over_groups(sizes: list[int], data: st.DataObject) -> None:
+    runs = np.repeat(np.arange(len(sizes)), sizes)
+    labels = np.array(data.draw(st.permutations(runs.tolist())))
+    segments = Segments.labelled(labels, len(sizes))
+    values = torch.randn(len(labels), dtype=torch.float64)
+    members = [values[torch.from_numpy(labels == group)] for group in range(len(sizes))]
+    torch.testing.assert_close(segments.sum(values), torch.stack([own.sum() for own in members]))
+    assert torch.equal(segments.max(values), torch.stack([own.max() for own in members]))
+    assert segments.spread(torch.arange(len(sizes))).tolist() == labels.tolist()
+    assert segments.are_components == (labels.tolist() == list(range(len(labels))))
+    assert (segments.labels is None) == (len(set(sizes)) == 1 and (labels == runs).all())
 
 
 @given(parts=st.lists(sizes_of_segments, min_size=1, max_size=4))

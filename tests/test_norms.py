@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from layers import grouped_weights
 
 from fgo_geo import norms
-from fgo_geo.components import partition
+from fgo_geo.components import WeightLayout, partition
+from fgo_geo.grouping import collection
 from fgo_geo.norms import (
     MatrixNorms,
     conv_operator_norm_bound,
@@ -116,6 +117,16 @@ def test_norms_of_the_groups_of_a_weight_stand_in_the_order_of_the_collections(g
     actual = norms_of_groups(partition(grouped.collections, grouped.layout), weight)
     assert all(field.shape == (len(matrices),) and field.dtype == dtype for field in actual)
     assert_norms(actual, [oracle(m) for m in matrices], rtol=1e-13 if dtype == torch.float64 else 1e-7)
+
+
+def test_groups_of_one_kernel_each_are_in_the_order_of_their_channels():
+    """Which is not that of the kernels."""
+    groups = collection(3, 5, "pi", ("sphere", "oblique", "stiefel"), "random")
+    weight = randn((3, 5, 3, 3), seed=0)
+    kernels = [weight[d, c] for group in groups.groups for d, c in group.index]
+    cut = partition([groups], WeightLayout((3, 5, 3, 3)))
+    assert not any(segments.are_components for segments in cut.segments)
+    assert_norms(norms_of_groups(cut, weight), [oracle(kernel) for kernel in kernels], rtol=1e-13)
 
 
 def test_a_group_of_one_component_is_the_component():

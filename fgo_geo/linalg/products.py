@@ -275,13 +275,14 @@ def inner_sum(a: Tensor, b: Tensor, dim: tuple[int, ...]) -> Tensor:
         >>> inner_sum(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]), (-1,))
         tensor([25.])
     """
-    if dim != (-2,) or a.shape != b.shape or not _unrolled(a.shape[-2], a, b):
+    of_columns = dim == (-2,) or (dim == (-2, -1) and not torch.compiler.is_compiling())
+    if not of_columns or a.shape != b.shape or not _unrolled(a.shape[-2], a, b):
         return (a * b).sum(dim, keepdim=True)
     (left, right), *others = zip(a.split(1, -2), b.split(1, -2), strict=True)
     total = left * right
     for left, right in others:
         total.addcmul_(left, right)
-    return total
+    return total if dim == (-2,) else total.sum(-1, keepdim=True)
 
 
 def root_of_sum(a: Tensor, dim: tuple[int, ...]) -> Tensor:

@@ -634,7 +634,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             x, buffer = fgsgd_update(
                 job.manifold,
                 job.x,
-                job.grad if tau is None else job.grad / job.spread(tau),
+                job.grad if tau is None or _are_ones(tau) else job.grad / job.spread(tau),
                 job.buffer,
                 lr=options["lr"],
                 momentum=options["momentum"],
@@ -783,6 +783,11 @@ def _check_point(param: Tensor, name: Callable[[], str]) -> None:
         manifold.require_point(
             param.detach(), f"RiemannianFGSGD: {name()}", "move it there by `with torch.no_grad(): param.proj_()`"
         )
+
+
+def _are_ones(tau: Tensor) -> bool:
+    """Whether it can be read for free that dividing by ``τ`` changes nothing, as for most gradients it does not."""
+    return reads_for_free(tau) and bool((tau == 1).all())
 
 
 def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:

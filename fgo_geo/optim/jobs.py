@@ -165,7 +165,7 @@ def put_back(tensor: Tensor, manifold: geoopt.Manifold, components: dict[int, Te
     if not isinstance(manifold, ProductOfGroups):
         tensor.copy_(components[0])
     elif len(components) == len(manifold.partition.kinds):
-        tensor.copy_(manifold.partition.merge([components[part] for part in sorted(components)], tensor))
+        manifold.partition.put_([components[part] for part in sorted(components)], tensor)
     else:
         for part, blocks in components.items():
             put_blocks_(tensor, cast(BlockPartition, manifold.partition), part, blocks)
