@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fgo_geo.grouping import Collection
+from fgo_geo.linalg import reads_for_free
 
 __all__ = [
     "CONVOLUTIONS",
@@ -333,7 +334,7 @@ class KernelPartition(Partition):
         """The kernels of every kind, in their order."""
         channels = self.layout.channels(weight).flatten(2)
         if _channels_last(channels):
-            planes = _sorted_planes(channels.permute(2, 0, 1).flatten(1), self.order)
+            planes = self._planes_by_channel(channels)
         else:
             planes = _planes(_sorted_rows(channels.flatten(0, 1), self.order))
         kernels = _stored(planes).unflatten(0, self._matrix)
@@ -351,6 +352,20 @@ class KernelPartition(Partition):
             kernels = _sorted_rows(_rows(parts), self.inverse)
             channels = kernels.unflatten(0, (layout.out_channels, layout.in_channels))
         return layout.weight(channels.unflatten(2, layout.kernel))
+
+    def _planes_by_channel(self, channels: Tensor) -> Tensor:
+        """Kernels ``(D, C, K)``, stored as ``(D, K, C)``, in their order, as ``(K, n)``.
+
+        Gathered where they are: entry ``k`` of a kernel lies ``k C`` numbers behind its first one.
+        """
+        row, entries = channels.shape[1], channels.shape[2]
+        dense = channels.stride() == (row * entries, 1, row)
+        if self.order is None or not dense or channels.requires_grad or not reads_for_free(channels):
+            return _sorted_planes(channels.permute(2, 0, 1).flatten(1), self.order)
+        order = self.order.to(channels.device, torch.int64)
+        place = order + order.div(row, rounding_mode="floor") * ((entries - 1) * row)
+        stretches = channels.as_strided((entries, channels.numel() - (entries - 1) * row), (row, 1))
+        return stretches.gather(1, place.expand(entries, -1))
 
     def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
         """Write ``merge(parts)`` into a weight; kernels that have to be sorted are sorted into its memory, at once."""

@@ -346,20 +346,21 @@ class ComponentManifold(EmbeddedManifold):
         return self.radius**-2
 
     @__scaling__(ScalingInfo.NotCompatible)  # the bound would have to shrink with the wrapper's scale
-    def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None) -> Tensor:
-        """The retraction, given a bound on the length of ``u`` relative to the radius.
+    def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None, scale: float = 1.0) -> Tensor:
+        """The retraction along a multiple of ``u``, given a bound on the length of the step relative to the radius.
 
         An optimiser that knows how far it can step passes the bound, and manifolds that can make use of it do.
 
         Args:
             x: Points.
             u: Tangent vectors at ``x``.
-            bound: Bound on ``‖u‖ / r`` per component, or None if there is none.
+            bound: Bound on ``scale ‖u‖ / r`` per component, or None if there is none.
+            scale: Factor of ``u``.
 
         Returns:
-            ``retr(x, u)`` up to rounding.
+            ``retr(x, scale u)`` up to rounding.
         """
-        return self.retr(x, u)
+        return self.retr(x, scale * u)
 
     def extra_repr(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The radius, or its range."""

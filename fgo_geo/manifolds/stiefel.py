@@ -42,7 +42,6 @@ from fgo_geo.linalg import (
     small_product,
     subtract_part,
     subtract_product,
-    sym,
     takes_full_products,
     unrefined_precision,
 )
@@ -56,7 +55,10 @@ Retraction = Literal["polar", "qr"]
 def project_tangent(x: Tensor, u: Tensor, radius: float | Tensor = 1.0) -> Tensor:
     """Tangent projection, ``u - x sym(xᵀu) / r²`` ([Edelman1998]_, eq. 2.4)."""
     along = small_product(x.mT, u)
-    return subtract_product(u, x, sym(along) / radius**2)
+    twice = along + along.mT
+    if isinstance(radius, Tensor):
+        return subtract_product(u, x, twice / (2 * radius**2))
+    return subtract_product(u, x, twice, alpha=0.5 / radius**2)
 
 
 def exponential(q: Tensor, v: Tensor) -> Tensor:
@@ -223,7 +225,7 @@ class Stiefel(ComponentManifold):
 
     @computes_in_float32
     @takes_full_products
-    def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None) -> Tensor:
+    def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None, scale: float = 1.0) -> Tensor:
         """The polar retraction by matrix products alone, in a number of iterations that follows from the bound.
 
         Where reading is free (on the CPU, outside ``torch.compile``) the longest step of the batch is measured and
@@ -236,25 +238,27 @@ class Stiefel(ComponentManifold):
         Args:
             x: Points.
             u: Tangent vectors at ``x``.
-            bound: Bound on ``‖u‖ / r`` per component, or None if none is known.
+            bound: Bound on ``scale ‖u‖ / r`` per component, or None if none is known.
+            scale: Factor of ``u``.
 
         Returns:
-            ``retr(x, u)`` up to rounding.
+            ``retr(x, scale u)`` up to rounding.
         """
         if self.retraction != "polar":
-            return self.retr(x, u)
+            return self.retr(x, scale * u)
         radius = self.radius_for(x)
         squared = math.inf if bound is None else bound**2
-        excess = (inner_sum(u, u, (-2, -1)) / radius**2).squeeze((-2, -1))
+        excess = (inner_sum(u, u, (-2, -1)) * (scale / radius) ** 2).squeeze((-2, -1))
+        y = torch.add(x, u, alpha=scale)
         if u.numel() > 0 and reads_for_free(u):
-            return self.retract_measured(x + u, excess.detach(), squared)
+            return self.retract_measured(y, excess.detach(), squared)
         if not squared <= _LARGEST_BOUND**2:
-            return self.retr(x, u)
+            return radius * polar_factor(y)
         precision = torch.finfo(x.dtype).eps
         if squared + _DRIFT <= series_limit(precision):
-            return polar_series(x + u, radius)
+            return polar_series(y, radius)
         schedule = newton_schulz_schedule(squared, unrefined_precision(precision))
-        y = polar_newton_schulz(x + u, excess, schedule, radius)
+        y = polar_newton_schulz(y, excess, schedule, radius)
         return y if squared <= _POLISH_BOUND**2 else radius * polish(y / radius)
 
     @__scaling__(ScalingInfo.NotCompatible)

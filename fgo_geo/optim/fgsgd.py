@@ -131,6 +131,8 @@ def fgsgd_update(
             carried = manifold.proju(x, buffer) if lazy else buffer
             buffer = torch.add((1 - dampening) * grad if dampening else grad, carried, alpha=momentum)
         direction = grad + momentum * buffer if nesterov else buffer
+    if update == "retraction" and isinstance(manifold, ComponentManifold) and reads_for_free(x):
+        return manifold.retract_bounded(x, direction, bound, -float(lr)), buffer
     rate = lr.reshape(()) if isinstance(lr, Tensor) else lr  # without dimensions it leaves the type alone
     step = -rate * direction
     if update == "exponential":
