@@ -200,3 +200,31 @@ def test_gradients_of_plain_parameters_are_as_free_as_in_torch():
     RiemannianFGSGD([param], lr=0.1).step()
     torch.optim.SGD([twin], lr=0.1).step()
     torch.testing.assert_close(param, twin, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("lr", [float("inf"), float("nan"), -0.1, "0.1"])
+def test_a_learning_rate_that_was_changed_is_checked_before_anything_changes(lr):
+    weights = [geoopt.ManifoldParameter(torch.eye(20)[:, :16], manifold=Stiefel()), torch.nn.Parameter(torch.ones(3))]
+    optimizer = RiemannianFGSGD(weights, lr=0.1, momentum=0.9)
+    before = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.param_groups[0]["lr"] = lr
+    with pytest.raises(ValueError, match=r"lr must be a finite number of at least 0, got .*; no parameter was changed"):
+        optimizer.step()
+    assert all(torch.equal(weight.detach(), old) for weight, old in zip(weights, before, strict=True))
+    optimizer.param_groups[0]["lr"] = np.float32(0.1)
+    optimizer.step()
+
+
+def test_a_weight_that_is_not_finite_is_blamed_and_not_the_gradients_that_follow():
+    weights = [geoopt.ManifoldParameter(torch.eye(20)[:, :16], manifold=Stiefel()) for _ in range(2)]
+    optimizer = RiemannianFGSGD([("first", weights[0]), ("second", weights[1])], lr=0.1)
+    with torch.no_grad():
+        weights[1][0, 0] = float("nan")
+    for weight in weights:
+        weight.grad = torch.full_like(weight, float("nan"))
+    with pytest.raises(
+        FloatingPointError, match=r"'second', .*is not finite itself.*no parameter was changed.*checkpoint"
+    ):
+        optimizer.step()

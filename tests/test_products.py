@@ -60,15 +60,23 @@ def bfloat16_unit(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, by_columns])
 @pytest.mark.parametrize("batch", [(), (1,), (2,)])
 def test_a_small_part_is_subtracted_as_exactly_as_float32_can(batch, layout, from_left, bfloat16_unit) -> None:
-    c, part = layout(normal((*batch, 300, 300), 0)), 2.0**-15 * torch.tanh(sym(normal((*batch, 300, 300), 1)))
+    """Also where all roundings agree, as they do in a matrix of rank one."""
+    orthonormal = torch.linalg.qr(normal((*batch, 300, 300), 0, torch.float64))[0].float()
+    signs = normal((*batch, 300, 1), 1).sign()
+    for part in (sym(normal((*batch, 300, 300), 2)), signs @ signs.mT):
+        check_a_small_part(layout(orthonormal), 0.999 * 2.0**-15 / frobenius_norm(part).amax() * part, from_left)
+    assert bfloat16_unit == [True, True]
+
+
+def check_a_small_part(c: Tensor, part: Tensor, from_left: bool) -> None:
     left, right = (part, c) if from_left else (c, part)
     expected = c.double() - left.double() @ right.double()
     out = torch.full_like(c, math.nan)
     result = subtract_part(c, part, Workspace(), from_left=from_left, out=out)
-    assert bfloat16_unit == [True]
     assert result is out
-    row = float(c.norm(dim=-1).max())
-    assert float((result.double() - expected).abs().max()) <= 2.0**-22 * row
+    assert float(torch.linalg.matrix_norm(result.double() - expected, 2).max()) <= 2.0**-22
+    gram = gram_excess(result.double()) - gram_excess(expected)
+    assert float(gram.abs().max()) <= 2.0**-22
     assert not torch.equal(result, c)
 
 
@@ -155,9 +163,11 @@ def test_a_norm_without_a_temporary(shape: tuple[int, ...], seed: int) -> None:
         torch.testing.assert_close(frobenius_norm(stored), x.square().sum((-2, -1)).sqrt())
 
 
-def test_a_long_norm_is_exact() -> None:
-    x = torch.full((2000, 1000), 0.1)
-    assert float(frobenius_norm(x)) == pytest.approx(float(x.double().norm()), rel=3e-7)
+@pytest.mark.parametrize("shape", [(2000, 1000), (1_000_000, 4), (4, 1_000_000)])
+def test_a_long_norm_is_exact(shape: tuple[int, int]) -> None:
+    x = torch.full(shape, 0.1)
+    for stored in (x, by_columns(x)):
+        assert float(frobenius_norm(stored)) == pytest.approx(float(x.double().norm()), rel=1e-6)
 
 
 # -- the inverse root --------------------------------------------------------------------------------------------
@@ -197,6 +207,20 @@ def test_retractions_end_on_the_manifold_however_long_the_step(length: float, si
         u = u * (0.5 * length / u.norm())
         for bound in (length, None):
             assert float(manifold.violation(manifold.retract_bounded(x, u, bound).double())) <= 1.5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("length", [0.3, 1.0, 3.0, 10.0, 30.0, 90.0])
+def test_long_retractions_are_as_exact_as_their_gram_matrix(length: float, dtype: torch.dtype) -> None:
+    """Against a factorisation in double precision; a Gram matrix squares the step's length."""
+    manifold, eps = Stiefel(), torch.finfo(dtype).eps
+    x = torch.linalg.qr(normal((200, 100), 0, torch.float64))[0]
+    u = manifold.proju(x, normal((200, 1), 1, torch.float64) @ normal((1, 100), 2, torch.float64))
+    u = u * (length / u.norm())
+    expected = manifold.retr(x, u)
+    for bound in (length, None):
+        error = (manifold.retract_bounded(x.to(dtype), u.to(dtype), bound).double() - expected).abs().max()
+        assert float(error) <= 4 * eps * max(1.0, length**2 / 40)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------

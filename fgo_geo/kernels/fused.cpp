@@ -211,7 +211,8 @@ void share(const fgo_task *tasks, int64_t count, int threads, Units units, Run r
 int64_t all_chunks(const fgo_task &t) { return t.rows * chunks_per_row(t); }
 
 // How many tasks have gradients whose squares add up to half the largest number of their type or more, or to none: then a
-// group's norm may be too large, or not a number. Otherwise no group's is, since projections shorten, however it is dealt.
+// group's norm may be too large, or not a number. Otherwise no group's is, as long as weights are finite and of a sane size:
+// projections shorten, and weight decay adds little.
 template <class T> int64_t large_gradients(const fgo_task *tasks, int64_t count, const fgo_options &options, int threads) {
   std::vector<std::vector<double>> partial(threads, std::vector<double>(count, 0.0));
   share(tasks, count, threads, [](const fgo_task &t) { return t.rows * t.columns * t.a * t.b; },

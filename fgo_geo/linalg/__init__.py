@@ -16,6 +16,7 @@ All functions act on the last two dimensions and batch over the rest. The rest o
 from fgo_geo.linalg.closed_forms import has_closed_form, spectral_norm_3
 from fgo_geo.linalg.factors import matrix_exponential, polar_factor, qr_factor
 from fgo_geo.linalg.newton_schulz import (
+    REFINED,
     inverse_root_gap,
     newton_schulz_schedule,
     polar_newton_schulz,
@@ -43,6 +44,7 @@ from fgo_geo.linalg.values import reads_for_free, require_finite, traces
 from fgo_geo.linalg.workspace import Workspace
 
 __all__ = [
+    "REFINED",
     "Workspace",
     "computes_in_float32",
     "frobenius_norm",

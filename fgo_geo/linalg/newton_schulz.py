@@ -16,6 +16,7 @@ from torch import Tensor
 from fgo_geo.linalg.products import gram_excess, small_product, subtract_product
 
 __all__ = [
+    "REFINED",
     "inverse_root_gap",
     "newton_schulz_schedule",
     "polar_newton_schulz",
@@ -25,6 +26,9 @@ __all__ = [
     "series_limit",
     "unrefined_precision",
 ]
+
+REFINED = 1.0
+"""Norm of ``E`` up to which a step in small terms, :func:`refine_gap`, rounds less than it mends."""
 
 _SAFETY = 1.05  # head room for points that have drifted off the manifold
 
@@ -61,7 +65,7 @@ def newton_schulz_schedule(excess: float, precision: float) -> tuple[float, ...]
 
 
 def polar_newton_schulz(
-    y: Tensor, excess: Tensor | float, schedule: tuple[float, ...], radius: float | Tensor = 1.0
+    y: Tensor, excess: Tensor | float, schedule: tuple[float, ...], radius: float | Tensor = 1.0, refine: bool = False
 ) -> Tensor:
     r"""The polar factor of nearly orthonormal matrices by matrix products alone.
 
@@ -71,8 +75,7 @@ def polar_newton_schulz(
 
     so the long side enters two products only. The scale ``s² = 1.05 (1 + excess)`` leaves head room for points that
     have drifted off the manifold; the Gram matrix is formed from ``y`` itself, so that the drift is corrected too.
-    All ``B x B`` matrices are polynomials in ``M``: they commute. What rounding has left in ``Z``, and twice the digits
-    that the schedule has reached, are seen to by :func:`refine_gap`.
+    All ``B x B`` matrices are polynomials in ``M``: they commute.
 
     Args:
         y: Matrices with singular values in ``[1, sqrt(1 + excess)]`` times the radius, shape ``(..., A, B)``,
@@ -80,6 +83,8 @@ def polar_newton_schulz(
         excess: Bound per matrix, shape ``(...)``, or for all of them.
         schedule: Factors from :func:`newton_schulz_schedule`, for a bound at least as large as every ``excess``.
         radius: Factor of ``y`` and of the result; a tensor broadcasts against ``y``.
+        refine: Let :func:`refine_gap` double the digits that the schedule has reached, and see to what rounding has
+            left; for an ``excess`` of at most :data:`REFINED`.
 
     Returns:
         Matrices with orthonormal columns times the radius, shape ``(..., A, B)``.
@@ -91,11 +96,11 @@ def polar_newton_schulz(
                 [0., 1.]])
     """
     bound = excess[..., None, None] if isinstance(excess, Tensor) else excess
-    return subtract_product(y, y, _newton_schulz_gap(gram_excess(y, radius), bound, schedule))
+    return subtract_product(y, y, _newton_schulz_gap(gram_excess(y, radius), bound, schedule, refine))
 
 
 def _newton_schulz_gap(
-    excess: Tensor, bound: Tensor | float, schedule: tuple[float, ...], out: Tensor | None = None
+    excess: Tensor, bound: Tensor | float, schedule: tuple[float, ...], refine: bool, out: Tensor | None = None
 ) -> Tensor:
     """``I - (I + E)^{-1/2}`` for eigenvalues of ``E`` in ``[0, bound]``, and some head room on either side."""
     top = _SAFETY * (1 + bound)
@@ -107,6 +112,8 @@ def _newton_schulz_gap(
         inverse_root = factor if step == 0 else small_product(inverse_root, factor)
         if step + 1 < len(schedule):
             gram = small_product(small_product(gram, factor), factor)
+    if not refine:
+        return torch.sub(identity, inverse_root * top**-0.5, out=out)
     return refine_gap(excess, identity - inverse_root * top**-0.5, out=out)
 
 
@@ -114,8 +121,8 @@ def refine_gap(excess: Tensor, gap: Tensor, *, out: Tensor | None = None) -> Ten
     r"""Newton's step for ``Z = (I + E)^{-1/2}``, ``Z <- Z (I + R/2)`` with ``R = I - Z (I + E) Z``, for ``H = I - Z``.
 
     Written with ``H`` and ``E`` alone, ``R = K - E + K E`` for ``K = 2 H - H²``, no sum has terms larger than these: a
-    product with ``Z``, whose diagonal is near one, would be rounded to the digits of one. An error ``ε`` of the
-    singular values of ``y Z`` becomes ``3 ε² / 2``.
+    product with ``Z``, whose diagonal is near one, would be rounded to the digits of one. That helps as long as they
+    are small, up to ``‖E‖`` of :data:`REFINED`. An error ``ε`` of the singular values of ``y Z`` becomes ``3 ε² / 2``.
 
     Args:
         excess: Symmetric matrices ``E``, shape ``(..., B, B)``.
@@ -231,7 +238,9 @@ def inverse_root_gap(excess: Tensor, norm: float, *, out: Tensor | None = None) 
             return _series_gap(excess, terms, out)
     if norm <= series_limit(unrefined_precision(precision), 4):
         return refine_gap(excess, _series_gap(excess, 4), out=out)
-    return _newton_schulz_gap(excess, norm, newton_schulz_schedule(norm, unrefined_precision(precision)), out)
+    refine = norm <= REFINED
+    schedule = newton_schulz_schedule(norm, unrefined_precision(precision) if refine else precision)
+    return _newton_schulz_gap(excess, norm, schedule, refine, out)
 
 
 def polish(y: Tensor) -> Tensor:

@@ -114,15 +114,15 @@ def subtract_product(
     return total
 
 
-_SMALL = 2.0**-15  # largest entry of a part up to which rounding to 8 bits does not show in c - c @ part
+_SMALL = 2.0**-15  # Frobenius norm of a part up to which rounding to 8 bits does not show in c - c @ part
 _WIDE_PART = 256  # columns; for fewer, rounding and adding take what the product saves
 
 
 def subtract_part(c: Tensor, part: Tensor, workspace: Workspace, *, from_left: bool = False, out: Tensor) -> Tensor:
     """``c - c @ part`` for a part that may be small; then its product is rounded, where that is faster.
 
-    If no entry of the part is larger than 2^-15, the eight bits of bfloat16 leave errors below 2^-22 of the norm of a
-    row of ``c``, of the size of what float32 does itself; where the processor has a unit for such products
+    Up to a Frobenius norm of the part of 2^-15, the eight bits of bfloat16 leave an error whose norm is at most 2^-22
+    that of ``c``, however the roundings agree; where the processor has a unit for such products
     (:func:`~fgo_geo.linalg.precision.multiplies_bfloat16`) they take a quarter of the time. Reads values, so it is for
     where that is free.
 
@@ -153,11 +153,13 @@ def subtract_part(c: Tensor, part: Tensor, workspace: Workspace, *, from_left: b
 
 
 def _rounds(c: Tensor, part: Tensor) -> bool:
+    """Whether the product of a matrix and its part is rounded: where that is exact enough, and faster."""
     wide = c.dtype == torch.float32 and min(c.shape[-2:]) >= _WIDE_PART
-    return wide and multiplies_bfloat16() and all(abs(float(end)) <= _SMALL for end in torch.aminmax(part))
+    return wide and multiplies_bfloat16() and float(frobenius_norm(part).amax()) <= _SMALL
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """``a @ b`` by torch."""
     if _are_single(a, b):
         product = torch.mm(_flat(a), _flat(b), out=None if out is None else _flat(out))
         return product.reshape(*a.shape[:-1], b.shape[-1]) if out is None else out
@@ -165,6 +167,7 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _minus(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, out: Tensor | None) -> Tensor:
+    """``beta c - alpha a @ b`` by torch."""
     if _are_single(c, a, b):
         result = torch.addmm(
             _flat(c), _flat(a), _flat(b), beta=beta, alpha=-alpha, out=None if out is None else _flat(out)
@@ -307,11 +310,15 @@ def root_of_sum(a: Tensor, dim: tuple[int, ...]) -> Tensor:
     return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
-def frobenius_norm(x: Tensor) -> Tensor:
-    """Frobenius norms of matrices; without a temporary of their size, unless the batch runs fastest in memory.
+_LONG_LINE = 2**13  # numbers, beyond which a norm that torch takes of a line is off by more than 1e-6
 
-    Lines that lie together in memory are added up first: over two million entries in single precision
-    ``torch.linalg.vector_norm`` is off by 3e-5.
+
+def frobenius_norm(x: Tensor) -> Tensor:
+    """Frobenius norms of matrices; mostly without a temporary of their size.
+
+    Lines that lie together in memory are added up first, and their sums pairwise: over two million entries in single
+    precision ``torch.linalg.vector_norm`` is off by 3e-5. Long lines, and batches that run fastest in memory, are left
+    to :func:`root_of_sum`.
 
     Args:
         x: Matrices, shape ``(..., A, B)``.
@@ -323,10 +330,10 @@ def frobenius_norm(x: Tensor) -> Tensor:
         >>> frobenius_norm(torch.tensor([[3.0, 4.0], [0.0, 12.0]]))
         tensor(13.)
     """
-    if _is_struct_of_arrays(x):
-        return root_of_sum(x, (-2, -1)).squeeze((-2, -1))
     together = -2 if _goes_by_columns(x) else -1
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(x, dim=together), dim=-1)
+    if _is_struct_of_arrays(x) or x.shape[together] > _LONG_LINE:
+        return root_of_sum(x, (-2, -1)).squeeze((-2, -1))
+    return torch.linalg.vector_norm(x, dim=together).square().sum(-1).sqrt()
 
 
 def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:

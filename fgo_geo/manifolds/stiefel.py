@@ -24,6 +24,7 @@ from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
 from fgo_geo.linalg import (
+    REFINED,
     Workspace,
     computes_in_float32,
     frobenius_norm,
@@ -137,6 +138,7 @@ _LARGEST_BOUND = 100.0  # beyond, the Gram matrix is too ill-conditioned for sin
 
 
 def _put(x: Tensor, out: Tensor | None) -> Tensor:
+    """A tensor, where it is wanted."""
     return x if out is None else out.copy_(x)
 
 
@@ -257,8 +259,9 @@ class Stiefel(ComponentManifold):
         precision = torch.finfo(x.dtype).eps
         if squared + _DRIFT <= series_limit(precision):
             return polar_series(y, radius)
-        schedule = newton_schulz_schedule(squared, unrefined_precision(precision))
-        y = polar_newton_schulz(y, excess, schedule, radius)
+        refine = squared <= REFINED
+        schedule = newton_schulz_schedule(squared, unrefined_precision(precision) if refine else precision)
+        y = polar_newton_schulz(y, excess, schedule, radius, refine)
         return y if squared <= _POLISH_BOUND**2 else radius * polish(y / radius)
 
     @__scaling__(ScalingInfo.NotCompatible)
@@ -267,9 +270,8 @@ class Stiefel(ComponentManifold):
         self,
         y: Tensor,
         explained: Tensor,
-        squared: float = math.inf,
-        workspace: Workspace | None = None,
-        out: Tensor | None = None,
+        squared: float = 1.0,
+        memory: tuple[Workspace, Tensor] | None = None,
     ) -> Tensor:
         """The polar retraction of ``y = x + u``, where reading values is free.
 
@@ -280,13 +282,19 @@ class Stiefel(ComponentManifold):
             y: Points moved along tangent vectors, shape ``(..., A, B)``.
             explained: ``‖u‖² / r²`` per component, shape ``(...)``.
             squared: Bound on it, used if it is not a number.
-            workspace: Memory for temporaries, with ``out``; fresh memory if left out.
-            out: Where to put the result; it shares no memory with ``y``.
+            memory: Memory for temporaries (its purposes "excess" and "gap"), and where to put the result, which shares
+                no memory with ``y``; fresh memory if left out.
 
         Returns:
             ``r y (yᵀy)^{-1/2}`` up to rounding.
+
+        Example:
+            >>> Stiefel().retract_measured(torch.tensor([[1.0], [0.75]]), torch.tensor(0.5625))
+            tensor([[0.8000],
+                    [0.6000]])
         """
         radius = self.radius_for(y)
+        workspace, out = (None, None) if memory is None else memory
         longest = float(explained.amax())
         squared = squared if math.isnan(longest) else longest
         if not squared <= _LARGEST_BOUND**2:

@@ -22,6 +22,7 @@ tangent at the point that its step started from. Manifolds of Geoopt that define
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args, overload
 
@@ -233,7 +234,6 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._fused: dict[int, FusedTasks] = {}  # by parameter group
         self._carried: dict[_Pieces, tuple[Carried, _Seal]] = {}  # by job
         self._workspace = Workspace()
-        self._broken: list[Tensor] = []  # weights of a batch, one of which took a step that was not finite
         self._steps = 0  # that have come to their end, so that what one leaves is not where the next one writes
         defaults = {
             "lr": lr,
@@ -268,7 +268,6 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._fused = {}
         self._carried = {}
         self._workspace = Workspace()
-        self._broken = []
         self._steps = 0
         for group in self.param_groups:  # a checkpoint of torch.optim.SGD or of Geoopt knows fewer options
             group.setdefault("longest_step", math.inf)  # its buffers may be of any length
@@ -333,6 +332,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             RuntimeError: If a gradient is sparse. Nothing has changed then.
             FloatingPointError: If a gradient on a manifold is not finite and ``check_finite`` applies. Nothing has
                 changed then. Or, after the step, if a weight is not finite itself.
+
+        Anything else that is raised on the way, by a manifold of your own or by Ctrl-C, leaves every parameter as it
+        was before its step or after it.
         """
         loss = None
         if closure is not None:
@@ -354,6 +356,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         return loss
 
     def _step_groups(self, groups: Sequence[_Options]) -> None:
+        if not torch.compiler.is_compiling():
+            for group in groups:
+                _check_rate(group["lr"])
         work = [(group, *self._prepare(number, group)) for number, group in enumerate(groups)]
         norms = [[self._group_norms(group, job) for job in jobs] for group, _, _, jobs in work]
         fused_norms = [[self._fused_norms(group, batch) for batch in batches] for group, _, batches, _ in work]
@@ -365,6 +370,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._carried.clear()
         left: dict[_Pieces, Carried] = {}
         held: list[_Result] = []
+        broken: list[Tensor] = []
         for (group, _, _, jobs), squared_norms in zip(work, norms, strict=True):
             for job, squared in zip(jobs, squared_norms, strict=True):
                 results = self._move(group, job, squared, carried, left)
@@ -375,12 +381,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         for (group, plain, batches, _), fused_squared in zip(work, fused_norms, strict=True):
             self._step_plain(group, plain)
             for batch, measured in zip(batches, fused_squared, strict=True):
-                self._step_fused(group, batch, measured)
+                self._step_fused(group, batch, measured, broken)
         self._write(held)
         self._carried.update({pieces: (leaves, self._seal(pieces)) for pieces, leaves in left.items()})
         self._steps += 1
-        if self._broken:
-            raise self._broken_weight()
+        if broken:
+            raise self._broken_weight(broken, "all others have taken their step")
 
     def step_scales(self) -> dict[Tensor, Tensor]:
         """The divisors ``τ`` of the latest step.
@@ -567,18 +573,20 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         raise self._not_finite(bad.param, bad.manifold)
 
     def _not_finite(self, param: Tensor, manifold: geoopt.Manifold) -> FloatingPointError:
+        weights = [weight for group in self.param_groups for weight in group["params"] if weight.is_floating_point()]
+        if not all(bool(torch.isfinite(weight).all()) for weight in weights):  # its gradients follow, and all others
+            return self._broken_weight(weights, "no parameter was changed")
         return FloatingPointError(
             f"RiemannianFGSGD: the gradient of {self._name_of(param)} on {manifold} is not finite (or its "
             "squared norm overflows); no parameter was changed. Lower the learning rate, clip the gradient, or use a "
             "GradScaler in half precision"
         )
 
-    def _broken_weight(self) -> FloatingPointError:
-        weights, self._broken = self._broken, []
+    def _broken_weight(self, weights: Sequence[Tensor], outcome: str) -> FloatingPointError:
         bad = next((weight for weight in weights if not bool(torch.isfinite(weight).all())), weights[0])
         return FloatingPointError(
-            f"RiemannianFGSGD: {self._name_of(bad)} on {manifold_of(bad)} is not finite, or too large for its (finite) "
-            "gradient to be projected, so that was left out of the step. Go back to a checkpoint"
+            f"RiemannianFGSGD: {self._name_of(bad)} is not finite itself, or so large that its gradient with weight "
+            f"decay is not; {outcome}. Go back to a checkpoint"
         )
 
     def _count_skipped(self, skipped: Tensor) -> None:
@@ -623,7 +631,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     ) -> list[_Result]:
         """Where a job goes, by pieces; what it leaves for the next step is added to ``left``.
 
-        Nothing is written but what is whole, at the very end.
+        Nothing of the job is written but points that are whole, at its very end.
         """
         tau = _step_scale(options, job, squared.sqrt())
         bound = _step_bound(options, job, _longest_step(options))
@@ -696,14 +704,16 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         options: _Options,
         batch: kernels.Batch | kernels.TracedBatch,
         measured: tuple[Tensor, Tensor | None] | None,
+        broken: list[Tensor],
     ) -> None:
+        """The step of a batch; if one of its weights is not finite itself, they are added to ``broken``."""
         _longest_step(options)  # the batched code may take over after a change of path
         for param, buffer in batch.fresh_buffers():
             self.state[param]["momentum_buffer"] = buffer
         if measured is None:
             tau, left_out = kernels.step_by_rows(cast(kernels.Batch, batch))
             if left_out and _checks(options, tau):
-                self._broken += batch.weights
+                broken += batch.weights
             elif left_out:
                 self._count_skipped(torch.tensor(left_out, device=tau.device))
         else:
@@ -767,6 +777,15 @@ def _check_options(options: dict[str, Any]) -> None:
     stabilize = options["stabilize"]
     if stabilize is not None and not (isinstance(stabilize, int) and stabilize > 0):
         raise ValueError(f"RiemannianFGSGD: stabilize must be None or a positive integer, got {stabilize!r}")
+
+
+def _check_rate(lr: object) -> None:
+    """Raise ValueError if a learning rate that was changed since is out of range; a tensor is not read."""
+    if not isinstance(lr, Tensor) and not (isinstance(lr, numbers.Real) and 0 <= lr < math.inf):
+        raise ValueError(
+            f"RiemannianFGSGD: lr must be a finite number of at least 0, got {lr!r}; no parameter was changed. "
+            "Look at what has set param_groups[...]['lr'] since the last step"
+        )
 
 
 def _register(param: Tensor) -> None:

@@ -228,7 +228,7 @@ def shared_products_step(
             slip += float(squared_length.amax()) ** 0.5  # rounding
             return subtract_part(y, gap, workspace, out=out), m, Carried(along, drift, slip)
     explained = (lr * frobenius_norm(m) / over_components(radius)).square()
-    moved = manifold.retract_measured(y, explained, workspace=workspace, out=out)
+    moved = manifold.retract_measured(y, explained, memory=(workspace, out))
     return moved, m, None if lowers_products() else Carried(None, 1.0, 0.0)
 
 
