@@ -781,7 +781,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _check_rate(lr: object) -> None:
     """Raise ValueError if a learning rate that was changed since is out of range; a tensor is not read."""
-    if not isinstance(lr, Tensor) and not (isinstance(lr, numbers.Real) and 0 <= lr < math.inf):
+    if not isinstance(lr, Tensor) and not (isinstance(lr, numbers.Real) and 0 <= float(lr) < math.inf):
         raise ValueError(
             f"RiemannianFGSGD: lr must be a finite number of at least 0, got {lr!r}; no parameter was changed. "
             "Look at what has set param_groups[...]['lr'] since the last step"
