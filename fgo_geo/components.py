@@ -412,6 +412,8 @@ def _sorted_planes(planes: Tensor, order: Tensor | None) -> Tensor:
     return planes.gather(1, index.expand(len(planes), -1))
 
 
+_MANY = 2**16  # entries, for more than one core to be of use
+
 # torch.compile writes its own loops. Torch copies a batch of one narrow matrix in a fraction of the time that it takes
 # to turn over the matrix alone, and joins on one core only.
 
@@ -441,9 +443,10 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
 
 def _joined_planes(parts: Sequence[Tensor]) -> Tensor:
     """Kernels one behind the other, given and stored as ``(K, n)``."""
-    if torch.compiler.is_compiling():
+    total = sum(part.shape[1] for part in parts)
+    if torch.compiler.is_compiling() or len(parts[0]) * total <= _MANY:
         return torch.cat(list(parts), 1)
-    return _fill(parts[0].new_empty(len(parts[0]), sum(part.shape[1] for part in parts)), parts)
+    return _fill(parts[0].new_empty(len(parts[0]), total), parts)
 
 
 def _fill(joined: Tensor, parts: Sequence[Tensor]) -> Tensor:

@@ -319,6 +319,18 @@ def test_parts_are_put_where_they_came_from(grouped: Grouped, seed: int, dtype: 
             assert int(memory.isnan().sum()) == memory.numel() - weight.numel()
 
 
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_many_kernels_are_merged_and_put_where_they_came_from(format: torch.memory_format) -> None:
+    groups = collection(96, 96, "pio", ("sphere", "oblique", "stiefel"), "random")
+    cut = partition([groups], WeightLayout((96, 96, 3, 3)))
+    weight = torch.randn(96, 96, 3, 3).to(memory_format=format)
+    parts = cut.split(weight)
+    assert torch.equal(cut.merge(parts, weight), weight)
+    target = torch.empty_like(weight)
+    cut.put_(parts, target)
+    assert torch.equal(target, weight)
+
+
 @given(grouped=weights)
 def test_kernels_of_a_part_are_in_the_order_of_the_weight(grouped: Grouped) -> None:
     """So that they are gathered from front to back; blocks have an order of their own."""

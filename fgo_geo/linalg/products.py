@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 _UNROLLED = 64  # terms of a sum; longer ones keep a reduction busy
+_MANY = 2**16  # entries; of fewer, a product in memory costs less than calls
 
 
 def _is_struct_of_arrays(x: Tensor) -> bool:
@@ -278,7 +279,7 @@ def inner_sum(a: Tensor, b: Tensor, dim: tuple[int, ...]) -> Tensor:
         >>> inner_sum(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]), (-1,))
         tensor([25.])
     """
-    of_columns = dim == (-2,) or (dim == (-2, -1) and not torch.compiler.is_compiling())
+    of_columns = dim == (-2,) or (dim == (-2, -1) and not torch.compiler.is_compiling() and a.numel() > _MANY)
     if not of_columns or a.shape != b.shape or not _unrolled(a.shape[-2], a, b):
         return (a * b).sum(dim, keepdim=True)
     (left, right), *others = zip(a.split(1, -2), b.split(1, -2), strict=True)
