@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import (
+    ENTRIES,
     HALF,
     METHODS,
     SPHERICAL,
@@ -260,3 +261,13 @@ def test_compiled_projx_asserts_finiteness() -> None:
     projx = torch.compile(Oblique().projx, fullgraph=True, backend="eager")
     with pytest.raises(RuntimeError, match=r"Oblique.projx has non-finite entries"):
         projx(torch.full((3, 3), math.nan))
+
+
+def test_bounds_that_change_are_compiled_rung_by_rung() -> None:
+    """The schedule of a bound that is a symbol, as one that changes is inside torch.compile, is that of a constant."""
+    case = fixed(ENTRIES[3], 3, 5, 4, dtype=torch.float32)
+    x = case.point()
+    compiled = torch.compile(case.manifold.retract_bounded, fullgraph=True, backend="aot_eager")
+    for bound in (0.3, 0.31, 0.4, 1e-7, 0.9, 30.0, 101.0):
+        u = case.tangent(x, min(bound, 0.3))
+        torch.testing.assert_close(compiled(x, u, bound), case.manifold.retr(x, u), rtol=0, atol=32 * case.eps)

@@ -137,6 +137,21 @@ _POLISH_BOUND = 1.0  # beyond, the result is polished
 _LARGEST_BOUND = 100.0  # beyond, the Gram matrix is too ill-conditioned for single precision
 
 
+_RUNGS = (*(4.0**k for k in range(-12, 7)), _LARGEST_BOUND**2)
+
+
+def _rung(squared: float) -> float:
+    """A bound not much larger, one of a few.
+
+    Inside ``torch.compile`` a number that changes is a symbol, from which a schedule cannot be worked out; these are
+    constants, and a step is compiled once for each.
+    """
+    for rung in _RUNGS:
+        if squared <= rung:
+            return rung
+    return math.inf
+
+
 def _put(x: Tensor, out: Tensor | None) -> Tensor:
     """A tensor, where it is wanted."""
     return x if out is None else out.copy_(x)
@@ -254,6 +269,8 @@ class Stiefel(ComponentManifold):
         y = torch.add(x, u, alpha=scale)
         if u.numel() > 0 and reads_for_free(u):
             return self.retract_measured(y, excess.detach(), squared)
+        if torch.compiler.is_compiling():
+            squared = _rung(squared)
         if not squared <= _LARGEST_BOUND**2:
             return radius * polar_factor(y)
         precision = torch.finfo(x.dtype).eps
