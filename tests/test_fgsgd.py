@@ -611,3 +611,17 @@ def test_a_group_may_be_empty_but_not_the_optimizer():
     run(RiemannianFGSGD([{"params": []}, {"params": [param]}], lr=0.1), 1)
     with pytest.raises(ValueError, match="empty parameter list"):
         RiemannianFGSGD([], lr=0.1)
+
+
+def test_a_retraction_of_ones_own_is_the_one_that_is_taken():
+    class Lazy(ScaledSphere):
+        def retr(self, x, u):
+            return super().retr(x, 0.5 * u)
+
+    ends = []
+    for manifold, lr in ((Lazy(), 0.2), (ScaledSphere(), 0.1)):
+        x = geoopt.ManifoldParameter(torch.tensor([1.0, 0.0, 0.0]), manifold=manifold)
+        x.grad = torch.tensor([0.0, 0.3, 0.2])
+        RiemannianFGSGD([x], lr=lr).step()
+        ends.append(x.detach().as_subclass(Tensor))
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-7)

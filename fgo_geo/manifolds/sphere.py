@@ -55,9 +55,9 @@ def project_tangent(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
     return torch.addcmul(u, x, inner_sum(x, u, dim) / radius**2, value=-1)
 
 
-def retract(x: Tensor, u: Tensor, radius: Radius, dim: Dims, scale: float = 1.0) -> Tensor:
-    """Metric projection of ``y = x + scale u``: ``r y / ‖y‖``, a second-order retraction."""
-    return _onto(torch.add(x, u, alpha=scale), radius, dim)
+def retract(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
+    """Metric projection of ``x + u``: ``r (x + u) / ‖x + u‖``, a second-order retraction."""
+    return _onto(x + u, radius, dim)
 
 
 def exponential(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
@@ -146,11 +146,6 @@ class SphericalManifold(ComponentManifold):
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Second-order retraction, ``r (x + u) / ‖x + u‖``."""
         return retract(x, u, self.radius_for(x), self._dims)
-
-    @computes_in_float32
-    def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None, scale: float = 1.0) -> Tensor:
-        """``retr(x, scale u)``, whatever the bound."""
-        return retract(x, u, self.radius_for(x), self._dims, scale)
 
     @computes_in_float32
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
