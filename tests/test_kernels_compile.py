@@ -69,6 +69,25 @@ def test_a_compiled_step_is_fused(backend: str, options: dict[str, Any], monkeyp
 
 
 @built
+def test_optimisers_of_other_sizes_and_layouts_are_compiled_and_fused_after_one_another(monkeypatch):
+    """torch.compile takes sizes and strides that it has seen change for symbols."""
+    torch._dynamo.reset()
+    fused = []
+    monkeypatch.setattr(cpu, "update", lambda batch, *rest, do=cpu.update: (fused.append(batch), do(batch, *rest)))
+    for count, (size, memory_format) in enumerate([(6, FORMATS[4][0]), (6, FORMATS[4][1]), (8, FORMATS[4][0])], 1):
+        weight = weight_on(product("pio", (size, 5, 3, 3)), torch.float64, memory_format, 0)
+        twin = copy.deepcopy(weight)
+        optimizers = [RiemannianFGSGD([w], lr=0.1, momentum=0.9) for w in (weight, twin)]
+        for w in (weight, twin):
+            w.grad = torch.full_like(w, 0.1).detach()
+        torch.compile(optimizers[0].step, backend="aot_eager", fullgraph=TRACES_PARAMETERS)()
+        assert len(fused) == count
+        optimizers[1].step()
+        fused.pop()
+        torch.testing.assert_close(weight, twin, rtol=0, atol=1e-13)
+
+
+@built
 def test_a_compiled_step_leaves_out_what_is_not_finite_and_counts_it():
     torch._dynamo.reset()
     weight = weight_on(product("po"), torch.float64, torch.contiguous_format, 0)

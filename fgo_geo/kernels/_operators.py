@@ -49,6 +49,11 @@ def _groups_of(
     return ("", 0) if path is None else (path.__name__, task.table.groups)
 
 
+def _constants(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes as constants of the graph: once two optimisers were compiled they are symbols, but not in a range."""
+    return tuple(len(range(size)) for size in sizes)
+
+
 class TracedBatches:
     """What fused paths do of a parameter group, while ``torch.compile`` traces."""
 
@@ -61,7 +66,8 @@ class TracedBatches:
         grad = param.grad
         if grad is None or grad.dtype != param.dtype or (buffer is not None and buffer.dtype != param.dtype):
             return False
-        path, groups = _groups_of(id(manifold), tuple(param.shape), tuple(param.stride()), param.dtype, param.device)
+        shape, strides = _constants(param.shape), _constants(param.stride())
+        path, groups = _groups_of(id(manifold), shape, strides, param.dtype, param.device)
         if groups == 0:
             return False
         if path not in self._batches:
