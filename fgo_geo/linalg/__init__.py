@@ -1,9 +1,11 @@
 """Batched tensor algebra: the few matrix functions that the manifolds are built from.
 
-Nothing here knows what a manifold is. There are six rooms, and each uses only those above it:
+Nothing here knows what a manifold is. There are eight rooms, and each uses only those above it:
 
 * :mod:`~fgo_geo.linalg.precision`: what happens to half precision, and to products in TF32 and bfloat16;
 * :mod:`~fgo_geo.linalg.values`: whether values can be read, and whether they are finite;
+* :mod:`~fgo_geo.linalg.matmul`: who multiplies two large matrices, torch's BLAS or oneDNN;
+* :mod:`~fgo_geo.linalg.workspace`: memory for temporaries, kept from step to step;
 * :mod:`~fgo_geo.linalg.products`: products and sums, as long loops over the batch where that runs fastest in memory;
 * :mod:`~fgo_geo.linalg.newton_schulz`: *the cheap factor*, by matrix products alone, for matrices whose singular values
   are known to lie in a given interval;

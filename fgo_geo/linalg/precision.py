@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["computes_in_float32", "lowers_products", "multiplies_bfloat16", "takes_full_products"]
+__all__ = ["computes_in_float32", "lowers_products", "multiplies_bfloat16", "rounds_to_bfloat16", "takes_full_products"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -117,6 +117,18 @@ def lowers_products() -> bool:
         False
     """
     return any(value not in _FULL for value in _precisions())
+
+
+def rounds_to_bfloat16() -> bool:
+    """Whether torch may round the factors of float32 products on the CPU to bfloat16.
+
+    That is what ``torch.set_float32_matmul_precision("medium")`` allows.
+
+    Example:
+        >>> rounds_to_bfloat16()
+        False
+    """
+    return _precisions()[-1] in ("bf16", "medium")
 
 
 @functools.cache

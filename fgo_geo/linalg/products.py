@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg.matmul import add_matmul_2d, matmul_2d, parts_for_gram
 from fgo_geo.linalg.precision import multiplies_bfloat16
 from fgo_geo.linalg.workspace import Workspace
 
@@ -162,15 +164,23 @@ def _rounds(c: Tensor, part: Tensor) -> bool:
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """``a @ b`` by torch."""
     if _are_single(a, b):
-        product = torch.mm(_flat(a), _flat(b), out=None if out is None else _flat(out))
+        product = matmul_2d(_flat(a), _flat(b), None if out is None else _flat(out))
         return product.reshape(*a.shape[:-1], b.shape[-1]) if out is None else out
     return torch.matmul(a, b, out=out)
+
+
+def _sum_of_products(factors: Sequence[Tensor], others: Sequence[Tensor], out: Tensor | None) -> Tensor:
+    """``factors[0] @ others[0] + factors[1] @ others[1] + ...``."""
+    total = _product(factors[0], others[0], out if len(factors) == 1 else None)
+    for a, b in zip(factors[1:], others[1:], strict=True):
+        total = _minus(total, a, b, beta=1.0, alpha=-1.0, out=None)
+    return total if out is None or len(factors) == 1 else out.copy_(total)
 
 
 def _minus(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, out: Tensor | None) -> Tensor:
     """``beta c - alpha a @ b`` by torch."""
     if _are_single(c, a, b):
-        result = torch.addmm(
+        result = add_matmul_2d(
             _flat(c), _flat(a), _flat(b), beta=beta, alpha=-alpha, out=None if out is None else _flat(out)
         )
         return result.reshape(c.shape) if out is None else out
@@ -208,12 +218,13 @@ def gram_blocks(columns: int) -> int:
     return max(1, min(_MOST_BLOCKS, columns // _WIDE_GRAM))
 
 
-def gram_matrix(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+def gram_matrix(x: Tensor, *, out: Tensor | None = None, precise: bool = False) -> Tensor:
     """``xᵀx``; of wide matrices the blocks that follow by symmetry are copied.
 
     Args:
         x: Matrices, shape ``(..., A, B)``.
         out: Where to put the result, stored row by row.
+        precise: Add up long sums in parts, see :func:`~fgo_geo.linalg.matmul.parts_for_gram`.
 
     Returns:
         Symmetric matrices, shape ``(..., B, B)``.
@@ -228,8 +239,17 @@ def gram_matrix(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     if blocks == 1:
         return small_product(x.mT, x, out=out)
     edges = [columns * k // blocks for k in range(blocks + 1)]
+    parts = (
+        [part.reshape(*x.shape[:-2], *part.shape) for part in parts_for_gram(_flat(x), precise)]
+        if _are_single(x)
+        else [x]
+    )
     rows = [
-        _product(x[..., start:stop].mT, x[..., start:], None if out is None else out[..., start:stop, start:])
+        _sum_of_products(
+            [part[..., start:stop].mT for part in parts],
+            [part[..., start:] for part in parts],
+            None if out is None else out[..., start:stop, start:],
+        )
         for start, stop in itertools.pairwise(edges)
     ]  # from the diagonal on
     if out is None:
@@ -259,7 +279,7 @@ def gram_excess(y: Tensor, radius: float | Tensor = 1.0, *, out: Tensor | None =
         tensor([[0.0000, 0.0000],
                 [0.0000, 1.2500]])
     """
-    excess = torch.div(gram_matrix(y, out=out), radius**2, out=out)
+    excess = torch.div(gram_matrix(y, out=out, precise=True), radius**2, out=out)
     excess.diagonal(dim1=-2, dim2=-1).sub_(1)
     return excess
 

@@ -30,6 +30,9 @@ next step takes that as a product, for another ``2 np²``.
 Where torch may round the factors of products (``torch.set_float32_matmul_precision``), ``A``, ``B`` and ``x sym(C)``
 do so, and ``yᵀy`` is measured in full in every step. Nothing is carried then: what follows from rounded products is off
 by a thousandth, and a point would drift by it.
+
+What was carried is used for the points and the momentum that the step has left, and for no others. Whether somebody has
+written to them is seen by torch's counters and, behind their back, by some of their rows and columns.
 """
 
 from __future__ import annotations
@@ -44,10 +47,8 @@ from fgo_geo.linalg import (
     Workspace,
     frobenius_norm,
     gram_matrix,
-    inner_sum,
     inverse_root_gap,
     lowers_products,
-    root_of_sum,
     small_product,
     subtract_part,
     subtract_product,
@@ -58,9 +59,8 @@ __all__ = ["Carried", "over_components", "shared_products_step", "tangent_square
 
 _MOST_DRIFT = 9.0  # in units of what rounding adds to xᵀx / r² in one step, some 1e-8 in single precision
 _LONGEST = 1.0  # ‖E‖; beyond, its rounding is no longer that of x
-_OFF = 64  # units of rounding by which ‖x u‖² / (r² ‖u‖²) may differ from one before it is measured at once
 _CANCELLATION = 0.01  # of a gradient's square is tangent at least, or it is projected before it is measured
-_FOREIGN = 2e-5  # of ‖x u‖ ‖m v‖ by which uᵀ xᵀm v may differ before it is taken for that of another point
+_LINES = 16  # rows and columns by which a matrix is known again
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,38 @@ class Carried:
         along: ``xᵀm``, shape ``(..., p, p)``; None after a step that measured.
         drift: Bound on the distance of ``xᵀx / r²`` from the identity, in units of what rounding adds in one step.
         slip: Bound on the error of ``xᵀm / r²``, in the same units.
+        radius: The radius of the points.
+        print: Some rows and columns of the points, and of their momentum if there is an ``along``.
     """
 
     along: Tensor | None
     drift: float
     slip: float
+    radius: float | Tensor
+    print: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls, x: Tensor, buffer: Tensor, radius: float | Tensor, along: Tensor | None, drift: float, slip: float
+    ) -> Carried:
+        """What is left at points, for these points and their momentum.
+
+        Args:
+            x: Points, shape ``(..., n, p)``.
+            buffer: Momentum ``m``, shape ``(..., n, p)``.
+            radius: Radius of the points, a number or a tensor that multiplies them.
+            along: As the attribute.
+            drift: As the attribute.
+            slip: As the attribute.
+        """
+        lines = (*_lines(x), *(() if along is None else _lines(buffer)))
+        radius = radius.clone() if isinstance(radius, Tensor) else radius
+        return cls(along, drift, slip, radius, tuple(line.clone() for line in lines))
 
     def belongs_to(self, x: Tensor, buffer: Tensor, radius: float | Tensor = 1.0) -> bool:
-        """Whether ``x`` is on its manifold and ``xᵀm`` is that of ``x`` and ``m``, by products with two vectors.
+        """Whether points, radius and, if their product is carried, momentum are those that the step has left.
 
-        ``‖x u‖ = r ‖u‖``, and ``<x u, m v>`` is ``uᵀ (xᵀm) v``: two products with a vector, read row by row.
+        Compares sixteen rows and as many columns, so that nothing has to be passed over once more.
 
         Args:
             x: Points, shape ``(..., n, p)``.
@@ -88,26 +110,28 @@ class Carried:
             radius: Radius of the points, a number or a tensor that multiplies them.
 
         Returns:
-            False if somebody has changed one of them. A change that the vectors do not see passes.
+            False if somebody has changed one of them. A change of a few numbers, in none of these rows and columns,
+            passes; the next step that measures mends what it did to a point.
 
         Example:
             >>> x, m = torch.eye(3, 2), torch.ones(3, 2)
-            >>> carried = Carried(x.mT @ m, 1.0, 1.0)
-            >>> carried.belongs_to(x, m), carried.belongs_to(x, 2 * m), carried.belongs_to(2 * x, m / 2)
+            >>> carried = Carried.of(x, m, 1.0, x.mT @ m, drift=1.0, slip=1.0)
+            >>> carried.belongs_to(x, m), carried.belongs_to(x, 2 * m), carried.belongs_to(x, m, 2.0)
             (True, False, False)
         """
-        columns = torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)
-        one, other = columns.square().cos().unsqueeze(-1), columns.square().sin().unsqueeze(-1)  # no pattern of weights
-        point = x @ one
-        off = inner_sum(point, point, (-2, -1)) / (radius**2 * one.square().sum()) - 1
-        if not bool((off.abs() <= _OFF * torch.finfo(x.dtype).eps).all()):
-            return False
-        if self.along is None:
-            return True
-        image = buffer @ other
-        foreign = inner_sum(point, image, (-2, -1)) - one.mT @ (self.along @ other)
-        length = root_of_sum(point, (-2, -1)) * root_of_sum(image, (-2, -1))
-        return bool((foreign.abs() <= _FOREIGN * length).all())
+        lines = (*_lines(x), *(() if self.along is None else _lines(buffer)))
+        return _equal(radius, self.radius) and all(map(torch.equal, lines, self.print))
+
+
+def _lines(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of matrices from top to bottom, and some columns side by side; the other way where columns lie together."""
+    rows = x.mT if x.stride(-2) == 1 else x
+    every, first = max(1, rows.shape[-2] // _LINES), max(0, (rows.shape[-1] - _LINES) // 2)
+    return rows[..., ::every, :], rows[..., first : first + _LINES]
+
+
+def _equal(a: float | Tensor, b: float | Tensor) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
 def tangent_square(
@@ -226,10 +250,11 @@ def shared_products_step(
             along = subtract_part(rest, gap, workspace, from_left=True, out=along)
             squared_length = products.diagonal(dim1=-2, dim2=-1).sum(-1) / over_components(radius) ** 2
             slip += float(squared_length.amax()) ** 0.5  # rounding
-            return subtract_part(y, gap, workspace, out=out), m, Carried(along, drift, slip)
+            moved = subtract_part(y, gap, workspace, out=out)
+            return moved, m, Carried.of(moved, m, radius, along, drift, slip)
     explained = (lr * frobenius_norm(m) / over_components(radius)).square()
     moved = manifold.retract_measured(y, explained, memory=(workspace, out))
-    return moved, m, None if lowers_products() else Carried(None, 1.0, 0.0)
+    return moved, m, None if lowers_products() else Carried.of(moved, m, radius, None, drift=1.0, slip=0.0)
 
 
 def _weighted_sum(

@@ -1,0 +1,203 @@
+"""Who multiplies large matrices: torch's BLAS or oneDNN, with the same result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fgo_geo.linalg import gram_matrix, matmul, subtract_product
+from fgo_geo.linalg.matmul import add_matmul_2d, matmul_2d, parts_for_gram
+
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
+LAYOUTS = ("rows", "columns", "rows with gaps", "columns with gaps", "every other column")
+
+
+def normal(shape: tuple[int, int], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def stored(x: Tensor, layout: str) -> Tensor:
+    """The same matrix, otherwise in memory."""
+    rows, columns = x.shape
+    place = {
+        "rows": lambda: x.new_empty(rows, columns),
+        "columns": lambda: x.new_empty(columns, rows).mT,
+        "rows with gaps": lambda: x.new_empty(rows, columns + 5)[:, 2:-3],
+        "columns with gaps": lambda: x.new_empty(columns, rows + 5)[:, 2:-3].mT,
+        "every other column": lambda: x.new_empty(rows, 2 * columns)[:, ::2],
+    }[layout]()
+    return place.copy_(x)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """As on a processor on which oneDNN is faster; the shapes that it multiplies."""
+    shapes: list[tuple[int, ...]] = []
+    product = matmul._onednn_product
+    monkeypatch.setattr(matmul, "mkl_avoids_avx512", lambda: True)
+
+    def counted(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
+        shapes.append((*a.shape, b.shape[1]))
+        return product(a, b, added)
+
+    monkeypatch.setattr(matmul, "_onednn_product", counted)
+    return shapes
+
+
+@onednn
+@settings(max_examples=60)
+@given(
+    sizes=st.tuples(*[st.integers(256, 300)] * 3),
+    layouts=st.tuples(*[st.sampled_from(LAYOUTS)] * 4),
+    beta=st.sampled_from([1.0, 0.0, -0.5]),
+    alpha=st.sampled_from([1.0, -1.0, 3.0]),
+)
+def test_the_product_is_that_of_numpy(
+    sizes: tuple[int, int, int], layouts: tuple[str, ...], beta: float, alpha: float
+) -> None:
+    rows, terms, columns = sizes
+    a, b, c = normal((rows, terms), 0), normal((terms, columns), 1), normal((rows, columns), 2)
+    left, right, added, out = (stored(x.float(), layout) for x, layout in zip((a, b, c, c), layouts, strict=True))
+    product = a.float().double().numpy() @ b.float().double().numpy()
+    total = beta * c.float().double().numpy() + alpha * product
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul, "mkl_avoids_avx512", lambda: True)
+        assert matmul._goes_to_onednn(left, right)
+        for result in (matmul_2d(left, right), matmul_2d(left, right, out)):
+            np.testing.assert_allclose(result.double().numpy(), product, rtol=0, atol=3e-4)
+        assert result is out
+        out.fill_(torch.nan)
+        for result in (
+            add_matmul_2d(added, left, right, beta=beta, alpha=alpha),
+            add_matmul_2d(added, left, right, beta=beta, alpha=alpha, out=out),
+            add_matmul_2d(added, left, right, beta=beta, alpha=alpha, out=added),
+        ):
+            np.testing.assert_allclose(result.double().numpy(), total, rtol=0, atol=1e-3)
+        assert result is added
+
+
+@onednn
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_products_of_the_package_go_where_they_are_fast(layout: str, calls: list[tuple[int, ...]]) -> None:
+    x = stored(normal((600, 512), 0).float(), layout)
+    s = gram_matrix(x)
+    assert calls == [(128, 600, 512 - 128 * k) for k in range(4)]
+    torch.testing.assert_close(s.double(), x.double().mT @ x.double(), rtol=0, atol=1e-3)
+    assert torch.equal(s.triu(128), s.mT.triu(128))
+    calls.clear()
+    subtract_product(x, x, s)
+    assert len(calls) == 1
+
+
+@onednn
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+def test_others_stay_with_torch(calls: list[tuple[int, ...]]) -> None:
+    a = torch.randn(256, 256)
+    matmul_2d(a, a)
+    matmul_2d(a.mT, a)
+    matmul_2d(a[:128, :128].contiguous(), a[:128, :128])
+    assert len(calls) == 3
+    calls.clear()
+    matmul_2d(a[:127], a)
+    matmul_2d(a, a[:, :127])
+    matmul_2d(a[:, :127].contiguous(), a[:127])
+    matmul_2d(a[:200].mT, a[:200])
+    matmul_2d(a.double(), a.double())
+    matmul_2d(a.to("meta"), a.to("meta"))
+    with torch.backends.mkldnn.flags(enabled=False):
+        matmul_2d(a, a)
+    torch.func.vmap(lambda x: matmul_2d(x, a))(a.expand(2, 256, 256))
+    torch.compile(matmul_2d, backend="eager", fullgraph=True)(a, a)
+    assert not calls
+
+
+@onednn
+@pytest.mark.parametrize("batch", [(), (1,)])
+@pytest.mark.parametrize("with_out", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_a_long_sum_of_squares_is_added_up_in_parts(
+    layout: str, with_out: bool, batch: tuple[int, ...], calls: list[tuple[int, ...]]
+) -> None:
+    x = stored(normal((2048, 256), 0).float(), layout).expand(*batch, 2048, 256)
+    expected = x.double().mT @ x.double()
+    for precise, terms in ((True, {256}), (False, {2048})):
+        out = torch.full((*batch, 256, 256), torch.nan) if with_out else None
+        result = gram_matrix(x, out=out, precise=precise)
+        assert out is None or result is out
+        assert {shape[1] for shape in calls} == terms
+        calls.clear()
+        error = float((result.double() - expected).abs().max() / expected.max())
+        assert error <= (4e-7 if precise else 2e-6)
+
+
+@onednn
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_factors_are_rounded_if_torch_may_round_them(setting: str, calls: list[tuple[int, ...]]) -> None:
+    a, b, c = (normal((256, 256), seed).float() for seed in range(3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matmul, "rounds_to_bfloat16", lambda: setting == "medium")
+        results = [matmul_2d(a, b), add_matmul_2d(c, a, b) - c]
+    for result in results:
+        error = float((result - a @ b).norm() / (a @ b).norm())
+        assert 1e-3 < error < 4e-3 if setting == "medium" else error < 1e-6
+    assert len(calls) == 2
+
+
+@onednn
+def test_derivatives_are_those_of_torch(calls: list[tuple[int, ...]]) -> None:
+    a, b, c = (torch.randn(256, 256, requires_grad=True) for _ in range(3))
+    results: list[Any] = []
+    for product in (lambda: add_matmul_2d(c, a, b, alpha=2.0), lambda: torch.addmm(c, a, b, alpha=2.0)):
+        results.append(torch.autograd.grad(product().square().sum(), (a, b, c)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
+        dual = torch.autograd.forward_ad.make_dual(a.detach(), b.detach())
+        tangent = torch.autograd.forward_ad.unpack_dual(matmul_2d(dual, c.detach())).tangent
+        assert tangent is not None
+    torch.testing.assert_close(tangent, b.detach() @ c.detach())
+    assert not calls
+    with torch.no_grad():
+        matmul_2d(a, b)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("processor", "capability", "mkl", "expected"),
+    [
+        ("vendor_id : AuthenticAMD", "AVX512", True, True),
+        ("vendor_id : GenuineIntel", "AVX512", True, False),
+        ("vendor_id : AuthenticAMD", "AVX2", True, False),
+        ("vendor_id : AuthenticAMD", "AVX512", False, False),
+    ],
+)
+def test_where_onednn_is_faster(
+    processor: str, capability: str, mkl: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert matmul.mkl_avoids_avx512() in (False, True)
+    matmul.mkl_avoids_avx512.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(matmul, "_processor", lambda: processor)
+        patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        patch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+        assert matmul.mkl_avoids_avx512() == expected
+    matmul.mkl_avoids_avx512.cache_clear()
+
+
+@onednn
+@pytest.mark.parametrize(("precise", "rows"), [(True, [256, 256, 88]), (False, [600])])
+def test_parts_are_the_matrix(precise: bool, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(600, 300)
+    for fast in (True, False):
+        monkeypatch.setattr(matmul, "mkl_avoids_avx512", lambda fast=fast: fast)
+        parts = parts_for_gram(x, precise)
+        assert torch.equal(torch.cat(parts), x)
+        assert [len(part) for part in parts] == (rows if fast else [600])
+        assert all(part.mT.is_contiguous() == fast for part in parts)
