@@ -118,6 +118,24 @@ def test_others_stay_with_torch(calls: list[tuple[int, ...]]) -> None:
 
 
 @onednn
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_onednn_gets_has_no_gaps(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would multiply one number after the other."""
+    weights: list[Tensor] = []
+
+    def linear(a: Tensor, weight: Tensor, *_: Any) -> Tensor:
+        weights.append(weight)
+        return a @ weight.mT
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", linear)
+    b = stored(torch.randn(40, 30), layout)
+    torch.testing.assert_close(matmul._onednn_product(torch.eye(40), b), b)
+    (weight,) = weights
+    assert weight.is_contiguous() or weight.mT.is_contiguous()
+    assert (weight.data_ptr() == b.data_ptr()) == (layout in LAYOUTS[:2])
+
+
+@onednn
 @pytest.mark.parametrize("batch", [(), (1,)])
 @pytest.mark.parametrize("with_out", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])

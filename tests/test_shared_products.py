@@ -192,6 +192,34 @@ def test_what_belongs_to_another_point_is_not_used(change: str) -> None:
     np.testing.assert_allclose(plain(param).numpy(), oracle.x, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("batch", [(), (2,)])
+@pytest.mark.parametrize("shape", [(3, 1), (40, 20), (200, 100)], ids=str)
+def test_what_was_left_is_known_again(shape: tuple[int, int], batch: tuple[int, ...], by_columns: bool) -> None:
+    """Every row and every column counts; the numbers in one of them may have changed to the eighth digit."""
+    x, m = normal((*batch, *shape), 0), normal((*batch, *shape), 1)
+    if by_columns:
+        x, m = (t.mT.contiguous().mT for t in (x, m))
+    radius = torch.full((*batch, 1, 1), 2.0)
+    with_along, without = (Carried.of(x, m, radius, along, drift=1.0, slip=1.0) for along in (x.mT @ m, None))
+    assert all(carried.belongs_to(x.clone(), m.clone(), radius.clone()) for carried in (with_along, without))
+    for row in range(shape[0]):
+        changed = x.clone()
+        changed[..., row, :] *= 1 + 1e-8
+        assert not without.belongs_to(changed, m, radius), row
+        assert not with_along.belongs_to(x, changed, radius), row
+    for column in range(shape[1]):
+        changed = m.clone()
+        changed[..., :, column] *= 1 + 1e-8
+        assert not with_along.belongs_to(x, changed, radius), column
+        assert without.belongs_to(x, changed, radius), column
+    number = Carried.of(x, m, 2.0, None, drift=1.0, slip=1.0)
+    assert number.belongs_to(x, m, 2.0)
+    assert not number.belongs_to(x, m, 2.5)
+    radius.mul_(1.5)
+    assert not without.belongs_to(x, m, radius)
+
+
 @pytest.mark.parametrize("factor", [0.5, 0.9, 0.99, 1.01, 1 - 1e-4, 1.5])
 @pytest.mark.parametrize("written", ["data", "no_grad"])
 def test_weights_that_are_scaled_between_steps(factor: float, written: str) -> None:

@@ -120,7 +120,6 @@ def _goes_to_onednn(a: Tensor, b: Tensor) -> bool:
         and mkl_avoids_avx512()
         and torch.backends.mkldnn.enabled  # pyright: ignore
         and reads_for_free(a)
-        and reads_for_free(b)
         and not _are_differentiated(a, b)
     )
 
