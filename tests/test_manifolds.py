@@ -422,6 +422,8 @@ def test_shape_errors(manifold: ComponentManifold, shape: tuple[int, ...], messa
     x = torch.empty(shape)
     assert not manifold.check_point(x)
     assert not manifold.check_vector(x)
+    with pytest.raises(ValueError, match=rf"{manifold.name}.projx: `x` of shape .*{message}"):
+        manifold.projx(x)
     ok, reason = manifold.check_point(x, explain=True)  # pyright: ignore
     assert not ok
     assert reason.startswith(f"`x` of shape {shape}: ")

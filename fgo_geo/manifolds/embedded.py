@@ -250,7 +250,11 @@ class EmbeddedManifold(geoopt.Manifold):
                 f"{tolerance:.3g}; {remedy}"
             )
 
-    def _require_finite(self, x: Tensor) -> None:
+    def _require_projectable(self, x: Tensor) -> None:
+        """Raise ValueError for a tensor without a nearest point: of a shape that has none, or not finite."""
+        problem = None if torch.compiler.is_compiling() else self._shape_problem(tuple(x.shape))
+        if problem is not None:
+            raise ValueError(f"{self.name}.projx: `x` of shape {tuple(x.shape)}: {problem}")
         require_finite(x, f"the argument of {self.name}.projx")
 
 

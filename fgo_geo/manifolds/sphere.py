@@ -134,7 +134,7 @@ class SphericalManifold(ComponentManifold):
         Raises:
             ValueError: If ``x`` holds NaN or infinity.
         """
-        self._require_finite(x)
+        self._require_projectable(x)
         return normalise(x, self.radius_for(x), self._dims)
 
     @computes_in_float32

@@ -219,7 +219,7 @@ class Stiefel(ComponentManifold):
         Raises:
             ValueError: If ``x`` holds NaN or infinity.
         """
-        self._require_finite(x)
+        self._require_projectable(x)
         return self.radius_for(x) * polar_factor(x)
 
     @computes_in_float32
