@@ -50,7 +50,7 @@ def _groups_of(
 
 
 def _constants(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Sizes as constants of the graph: once two optimisers were compiled they are symbols, but not in a range."""
+    """Sizes as constants of the graph, which has symbols for those that it has seen change: a ``len`` is a number."""
     return tuple(len(range(size)) for size in sizes)
 
 

@@ -1,9 +1,9 @@
 """Products of two large matrices on the CPU: by torch's BLAS, or by oneDNN, which torch brings as well.
 
 The BLAS of torch is MKL, mostly. Of AMD's processors it uses no AVX-512 instructions; where they have them, oneDNN
-multiplies float32 matrices twice as fast, and bfloat16 matrices four times: there, factors are rounded if torch may do
-so. torch itself calls it for layers that ``torch.compile`` has frozen. For everything else, and everywhere else,
-:func:`matmul_2d` is :func:`torch.mm`.
+multiplies float32 matrices twice as fast. If torch may round to bfloat16, factors and products are rounded there, and
+take half of that time again. torch itself calls oneDNN for layers that ``torch.compile`` has frozen. For everything
+else, and everywhere else, :func:`matmul_2d` is :func:`torch.mm`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from fgo_geo.linalg.values import reads_for_free
 
 __all__ = ["add_matmul_2d", "matmul_2d", "mkl_avoids_avx512", "parts_for_gram"]
 
-_LARGE = 128  # rows, columns and terms; smaller products are no faster
-_TERMS = 256  # of a sum of squares that oneDNN adds up at once
+_LARGE = 128  # rows, columns and terms, at least
 _LARGE_TRANSPOSED = 256  # if the first factor has to be copied
+_LARGE_PRODUCT = 2**22  # multiplications; smaller products are no faster
+_TERMS = 256  # of a sum of squares that oneDNN adds up at once
 
 
 def matmul_2d(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -44,7 +45,7 @@ def matmul_2d(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if not _goes_to_onednn(a, b):
         return torch.mm(a, b, out=out)
-    product = _onednn_product(a, b)
+    product = _rounded_product(a, b) if rounds_to_bfloat16() else _onednn_product(a, b)
     return product if out is None else out.copy_(product)
 
 
@@ -54,7 +55,7 @@ def add_matmul_2d(
     """``beta c + alpha a @ b`` of matrices.
 
     Args:
-        c: Matrix, shape ``(A, B)``.
+        c: Matrix, shape ``(A, B)``; if ``beta`` is zero, its values don't matter.
         a: Matrix, shape ``(A, K)``.
         b: Matrix, shape ``(K, B)``.
         beta: Factor of ``c``.
@@ -68,20 +69,21 @@ def add_matmul_2d(
         >>> add_matmul_2d(torch.ones(1, 1), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), alpha=2.0)
         tensor([[23.]])
     """
-    if not _goes_to_onednn(a, b):
+    if beta == 0 or not _goes_to_onednn(a, b, c):
         return torch.addmm(c, a, b, beta=beta, alpha=alpha, out=out)
-    if beta == alpha == 1 and not rounds_to_bfloat16():
+    rounds = rounds_to_bfloat16()
+    if beta == alpha == 1 and not rounds:
         total = _onednn_product(a, b, c)
         return total if out is None else out.copy_(total)
-    product = _onednn_product(a, b)
+    product = _rounded_product(a, b) if rounds else _onednn_product(a, b)
     return torch.add(c if beta == 1 else torch.mul(c, beta, out=out), product, alpha=alpha, out=out)
 
 
 def parts_for_gram(x: Tensor, precise: bool) -> list[Tensor]:
     """Matrices whose rows are those of one, to add up the products of runs of its columns with each other.
 
-    If oneDNN is to multiply them, the runs are stored without gaps. It adds from the first term to the last: the
-    squares of 2,048 rows are off by up to 1.7e-6 of their sum, but in parts of 256 rows by 7e-7.
+    If oneDNN is to multiply them, the runs are stored without gaps. It adds up a thousand terms and more one after the
+    other: Stiefel matrices of 2,048 rows that were measured so were off by 1.7e-6, in parts of 256 rows by 7e-7.
 
     Args:
         x: Matrix, shape ``(A, B)``.
@@ -107,36 +109,47 @@ def mkl_avoids_avx512() -> bool:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.read_text() if cpuinfo.exists() else platform.processor()
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
 
 
-def _goes_to_onednn(a: Tensor, b: Tensor) -> bool:
-    """Whether oneDNN takes a product: of large float32 matrices, without derivatives."""
-    least = min(*a.shape, b.shape[-1])
+def _goes_to_onednn(a: Tensor, b: Tensor, *added: Tensor) -> bool:
+    """Whether oneDNN takes a product: of large float32 matrices of torch's own, without derivatives."""
+    if not (mkl_avoids_avx512() and a.dtype == b.dtype == torch.float32 and reads_for_free(a)):
+        return False
+    (rows, terms), columns = a.shape, b.shape[-1]
     return (
-        least >= (_LARGE if a.is_contiguous() else _LARGE_TRANSPOSED)
-        and a.dtype == b.dtype == torch.float32
-        and mkl_avoids_avx512()
+        min(rows, terms, columns) >= (_LARGE if a.is_contiguous() else _LARGE_TRANSPOSED)
+        and rows * terms * columns >= _LARGE_PRODUCT
         and torch.backends.mkldnn.enabled  # pyright: ignore
-        and reads_for_free(a)
-        and not _are_differentiated(a, b)
+        and not torch.is_autocast_enabled("cpu")
+        and all(_is_plain(x) and not _is_differentiated(x) for x in (a, b, *added))
     )
 
 
-def _are_differentiated(*factors: Tensor) -> bool:
-    backward = torch.is_grad_enabled() and any(x.requires_grad for x in factors)
-    return backward or any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in factors)
+def _is_plain(x: Tensor) -> bool:
+    """Whether a tensor, of a subclass perhaps, leaves to torch what happens to it."""
+    return getattr(type(x), "__torch_dispatch__", None) is getattr(Tensor, "__torch_dispatch__", None)
+
+
+def _is_differentiated(x: Tensor) -> bool:
+    backward = torch.is_grad_enabled() and x.requires_grad
+    return backward or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 def _onednn_product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
-    """``a @ b``; in full precision by what ``torch.compile`` calls for a linear layer, which can add another matrix.
+    """``a @ b`` by what ``torch.compile`` calls for a linear layer, which can add another matrix.
 
     That copies ``a`` unless it is stored row by row, and would go one number at a time if there were gaps in ``b``.
     """
-    if rounds_to_bfloat16():
-        return torch.mm(a.bfloat16(), b.bfloat16()).float()
     linear = cast(Callable[..., Tensor], torch.ops.mkldnn._linear_pointwise)  # pyright: ignore
     has_gaps = not (b.is_contiguous() or b.mT.is_contiguous())
     weight = (b.contiguous() if has_gaps else b).mT
     return linear(a, weight, None, "none", [], "") if added is None else linear(a, added, weight, None, "add")
+
+
+def _rounded_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` with factors and product rounded to bfloat16: off by 0.3 %, to which the product adds a fifth."""
+    return torch.mm(a.bfloat16(), b.bfloat16()).float()

@@ -120,7 +120,7 @@ def lowers_products() -> bool:
 
 
 def rounds_to_bfloat16() -> bool:
-    """Whether torch may round the factors of float32 products on the CPU to bfloat16.
+    """Whether torch may round float32 products on the CPU to bfloat16.
 
     That is what ``torch.set_float32_matmul_precision("medium")`` allows.
 

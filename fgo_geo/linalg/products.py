@@ -227,7 +227,7 @@ def gram_matrix(x: Tensor, *, out: Tensor | None = None, precise: bool = False) 
         precise: Add up long sums in parts, see :func:`~fgo_geo.linalg.matmul.parts_for_gram`.
 
     Returns:
-        Symmetric matrices, shape ``(..., B, B)``.
+        Symmetric matrices, shape ``(..., B, B)``; blocks on the diagonal are symmetric to rounding.
 
     Example:
         >>> gram_matrix(torch.tensor([[1.0, 2.0]]))

@@ -67,11 +67,12 @@ def reads_for_free(x: Tensor) -> bool:
 
 
 def traces() -> bool:
-    """Whether operations are recorded rather than run: under a dispatch mode or a ``torch.func`` transform.
+    """Whether operations are recorded rather than run: under a dispatch mode, a ``torch.func`` transform or a tracer.
 
     Example:
         >>> torch.func.vmap(lambda x: x * traces())(torch.ones(2))
         tensor([1., 1.])
     """
     transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
-    return transform is not None or _get_current_dispatch_mode() is not None
+    is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return transform is not None or _get_current_dispatch_mode() is not None or is_tracing

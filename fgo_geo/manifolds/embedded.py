@@ -251,7 +251,7 @@ class EmbeddedManifold(geoopt.Manifold):
             )
 
     def _require_projectable(self, x: Tensor) -> None:
-        """Raise ValueError for a tensor without a nearest point: of a shape that has none, or not finite."""
+        """Raise ValueError for a tensor that is not finite or, outside of torch.compile, of a shape without points."""
         problem = None if torch.compiler.is_compiling() else self._shape_problem(tuple(x.shape))
         if problem is not None:
             raise ValueError(f"{self.name}.projx: `x` of shape {tuple(x.shape)}: {problem}")

@@ -132,7 +132,7 @@ class SphericalManifold(ComponentManifold):
             Points on the manifold.
 
         Raises:
-            ValueError: If ``x`` holds NaN or infinity.
+            ValueError: If ``x`` holds NaN or infinity, or its shape is none of a point.
         """
         self._require_projectable(x)
         return normalise(x, self.radius_for(x), self._dims)

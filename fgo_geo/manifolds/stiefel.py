@@ -217,7 +217,7 @@ class Stiefel(ComponentManifold):
             Points on the manifold.
 
         Raises:
-            ValueError: If ``x`` holds NaN or infinity.
+            ValueError: If ``x`` holds NaN or infinity, or its shape is none of a point.
         """
         self._require_projectable(x)
         return self.radius_for(x) * polar_factor(x)

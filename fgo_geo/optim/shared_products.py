@@ -32,7 +32,7 @@ do so, and ``yᵀy`` is measured in full in every step. Nothing is carried then:
 by a thousandth, and a point would drift by it.
 
 What was carried is used for the points and the momentum that the step has left, and for no others. Whether somebody has
-written to them is seen by torch's counters and, behind their back, by some of their rows and columns.
+written to them is seen by torch's counters and, behind their back, by some of their numbers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ __all__ = ["Carried", "over_components", "shared_products_step", "tangent_square
 _MOST_DRIFT = 9.0  # in units of what rounding adds to xᵀx / r² in one step, some 1e-8 in single precision
 _LONGEST = 1.0  # ‖E‖; beyond, its rounding is no longer that of x
 _CANCELLATION = 0.01  # of a gradient's square is tangent at least, or it is projected before it is measured
-_LINES = 16  # rows and columns by which a matrix is known again
+_LINES = 16  # rows, and numbers of every row, by which a matrix is known again
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Carried:
         drift: Bound on the distance of ``xᵀx / r²`` from the identity, in units of what rounding adds in one step.
         slip: Bound on the error of ``xᵀm / r²``, in the same units.
         radius: The radius of the points.
-        print: Some rows and columns of the points, and of their momentum if there is an ``along``.
+        lines: Some numbers of the points, and of their momentum if there is an ``along``, see :meth:`belongs_to`.
     """
 
     along: Tensor | None
     drift: float
     slip: float
     radius: float | Tensor
-    print: tuple[Tensor, ...]
+    lines: tuple[Tensor, ...]
 
     @classmethod
     def of(
@@ -102,7 +102,8 @@ class Carried:
     def belongs_to(self, x: Tensor, buffer: Tensor, radius: float | Tensor = 1.0) -> bool:
         """Whether points, radius and, if their product is carried, momentum are those that the step has left.
 
-        Compares sixteen rows and as many columns, so that nothing has to be passed over once more.
+        Compares some rows, and sixteen numbers of every row, of every other one farther to the right: nothing has to be
+        passed over once more.
 
         Args:
             x: Points, shape ``(..., n, p)``.
@@ -110,8 +111,8 @@ class Carried:
             radius: Radius of the points, a number or a tensor that multiplies them.
 
         Returns:
-            False if somebody has changed one of them. A change of a few numbers, in none of these rows and columns,
-            passes; the next step that measures mends what it did to a point.
+            False if somebody has changed one of them. A change passes that avoids all of these, as one of a few numbers
+            can, or of a narrow block; a step that measures, one of the next eight, mends what it did to a point.
 
         Example:
             >>> x, m = torch.eye(3, 2), torch.ones(3, 2)
@@ -120,18 +121,31 @@ class Carried:
             (True, False, False)
         """
         lines = (*_lines(x), *(() if self.along is None else _lines(buffer)))
-        return _equal(radius, self.radius) and all(map(torch.equal, lines, self.print))
+        return _equal(radius, self.radius) and all(map(_equal, lines, self.lines))
 
 
-def _lines(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of matrices from top to bottom, and some columns side by side; the other way where columns lie together."""
+def _lines(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Some numbers of matrices, of few lines of the cache; of their transposes where columns lie together.
+
+    Rows from top to bottom; 16 numbers of each of the first rows, from the left to the right, again and again; and the
+    first 16 of the rows that remain.
+    """
     rows = x.mT if x.stride(-2) == 1 else x
-    every, first = max(1, rows.shape[-2] // _LINES), max(0, (rows.shape[-1] - _LINES) // 2)
-    return rows[..., ::every, :], rows[..., first : first + _LINES]
+    count, length = rows.shape[-2:]
+    period = max(1, min(count, length // _LINES))
+    stride, whole = length // period, count - count % period
+    slanting = rows[..., :whole, : period * stride].unflatten(-2, (-1, period)).unflatten(-1, (period, stride))
+    return (
+        rows[..., :: max(1, count // _LINES), :],
+        slanting[..., :_LINES].diagonal(dim1=-3, dim2=-2),
+        rows[..., whole:, :_LINES],
+    )
 
 
 def _equal(a: float | Tensor, b: float | Tensor) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
 
 
 def tangent_square(
