@@ -370,12 +370,13 @@ class KernelPartition(Partition):
             out: Where to put the kernels of all parts, entry by entry, shape ``(K, n)``; see :meth:`parts_of`.
         """
         channels = self.layout.channels(weight).flatten(2)
-        kernels = channels.flatten(0, 1).mT
         if _channels_last(channels):
             kernels = out if places is None else memory
             kernels.unflatten(1, channels.shape[:2]).copy_(channels.permute(2, 0, 1))
-        elif places is None:
-            out[None].copy_(kernels[None])
+        else:
+            kernels = channels.flatten(0, 1).mT
+            if places is None:
+                out[None].copy_(kernels[None])
         if places is not None:
             out.scatter_(1, places.expand(len(out), -1), kernels)
 
@@ -389,9 +390,12 @@ class KernelPartition(Partition):
         """Inverse of :meth:`take`, for a weight that :meth:`puts_planes`."""
         channels = weight.flatten(2)
         if not weight.is_contiguous():
-            if places is not None:
-                planes = torch.gather(planes, 1, places.expand(len(planes), -1), out=memory)
-            channels.permute(2, 0, 1).copy_(planes.unflatten(1, channels.shape[:2]))
+            target = channels.permute(2, 0, 1)
+            if places is None:
+                target.copy_(planes.unflatten(1, target.shape[1:]))
+            else:
+                index = places.unflatten(0, target.shape[1:]).expand_as(target)
+                torch.gather(planes.unsqueeze(1).expand(-1, len(weight), -1), 2, index, out=target)
             return
         kernels = channels.flatten(0, 1)
         rows = kernels if places is None else memory.view(kernels.shape)

@@ -3,7 +3,9 @@
 A parameter is cut into *pieces*, batches of components on one manifold. A parameter on a
 :class:`~fgo_geo.ProductOfGroups` has one piece per manifold kind (or block shape), every other parameter is one
 piece, as it is. Small pieces on equal manifolds are joined into one :class:`Job`, across layers, so that a network
-of many small weights costs a few batched calls; a large piece is a job of its own.
+of many small weights costs a few batched calls; a large piece is a job of its own. On the CPU, weights of large kernels
+are cut one after the other, when it is their turn to step (:class:`LargeKernels`): cut at once they would push each
+other out of the cache, and memory that is made and dropped in every step costs more than the arithmetic.
 
 Nothing here knows a formula: tensors are cut, joined and put back, and :class:`~fgo_geo.components.Segments` say
 which components share a step size.
