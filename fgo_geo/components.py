@@ -18,14 +18,13 @@ import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fgo_geo.grouping import Collection
-from fgo_geo.linalg import reads_for_free
 
 __all__ = [
     "CONVOLUTIONS",
@@ -332,14 +331,8 @@ class KernelPartition(Partition):
 
     def split(self, weight: Tensor) -> list[Tensor]:
         """The kernels of every kind, in their order."""
-        channels = self.layout.channels(weight).flatten(2)
-        if _channels_last(channels):
-            planes = self._planes_by_channel(channels)
-        else:
-            planes = _planes(_sorted_rows(channels.flatten(0, 1), self.order))
-        kernels = _stored(planes).unflatten(0, self._matrix)
-        kernels = kernels.permute(2, 1, 0) if self._wide else kernels.permute(2, 0, 1)
-        return list(kernels.split(list(self.counts)))
+        planes = _planes(self.layout.channels(weight).flatten(2))
+        return self.parts_of(_stored(_sorted_planes(planes, self.order)))
 
     def merge(self, parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
         """Inverse of :meth:`split`."""
@@ -353,35 +346,67 @@ class KernelPartition(Partition):
             channels = kernels.unflatten(0, (layout.out_channels, layout.in_channels))
         return layout.weight(channels.unflatten(2, layout.kernel))
 
-    def _planes_by_channel(self, channels: Tensor) -> Tensor:
-        """Kernels ``(D, C, K)``, stored as ``(D, K, C)``, in their order, as ``(K, n)``.
-
-        Gathered where they are: entry ``k`` of a kernel lies ``k C`` numbers behind its first one.
-        """
-        row, entries = channels.shape[1], channels.shape[2]
-        dense = channels.stride() == (row * entries, 1, row)
-        if self.order is None or not dense or channels.requires_grad or not reads_for_free(channels):
-            return _sorted_planes(channels.permute(2, 0, 1).flatten(1), self.order)
-        order = self.order.to(channels.device, torch.int64)
-        place = order + order.div(row, rounding_mode="floor") * ((entries - 1) * row)
-        stretches = channels.as_strided((entries, channels.numel() - (entries - 1) * row), (row, 1))
-        return stretches.gather(1, place.expand(entries, -1))
-
     def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
         """Write ``merge(parts)`` into a weight; kernels that have to be sorted are sorted into its memory, at once."""
-        by_kernel, by_channel = weight.is_contiguous(), weight.movedim(1, -1).is_contiguous()
-        sorts = self.inverse is not None and self.layout.storage == "conv" and not torch.compiler.is_compiling()
-        if not sorts or not (by_kernel or by_channel) or parts[0].dtype != weight.dtype:
+        if torch.compiler.is_compiling() or not self.puts_planes(weight) or parts[0].dtype != weight.dtype:
             super().put_(parts, weight)
             return
-        kernels = [(part.mT if self._wide else part).flatten(1) for part in parts]
-        inverse, channels = cast(Tensor, self.inverse).to(weight.device), weight.flatten(2)
-        if by_kernel:
-            torch.index_select(_rows(kernels), 0, inverse, out=channels.flatten(0, 1))
+        planes = _joined_planes([(part.mT if self._wide else part).flatten(1).mT for part in parts])
+        self.put_planes_(planes, self.places(planes.device), planes.new_empty(planes.shape), weight)
+
+    # -- in memory that is given -----------------------------------------------------------------------------
+
+    def places(self, device: torch.device) -> Tensor | None:
+        """Where among the components every kernel of the weight is, in its order; None if that is theirs."""
+        return None if self.inverse is None else self.inverse.to(device, torch.int64)
+
+    def take(self, weight: Tensor, places: Tensor | None, memory: Tensor, out: Tensor) -> None:
+        """Split a weight into given memory.
+
+        Args:
+            weight: The weight, in the precision of the memory.
+            places: Those of :meth:`places`.
+            memory: For temporaries, shape ``(K, n)``.
+            out: Where to put the kernels of all parts, entry by entry, shape ``(K, n)``; see :meth:`parts_of`.
+        """
+        channels = self.layout.channels(weight).flatten(2)
+        if _channels_last(channels):
+            kernels = out if places is None else memory
+            kernels.unflatten(1, channels.shape[:2]).copy_(channels.permute(2, 0, 1))
         else:
-            planes, target = _joined_planes([part.mT for part in kernels]), channels.permute(2, 0, 1)
-            index = inverse.to(torch.int64).unflatten(0, target.shape[1:])
-            torch.gather(planes.unsqueeze(1).expand(-1, len(weight), -1), 2, index.expand_as(target), out=target)
+            kernels = channels.flatten(0, 1).mT
+            if places is None:
+                out[None].copy_(kernels[None])
+        if places is not None:
+            out.scatter_(1, places.expand(len(out), -1), kernels)
+
+    def parts_of(self, planes: Tensor) -> list[Tensor]:
+        """The components of every part, given entry by entry and stored so: views of shape ``(n, A, B)``."""
+        kernels = planes.unflatten(0, self._matrix)
+        kernels = kernels.permute(2, 1, 0) if self._wide else kernels.permute(2, 0, 1)
+        return list(kernels.split(list(self.counts)))
+
+    def put_planes_(self, planes: Tensor, places: Tensor | None, memory: Tensor, weight: Tensor) -> None:
+        """Inverse of :meth:`take`, for a weight that :meth:`puts_planes`."""
+        channels = weight.flatten(2)
+        if not weight.is_contiguous():
+            target = channels.permute(2, 0, 1)
+            if places is None:
+                target.copy_(planes.unflatten(1, target.shape[1:]))
+            else:
+                index = places.unflatten(0, target.shape[1:]).expand_as(target)
+                torch.gather(planes.unsqueeze(1).expand(-1, len(weight), -1), 2, index, out=target)
+            return
+        kernels = channels.flatten(0, 1)
+        rows = kernels if places is None else memory.view(kernels.shape)
+        torch.stack(planes.unbind(), 1, out=rows)  # several times as fast as to copy the matrix turned over
+        if places is not None:
+            torch.index_select(rows, 0, places, out=kernels)
+
+    def puts_planes(self, weight: Tensor) -> bool:
+        """Whether planes of all kernels can be written into a weight as it is stored."""
+        dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()
+        return dense and self.layout.storage == "conv"
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)``, or per kernel ``(D, C)``, in the order of the components of every part."""
@@ -418,11 +443,12 @@ _MANY = 2**16  # entries, for more than one core to be of use
 # to turn over the matrix alone, and joins on one core only.
 
 
-def _planes(kernels: Tensor) -> Tensor:
-    """Kernels ``(n, K)`` stored as ``(K, n)``."""
-    if torch.compiler.is_compiling():
-        return kernels.mT.contiguous()
-    return kernels.mT[None].contiguous()[0]
+def _planes(channels: Tensor) -> Tensor:
+    """Kernels ``(D, C, K)`` stored as ``(K, n)``."""
+    if _channels_last(channels):
+        return channels.permute(2, 0, 1).flatten(1)
+    kernels = channels.flatten(0, 1)
+    return kernels.mT if torch.compiler.is_compiling() else kernels.mT[None].contiguous()[0]
 
 
 def _stored(planes: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
 from typing import Any
 
 import geoopt
@@ -18,8 +19,9 @@ from torch import Tensor
 from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel
 from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
+from fgo_geo.kernels import use_path
 from fgo_geo.optim import jobs, theorem_step_bound
-from fgo_geo.optim.jobs import Piece, join, pieces_of, put_back
+from fgo_geo.optim.jobs import LargeKernels, Piece, join, pieces_of, put_back
 
 GEOMETRIES: dict[str, Any] = {
     "sphere": reference.Sphere,
@@ -285,6 +287,129 @@ def test_layers_that_share_a_manifold_with_many_radii_are_kept_apart() -> None:
         optimizer.step()
     for param in params:
         assert float(manifold.violation(param.detach()).max()) < 1e-12
+
+
+def large_weight(
+    shape: tuple[int, ...], kinds: tuple[str, ...], dtype: torch.dtype = torch.float64, last: bool = False
+) -> geoopt.ManifoldParameter:
+    """A weight of several kinds, with a gradient."""
+    groups = collection(*shape[:2], "pio", kinds, "random")
+    param = parameter(Grouped(WeightLayout(shape), (groups,)), dtype=dtype)
+    if last:
+        param.data = param.data.movedim(1, -1).contiguous().movedim(-1, 1)
+    param.grad = normal(shape, 1, dtype)
+    return param
+
+
+@pytest.fixture
+def all_are_large(monkeypatch: pytest.MonkeyPatch) -> Generator[list[Tensor]]:
+    """Every part of every weight is large, and no path is fused; the weights that were stepped part by part."""
+    monkeypatch.setattr(jobs, "_JOIN_LIMIT", 1)
+    stepped: list[Tensor] = []
+    write = LargeKernels.write
+
+    def seen(self: LargeKernels, momentum: Tensor | None) -> None:
+        stepped.append(self._param)
+        write(self, momentum)
+
+    monkeypatch.setattr(LargeKernels, "write", seen)
+    with use_path("reference"):
+        yield stepped
+
+
+KINDS = ("sphere", "oblique", "stiefel", "euclidean")
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kinds", [KINDS, ("oblique",)])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
+        {"momentum": 0.9, "maximize": True, "radius_invariant": True, "update": "exponential"},
+    ],
+)
+def test_large_kernels_step_part_by_part_to_where_all_at_once_goes(
+    chosen: dict[str, Any],
+    kinds: tuple[str, ...],
+    last: bool,
+    all_are_large: list[Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    results: list[list[Tensor]] = []
+    for by_parts in (True, False):
+        if not by_parts:
+            monkeypatch.setattr(LargeKernels, "takes", lambda *_: False)
+        params = [large_weight((6, 8, 3, 3), kinds, last=last), large_weight((7, 5, 2, 3), kinds, last=last)]
+        optimizer = RiemannianFGSGD(params, lr=0.1, **chosen)
+        for step in range(3):
+            for number, param in enumerate(params):
+                param.grad = normal(param.shape, 10 * step + number)
+            optimizer.step()
+        momentum = [optimizer.state[p]["momentum_buffer"] for p in params if p in optimizer.state]
+        assert len(momentum) == 2 * ("momentum" in chosen)
+        results.append([*params, *momentum, *optimizer.step_scales().values()])
+        assert [p.stride() for p in params] == [m.stride() for m in momentum or params]
+    assert len(all_are_large) == 6
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.usefixtures("all_are_large")
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
+def test_a_gradient_of_large_kernels_that_is_not_finite_is_refused_before_anything_changes(value: float) -> None:
+    params = [large_weight((6, 8, 3, 3), KINDS, torch.float32) for _ in range(2)]
+    optimizer = RiemannianFGSGD(params, lr=0.1, momentum=0.9)
+    before = [param.detach().clone() for param in params]
+    params[1].grad[3, 2] = value
+    with pytest.raises(FloatingPointError, match=r"\['params'\]\[1\].* is not finite.*no parameter was changed"):
+        optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
+def test_without_the_check_only_the_bad_group_of_large_kernels_is_left_out(
+    value: float, all_are_large: list[Tensor]
+) -> None:
+    param = large_weight((6, 8, 3, 3), KINDS, torch.float32)
+    optimizer = RiemannianFGSGD([param], lr=0.1, check_finite=False)
+    before = param.detach().clone()
+    param.grad[3, 2] = value
+    optimizer.step()
+    assert optimizer.skipped_groups() == 1
+    assert len(all_are_large) == 1
+    changed = (param.detach() - before).abs().amax((2, 3)) > 1e-4
+    assert not changed[3, 2]
+    assert changed.any()
+    assert param.isfinite().all()
+
+
+def test_large_kernels_that_are_not_finite_themselves_stay_and_the_others_step(all_are_large: list[Tensor]) -> None:
+    params = [large_weight((6, 8, 3, 3), KINDS) for _ in range(3)]
+    optimizer = RiemannianFGSGD(params, lr=0.1, momentum=0.9)
+    with torch.no_grad():
+        params[1][0, 0, 0, 0] = math.nan
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(FloatingPointError, match=r"\['params'\]\[1\].* is not finite itself.*have taken their step"):
+        optimizer.step()
+    torch.testing.assert_close(params[1].detach(), before[1], rtol=0, atol=0, equal_nan=True)
+    assert not any(torch.equal(param, old) for param, old in zip(params[::2], before[::2], strict=True))
+    assert {id(param) for param in all_are_large} == {id(params[0]), id(params[2])}
+    assert params[1] not in optimizer.state
+
+
+def test_half_precision_and_momentum_with_gaps_are_not_stepped_in_place(all_are_large: list[Tensor]) -> None:
+    """Part by part is for what can be gathered and put back without a copy of another kind."""
+    half, gaps = (large_weight((6, 8, 3, 3), KINDS, dtype) for dtype in (torch.bfloat16, torch.float32))
+    optimizer = RiemannianFGSGD([half, gaps], lr=0.1, momentum=0.9)
+    optimizer.state[gaps]["momentum_buffer"] = torch.zeros(6, 8, 3, 6)[..., ::2]
+    before = gaps.detach().clone()
+    optimizer.step()
+    assert not all_are_large
+    assert optimizer.state[gaps]["momentum_buffer"].count_nonzero()
+    assert not torch.equal(gaps, before)
 
 
 def pieces_of_layers(shape: tuple[int, ...], n: int, components: str, strategy: str = "layer") -> list[Piece]:

@@ -21,6 +21,7 @@ from fgo_geo.linalg import (
     precision,
     products,
     refine_gap,
+    root_of_sum,
     small_product,
     subtract_part,
     subtract_product,
@@ -256,3 +257,13 @@ def test_memory_is_laid_out_as_what_it_is_for(batch: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(("size", "between"), [(255, 255), (256, 272), (1000, 1000), (1024, 1040)])
 def test_rows_of_squares_compete_for_no_lines_of_the_cache(size: int, between: int) -> None:
     assert Workspace().square(torch.empty(2, size), "gram").stride() == (between, 1)
+
+
+def test_a_root_at_zero_has_a_derivative_wherever_there_is_one() -> None:
+    zero, one = torch.zeros(2, 3), torch.ones(2, 3)
+    with torch.no_grad():
+        assert torch.equal(root_of_sum(zero, (-1,)), torch.zeros(2, 1))
+        torch.testing.assert_close(root_of_sum(one, (-1,)), torch.full((2, 1), 3**0.5))
+        value, tangent = torch.func.jvp(lambda x: root_of_sum(x, (-1,)), (zero,), (one,))
+    assert torch.equal(value, torch.zeros(2, 1))
+    assert torch.equal(tangent, torch.zeros(2, 1))

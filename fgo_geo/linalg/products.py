@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fgo_geo.linalg.matmul import add_matmul_2d, matmul_2d, parts_for_gram
 from fgo_geo.linalg.precision import multiplies_bfloat16
+from fgo_geo.linalg.values import reads_for_free
 from fgo_geo.linalg.workspace import Workspace
 
 __all__ = [
@@ -53,7 +54,12 @@ def _unrolled(terms: int, *operands: Tensor) -> bool:
 
 def _terms(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Columns of ``a`` and rows of ``b``, whose outer products add up to ``a @ b``."""
-    return list(zip(a.split(1, -1), b.split(1, -2), strict=True))
+    return list(zip(a.unsqueeze(-1).unbind(-2), _rows(b), strict=True))
+
+
+def _rows(x: Tensor) -> tuple[Tensor, ...]:
+    """The rows of matrices, each a matrix; unbinding takes fewer calls than splitting."""
+    return x.unsqueeze(-3).unbind(-2)
 
 
 def small_product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -302,7 +308,7 @@ def inner_sum(a: Tensor, b: Tensor, dim: tuple[int, ...]) -> Tensor:
     of_columns = dim == (-2,) or (dim == (-2, -1) and not torch.compiler.is_compiling() and a.numel() > _MANY)
     if not of_columns or a.shape != b.shape or not _unrolled(a.shape[-2], a, b):
         return (a * b).sum(dim, keepdim=True)
-    (left, right), *others = zip(a.split(1, -2), b.split(1, -2), strict=True)
+    (left, right), *others = zip(_rows(a), _rows(b), strict=True)
     total = left * right
     for left, right in others:
         total.addcmul_(left, right)
@@ -327,6 +333,8 @@ def root_of_sum(a: Tensor, dim: tuple[int, ...]) -> Tensor:
         tensor([5.])
     """
     squared = inner_sum(a, a, dim)
+    if not torch.is_grad_enabled() and reads_for_free(squared):
+        return squared.sqrt()
     zero = squared == 0
     return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 

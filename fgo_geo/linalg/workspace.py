@@ -63,6 +63,19 @@ class Workspace:
         between = size + _APART if size % _ALIKE == 0 else size
         return self._take(purpose, x, (*x.shape[:-2], size, between), x.dtype)[..., :size]
 
+    def empty(self, shape: Sequence[int], like: Tensor, purpose: str) -> Tensor:
+        """An uninitialised tensor of any shape, of the type and on the device of another one.
+
+        Args:
+            shape: Its shape.
+            like: Any tensor.
+            purpose: What it is for.
+
+        Returns:
+            A contiguous tensor.
+        """
+        return self._take(purpose, like, shape, like.dtype)
+
     def _take(self, purpose: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         size, key = math.prod(shape), (purpose, dtype, x.device)
         memory = self._memory.get(key)

@@ -75,8 +75,10 @@ class EmbeddedManifold(geoopt.Manifold):
 
     def _per_component(self, x: Tensor, values: Tensor, keepdim: bool) -> Tensor:
         """Values per component, broadcast over the batch of points ``x``."""
-        batch = torch.broadcast_shapes(x.shape[: -self.ndim], values.shape[: -self.ndim])
-        values = values.expand(*batch, *(1,) * self.ndim)
+        batch = x.shape[: -self.ndim]
+        if batch != values.shape[: -self.ndim]:
+            batch = torch.broadcast_shapes(batch, values.shape[: -self.ndim])
+            values = values.expand(*batch, *(1,) * self.ndim)
         return values if keepdim else values.reshape(batch)
 
     def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:

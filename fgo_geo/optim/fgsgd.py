@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, TypedDict, TypeVar, cast, get_args, overload
 
 import geoopt
@@ -36,7 +36,7 @@ from torch.optim.sgd import sgd
 from fgo_geo import kernels
 from fgo_geo.linalg import Workspace, reads_for_free, small_product
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups, Stiefel
-from fgo_geo.optim.jobs import FusedTasks, Job, Piece, TracedTasks, join, manifold_of, pieces_of, put_back
+from fgo_geo.optim.jobs import FusedTasks, Job, LargeKernels, Piece, TracedTasks, join, manifold_of, pieces_of, put_back
 from fgo_geo.optim.shared_products import Carried, over_components, shared_products_step, tangent_square
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
 
@@ -46,13 +46,14 @@ StepSize = Literal["theorem", "constant"]
 Update = Literal["retraction", "exponential"]
 
 _LARGE_MATRIX = 16  # columns
+_MODERATE = 2.0**60  # norm of a gradient whose square is far from overflowing, in single precision
 _UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
 
 
 _Pieces: TypeAlias = tuple[tuple[Tensor, int], ...]  # of a job: parameters and numbers of their parts
 _Seal: TypeAlias = tuple[tuple[Tensor, int], ...]  # tensors, and how often they were written to
-# New components (None if they are where they belong already), their momentum, their τ.
-_Result: TypeAlias = tuple[Piece, Tensor | None, Tensor | None, Tensor]
+# Of a piece: parameter and number, new components (None if they are where they belong already), momentum, τ.
+_Result: TypeAlias = tuple[Tensor, int, Tensor | None, Tensor | None, Tensor]
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 
 
@@ -360,8 +361,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             for group in groups:
                 _check_rate(group["lr"])
         work = [(group, *self._prepare(number, group)) for number, group in enumerate(groups)]
-        norms = [[self._group_norms(group, job) for job in jobs] for group, _, _, jobs in work]
-        fused_norms = [[self._fused_norms(group, batch) for batch in batches] for group, _, batches, _ in work]
+        norms = [[self._group_norms(group, job) for job in jobs] for group, _, _, jobs, _ in work]
+        fused_norms = [[self._fused_norms(group, batch) for batch in batches] for group, _, batches, *_ in work]
         self._step_scales.clear()  # torch.compile drops assignments to an optimiser's attributes
         self._fused_scales.clear()
         carried = {
@@ -371,15 +372,17 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         left: dict[_Pieces, Carried] = {}
         held: list[_Result] = []
         broken: list[Tensor] = []
-        for (group, _, _, jobs), squared_norms in zip(work, norms, strict=True):
+        for (group, _, _, jobs, _), squared_norms in zip(work, norms, strict=True):
             for job, squared in zip(jobs, squared_norms, strict=True):
                 results = self._move(group, job, squared, carried, left)
                 if job.is_whole:
                     self._write(results)
                 else:
                     held += results
-        for (group, plain, batches, _), fused_squared in zip(work, fused_norms, strict=True):
+        for (group, plain, batches, _, large), fused_squared in zip(work, fused_norms, strict=True):
             self._step_plain(group, plain)
+            for param in large:
+                self._step_large(group, param, broken)
             for batch, measured in zip(batches, fused_squared, strict=True):
                 self._step_fused(group, batch, measured, broken)
         self._write(held)
@@ -456,9 +459,13 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
     def _prepare(
         self, number: int, group: _Options
-    ) -> tuple[list[Tensor], Sequence[kernels.Batch | kernels.TracedBatch], list[Job]]:
-        """Split a group into plain parameters, fused batches and jobs; make the jobs' gradients Riemannian."""
+    ) -> tuple[list[Tensor], Sequence[kernels.Batch | kernels.TracedBatch], list[Job], list[Tensor]]:
+        """Split a group into plain parameters, fused batches, jobs, and weights whose jobs are made when they step.
+
+        Make the jobs' gradients Riemannian.
+        """
         plain: list[Tensor] = []
+        large: list[Tensor] = []
         pieces: list[Piece] = []
         fused = self._fused_tasks(number, group)
         for position, param in enumerate(group["params"]):
@@ -485,20 +492,37 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             buffer = momentum if group["momentum"] != 0 else None
             taken = fused is not None and fused.add(position, param, manifold, buffer)
             left = fused.left(position) if fused is not None and taken else ()
-            if left or not taken:
+            if not taken and LargeKernels.takes(param, manifold, buffer) and self._is_moderate(group, param):
+                large.append(param)
+            elif left or not taken:
                 pieces += pieces_of(param, manifold or self._default_manifold, momentum, left)
         jobs = join(pieces)
         for position, job in enumerate(jobs):
-            grad = -job.grad if group["maximize"] else job.grad
-            if not isinstance(job.manifold, EmbeddedManifold):
-                # Always a new tensor: Geoopt's Lorentz manifold writes into the gradient that it is given.
-                grad = grad.add(job.x, alpha=group["weight_decay"])
-            if _shares_products(group, job):
-                along = self._workspace.square(job.x, f"along, {self._steps % 2}, {number}, {position}")
-                job.grad, job.along = grad, small_product(job.x.mT, grad, out=along)
-            else:
-                job.grad = job.manifold.egrad2rgrad(job.x, grad)
-        return plain, [] if fused is None else fused.batches(_fused_options(group)), jobs
+            self._project(group, job, f"{number}, {position}")
+        return plain, [] if fused is None else fused.batches(_fused_options(group)), jobs, large
+
+    def _project(self, options: _Options, job: Job, name: str) -> None:
+        """Make the gradients of a job Riemannian, or take the products that stand for it; jobs have different names."""
+        grad = -job.grad if options["maximize"] else job.grad
+        if not isinstance(job.manifold, EmbeddedManifold):
+            # Always a new tensor: Geoopt's Lorentz manifold writes into the gradient that it is given.
+            grad = grad.add(job.x, alpha=options["weight_decay"])
+        if _shares_products(options, job):
+            along = self._workspace.square(job.x, f"along, {self._steps % 2}, {name}")
+            job.grad, job.along = grad, small_product(job.x.mT, grad, out=along)
+        else:
+            job.grad = job.manifold.egrad2rgrad(job.x, grad)
+
+    def _is_moderate(self, options: _Options, param: Tensor) -> bool:
+        """Whether the gradient on a product shows that no norm is to be refused, or none would be."""
+        if not _checks(options, param):
+            return True
+        manifold = cast(ProductOfGroups, manifold_of(param))
+        radii = [m.radius_range[1] for m in manifold.manifolds if isinstance(m, ComponentManifold)]
+        factor = max(1.0, *radii) ** 2 if options["radius_invariant"] else 1.0
+        grad = torch.as_tensor(param.grad)
+        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+        return float(norm) * factor <= _MODERATE
 
     def _fused_tasks(self, number: int, group: _Options) -> FusedTasks | TracedTasks | None:
         """What fused paths did in a group in the last step; None if they are not asked in this one."""
@@ -543,6 +567,14 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
     def _group_norms(self, options: _Options, job: Job) -> Tensor:
         """Squared norm of the gradient of every group, after refusing or leaving out what is not finite."""
+        squared, finite = self._measured(options, job)
+        if finite is None:
+            return squared
+        bad = next(p for p, ok in zip(job.pieces, job.split_groups(finite), strict=True) if not bool(ok.all()))
+        raise self._not_finite(bad.param, bad.manifold)
+
+    def _measured(self, options: _Options, job: Job) -> tuple[Tensor, Tensor | None]:
+        """Squared norm of the gradient of every group; if some are to be refused, which of them are finite."""
         manifold, grad = job.manifold, job.grad
         radius = manifold.radius_for(job.x) if isinstance(manifold, ComponentManifold) else 1.0
         invariant = options["radius_invariant"] and isinstance(manifold, ComponentManifold)
@@ -561,16 +593,13 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         squared = job.sum(inner.real if inner.is_complex() else inner).clamp_min(0)  # Lorentz rounds below zero
         finite = torch.isfinite(squared)
         if reads_for_free(squared) and bool(finite.all()):
-            return squared
+            return squared, None
         if not _checks(options, squared):
             self._count_skipped((~finite).sum())
             job.grad = torch.where(job.spread(finite), job.grad, 0)
             job.along = None if job.along is None else torch.where(job.spread(finite), job.along, 0)
-            return torch.where(finite, squared, 0)
-        if bool(finite.all()):
-            return squared
-        bad = next(p for p, ok in zip(job.pieces, job.split_groups(finite), strict=True) if not bool(ok.all()))
-        raise self._not_finite(bad.param, bad.manifold)
+            return torch.where(finite, squared, 0), None
+        return squared, None if bool(finite.all()) else finite
 
     def _not_finite(self, param: Tensor, manifold: geoopt.Manifold) -> FloatingPointError:
         weights = [weight for group in self.param_groups for weight in group["params"] if weight.is_floating_point()]
@@ -626,7 +655,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         options: _Options,
         job: Job,
         squared: Tensor,
-        carried: dict[_Pieces, Carried],
+        carried: Mapping[_Pieces, Carried],
         left: dict[_Pieces, Carried],
     ) -> list[_Result]:
         """Where a job goes, by pieces; what it leaves for the next step is added to ``left``.
@@ -656,7 +685,28 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         taus = job.split_groups(torch.ones_like(squared) if tau is None else tau)
         components = [None] * len(taus) if x is None else job.split(x)
         buffers = [None] * len(taus) if buffer is None else job.split(buffer)
-        return list(zip(job.pieces, components, buffers, taus, strict=True))
+        params, parts = [piece.param for piece in job.pieces], [piece.part for piece in job.pieces]
+        return list(zip(params, parts, components, buffers, taus, strict=True))
+
+    def _step_large(self, options: _Options, param: Tensor, broken: list[Tensor]) -> None:
+        """The step of a weight of large kernels; if it is not finite itself, it is added to ``broken``."""
+        buffer = self._momentum_of(param) if options["momentum"] != 0 else None
+        kernels_of_param = LargeKernels(param, cast(ProductOfGroups, manifold_of(param)), buffer, self._workspace)
+        taus: dict[int, Tensor] = {}
+        momentum: Tensor | None = None
+        for piece in kernels_of_param.pieces():
+            (job,) = join([piece])
+            self._project(options, job, "")
+            squared, finite = self._measured(options, job)
+            if finite is not None:
+                broken.append(param)
+                return
+            ((_, part, x, momentum, taus[part]),) = self._move(options, job, squared, {}, {})
+            kernels_of_param.put(part, cast(Tensor, x), momentum)
+        if momentum is not None and buffer is None:
+            buffer = self.state[param]["momentum_buffer"] = torch.empty_like(param)
+        kernels_of_param.write(buffer)
+        self._step_scales[param] = taus
 
     def _step_shared(
         self, options: _Options, job: Job, tau: Tensor | None, carried: Carried | None
@@ -729,12 +779,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         """Put the new components of every parameter back where they came from."""
         by_param: dict[Tensor, list[_Result]] = {}
         for result in results:
-            by_param.setdefault(result[0].param, []).append(result)
+            by_param.setdefault(result[0], []).append(result)
         for param, parts in by_param.items():
             manifold = manifold_of(param) or self._default_manifold
-            put_back(param, manifold, {piece.part: x for piece, x, _, _ in parts if x is not None})
-            self._step_scales[param] = {piece.part: tau for piece, _, _, tau in parts}
-            buffers = {piece.part: buffer for piece, _, buffer, _ in parts if buffer is not None}
+            put_back(param, manifold, {part: x for _, part, x, _, _ in parts if x is not None})
+            self._step_scales[param] = {part: tau for _, part, _, _, tau in parts}
+            buffers = {part: buffer for _, part, _, buffer, _ in parts if buffer is not None}
             if buffers:
                 state = self.state[param]
                 if "momentum_buffer" not in state:

@@ -3,7 +3,9 @@
 A parameter is cut into *pieces*, batches of components on one manifold. A parameter on a
 :class:`~fgo_geo.ProductOfGroups` has one piece per manifold kind (or block shape), every other parameter is one
 piece, as it is. Small pieces on equal manifolds are joined into one :class:`Job`, across layers, so that a network
-of many small weights costs a few batched calls; a large piece is a job of its own.
+of many small weights costs a few batched calls; a large piece is a job of its own. On the CPU, weights of large kernels
+are cut one after the other, when it is their turn to step (:class:`LargeKernels`): cut at once they would push each
+other out of the cache, and memory that is made and dropped in every step costs more than the arithmetic.
 
 Nothing here knows a formula: tensors are cut, joined and put back, and :class:`~fgo_geo.components.Segments` say
 which components share a step size.
@@ -21,7 +23,7 @@ import geoopt
 import torch
 from torch import Tensor
 
-from fgo_geo.components import BlockPartition, Segments
+from fgo_geo.components import BlockPartition, KernelPartition, Segments
 from fgo_geo.kernels import (
     Batch,
     StepOptions,
@@ -35,9 +37,10 @@ from fgo_geo.kernels import (
     take_blocks,
     task_of,
 )
+from fgo_geo.linalg import Workspace, reads_for_free
 from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere, Stiefel
 
-__all__ = ["FusedTasks", "Job", "Piece", "TracedTasks", "join", "manifold_of", "pieces_of", "put_back"]
+__all__ = ["FusedTasks", "Job", "LargeKernels", "Piece", "TracedTasks", "join", "manifold_of", "pieces_of", "put_back"]
 
 _JOIN_LIMIT = 2**16  # entries; larger pieces keep the cores busy on their own, joining them would only copy
 
@@ -169,6 +172,63 @@ def put_back(tensor: Tensor, manifold: geoopt.Manifold, components: dict[int, Te
     else:
         for part, blocks in components.items():
             put_blocks_(tensor, cast(BlockPartition, manifold.partition), part, blocks)
+
+
+class LargeKernels:
+    """A large weight of kernels, stepped part by part in memory that is kept for the next weight.
+
+    Components of weight, gradient and momentum are gathered, and what becomes of them is put in their place. The weight
+    itself and its momentum are written at the very end.
+
+    Args:
+        param: A parameter with a gradient, of which :meth:`takes` is true.
+        manifold: Its manifold.
+        buffer: Its momentum buffer, if there is one.
+        workspace: Memory for the components.
+    """
+
+    def __init__(self, param: Tensor, manifold: ProductOfGroups, buffer: Tensor | None, workspace: Workspace) -> None:
+        self._param, self._manifold = param, manifold
+        self._cut = cast(KernelPartition, manifold.partition)
+        tensors = [param.detach(), torch.as_tensor(param.grad), *([] if buffer is None else [buffer])]
+        shape = (math.prod(self._cut.layout.kernel), sum(self._cut.counts))
+        self._memory, *self._planes = workspace.empty((4, *shape), param.detach(), "kernels")
+        self._places = self._cut.places(param.device)
+        for tensor, planes in zip(tensors, self._planes, strict=False):
+            self._cut.take(tensor, self._places, self._memory, planes)
+        self._has_momentum = buffer is not None
+        self._parts = [self._cut.parts_of(planes) for planes in self._planes]
+
+    @staticmethod
+    def takes(param: Tensor, manifold: geoopt.Manifold | None, buffer: Tensor | None) -> bool:
+        """Whether all parts of a parameter are large kernels, in the precision to compute with and on the host."""
+        if not isinstance(manifold, ProductOfGroups) or not isinstance(manifold.partition, KernelPartition):
+            return False
+        cut = manifold.partition
+        smallest = min(cut.counts) * math.prod(cut.layout.kernel)
+        is_plain = reads_for_free(param) and param.dtype in (torch.float32, torch.float64)
+        can_write = all(cut.puts_planes(tensor) for tensor in (param, buffer) if tensor is not None)
+        return is_plain and smallest > _JOIN_LIMIT and can_write
+
+    def pieces(self) -> list[Piece]:
+        """The parts."""
+        parts = zip(self._manifold.parts, self._manifold.smallest_radii, *self._parts, strict=True)
+        return [
+            Piece(self._param, part, own, radius, groups, x, grad, buffer if self._has_momentum else None)
+            for part, ((own, groups), radius, x, grad, buffer) in enumerate(parts)
+        ]
+
+    def put(self, part: int, x: Tensor, buffer: Tensor | None) -> None:
+        """Keep what becomes of a part: its points, and its momentum if there is any."""
+        self._parts[0][part].copy_(x)
+        if buffer is not None:
+            self._parts[2][part].copy_(buffer)
+
+    def write(self, momentum: Tensor | None) -> None:
+        """Write the weight, and its momentum if there is any."""
+        self._cut.put_planes_(self._planes[0], self._places, self._memory, self._param)
+        if momentum is not None:
+            self._cut.put_planes_(self._planes[2], self._places, self._memory, momentum)
 
 
 @dataclass
