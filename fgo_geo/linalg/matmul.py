@@ -117,7 +117,7 @@ def _processor() -> str:
 
 def _goes_to_onednn(a: Tensor, b: Tensor, *added: Tensor) -> bool:
     """Whether oneDNN takes a product: of large float32 matrices of torch's own, without derivatives."""
-    if not (mkl_avoids_avx512() and a.dtype == b.dtype == torch.float32 and reads_for_free(a)):
+    if not (reads_for_free(a) and a.dtype == b.dtype == torch.float32 and mkl_avoids_avx512()):
         return False
     (rows, terms), columns = a.shape, b.shape[-1]
     return (
