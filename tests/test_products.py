@@ -103,18 +103,19 @@ def test_no_unit_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(result, subtract_product(c, c, part))
 
 
-def test_whether_there_is_a_unit_is_asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("unit", ["_is_amx_tile_supported", "_is_avx512_bf16_supported"])
+def test_whether_there_is_a_unit_is_asked_of_torch(unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
     for supported in (True, False):
         precision.multiplies_bfloat16.cache_clear()
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda supported=supported: supported, raising=False)
+        monkeypatch.setattr(torch.cpu, unit, lambda supported=supported: supported)
         assert precision.multiplies_bfloat16() == (supported and torch.backends.mkldnn.is_available())
     precision.multiplies_bfloat16.cache_clear()
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.delattr(torch.cpu, name)
     assert not precision.multiplies_bfloat16()
     precision.multiplies_bfloat16.cache_clear()
-
-
-# -- products with somewhere to go -------------------------------------------------------------------------------
 
 
 @given(

@@ -20,12 +20,11 @@ from torch import Tensor
 from fgo_geo.linalg.precision import rounds_to_bfloat16
 from fgo_geo.linalg.values import reads_for_free
 
-__all__ = ["add_matmul_2d", "matmul_2d", "mkl_avoids_avx512", "parts_for_gram"]
+__all__ = ["add_matmul_2d", "goes_to_onednn", "matmul_2d", "mkl_avoids_avx512"]
 
 _LARGE = 128  # rows, columns and terms, at least
 _LARGE_TRANSPOSED = 256  # if the first factor has to be copied
 _LARGE_PRODUCT = 2**22  # multiplications; smaller products are no faster
-_TERMS = 256  # of a sum of squares that oneDNN adds up at once
 
 
 def matmul_2d(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -43,7 +42,7 @@ def matmul_2d(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         >>> matmul_2d(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]))
         tensor([[11.]])
     """
-    if not _goes_to_onednn(a, b):
+    if not goes_to_onednn(a, b):
         return torch.mm(a, b, out=out)
     product = _rounded_product(a, b) if rounds_to_bfloat16() else _onednn_product(a, b)
     return product if out is None else out.copy_(product)
@@ -69,7 +68,7 @@ def add_matmul_2d(
         >>> add_matmul_2d(torch.ones(1, 1), torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), alpha=2.0)
         tensor([[23.]])
     """
-    if beta == 0 or not _goes_to_onednn(a, b, c):
+    if beta == 0 or not goes_to_onednn(a, b, c):
         return torch.addmm(c, a, b, beta=beta, alpha=alpha, out=out)
     rounds = rounds_to_bfloat16()
     if beta == alpha == 1 and not rounds:
@@ -79,26 +78,31 @@ def add_matmul_2d(
     return torch.add(c if beta == 1 else torch.mul(c, beta, out=out), product, alpha=alpha, out=out)
 
 
-def parts_for_gram(x: Tensor, precise: bool) -> list[Tensor]:
-    """Matrices whose rows are those of one, to add up the products of runs of its columns with each other.
-
-    If oneDNN is to multiply them, the runs are stored without gaps. It adds up a thousand terms and more one after the
-    other: Stiefel matrices of 2,048 rows that were measured so were off by 1.7e-6, in parts of 256 rows by 7e-7.
+def goes_to_onednn(a: Tensor, b: Tensor, *added: Tensor) -> bool:
+    """Whether oneDNN takes a product: of large float32 matrices of torch's own, without derivatives.
 
     Args:
-        x: Matrix, shape ``(A, B)``.
-        precise: Whether that matters.
+        a: Matrix, shape ``(A, K)``.
+        b: Matrix, shape ``(K, B)``.
+        added: What is added to the product.
 
     Returns:
-        Matrices of shape ``(..., B)``, one below the other; ``x`` alone if torch's BLAS is to multiply.
+        Whether the functions of this module call it.
 
     Example:
-        >>> [part.shape for part in parts_for_gram(torch.ones(600, 2), True)]
-        [torch.Size([600, 2])]
+        >>> goes_to_onednn(torch.ones(3, 2), torch.ones(2, 3))
+        False
     """
-    if not _goes_to_onednn(x.mT, x):
-        return [x]
-    return [part.mT.contiguous().mT for part in x.split(_TERMS if precise else len(x))]
+    if not (reads_for_free(a) and a.dtype == b.dtype == torch.float32 and mkl_avoids_avx512()):
+        return False
+    (rows, terms), columns = a.shape, b.shape[-1]
+    return (
+        min(rows, terms, columns) >= (_LARGE if a.is_contiguous() else _LARGE_TRANSPOSED)
+        and rows * terms * columns >= _LARGE_PRODUCT
+        and torch.backends.mkldnn.enabled  # pyright: ignore
+        and not torch.is_autocast_enabled("cpu")
+        and all(_is_plain(x) and not _is_differentiated(x) for x in (a, b, *added))
+    )
 
 
 @functools.cache
@@ -113,20 +117,6 @@ def _processor() -> str:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-
-
-def _goes_to_onednn(a: Tensor, b: Tensor, *added: Tensor) -> bool:
-    """Whether oneDNN takes a product: of large float32 matrices of torch's own, without derivatives."""
-    if not (reads_for_free(a) and a.dtype == b.dtype == torch.float32 and mkl_avoids_avx512()):
-        return False
-    (rows, terms), columns = a.shape, b.shape[-1]
-    return (
-        min(rows, terms, columns) >= (_LARGE if a.is_contiguous() else _LARGE_TRANSPOSED)
-        and rows * terms * columns >= _LARGE_PRODUCT
-        and torch.backends.mkldnn.enabled  # pyright: ignore
-        and not torch.is_autocast_enabled("cpu")
-        and all(_is_plain(x) and not _is_differentiated(x) for x in (a, b, *added))
-    )
 
 
 def _is_plain(x: Tensor) -> bool:

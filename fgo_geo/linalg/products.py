@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg.matmul import add_matmul_2d, matmul_2d, parts_for_gram
+from fgo_geo.linalg.matmul import add_matmul_2d, goes_to_onednn, matmul_2d
 from fgo_geo.linalg.precision import multiplies_bfloat16
 from fgo_geo.linalg.values import reads_for_free
 from fgo_geo.linalg.workspace import Workspace
@@ -175,14 +174,6 @@ def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.matmul(a, b, out=out)
 
 
-def _sum_of_products(factors: Sequence[Tensor], others: Sequence[Tensor], out: Tensor | None) -> Tensor:
-    """``factors[0] @ others[0] + factors[1] @ others[1] + ...``."""
-    total = _product(factors[0], others[0], out if len(factors) == 1 else None)
-    for a, b in zip(factors[1:], others[1:], strict=True):
-        total = _minus(total, a, b, beta=1.0, alpha=-1.0, out=None)
-    return total if out is None or len(factors) == 1 else out.copy_(total)
-
-
 def _minus(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, out: Tensor | None) -> Tensor:
     """``beta c - alpha a @ b`` by torch."""
     if _are_single(c, a, b):
@@ -230,7 +221,8 @@ def gram_matrix(x: Tensor, *, out: Tensor | None = None, precise: bool = False) 
     Args:
         x: Matrices, shape ``(..., A, B)``.
         out: Where to put the result, stored row by row.
-        precise: Add up long sums in parts, see :func:`~fgo_geo.linalg.matmul.parts_for_gram`.
+        precise: Take the diagonal as squares of norms where oneDNN multiplies. It adds up a thousand squares and more
+            one after the other: a Stiefel matrix of 2,048 rows that was measured so was off by 1.7e-6.
 
     Returns:
         Symmetric matrices, shape ``(..., B, B)``; blocks on the diagonal are symmetric to rounding.
@@ -240,22 +232,24 @@ def gram_matrix(x: Tensor, *, out: Tensor | None = None, precise: bool = False) 
         tensor([[1., 2.],
                 [2., 4.]])
     """
+    by_onednn = _are_single(x) and goes_to_onednn(_flat(x).mT, _flat(x))
+    if by_onednn:
+        x = _flat(x).mT.contiguous().mT.reshape(x.shape)  # so that there are no gaps in runs of columns
+    gram = _gram_in_blocks(x, out)
+    if precise and by_onednn:
+        squares = x.square().sum(-2) if x.shape[-2] > _LONG_LINE else torch.linalg.vector_norm(x, dim=-2).square()
+        gram.diagonal(dim1=-2, dim2=-1).copy_(squares)
+    return gram
+
+
+def _gram_in_blocks(x: Tensor, out: Tensor | None) -> Tensor:
     columns = x.shape[-1]
     blocks = gram_blocks(columns)
     if blocks == 1:
         return small_product(x.mT, x, out=out)
     edges = [columns * k // blocks for k in range(blocks + 1)]
-    parts = (
-        [part.reshape(*x.shape[:-2], *part.shape) for part in parts_for_gram(_flat(x), precise)]
-        if _are_single(x)
-        else [x]
-    )
     rows = [
-        _sum_of_products(
-            [part[..., start:stop].mT for part in parts],
-            [part[..., start:] for part in parts],
-            None if out is None else out[..., start:stop, start:],
-        )
+        _product(x[..., start:stop].mT, x[..., start:], None if out is None else out[..., start:stop, start:])
         for start, stop in itertools.pairwise(edges)
     ]  # from the diagonal on
     if out is None:
