@@ -321,7 +321,7 @@ KINDS = ("sphere", "oblique", "stiefel", "euclidean")
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("kinds", [KINDS, ("oblique",)])
+@pytest.mark.parametrize("kinds", [KINDS, ("oblique",), ("euclidean",)])
 @pytest.mark.parametrize(
     "chosen",
     [
@@ -410,6 +410,61 @@ def test_half_precision_and_momentum_with_gaps_are_not_stepped_in_place(all_are_
     assert not all_are_large
     assert optimizer.state[gaps]["momentum_buffer"].count_nonzero()
     assert not torch.equal(gaps, before)
+
+
+def test_a_norm_that_overflows_by_its_radius_is_refused_before_anything_changes(all_are_large: list[Tensor]) -> None:
+    """On the manifold of radius one a gradient is longer by the radius."""
+    params = [large_weight((6, 8, 3, 3), ("oblique",), torch.float32) for _ in range(2)]
+    for param in params:
+        radii = torch.full((params[1].manifold.n_groups,), 1.0)
+        radii[0] = 1e12 if param is params[1] else 1.0
+        param.manifold.set_radius(radii)
+        param.data = param.manifold.projx(param.detach())
+    params[1].grad *= 1e15
+    optimizer = RiemannianFGSGD(params, lr=0.1, radius_invariant=True)
+    before = [param.detach().clone() for param in params]
+    with pytest.raises(FloatingPointError, match=r"\['params'\]\[1\].* is not finite.*no parameter was changed"):
+        optimizer.step()
+    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
+    assert not all_are_large
+
+
+def test_weights_with_a_small_part_are_stepped_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    param = large_weight((6, 8, 3, 3), KINDS)
+    sizes = [count * 9 for count in param.manifold.partition.counts]
+    for limit, is_large in ((min(sizes) - 1, True), (min(sizes), False)):
+        monkeypatch.setattr(jobs, "_JOIN_LIMIT", limit)
+        assert LargeKernels.takes(param, param.manifold, None) == is_large
+
+
+@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch has gradients of the weight's type only")
+def test_gradients_of_another_type_are_stepped_at_once(all_are_large: list[Tensor]) -> None:
+    param = large_weight((6, 8, 3, 3), KINDS, torch.float32)
+    before, grad = param.detach().clone(), param.grad
+    param.grad, param.grad_dtype = None, None
+    param.grad = grad.bfloat16()
+    RiemannianFGSGD([param], lr=0.1).step()
+    assert not all_are_large
+    assert not torch.equal(param, before)
+
+
+@pytest.mark.usefixtures("all_are_large")
+@pytest.mark.parametrize("inside", [(True, False), (False, True)])
+def test_memory_of_inference_mode_serves_outside_of_it(inside: tuple[bool, bool]) -> None:
+    kernels = large_weight((6, 8, 3, 3), KINDS)
+    matrix = geoopt.ManifoldParameter(Stiefel().random(40, 20).detach(), manifold=Stiefel())
+    matrix.grad = torch.ones(40, 20)
+    optimizer = RiemannianFGSGD([kernels, matrix], lr=0.01, momentum=0.0)
+    with_momentum = RiemannianFGSGD([kernels, matrix], lr=0.01, momentum=0.9)
+    for mode in inside:
+        with torch.inference_mode(mode):
+            optimizer.step()
+    with torch.inference_mode(inside[0]):
+        with_momentum.step()
+    if not inside[0]:
+        with_momentum.step()
+    for param in (kernels, matrix):
+        assert float(param.manifold.violation(param.detach().double()).max()) < 1e-5
 
 
 def pieces_of_layers(shape: tuple[int, ...], n: int, components: str, strategy: str = "layer") -> list[Piece]:

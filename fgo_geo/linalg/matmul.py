@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg.precision import rounds_to_bfloat16
-from fgo_geo.linalg.values import reads_for_free
+from fgo_geo.linalg.values import is_differentiated, reads_for_free
 
 __all__ = ["add_matmul_2d", "goes_to_onednn", "matmul_2d", "mkl_avoids_avx512"]
 
@@ -101,7 +101,7 @@ def goes_to_onednn(a: Tensor, b: Tensor, *added: Tensor) -> bool:
         and rows * terms * columns >= _LARGE_PRODUCT
         and torch.backends.mkldnn.enabled  # pyright: ignore
         and not torch.is_autocast_enabled("cpu")
-        and all(_is_plain(x) and not _is_differentiated(x) for x in (a, b, *added))
+        and all(_is_plain(x) and not is_differentiated(x) for x in (a, b, *added))
     )
 
 
@@ -122,11 +122,6 @@ def _processor() -> str:
 def _is_plain(x: Tensor) -> bool:
     """Whether a tensor, of a subclass perhaps, leaves to torch what happens to it."""
     return getattr(type(x), "__torch_dispatch__", None) is getattr(Tensor, "__torch_dispatch__", None)
-
-
-def _is_differentiated(x: Tensor) -> bool:
-    backward = torch.is_grad_enabled() and x.requires_grad
-    return backward or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 def _onednn_product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:

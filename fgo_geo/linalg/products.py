@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fgo_geo.linalg.matmul import add_matmul_2d, goes_to_onednn, matmul_2d
 from fgo_geo.linalg.precision import multiplies_bfloat16
-from fgo_geo.linalg.values import reads_for_free
+from fgo_geo.linalg.values import is_differentiated, reads_for_free
 from fgo_geo.linalg.workspace import Workspace
 
 __all__ = [
@@ -131,8 +131,8 @@ def subtract_part(c: Tensor, part: Tensor, workspace: Workspace, *, from_left: b
 
     Up to a Frobenius norm of the part of 2^-15, the eight bits of bfloat16 leave an error whose norm is at most 2^-22
     that of ``c``, however the roundings agree; where the processor has a unit for such products
-    (:func:`~fgo_geo.linalg.precision.multiplies_bfloat16`) they take a quarter of the time. Reads values, so it is for
-    where that is free.
+    (:func:`~fgo_geo.linalg.precision.multiplies_bfloat16`) they take half of the time or less, but for the rounding.
+    Reads values, so it is for where that is free.
 
     Args:
         c: Matrices, shape ``(..., A, B)``.
@@ -163,7 +163,8 @@ def subtract_part(c: Tensor, part: Tensor, workspace: Workspace, *, from_left: b
 def _rounds(c: Tensor, part: Tensor) -> bool:
     """Whether the product of a matrix and its part is rounded: where that is exact enough, and faster."""
     wide = c.dtype == torch.float32 and min(c.shape[-2:]) >= _WIDE_PART
-    return wide and multiplies_bfloat16() and float(frobenius_norm(part).amax()) <= _SMALL
+    has_unit = torch.backends.mkldnn.enabled and multiplies_bfloat16()  # pyright: ignore
+    return wide and has_unit and float(frobenius_norm(part).amax()) <= _SMALL
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -327,7 +328,7 @@ def root_of_sum(a: Tensor, dim: tuple[int, ...]) -> Tensor:
         tensor([5.])
     """
     squared = inner_sum(a, a, dim)
-    if not torch.is_grad_enabled() and reads_for_free(squared):
+    if not is_differentiated(squared) and reads_for_free(squared):
         return squared.sqrt()
     zero = squared == 0
     return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())

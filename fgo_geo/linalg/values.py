@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 )
 
-__all__ = ["reads_for_free", "require_finite", "traces"]
+__all__ = ["is_differentiated", "reads_for_free", "require_finite", "traces"]
 
 
 def require_finite(x: Tensor, what: str) -> None:
@@ -64,6 +64,23 @@ def reads_for_free(x: Tensor) -> bool:
         (True, False)
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not traces()
+
+
+def is_differentiated(x: Tensor) -> bool:
+    """Whether torch takes derivatives of what is done to a tensor, backward or forward; transforms are :func:`traces`.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        A bool.
+
+    Example:
+        >>> is_differentiated(torch.zeros(3)), is_differentiated(torch.zeros(3, requires_grad=True))
+        (False, True)
+    """
+    backward = torch.is_grad_enabled() and x.requires_grad
+    return backward or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 def traces() -> bool:

@@ -80,5 +80,6 @@ class Workspace:
         size, key = math.prod(shape), (purpose, dtype, x.device)
         memory = self._memory.get(key)
         if memory is None or memory.numel() < size:
-            memory = self._memory[key] = torch.empty(size, dtype=dtype, device=x.device)
+            with torch.inference_mode(False):  # for a later step, which may be taken outside
+                memory = self._memory[key] = torch.empty(size, dtype=dtype, device=x.device)
         return memory[:size].view(*shape)

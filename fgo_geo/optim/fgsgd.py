@@ -514,15 +514,13 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             job.grad = job.manifold.egrad2rgrad(job.x, grad)
 
     def _is_moderate(self, options: _Options, param: Tensor) -> bool:
-        """Whether the gradient on a product shows that no norm is to be refused, or none would be."""
+        """Whether no norm on a product can overflow, as its gradient shows, or overflow is not refused."""
         if not _checks(options, param):
             return True
         manifold = cast(ProductOfGroups, manifold_of(param))
         radii = [m.radius_range[1] for m in manifold.manifolds if isinstance(m, ComponentManifold)]
-        factor = max(1.0, *radii) ** 2 if options["radius_invariant"] else 1.0
-        grad = torch.as_tensor(param.grad)
-        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-        return float(norm) * factor <= _MODERATE
+        factor = max([1.0, *radii]) ** 2 if options["radius_invariant"] else 1.0
+        return float(torch.linalg.vector_norm(torch.as_tensor(param.grad))) * factor <= _MODERATE
 
     def _fused_tasks(self, number: int, group: _Options) -> FusedTasks | TracedTasks | None:
         """What fused paths did in a group in the last step; None if they are not asked in this one."""

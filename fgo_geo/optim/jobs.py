@@ -207,6 +207,7 @@ class LargeKernels:
         cut = manifold.partition
         smallest = min(cut.counts) * math.prod(cut.layout.kernel)
         is_plain = reads_for_free(param) and param.dtype in (torch.float32, torch.float64)
+        is_plain = is_plain and torch.as_tensor(param.grad).dtype == param.dtype
         can_write = all(cut.puts_planes(tensor) for tensor in (param, buffer) if tensor is not None)
         return is_plain and smallest > _JOIN_LIMIT and can_write
 
