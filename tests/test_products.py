@@ -101,8 +101,12 @@ def test_what_would_show_is_not_rounded(size: int, largest: float, dtype: torch.
 def test_no_unit_no_rounding(switch: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without oneDNN torch multiplies bfloat16 a hundred times slower."""
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: switch == "oneDNN")
+    c, part = normal((400, 300), 0), 1e-8 * normal((300, 300), 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(products, "multiplies_bfloat16", lambda: True)
+        assert products._rounds(c, part) == torch.backends.mkldnn.enabled
     monkeypatch.setattr(type(torch.backends.mkldnn), "enabled", switch == "processor")
-    c, part = normal((400, 300), 0), 1e-6 * normal((300, 300), 1)
+    assert not products._rounds(c, part)
     result = subtract_part(c, part, Workspace(), out=torch.empty_like(c))
     assert torch.equal(result, subtract_product(c, c, part))
 
