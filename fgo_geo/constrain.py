@@ -44,7 +44,7 @@ from fgo_geo.choose import (
 from fgo_geo.components import CONVOLUTIONS
 from fgo_geo.feature_stats import LambdaRule, TrackingHandle, is_tracked, rescaling_lambda, track, untrack
 from fgo_geo.linalg import require_finite
-from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
+from fgo_geo.manifolds import ComponentManifold, ProductOfGroups, mark_replaced
 from fgo_geo.radius import RadiusRule
 
 __all__ = ["Plan", "PlanEntry", "constrain", "plan_of", "unconstrain"]
@@ -558,7 +558,11 @@ def _plain(param: Tensor) -> nn.Parameter:
 def _replace(model: nn.Module, names: Iterable[str], param: Tensor) -> None:
     for name in names:
         path, _, local = name.rpartition(".")
-        setattr(model.get_submodule(path), local, param)
+        module = model.get_submodule(path)
+        old = getattr(module, local)
+        if old is not param:
+            mark_replaced(old)
+        setattr(module, local, param)
 
 
 def _parameter(model: nn.Module, name: str) -> Tensor | None:

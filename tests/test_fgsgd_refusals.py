@@ -13,7 +13,7 @@ import torch
 from parameters import assert_same, network, on, plain, run, set_gradients, values
 from torch import Tensor, nn
 
-from fgo_geo import Oblique, RiemannianFGSGD, ScaledSphere, Stiefel
+from fgo_geo import Oblique, RiemannianFGSGD, ScaledSphere, Stiefel, constrain, unconstrain
 from fgo_geo.grouping import collection
 from fgo_geo.manifolds import ProductOfGroups
 
@@ -228,3 +228,34 @@ def test_a_weight_that_is_not_finite_is_blamed_and_not_the_gradients_that_follow
         FloatingPointError, match=r"'second', .*is not finite itself.*no parameter was changed.*checkpoint"
     ):
         optimizer.step()
+
+
+@pytest.mark.parametrize("change", [constrain, unconstrain], ids=lambda change: change.__name__)
+def test_an_optimiser_whose_parameters_were_replaced_says_so(change):
+    """It would train nothing of them, without a word."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    if change is unconstrain:
+        constrain(model)
+    stale = RiemannianFGSGD(model.named_parameters(), lr=0.1)
+    change(model)
+    before = [p.detach().clone() for p in model.parameters()]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    message = (
+        r"'1.weight', .* is no parameter of its model any more.*no parameter was changed.*Build the optimiser after"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        stale.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    RiemannianFGSGD(model.parameters(), lr=0.1).step()
+    assert not any(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+
+
+def test_loading_weights_replaces_no_parameter():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
+    constrain(model)
+    optimizer = RiemannianFGSGD(model.parameters(), lr=0.1)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()

@@ -35,7 +35,7 @@ from torch.optim.sgd import sgd
 
 from fgo_geo import kernels
 from fgo_geo.linalg import Workspace, reads_for_free, small_product
-from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups, Stiefel
+from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups, Stiefel, was_replaced
 from fgo_geo.optim.jobs import FusedTasks, Job, LargeKernels, Piece, TracedTasks, join, manifold_of, pieces_of, put_back
 from fgo_geo.optim.shared_products import Carried, over_components, shared_products_step, tangent_square
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
@@ -330,7 +330,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: If a gradient is sparse. Nothing has changed then.
+            RuntimeError: If a gradient is sparse, or :func:`~fgo_geo.constrain` or :func:`~fgo_geo.unconstrain` has
+                replaced a parameter since. Nothing has changed then.
             FloatingPointError: If a gradient on a manifold is not finite and ``check_finite`` applies. Nothing has
                 changed then. Or, after the step, if a weight is not finite itself.
 
@@ -360,6 +361,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if not torch.compiler.is_compiling():
             for group in groups:
                 _check_rate(group["lr"])
+                for param in group["params"]:
+                    if was_replaced(param):
+                        raise self._stale(param)
         work = [(group, *self._prepare(number, group)) for number, group in enumerate(groups)]
         norms = [[self._group_norms(group, job) for job in jobs] for group, _, _, jobs, _ in work]
         fused_norms = [[self._fused_norms(group, batch) for batch in batches] for group, _, batches, *_ in work]
@@ -607,6 +611,13 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             f"RiemannianFGSGD: the gradient of {self._name_of(param)} on {manifold} is not finite (or its "
             "squared norm overflows); no parameter was changed. Lower the learning rate, clip the gradient, or use a "
             "GradScaler in half precision"
+        )
+
+    def _stale(self, param: Tensor) -> RuntimeError:
+        return RuntimeError(
+            f"RiemannianFGSGD: {self._name_of(param)} is no parameter of its model any more: constrain or unconstrain "
+            "has put another in its place; no parameter was changed. Build the optimiser after that, from what "
+            "model.named_parameters() gives now"
         )
 
     def _broken_weight(self, weights: Sequence[Tensor], outcome: str) -> FloatingPointError:
