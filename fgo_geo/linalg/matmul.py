@@ -3,7 +3,7 @@
 The BLAS of torch is MKL, mostly. Of AMD's processors it uses no AVX-512 instructions; where they have them, oneDNN
 multiplies float32 matrices twice as fast. If torch may round to bfloat16, factors and products are rounded there, and
 take half of that time again. torch itself calls oneDNN for layers that ``torch.compile`` has frozen. For everything
-else, and everywhere else, :func:`matmul_2d` is :func:`torch.mm`.
+else, and everywhere else, :func:`matmul_2d` is ``torch.mm``.
 """
 
 from __future__ import annotations
