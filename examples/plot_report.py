@@ -14,8 +14,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 import fgo_geo
-from fgo_geo.renormalize import renormalize
-from fgo_geo.report import report
+from fgo_geo.measures.report import report
+from fgo_geo.models.renormalize import renormalize
 
 torch.manual_seed(0)
 plain = resnet18(num_classes=10)

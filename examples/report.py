@@ -23,8 +23,8 @@ import train
 from torch.utils.data import DataLoader
 
 import fgo_geo
-from fgo_geo.renormalize import renormalize
-from fgo_geo.report import Report, report
+from fgo_geo.measures.report import Report, report
+from fgo_geo.models.renormalize import renormalize
 
 
 def untrained(settings: argparse.Namespace) -> dict[str, Report]:

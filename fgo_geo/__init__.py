@@ -1,14 +1,17 @@
 """Network weights on products of manifolds: FG-SGD and channel-directed gradients on PyTorch and Geoopt."""
 
-from fgo_geo import bounds, grouping, norms, optim
-from fgo_geo.constrain import Plan, constrain, plan_of, unconstrain
-from fgo_geo.folding import fold_batchnorm
-from fgo_geo.grouping import Collection, collection
+from fgo_geo import _former_names, optim
 from fgo_geo.manifolds import Oblique, ProductOfGroups, ScaledSphere, Stiefel
+from fgo_geo.measures import bounds
+from fgo_geo.measures.report import report
+from fgo_geo.models.constrain import Plan, constrain, plan_of, unconstrain
+from fgo_geo.models.folding import fold_batchnorm
+from fgo_geo.models.renormalize import remove_renormalization, renormalize
 from fgo_geo.optim import RiemannianFGSGD
 from fgo_geo.optim.channel_directed import channel_directed, channel_directed_gradient
-from fgo_geo.renormalize import remove_renormalization, renormalize
-from fgo_geo.report import report
+from fgo_geo.paths import router as kernels
+from fgo_geo.weights import grouping, norms
+from fgo_geo.weights.grouping import Collection, collection
 
 __all__ = [  # noqa: RUF022  in groups, for readers
     # manifolds
@@ -28,6 +31,7 @@ __all__ = [  # noqa: RUF022  in groups, for readers
     "RiemannianFGSGD",
     "channel_directed",
     "channel_directed_gradient",
+    "kernels",
     "optim",
     "remove_renormalization",
     "renormalize",
@@ -39,3 +43,5 @@ __all__ = [  # noqa: RUF022  in groups, for readers
 ]
 
 __version__ = "0.1.0"
+
+_former_names.register()

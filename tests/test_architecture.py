@@ -14,37 +14,19 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fgo_geo"
 
-# What each part of the package may import of the others:
-# {linalg, grouping} <- components <- manifolds <- {optim, constrain, renormalize},
-# kernels <- optim, norms <- bounds <- report.
-# Only the package itself imports report, and optim knows nothing of models. A new part gets a line here.
-GEOMETRY = {"linalg", "grouping", "components", "manifolds"}
+# The rooms, and what each may import of the others: arrows point down only.
+# linalg <- weights <- manifolds <- {paths, models} <- {optim, measures} <- distributed
+GEOMETRY = {"linalg", "weights", "manifolds"}
 MAY_IMPORT = {
     "linalg": set(),
-    "grouping": set(),
-    "components": {"linalg", "grouping"},
-    "manifolds": {"linalg", "grouping", "components"},
-    "radius": {*GEOMETRY, "norms"},
-    "kernels": GEOMETRY,
-    "optim": {*GEOMETRY, "kernels"},
-    "feature_stats": {"linalg", "components"},
-    "choose": {*GEOMETRY, "radius", "feature_stats"},
-    "constrain": {*GEOMETRY, "radius", "feature_stats", "choose"},
-    "renormalize": {*GEOMETRY, "norms", "radius", "feature_stats", "choose"},
-    "norms": GEOMETRY,
-    "bounds": {"linalg", "norms"},
-    "folding": {*GEOMETRY, "constrain", "renormalize"},
-    "report": {
-        *GEOMETRY,
-        "radius",
-        "feature_stats",
-        "choose",
-        "constrain",
-        "renormalize",
-        "folding",
-        "norms",
-        "bounds",
-    },
+    "weights": {"linalg"},
+    "manifolds": {"linalg", "weights"},
+    "paths": GEOMETRY,
+    "models": GEOMETRY,
+    "optim": {*GEOMETRY, "paths"},
+    "measures": {*GEOMETRY, "models"},
+    "distributed": {*GEOMETRY, "paths", "models", "optim", "measures"},
+    "_former_names": set(),
 }
 
 
@@ -81,12 +63,11 @@ def parts_imported(source: str, package: str) -> set[str]:
         ("from fgo_geo import linalg, ScaledSphere", {"linalg", "__init__"}),
         ("from fgo_geo.manifolds import Stiefel", {"manifolds"}),
         ("from . import step_size", {"optim"}),
-        ("from .. import report", {"report"}),
-        ("from ..constrain import Plan", {"constrain"}),
-        ("def f():\n    from fgo_geo import report", {"report"}),
+        ("from .. import measures", {"measures"}),
+        ("from ..models import Plan", {"models"}),
+        ("def f():\n    from fgo_geo.measures import report", {"measures"}),
         ("import torch\nfrom fgo_geometry import report", set()),
     ],
-    ids=repr,
 )
 def test_every_form_of_import_is_seen(source, expected):
     assert parts_imported(source, "fgo_geo.optim") == expected
@@ -129,7 +110,7 @@ def test_the_package_needs_only_what_it_declares():
 
 
 def test_the_bounds_know_no_module():
-    path = PACKAGE / "bounds.py"
+    path = PACKAGE / "measures" / "bounds.py"
     names = imports_of(path.read_text(encoding="utf-8"), "fgo_geo") if path.exists() else set()
     assert not [name for name in names if name.startswith("torch.nn")]
 

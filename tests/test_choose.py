@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import fgo_geo
-from fgo_geo.choose import collections_of
-from fgo_geo.components import WeightLayout
+from fgo_geo.models.choose import collections_of
+from fgo_geo.weights.components import WeightLayout
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fgo_geo.components import KernelPartition, Partition, Segments, WeightLayout, layout_of, partition
 from fgo_geo.grouping import MANIFOLD_KINDS, Collection, collection
+from fgo_geo.weights.components import KernelPartition, Partition, Segments, WeightLayout, layout_of, partition
 
 
 def numbered(shape: tuple[int, ...]) -> Tensor:

@@ -142,7 +142,7 @@ def test_attach_replaces_another_plan_and_keeps_the_parameters_objects() -> None
     assert names(new) == ["conv.weight", "head.weight"]
     manifold_parameters = {n for n, p in model.named_parameters() if isinstance(p, geoopt.ManifoldParameter)}
     assert manifold_parameters == {"conv.weight", "head.weight"}
-    tracked = {n for n, m in model.named_modules() if fgo_geo.feature_stats.is_tracked(m)}
+    tracked = {n for n, m in model.named_modules() if fgo_geo.models.feature_stats.is_tracked(m)}
     assert tracked == {"conv", "head"}
     assert_on_manifolds(new)
 

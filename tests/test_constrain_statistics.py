@@ -207,12 +207,12 @@ def test_a_checkpoint_without_statistics_turns_them_off() -> None:
 def test_layers_tracked_by_someone_else_stay_tracked() -> None:
     torch.manual_seed(0)
     model = Two()
-    handle = fgo_geo.feature_stats.track(model.conv)
+    handle = fgo_geo.models.feature_stats.track(model.conv)
     constrain(model, first_layer=True, classifier=True, statistics="max1")
     assert handle.statistics is model.conv.fgo_geo_statistics
     unconstrain(model)
-    assert fgo_geo.feature_stats.is_tracked(model.conv)
-    assert not fgo_geo.feature_stats.is_tracked(model.fc)
+    assert fgo_geo.models.feature_stats.is_tracked(model.conv)
+    assert not fgo_geo.models.feature_stats.is_tracked(model.fc)
 
 
 def test_half_precision_follows_the_features() -> None:

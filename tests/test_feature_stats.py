@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fgo_geo.components import WeightLayout, layout_of, partition
-from fgo_geo.feature_stats import (
+from fgo_geo.grouping import collection
+from fgo_geo.models.feature_stats import (
     FeatureStatistics,
     component_lambda,
     is_tracked,
@@ -24,7 +24,7 @@ from fgo_geo.feature_stats import (
     track,
     untrack,
 )
-from fgo_geo.grouping import collection
+from fgo_geo.weights.components import WeightLayout, layout_of, partition
 
 seeds = st.integers(0, 2**31)
 momenta = st.sampled_from([0.1, 0.7, 1.0, None])

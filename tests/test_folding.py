@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.utils import fusion
 
 import fgo_geo
-from fgo_geo.folding import fold_batchnorm
-from fgo_geo.renormalize import renormalize
+from fgo_geo.models.folding import fold_batchnorm
+from fgo_geo.models.renormalize import renormalize
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -178,7 +178,9 @@ def test_a_compiled_model_trains_the_same(statistics: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "average", [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.8)}, {"avg_fn": lambda a, b, n: 0.8 * a + 0.2 * b}], ids=str
+    "average",
+    [{}, {"multi_avg_fn": get_ema_multi_avg_fn(0.8)}, {"avg_fn": lambda a, b, n: 0.8 * a + 0.2 * b}],
+    ids=["default", "ema", "avg_fn"],
 )
 def test_averaged_weights_are_projected_back(average: dict[str, Any]) -> None:
     model = net()

@@ -17,11 +17,12 @@ from layers import Grouped, grouped_weights
 from torch import Tensor
 
 from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel
-from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
 from fgo_geo.kernels import use_path
-from fgo_geo.optim import jobs, theorem_step_bound
-from fgo_geo.optim.jobs import LargeKernels, Piece, join, pieces_of, put_back
+from fgo_geo.optim import theorem_step_bound
+from fgo_geo.paths import jobs
+from fgo_geo.paths.jobs import LargeKernels, Piece, join, pieces_of, put_back
+from fgo_geo.weights.components import WeightLayout
 
 GEOMETRIES: dict[str, Any] = {
     "sphere": reference.Sphere,

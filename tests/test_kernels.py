@@ -22,10 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from versions import TRACES_PARAMETERS
 
 from fgo_geo import ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel, constrain, kernels
-from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
-from fgo_geo.kernels import cpu
-from fgo_geo.kernels.task import KINDS
+from fgo_geo.paths.native import kernels as cpu
+from fgo_geo.paths.task import KINDS
+from fgo_geo.weights.components import WeightLayout
 
 built = pytest.mark.skipif(cpu.library() is None, reason="the extension was not built: there is no C++ compiler")
 

@@ -13,7 +13,7 @@ from torch import nn
 from versions import TRACES_PARAMETERS
 
 from fgo_geo import RiemannianFGSGD, Stiefel, kernels
-from fgo_geo.kernels import cpu
+from fgo_geo.paths.native import kernels as cpu
 
 
 def mixed_weights() -> list[Any]:

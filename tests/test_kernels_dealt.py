@@ -25,10 +25,10 @@ from test_kernels_lines import (
 from torch import Tensor
 
 from fgo_geo import ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel, kernels
-from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
-from fgo_geo.kernels import lines
-from fgo_geo.optim import jobs
+from fgo_geo.paths import jobs
+from fgo_geo.paths.native import lines
+from fgo_geo.weights.components import WeightLayout
 
 
 @built

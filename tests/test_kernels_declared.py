@@ -16,8 +16,8 @@ from torch import Tensor
 from versions import TRACES_PARAMETERS
 
 from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel, kernels
-from fgo_geo.kernels import cpu
-from fgo_geo.kernels.task import LARGEST, product_of
+from fgo_geo.paths.native import kernels as cpu
+from fgo_geo.paths.task import LARGEST, product_of
 
 MANIFOLDS: dict[str, Any] = {
     "sphere": lambda radius: ScaledSphere(radius, ndim=2),

@@ -24,10 +24,11 @@ from torch import Tensor
 from versions import needs_triton
 
 from fgo_geo import ProductOfGroups, RiemannianFGSGD, kernels
-from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
-from fgo_geo.kernels import cpu, gpu
-from fgo_geo.kernels.task import KINDS, StepOptions, table_of, task_of
+from fgo_geo.paths.native import kernels as cpu
+from fgo_geo.paths.task import KINDS, StepOptions, table_of, task_of
+from fgo_geo.paths.triton import launches as gpu
+from fgo_geo.weights.components import WeightLayout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -401,7 +402,7 @@ def test_a_triton_that_is_of_no_use_says_why(monkeypatch, triton: Any, message: 
 def test_the_package_neither_needs_nor_imports_triton():
     code = (
         "import sys, fgo_geo; assert 'triton' not in sys.modules; sys.modules['triton'] = None; "
-        "from fgo_geo.kernels import _sweeps; assert _sweeps.triton is None"
+        "from fgo_geo.paths.triton import _sweeps; assert _sweeps.triton is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from versions import TRACES_PARAMETERS
 
 from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel, constrain, kernels
-from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
-from fgo_geo.kernels import cpu, lines
+from fgo_geo.paths.native import kernels as cpu
+from fgo_geo.paths.native import lines
+from fgo_geo.weights.components import WeightLayout
 
 CLOSE = TOLERANCE[torch.float32]
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from layers import grouped_weights
 
 from fgo_geo import norms
-from fgo_geo.components import WeightLayout, partition
 from fgo_geo.grouping import collection
 from fgo_geo.norms import (
     MatrixNorms,
@@ -27,6 +26,7 @@ from fgo_geo.norms import (
     norms_of_groups,
     two_to_one_norm,
 )
+from fgo_geo.weights.components import WeightLayout, partition
 
 SEEDS = st.integers(0, 2**31)
 

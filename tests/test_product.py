@@ -21,9 +21,9 @@ from layers import Grouped, grouped_weights
 from torch import Tensor
 
 from fgo_geo import Oblique, ProductOfGroups, ScaledSphere, Stiefel
-from fgo_geo.components import WeightLayout
 from fgo_geo.grouping import collection
 from fgo_geo.manifolds import ComponentManifold
+from fgo_geo.weights.components import WeightLayout
 
 SINGLE: dict[str, Callable[[float], geoopt.Manifold]] = {
     "sphere": functools.partial(ScaledSphere, ndim=2),
@@ -543,7 +543,7 @@ def test_says_what_it_is() -> None:
         ({"sphere": 1.0, "oblique": 1.0, "stiefel": 1.0, "spere": 2.0}, ValueError, "may have others of"),
         (torch.ones(5), ValueError, r"shape \(8,\), one per group, or \(4, 3\), one per kernel; got \(5,\)"),
         (-torch.ones(4, 3), ValueError, "radius must be positive"),
-        ([torch.rand(1) + 1] * 3, TypeError, "radius must be a real number"),
+        ([torch.full((1,), 1.5)] * 3, TypeError, "radius must be a real number"),
     ],
     ids=repr,
 )

@@ -14,9 +14,9 @@ from layers import Grouped, grouped_weights
 from torch import nn
 
 from fgo_geo import ProductOfGroups
-from fgo_geo.components import WeightLayout, partition
 from fgo_geo.grouping import collection
-from fgo_geo.radius import bounding_radius, check_bound, check_rule, group_radii, kaiming_radius
+from fgo_geo.weights.components import WeightLayout, partition
+from fgo_geo.weights.radius import bounding_radius, check_bound, check_rule, group_radii, kaiming_radius
 
 CONSTRAINED = ["sphere", "oblique", "stiefel"]
 KINDS = [*CONSTRAINED, "spectral"]

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize
 
-from fgo_geo.feature_stats import is_tracked, track
 from fgo_geo.grouping import collection
-from fgo_geo.radius import bounding_radius
-from fgo_geo.renormalize import (
+from fgo_geo.models.feature_stats import is_tracked, track
+from fgo_geo.models.renormalize import (
     Renormalization,
     remove_renormalization,
     renormalization_of,
     renormalize,
     update_scales,
 )
+from fgo_geo.weights.radius import bounding_radius
 
 Array = np.ndarray
 

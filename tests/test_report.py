@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fgo_geo
-from fgo_geo.report import report
+from fgo_geo.measures.report import report
 
 NORMS = ("frobenius", "spectral", "two_to_one")
 renormalize = sys.modules["fgo_geo.renormalize"].renormalize

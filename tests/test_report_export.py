@@ -17,7 +17,7 @@ from test_report import NORMS, dense_norm, small_network
 from torch import nn
 
 import fgo_geo
-from fgo_geo.report import Report, report
+from fgo_geo.measures.report import Report, report
 
 matplotlib.use("Agg")
 

@@ -19,8 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from fgo_geo import RiemannianFGSGD, Stiefel
 from fgo_geo.linalg import matmul, products, subtract_part
 from fgo_geo.manifolds import stiefel
-from fgo_geo.optim import fgsgd, shared_products
-from fgo_geo.optim.shared_products import Carried, shared_products_step, tangent_square
+from fgo_geo.optim import fgsgd
+from fgo_geo.paths import shared_products
+from fgo_geo.paths.shared_products import Carried, shared_products_step, tangent_square
 
 
 def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

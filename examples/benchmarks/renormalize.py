@@ -20,7 +20,7 @@ from contestants import model_of
 from timing import Columns
 from torch import Tensor, nn
 
-from fgo_geo.renormalize import renormalize
+from fgo_geo.models.renormalize import renormalize
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain": None,

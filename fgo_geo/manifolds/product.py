@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fgo_geo.components import Partition, Segments, WeightLayout, partition
-from fgo_geo.grouping import MANIFOLD_KINDS, Collection
 from fgo_geo.linalg import computes_in_float32, root_of_sum
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold, flat_shape
 from fgo_geo.manifolds.oblique import Oblique
 from fgo_geo.manifolds.sphere import ScaledSphere
 from fgo_geo.manifolds.stiefel import Stiefel
+from fgo_geo.weights.components import Partition, Segments, WeightLayout, partition
+from fgo_geo.weights.grouping import MANIFOLD_KINDS, Collection
 
 __all__ = ["ProductOfGroups", "RadiusLike", "component_manifold"]
 
@@ -61,8 +61,8 @@ class ProductOfGroups(EmbeddedManifold):
     The metric is the sum of the components' metrics, that is the Euclidean metric of the weight.
 
     Args:
-        collection: The groups and their manifold kinds, from :func:`fgo_geo.grouping.collection`; one per section
-            for packed weights.
+        collection: The groups and their manifold kinds, from :func:`~fgo_geo.weights.grouping.collection`; one
+            per section for packed weights.
         layout: The weight's layout, or its shape if that is ``(D, C, *kernel)``.
         radius: One number; a number per kind; a tensor ``(G,)`` with one per group; for kernel components, a tensor
             ``(D, C)`` with one per kernel; for every part of the partition a tensor ``(n,)`` with one per component; or
@@ -80,7 +80,7 @@ class ProductOfGroups(EmbeddedManifold):
             move on its manifold.
 
     Example:
-        >>> from fgo_geo.grouping import collection
+        >>> from fgo_geo.weights.grouping import collection
         >>> pio = collection(6, 4, "pio", ("sphere", "stiefel"))
         >>> manifold = ProductOfGroups(pio, (6, 4, 3, 3))
         >>> weight = manifold.random(6, 4, 3, 3)

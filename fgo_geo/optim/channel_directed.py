@@ -36,8 +36,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fgo_geo.components import WeightLayout, layout_of
 from fgo_geo.linalg import computes_in_float32
+from fgo_geo.weights.components import WeightLayout, layout_of
 
 __all__ = [
     "ChannelDirected",

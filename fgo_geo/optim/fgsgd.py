@@ -7,11 +7,11 @@ One step is the composition of small pure functions on whole tensors:
 3. :func:`fgsgd_update` adds momentum and moves along a retraction.
 
 Some weights take the same step otherwise, to rounding: kernels, spheres and oblique manifolds that a fused path takes
-(:mod:`fgo_geo.kernels`), and large Stiefel matrices, in which the three share products
-(:mod:`fgo_geo.optim.shared_products`).
+(:mod:`fgo_geo.paths.router`), and large Stiefel matrices, in which the three share products
+(:mod:`fgo_geo.paths.shared_products`).
 
 :class:`RiemannianFGSGD` is what surrounds them: validation and state. What one batched call works on is a
-:class:`~fgo_geo.optim.jobs.Job`. Parameters without a constraint never get there: they take the step of
+:class:`~fgo_geo.paths.jobs.Job`. Parameters without a constraint never get there: they take the step of
 :class:`torch.optim.SGD` through torch's own kernels.
 
 Momentum is transported by projection, and lazily: the buffer is projected at the start of the next step, when the
@@ -33,12 +33,12 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from fgo_geo import kernels
 from fgo_geo.linalg import Workspace, reads_for_free, small_product
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold, ProductOfGroups, Stiefel, was_replaced
-from fgo_geo.optim.jobs import FusedTasks, Job, LargeKernels, Piece, TracedTasks, join, manifold_of, pieces_of, put_back
-from fgo_geo.optim.shared_products import Carried, over_components, shared_products_step, tangent_square
 from fgo_geo.optim.step_size import momentum_gain, theorem_step_bound, theorem_step_scale
+from fgo_geo.paths import router as kernels
+from fgo_geo.paths.jobs import FusedTasks, Job, LargeKernels, Piece, TracedTasks, join, manifold_of, pieces_of, put_back
+from fgo_geo.paths.shared_products import Carried, over_components, shared_products_step, tangent_square
 
 __all__ = ["RiemannianFGSGD", "fgsgd_update"]
 
@@ -750,7 +750,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     def _seal(self, pieces: _Pieces) -> _Seal:
         """Parameters and momentum, and how often each was written to: what is carried holds until one of them changes.
 
-        Writing to ``param.data`` is not counted, see :meth:`~fgo_geo.optim.shared_products.Carried.belongs_to`.
+        Writing to ``param.data`` is not counted, see :meth:`~fgo_geo.paths.shared_products.Carried.belongs_to`.
         """
         tensors = [tensor for param, _ in pieces for tensor in (param, self._momentum_of(param)) if tensor is not None]
         return tuple(

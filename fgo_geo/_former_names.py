@@ -1,0 +1,38 @@
+"""Names that modules had before version 0.2: imports and pickles written for them keep working.
+
+A pickle stores the module of each class. ``register`` enters every former name as an alias of the module that holds its
+contents now, so there is one module object under both names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+__all__ = ["FORMER_NAMES", "register"]
+
+FORMER_NAMES = {
+    "bounds": "measures.bounds",
+    "choose": "models.choose",
+    "components": "weights.components",
+    "constrain": "models.constrain",
+    "feature_stats": "models.feature_stats",
+    "folding": "models.folding",
+    "grouping": "weights.grouping",
+    "kernels": "paths.router",
+    "norms": "weights.norms",
+    "radius": "weights.radius",
+    "renormalize": "models.renormalize",
+    "report": "measures.report",
+    "report.data": "measures.report.data",
+    "report.reading": "measures.report.reading",
+    "report.record": "measures.report.record",
+    "report.weights": "measures.report.weights",
+}
+"""Former name of each module that moved, and its name now, both relative to the package."""
+
+
+def register() -> None:
+    """Make every moved module importable under its former name too."""
+    for former, name in FORMER_NAMES.items():
+        sys.modules[f"fgo_geo.{former}"] = importlib.import_module(f"fgo_geo.{name}")

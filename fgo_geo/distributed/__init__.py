@@ -1,0 +1,1 @@
+"""What sharded parameters need. Nothing yet."""

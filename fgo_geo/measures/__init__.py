@@ -1,0 +1,1 @@
+"""Generalisation measures in logarithms, and the report that computes them from a model."""

@@ -1,0 +1,464 @@
+r"""Renormalisation: weights that obey norm bounds at every step, whatever optimiser trains them.
+
+A layer's weight is computed from a free tensor of the same shape, the *raw* weight, which is what the optimiser sees.
+For every component ``i`` there are two stages ([Ozay2019]_; "Mathematics", section 5)::
+
+    wᵢ = Rᵢ N(rawᵢ),    Rᵢ = γᵢ / λᵢ
+
+1. *normalise*: ``N`` maps to a manifold of radius one: the sphere (divide by the Frobenius norm), the oblique manifold
+   (by the column norms), the Stiefel manifold (polar factor), or the ball of the spectral norm (divide by it where it
+   exceeds one);
+2. *re-parameterise*: ``γ`` is the largest radius at which the wanted norms of a group are at most ``β``, see
+   :func:`~fgo_geo.weights.radius.bounding_radius`; ``λ`` is one, or follows the statistics of the features, see
+   :mod:`fgo_geo.models.feature_stats`.
+
+:class:`Renormalization` does this to all components of a weight at once, as a parametrization of
+:mod:`torch.nn.utils.parametrize`. :func:`renormalize` registers it, :func:`update_scales` refreshes ``λ`` once per
+epoch and :func:`remove_renormalization` leaves a plain weight behind. Components and groups are those of
+:class:`~fgo_geo.manifolds.ProductOfGroups`.
+
+The weight does not depend on the scale of the raw weight (for the ball: it depends on the ratio to a unit). The raw
+weight is put on the scale of [He2015]_, at which random entries have variance ``2 / fan_in``: what learning rates and
+weight decay usually are made for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast, get_args
+
+import geoopt
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fgo_geo.linalg import computes_in_float32, has_closed_form, polar_factor, require_finite, spectral_norm_3
+from fgo_geo.manifolds.product import component_manifold
+from fgo_geo.manifolds.sphere import normalise
+from fgo_geo.models.choose import Components, collections_of
+from fgo_geo.models.feature_stats import (
+    FullPrecisionBuffers,
+    LambdaRule,
+    TrackingHandle,
+    component_lambda,
+    is_tracked,
+    require_trackable,
+    rescaling_lambda,
+    track,
+    untrack,
+)
+from fgo_geo.weights.components import WeightLayout, layout_of, partition
+from fgo_geo.weights.grouping import Collection
+from fgo_geo.weights.norms import Norm, matrix_norms, norms_of_groups
+from fgo_geo.weights.radius import check_bound, group_radii, kaiming_radius
+
+__all__ = [
+    "Renormalization",
+    "remove_renormalization",
+    "renormalization_of",
+    "renormalize",
+    "update_scales",
+]
+
+_NORMS: tuple[Norm, ...] = get_args(Norm)
+_KINDS = ("sphere", "oblique", "stiefel", "spectral")
+
+
+# -- one component -----------------------------------------------------------------------------------------------
+
+
+def _carry(kind: str, x: Tensor, source: float | Tensor, target: float | Tensor) -> Tensor:
+    """Nearest points of a kind's manifold of radius ``source``, carried to radius ``target``, per component.
+
+    NaN stays NaN, except that the decomposition inside the polar factor may raise.
+    """
+    if kind == "spectral":
+        return x * (target / _spectral_norm(x)[:, None, None].clamp(min=source))
+    if kind == "stiefel":
+        return target * polar_factor(x)
+    if kind == "oblique":  # transposed: on CPU, columns of small matrices are several times slower to sum than rows
+        return normalise(x.mT.contiguous(), target, (-1,)).mT
+    return normalise(x, target, (-2, -1))
+
+
+def _spectral_norm(x: Tensor) -> Tensor:
+    return spectral_norm_3(x) if has_closed_form(x) else matrix_norms(x).spectral
+
+
+# -- one weight --------------------------------------------------------------------------------------------------
+
+
+class Renormalization(FullPrecisionBuffers):
+    r"""The parametrization that :func:`renormalize` registers: raw weight to weight, and back.
+
+    It computes in single precision at least, whatever the type of the weight and under autocast. A zero component of
+    the raw weight gives the manifold's canonical point (of the spectral ball: zero), NaN gives NaN or an error.
+
+    Args:
+        collections: The groups; one collection per section of the layout.
+        layout: How the weight is stored.
+        norms: The norms to bound.
+        bound: The bound ``β`` of every group.
+        statistics: The rule for ``λ``; None for ``λ = 1``.
+        like: A tensor of the weight's type and device.
+
+    Attributes:
+        partition: The weight's components and groups.
+        norms: The bounded norms.
+        bound: The bound ``β``.
+        statistics: The rule for ``λ``.
+        gamma: ``γ`` of every component, part by part.
+        lam: ``λ`` of every component, part by part, which is state; None without statistics.
+
+    Raises:
+        ValueError: If the collections do not fit the layout, or a component could not move on its manifold.
+    """
+
+    statistics: LambdaRule | None
+    gamma: Tensor
+    lam: Tensor | None
+
+    def __init__(
+        self,
+        collections: Sequence[Collection],
+        layout: WeightLayout,
+        norms: Sequence[Norm],
+        bound: float,
+        statistics: LambdaRule | None,
+        like: Tensor,
+    ) -> None:
+        super().__init__()
+        self.collections = tuple(collections)
+        self.partition = partition(collections, layout).to(like.device)
+        self.norms = tuple(norms)
+        self.bound = bound
+        self.statistics = statistics
+        self.owns_statistics = False  # whether removing this ends the tracking of the layer's input
+        cut = self.partition
+        parts = list(zip(cut.kinds, cut.sizes, strict=True))
+        for kind, size in parts:
+            _require_room(kind, size)
+        self._raw_radius = [kaiming_radius(kind, *size, layout.fan_in) for kind, size in parts]
+        per_group = group_radii(cut, "bound", bound, norms).numpy()
+        gamma = np.concatenate(cut.per_component(per_group))
+        if like.dtype != torch.float64:
+            gamma = np.nextafter(gamma.astype(np.float32), np.float32(0))  # rounded down: a bound is a bound
+        self.register_buffer("gamma", torch.from_numpy(gamma).to(like.device), persistent=False)
+        self.register_buffer("lam", None if statistics is None else torch.ones_like(self.gamma))
+
+    @computes_in_float32
+    def forward(self, raw: Tensor) -> Tensor:
+        """The weight that belongs to a raw weight: differentiable, of the same shape and type."""
+        return self._map(raw, self._raw_radius, self._radius(raw.dtype))
+
+    @computes_in_float32
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """A raw weight that gives this weight if it is on its manifolds, and else the nearest one that is.
+
+        Raises:
+            ValueError: If the weight holds NaN or infinity.
+        """
+        require_finite(weight, "the weight to renormalise")
+        return self._map(weight, self._radius(weight.dtype), self._raw_radius)
+
+    def _map(self, x: Tensor, source: Sequence[float | Tensor], target: Sequence[float | Tensor]) -> Tensor:
+        cut = self.partition
+        parts = zip(cut.kinds, cut.split(x), source, target, strict=True)
+        result = cut.merge([_carry(*part) for part in parts])
+        # Transposed blocks come back transposed; some optimisers and kernels want the strides that they know.
+        return result if result.stride() == x.stride() else torch.empty_like(x).copy_(result)
+
+    def _radius(self, dtype: torch.dtype) -> list[Tensor]:
+        """``R = γ / λ`` of every part, shape ``(n, 1, 1)``."""
+        radius = self.gamma if self.lam is None else self.gamma / self.lam
+        return [part[:, None, None] for part in radius.to(dtype).split(list(self.partition.counts))]
+
+    def guarantee(self) -> Tensor:
+        """The bound that every group's norms are sure to obey now: ``β / λ`` for the smallest ``λ`` of its components.
+
+        Without statistics it is ``β``, with the rule ``"max1"`` at most that.
+
+        Returns:
+            Bounds, shape ``(G,)``, in the order of the collections.
+        """
+        cut = self.partition
+        inverse = torch.ones_like(self.gamma) if self.lam is None else 1 / self.lam
+        parts = zip(cut.segments, inverse.split(list(cut.counts)), strict=True)
+        worst = torch.cat([segments.max(part) for segments, part in parts])
+        order = torch.from_numpy(np.concatenate(cut.groups)).to(worst.device)
+        return self.bound * torch.empty_like(worst).index_copy(0, order, worst)
+
+    def violation(self, weight: Tensor) -> Tensor:
+        """By how much the norms of a weight exceed what is guaranteed, relative to that.
+
+        Args:
+            weight: A weight of this shape; that of the layer exceeds nothing, up to rounding.
+
+        Returns:
+            The excess of the worst norm of every group, 0 where there is none: float64, shape ``(G,)``.
+        """
+        measured = dict(zip(_NORMS, norms_of_groups(self.partition, weight.double()), strict=True))
+        worst = torch.stack([measured[norm] for norm in self.norms]).amax(0)
+        return (worst / self.guarantee().to(worst) - 1).clamp(min=0)
+
+    def extra_repr(self) -> str:
+        """The groups and what is bounded."""
+        scale = "" if self.statistics is None else f", λ by {self.statistics!r}"
+        groups = "; ".join(map(str, self.collections))
+        return f"{groups}; {', '.join(self.norms)} <= {self.bound:g}{scale}"
+
+
+def _require_room(kind: str, size: tuple[int, int]) -> None:
+    """Raise if components of this size are isolated points."""
+    if kind not in _KINDS:
+        raise ValueError(
+            f"renormalize: groups of kind {kind!r} have no bounded norm; use one of {_KINDS}, e.g. the last for groups "
+            "that are to be free up to a bound"
+        )
+    if kind == "spectral":
+        return
+    fits, reason = component_manifold(kind, 1.0)._check_shape(size, "component")  # pyright: ignore
+    if not fits:
+        raise ValueError(f"renormalize: {kind} cannot hold components of size {size}: {reason}")
+
+
+# -- layers ------------------------------------------------------------------------------------------------------
+
+
+def renormalize(
+    module: nn.Module,
+    name: str = "weight",
+    manifold: str | Sequence[str] | None = None,
+    norms: Sequence[Norm] = _NORMS,
+    bound: float = 1.0,
+    groups: str | Collection | Sequence[Collection] = "layer",
+    statistics: LambdaRule | None = None,
+    *,
+    selection: str = "deterministic",
+    seed: int = 0,
+    components: Components = "auto",
+) -> nn.Module:
+    r"""Make a layer's weight obey norm bounds at every step, whatever optimiser trains it.
+
+    The parameter becomes a raw weight (``module.parametrizations[name].original``), and ``module.weight`` is computed
+    from it such that in every group each of the norms is at most ``bound``, up to rounding: a few units in the last
+    place of the weight's type. A weight that is on its manifolds already keeps its value, another one is projected.
+
+    ``state_dict``, ``deepcopy``, ``torch.compile`` and ``DistributedDataParallel`` work as with every parametrization
+    of torch; models are saved through their ``state_dict``, not pickled whole. Load weights of a plain layer before
+    renormalising it.
+
+    Args:
+        module: A convolution, transposed convolution, linear layer or attention layer.
+        name: Name of its weight.
+        manifold: ``"sphere"`` (the default), ``"oblique"``, ``"stiefel"``, ``"spectral"`` (the ball), or several of
+            them for groups by ``"pi"``, ``"po"`` or ``"pio"``. Left out if ``groups`` is a collection, which has its
+            own.
+        norms: The norms to bound, of ``"frobenius"``, ``"spectral"``, ``"2->1"``.
+        bound: The bound ``β``.
+        groups: A strategy of :func:`fgo_geo.weights.grouping.collection`, or a collection (one per section of a
+            packed weight).
+        statistics: ``λ`` from the running standard deviations of the layer's inputs: ``"max1"`` divides by
+            ``max(1, std)`` and keeps the bound, ``"std"`` divides by ``std`` and guarantees ``bound / λ`` only, see
+            :meth:`Renormalization.guarantee`. The layer is tracked from now on; call :func:`update_scales` once per
+            epoch. None for ``λ = 1``.
+        selection: ``"deterministic"`` or ``"random"``, for a strategy.
+        seed: Seed of a random selection.
+        components: ``"kernel"``, ``"block"``, or ``"auto"``: kernels for spatial convolutions, blocks of the matrix
+            for all others.
+
+    Returns:
+        The module.
+
+    Raises:
+        TypeError: If the module is no module; with statistics, if it is no convolution or linear layer.
+        ValueError: If the parameter has no layout or no values, is constrained or parametrised already, or holds NaN or
+            infinity, or an argument is not understood. Nothing has changed then.
+
+    Example:
+        >>> layer = renormalize(nn.Linear(4, 2), manifold="stiefel")
+        >>> with torch.no_grad():
+        ...     layer.parametrizations.weight.original.mul_(-100.0)
+        Parameter containing: ...
+        >>> bool(torch.linalg.matrix_norm(layer.weight) <= 1), bool(layer.weight.norm(dim=0).sum() <= 1.000001)
+        (True, True)
+    """
+    param, layout = _plain_weight(module, name)
+    norms = _checked_norms(norms)
+    check_bound(bound)
+    if statistics not in (None, *get_args(LambdaRule)):
+        raise ValueError(f"renormalize: statistics must be None or one of {get_args(LambdaRule)}, got {statistics!r}")
+    collections = _collections(layout, name, groups, manifold, selection, seed, components)
+    renormalization = Renormalization(collections, layout, norms, bound, statistics, param)
+    require_finite(param.detach(), f"{type(module).__name__}.{name}")
+    renormalization.owns_statistics = statistics is not None and not is_tracked(module)
+    if renormalization.owns_statistics:
+        require_trackable(module)
+    parametrize.register_parametrization(module, name, renormalization)
+    if renormalization.owns_statistics:
+        track(module)
+    return module
+
+
+def _plain_weight(module: nn.Module, name: str) -> tuple[nn.Parameter, WeightLayout]:
+    """A module's parameter and its layout, if it can be renormalised."""
+    if not (isinstance(module, nn.Module) and isinstance(name, str)):
+        raise TypeError(
+            f"renormalize takes a torch.nn.Module and the name of a parameter, got {type(module).__name__} and {name!r}"
+        )
+    what = f"{type(module).__name__}.{name}"
+    if parametrize.is_parametrized(module, name):
+        raise ValueError(f"renormalize: {what} is re-parametrised already: remove the parametrization first")
+    param = getattr(module, name, None)
+    if not isinstance(param, nn.Parameter):
+        known = [n for n, _ in module.named_parameters(recurse=False)]
+        raise ValueError(f"renormalize: {what} is no parameter; this module has {known}")
+    if isinstance(param, geoopt.ManifoldParameter):
+        raise ValueError(f"renormalize: {what} is constrained to a manifold already: unconstrain the model first")
+    layout = layout_of(module, name)
+    if isinstance(layout, str):
+        raise ValueError(f"renormalize: {what} {layout}")
+    if param.is_meta:
+        raise ValueError(f"renormalize: {what} is on the meta device: give it values first")
+    return param, layout
+
+
+def _checked_norms(norms: Sequence[Norm]) -> tuple[Norm, ...]:
+    words = (norms,) if isinstance(norms, str) or not isinstance(norms, Sequence) else tuple(norms)
+    if not words or any(word not in _NORMS for word in words):
+        raise ValueError(f"renormalize: norms must be some of {_NORMS}, got {norms!r}")
+    return cast("tuple[Norm, ...]", words)
+
+
+def _collections(
+    layout: WeightLayout,
+    name: str,
+    groups: Any,
+    manifold: Any,
+    selection: str,
+    seed: int,
+    components: Components,
+) -> tuple[Collection, ...]:
+    """The groups that :func:`renormalize` is asked for; grouping doesn't know the spectral ball."""
+    if not isinstance(groups, str):
+        if manifold is not None:
+            raise ValueError(
+                f"renormalize: a collection has its own manifolds, got manifold={manifold!r} too; leave it out"
+            )
+        made = tuple(cast("Sequence[Any]", groups)) if isinstance(groups, Sequence) else (groups,)
+        if not all(isinstance(each, Collection) for each in made):
+            raise ValueError(
+                f"renormalize: groups is {groups!r}; expected a strategy such as 'pio', a Collection, or a sequence of "
+                "them, one per section of a packed weight"
+            )
+        return made
+    if components not in get_args(Components):
+        raise ValueError(f"renormalize: components must be one of {get_args(Components)}, got {components!r}")
+    manifold = "sphere" if manifold is None else manifold
+    kinds = (manifold,) if isinstance(manifold, str) else manifold
+    if not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in cast("Sequence[Any]", kinds)):
+        raise ValueError(f"renormalize: manifold is {manifold!r}; expected one of {_KINDS}, or several of them")
+    known = (*_KINDS, "euclidean", "sp", "ob", "st", "eu")  # Euclidean groups are refused with a reason, later
+    unknown = [kind for kind in cast("Sequence[str]", kinds) if kind.casefold() not in known]
+    if unknown:
+        raise ValueError(f"renormalize: manifold holds {unknown[0]!r}; expected one of {_KINDS}, or several of them")
+    balls = [kind.casefold() == "spectral" for kind in cast("Sequence[str]", kinds)]
+    stand_ins = ["euclidean" if ball else kind for kind, ball in zip(cast("Sequence[str]", kinds), balls, strict=True)]
+    return tuple(
+        replace(made, kinds=tuple("spectral" if ball else k for k, ball in zip(made.kinds, balls, strict=True)))
+        for made in collections_of(layout, groups, stand_ins, selection, seed, components, name)
+    )
+
+
+def renormalization_of(module: nn.Module, name: str = "weight") -> Renormalization:
+    """The parametrization of a renormalised weight.
+
+    Args:
+        module: A layer.
+        name: Name of its weight.
+
+    Returns:
+        What computes the weight: its groups, bounds and scales.
+
+    Raises:
+        ValueError: If the weight is not renormalised.
+    """
+    found = dict(_renormalizations(module)).get(name)
+    if found is None:
+        raise ValueError(
+            f"{type(module).__name__}.{name} is not renormalised; call renormalize(module, {name!r}) first"
+        )
+    return found
+
+
+def _renormalizations(module: nn.Module) -> Iterator[tuple[str, Renormalization]]:
+    """The names of a module's renormalised weights, and what computes them."""
+    if parametrize.is_parametrized(module):
+        for name, chain in cast("nn.ModuleDict", module.parametrizations).items():
+            yield from ((name, step) for step in chain.children() if isinstance(step, Renormalization))
+
+
+@torch.no_grad()
+def update_scales(model: nn.Module) -> int:
+    """Refresh ``λ`` of all renormalised layers from the statistics of their inputs: once per epoch.
+
+    Weights change by the change of ``λ``; raw weights and the optimiser's state stay as they are.
+
+    Args:
+        model: A model, wrapped or not.
+
+    Returns:
+        How many weights got new scales: all that were renormalised with statistics.
+
+    Raises:
+        ValueError: If features were not finite. Nothing has changed then.
+    """
+    changes: list[tuple[Tensor, Tensor]] = []
+    for layer_name, module in model.named_modules():
+        for _, renormalization in _renormalizations(module):
+            rule = renormalization.statistics
+            if renormalization.lam is not None and rule is not None:
+                channels = rescaling_lambda(TrackingHandle(module).statistics, rule)
+                require_finite(channels, f"the standard deviation of the input of {layer_name!r}")
+                new = torch.cat(component_lambda(channels, renormalization.partition))
+                changes.append((renormalization.lam, new))
+    for old, new in changes:
+        old.copy_(new)
+    return len(changes)
+
+
+def remove_renormalization(module: nn.Module, name: str = "weight") -> nn.Module:
+    """Make a renormalised weight a plain parameter again, with the value that the layer computes with now.
+
+    Args:
+        module: A renormalised layer.
+        name: Name of its weight.
+
+    Returns:
+        The module.
+
+    Raises:
+        ValueError: If the weight is not renormalised, or has further parametrizations.
+    """
+    renormalization = renormalization_of(module, name)
+    chain = cast("nn.ModuleDict", module.parametrizations)[name]
+    if len(list(chain.children())) > 1:
+        raise ValueError(
+            f"{type(module).__name__}.{name} has further parametrizations; remove all of them with "
+            "torch.nn.utils.parametrize.remove_parametrizations"
+        )
+    _give_own_class(module)
+    parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+    if renormalization.owns_statistics:
+        untrack(module)
+    return module
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """Undo that copies of a parametrised module share its class: torch edits it when it removes a parametrization."""
+    shared = type(module)
+    members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
+    own: Any = type(shared.__name__, shared.__bases__, members)
+    module.__class__ = own

@@ -1,0 +1,289 @@
+"""Which weights consist of lines, and where these lie: what :mod:`fgo_geo.paths.native.lines` works on.
+
+The lines of a weight either lie at equal distances in memory, as runs or as the columns of matrices; or the weight is a
+matrix whose blocks were dealt to several manifolds, and every row says which of its columns belong to which block.
+Nothing here touches values.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import cast
+
+import geoopt
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere
+from fgo_geo.paths.task import Configuration, Table, configuration_of, same
+from fgo_geo.weights.components import BlockPartition, Segments
+
+__all__ = ["Deal", "LineTable", "table_of"]
+
+_SHORTEST = 4  # numbers of a line: of shorter ones the batched code makes a step as fast
+
+
+class _Owner(IntEnum):
+    """Whose the entries of a block are, as lines.cpp numbers it."""
+
+    NOBODY = 0
+    ONE_LINE = 1
+    LINE_PER_ROW = 2
+    LINE_PER_COLUMN = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Deal:
+    """How the blocks of a matrix were dealt to lines.
+
+    Attributes:
+        patterns: For every row the pattern that its columns are dealt by, int32.
+        places: For every row its number among those of its blocks, int32.
+        segments: Runs of columns that belong to one block, int32: where they start, how many they are, whose they are
+            (numbered as in lines.cpp), the block's first line; pattern by pattern.
+        first_segments: The first segment of every pattern, and where the last pattern ends, int32.
+        orders: For every pattern its columns in order, int32, shape ``(patterns, columns)``; from -1 on: as they are.
+        shared: Number of lines of which several rows have a part; they come first.
+    """
+
+    patterns: Tensor
+    places: Tensor
+    segments: Tensor
+    first_segments: Tensor
+    orders: Tensor
+    shared: int
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LineTable(Table):
+    """Where the lines of a weight lie, and what they are.
+
+    Attributes:
+        lines: Number of lines.
+        length: Numbers of a line; of a matrix that was dealt, its rows.
+        width: One if a line is a run in memory; else lines are the columns of matrices with so many columns.
+        group_of: Group of every line, int32; None if there is one group.
+        radius: Radius of all lines; nan if they differ.
+        radii: Radius of every line in float64 where they differ, infinite where there is no constraint; else None.
+        deal: How a matrix was dealt to lines, None if they lie at equal distances.
+    """
+
+    lines: int
+    length: int
+    width: int
+    group_of: Tensor | None
+    radius: float
+    radii: Tensor | None
+    deal: Deal | None = None
+
+
+_tables: weakref.WeakKeyDictionary[geoopt.Manifold, dict[Hashable, tuple[Configuration, LineTable | None]]]
+_tables = weakref.WeakKeyDictionary()
+
+
+def table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
+    """The table of a weight, kept until a radius changes.
+
+    Args:
+        manifold: The manifold of the weight.
+        weight: The weight, for its shape and strides.
+
+    Returns:
+        A table; None if the weight does not consist of lines, or not enough of it.
+    """
+    if not isinstance(manifold, (ProductOfGroups, ComponentManifold)):
+        return None
+    of_manifold = _tables.get(manifold)
+    if of_manifold is None:
+        of_manifold = _tables[manifold] = {}
+    key = weight.shape, weight.stride()
+    kept = of_manifold.get(key)
+    if kept is None or not same(kept[0], configuration_of(manifold)):
+        kept = of_manifold[key] = (configuration_of(manifold), _build(manifold, weight))
+    return kept[1]
+
+
+def _build(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
+    """The table of a weight whose lines lie at equal distances, or that of a matrix whose blocks were dealt."""
+    alike = _build_alike(manifold, weight)
+    if alike is not None or not isinstance(manifold, ProductOfGroups):
+        return alike
+    return _build_dealt(manifold, weight)
+
+
+def _build_alike(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
+    if isinstance(manifold, ProductOfGroups):
+        cut = manifold.partition
+        if not isinstance(cut, BlockPartition) or len(cut.kinds) > 1:
+            return None
+        ((part, segments),) = manifold.parts
+        (components,), (numbers,) = cut.split(weight), cut.groups
+        if components.data_ptr() != weight.data_ptr() or components.numel() != weight.numel():
+            return None  # sorted: the components are copies
+    else:
+        n = math.prod(weight.shape[: weight.ndim - manifold.ndim])
+        part, segments, components, numbers = manifold, Segments(1, n), weight, np.zeros(1, int)
+    if type(part) not in (ScaledSphere, Oblique):
+        return None
+    part = cast(ComponentManifold, part)
+    found = _lie_of(type(part) is Oblique, components, part.ndim)
+    if found is None or found[0] < _SHORTEST:
+        return None
+    length, width, per_component = found
+    groups = None
+    if segments.count > 1:
+        groups = segments.spread(torch.from_numpy(numbers).int()).repeat_interleave(per_component)
+    batch = components.shape[: components.ndim - part.ndim]
+    radius = part.radius
+    radii = radius.detach().double().cpu().expand(batch).flatten() if isinstance(radius, Tensor) else None
+    curvature = torch.empty(segments.count, dtype=torch.float64)
+    own = torch.full((segments.total,), math.nan if isinstance(radius, Tensor) else radius, dtype=torch.float64)
+    curvature[torch.from_numpy(numbers)] = segments.max((own if radii is None else radii) ** -2)
+    return LineTable(
+        groups=segments.count,
+        curvature=curvature,
+        constrained=torch.ones(segments.count, dtype=torch.bool),
+        lines=segments.total * per_component,
+        length=length,
+        width=width,
+        group_of=groups,
+        radius=math.nan if isinstance(radius, Tensor) else radius,
+        radii=None if radii is None else radii.repeat_interleave(per_component),
+    )
+
+
+@dataclass
+class _Block:
+    """One block of a matrix.
+
+    Attributes:
+        group: Its group.
+        owner: Whose its entries are.
+        rows: Its rows in the matrix.
+        columns: Its columns.
+        first_line: Number of its first line.
+    """
+
+    group: int
+    owner: _Owner
+    rows: np.ndarray
+    columns: np.ndarray
+    first_line: int = 0
+
+    @property
+    def lines(self) -> int:
+        """How many lines it has."""
+        of_owner = {_Owner.ONE_LINE: 1, _Owner.LINE_PER_ROW: len(self.rows), _Owner.LINE_PER_COLUMN: len(self.columns)}
+        return of_owner.get(self.owner, 0)
+
+
+def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
+    cut = manifold.partition
+    matrix = manifold.layout.channels(weight).flatten(1)
+    if not isinstance(cut, BlockPartition) or set(cut.kinds) == {"stiefel"}:
+        return None
+    if matrix.data_ptr() != weight.data_ptr() or not matrix.is_contiguous():
+        return None
+    radius_of = np.full(manifold.n_groups, math.inf)
+    blocks: list[_Block] = []
+    for part, (kind, groups, own) in enumerate(zip(cut.kinds, cut.groups, manifold.manifolds, strict=True)):
+        if isinstance(own, ComponentManifold):
+            radius_of[groups] = own.radius.cpu().numpy() if isinstance(own.radius, Tensor) else own.radius
+        for group, rows, columns in zip(groups, *(lines.numpy() for lines in cut.rectangles(part)), strict=True):
+            blocks.append(_Block(int(group), _owner(kind, len(rows), len(columns)), rows, columns))
+    # Lines of which several rows have a part come first: threads add those up between them.
+    blocks.sort(key=lambda block: block.owner is _Owner.LINE_PER_ROW)
+    count = 0
+    for block in blocks:
+        block.first_line, count = count, count + block.lines
+    group_of = np.repeat(np.array([block.group for block in blocks], np.int32), [block.lines for block in blocks])
+    return LineTable(
+        groups=manifold.n_groups,
+        curvature=torch.from_numpy(radius_of**-2),
+        constrained=torch.from_numpy(np.isfinite(radius_of)),
+        left=tuple(part for part, kind in enumerate(cut.kinds) if kind == "stiefel"),
+        lines=count,
+        length=matrix.shape[0],
+        width=matrix.shape[1],
+        group_of=torch.from_numpy(group_of),
+        radius=math.nan,
+        radii=torch.from_numpy(radius_of[group_of]),
+        deal=_deal(blocks, matrix.shape[0]),
+    )
+
+
+def _owner(kind: str, rows: int, columns: int) -> _Owner:
+    """Whose the entries of a block are; the lines of an oblique one are its columns, or its rows if they are longer."""
+    if kind == "stiefel":
+        return _Owner.NOBODY
+    if kind != "oblique":
+        return _Owner.ONE_LINE
+    return _Owner.LINE_PER_ROW if rows < columns else _Owner.LINE_PER_COLUMN
+
+
+def _deal(blocks: Sequence[_Block], rows: int) -> Deal:
+    """How the blocks of a matrix with so many rows were dealt; blocks that have a row in common have all of them."""
+    of_rows: dict[int, list[_Block]] = {}  # by their first row
+    for block in blocks:
+        of_rows.setdefault(int(block.rows[0]), []).append(block)
+    patterns, places = np.empty(rows, np.int32), np.empty(rows, np.int32)
+    segments: list[tuple[int, int, int, int]] = []
+    first_segments = [0]
+    orders: list[np.ndarray] = []
+    for number, pattern in enumerate(of_rows.values()):
+        own_rows = pattern[0].rows
+        patterns[own_rows], places[own_rows] = number, np.arange(len(own_rows))
+        pattern.sort(key=lambda block: int(block.columns[0]))  # blocks that are runs of columns come in their order
+        start = 0
+        for block in pattern:
+            segments.append((start, len(block.columns), block.owner, block.first_line))
+            start += len(block.columns)
+        first_segments.append(len(segments))
+        order = np.concatenate([block.columns for block in pattern])
+        orders.append(np.full_like(order, -1) if (order == np.arange(len(order))).all() else order)
+    return Deal(
+        torch.from_numpy(patterns),
+        torch.from_numpy(places),
+        torch.tensor(segments, dtype=torch.int32),
+        torch.tensor(first_segments, dtype=torch.int32),
+        torch.from_numpy(np.stack(orders)),
+        sum(block.lines for block in blocks if block.owner is not _Owner.LINE_PER_ROW),
+    )
+
+
+def _lie_of(columns: bool, x: Tensor, ndim: int) -> tuple[int, int, int] | None:
+    """Length of the lines of components, their width (see :class:`LineTable`), and how many a component has.
+
+    Args:
+        columns: Whether lines are the columns of components, or components as they are.
+        x: Components.
+        ndim: How many dimensions a component has.
+
+    Returns:
+        Three numbers, or None if the lines do not lie at equal distances.
+    """
+    sizes = list(zip(x.shape, x.stride(), strict=True))
+    batch, component = sizes[: x.ndim - ndim], sizes[x.ndim - ndim :]
+    if not columns:
+        length = math.prod(x.shape[x.ndim - ndim :])
+        inside = sorted(component, key=lambda dimension: -dimension[1])
+        return (length, 1, 1) if _follow([*batch, *inside]) else None
+    rows, width = x.shape[-2:]
+    if _follow([*batch, component[1], component[0]]):
+        return rows, 1, width
+    return (rows, width, width) if _follow([*batch, *component]) else None
+
+
+def _follow(dimensions: Sequence[tuple[int, int]]) -> bool:
+    """Whether sizes and strides are those of a contiguous tensor."""
+    step = 1
+    for size, stride in reversed(dimensions):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True

@@ -1,0 +1,1 @@
+"""The path on CUDA devices: sweeps in Triton over convolution kernels."""

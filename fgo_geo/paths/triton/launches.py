@@ -1,0 +1,343 @@
+"""The fused path on the GPU: Triton sweeps, each one launch over all parameters with components of one size.
+
+A launch finds its work in a table on the device, one row per parameter: addresses, strides, and the number of its first
+block of kernels. The table of a step is copied from pinned memory without waiting, and kept: as long as addresses and
+options stay the same, a step copies nothing. Nothing waits for the device, a learning rate that lies there is read
+there, and a step can be captured in a CUDA graph after one that was not (which compiles the sweeps and describes the
+kernels); addresses then travel as arguments of launches, which replays repeat. A graph holds the radii that it was
+captured with.
+
+What a 3 x 3 kernel in single precision costs: *norms* reads weight, gradient, code and place (80 bytes) and writes its
+squared norm, which is then read and summed (16 bytes); *update* reads weight, gradient, momentum and code and writes
+weight and momentum (184 bytes).
+An ``A x B`` component takes ``4 A B²`` operations for a projection, ``A B (B + 1)`` for the Gram matrix,
+``2 B² (B + 1)`` for the series and ``2 A B²`` for the product. With momentum that makes some 500 operations of 3 x 3,
+less than two per byte, so memory sets the pace. Components whose step was too long for the series are retracted by a
+further launch, in double precision, which otherwise reads one flag per block.
+
+The sweeps are compiled when they are first run, which takes long for large components, and Triton keeps them on disk.
+
+The sums over groups don't depend on timing: squared norms go to memory in the order of the groups, and every group is
+added up in that order, in double precision, in pieces of equal size and then piece by piece. The same step gives the
+same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import struct
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fgo_geo.paths.task import Batch, KernelTable, StepOptions, Task, gradient_of, place_of, problem_of
+
+__all__ = ["description", "goes_by_rows", "reason", "squared_norms", "update"]
+
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs on the CPU
+_OLDEST = (3, 3)  # Triton without tuples before
+_LARGEST = 49  # entries of a component: more don't fit into the registers of a thread
+_BLOCK = 128  # kernels per program, one per thread
+_SERIES_LIMIT = {torch.float32: 1.7e-3, torch.float64: 9.4e-7}  # of ‖E‖²: precision^(2/5), as for four terms
+_PIECE = 1024  # of the sum over a group
+_WIDTH = 16  # numbers per row of a table
+
+
+@functools.cache
+def _sweeps() -> ModuleType:
+    """The sweeps, imported where they are needed: importing Triton takes its time."""
+    from fgo_geo.paths.triton import _sweeps as module
+
+    return module
+
+
+@functools.cache
+def _missing(device: torch.device) -> str | None:
+    """Why Triton cannot be used on a device; None if it can. Compiles and runs a small function once."""
+    triton = _sweeps().triton
+    if triton is None:
+        return "Triton is not installed; it comes with torch for CUDA on Linux"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < _OLDEST:
+        return f"Triton {triton.__version__} is installed, at least {'.'.join(map(str, _OLDEST))} is needed"
+    try:
+        _written([range(_WIDTH)], device)
+    except (
+        RuntimeError,
+        OSError,
+        subprocess.CalledProcessError,
+        triton.TritonError,
+    ) as error:  # no C compiler, an old device, ...
+        return f"Triton does not work here: {error}"
+    return None
+
+
+def description() -> str:
+    """What the path is, where it is there."""
+    return "Triton sweeps on the GPU"
+
+
+def reason(task: Task[KernelTable]) -> str | None:
+    """Why the path cannot take a parameter, None if it can.
+
+    Args:
+        task: The parameter with its gradient.
+
+    Returns:
+        A reason, or None.
+    """
+    weight = task.weight
+    a, b = task.table.size
+    if weight.device.type != ("cpu" if _INTERPRETED else "cuda"):
+        runs_on = "the CPU in Triton's interpreter" if _INTERPRETED else "CUDA devices"
+        return f"the Triton sweeps run on {runs_on}, the weight is on {weight.device}"
+    if weight.is_cuda and weight.device.index != torch.cuda.current_device():
+        return f"the weight is on {weight.device}, the current device is cuda:{torch.cuda.current_device()}"
+    if a * b > _LARGEST:
+        return f"components of {a} x {b} are larger than {_LARGEST} entries"
+    return problem_of(task) or _missing(weight.device)
+
+
+def goes_by_rows(task: Task[KernelTable]) -> bool:
+    """No: a launch has all rows at once."""
+    del task
+    return False
+
+
+def squared_norms(batch: Batch) -> Tensor:
+    """Squared norms of the Riemannian gradients of all groups, one behind the other, in float64."""
+    tasks, options = batch.tasks, batch.options
+    segments = _segments(tuple(task.table for task in tasks))
+    device = tasks[0].weight.device
+    squares = torch.empty(segments.kernels, dtype=torch.float64, device=device)
+    for launch in _launches(tasks, options, segments):
+        launch("norms", squares, MAXIMIZE=options.maximize, INVARIANT=options.radius_invariant)
+    for bounds in segments.bounds:
+        squares = _sums(squares, bounds)
+    return squares
+
+
+def update(batch: Batch, scales: Tensor, skips: bool) -> None:
+    """Take the step of all tasks, given ``1 / τ`` of all groups; zero leaves a group's gradient out."""
+    del skips  # asking every scale costs a launch nothing
+    tasks, options = batch.tasks, batch.options
+    scales = scales.double()
+    rate = _rate_on(scales.device, options)
+    for launch in _launches(tasks, options, _segments(tuple(task.table for task in tasks))):
+        far = torch.empty(launch.grid, dtype=torch.int32, device=scales.device)
+        launch(
+            "update",
+            scales,
+            scales if rate is None else rate,
+            far,
+            MAXIMIZE=options.maximize,
+            INVARIANT=options.radius_invariant,
+            MOMENTUM=launch.momentum,
+            NESTEROV=launch.momentum and options.nesterov,
+            RATE=rate is not None,
+            LIMIT=_SERIES_LIMIT[launch.dtype],
+        )
+        launch("retract_far", far)
+
+
+# -- what stays the same from step to step ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Segments:
+    """How the kernels of some parameters are sorted and summed by group.
+
+    Attributes:
+        kernels: Number of kernels of all parameters.
+        first_kernel: Kernels before every parameter.
+        first_group: Groups before every parameter.
+        positions: Places of the kernels of every parameter when they are sorted by group.
+        bounds: What to sum in turn: the result's entry k is the sum from bound k to bound k + 1.
+    """
+
+    kernels: int
+    first_kernel: list[int]
+    first_group: list[int]
+    positions: list[Tensor]
+    bounds: list[Tensor]
+
+
+@functools.lru_cache(maxsize=16)
+def _segments(tables: tuple[KernelTable, ...]) -> _Segments:
+    groups = [(table.codes >> 2).flatten().cpu() for table in tables]
+    positions: list[Tensor] = []
+    for table, numbers in zip(tables, groups, strict=True):
+        position = torch.empty_like(numbers)
+        position[numbers.sort(stable=True).indices] = torch.arange(len(numbers), dtype=position.dtype)
+        positions.append(position.to(table.codes.device))
+    counts = [n.bincount(minlength=table.groups) for table, n in zip(tables, groups, strict=True)]
+    kernels_of_group = torch.cat(counts)
+    starts = _running(kernels_of_group)
+    pieces = (kernels_of_group + _PIECE - 1) // _PIECE
+    piece_starts = _running(pieces)
+    bounds = [starts]
+    if int(pieces.max()) > 1:
+        group = torch.repeat_interleave(torch.arange(len(pieces)), pieces)
+        number = torch.arange(len(group)) - piece_starts[group]
+        bounds = [torch.cat([starts[group] + _PIECE * number, starts[-1:]]), piece_starts]
+    device = tables[0].codes.device
+    return _Segments(
+        kernels=int(starts[-1]),
+        first_kernel=_running(torch.tensor([len(n) for n in groups])).tolist(),
+        first_group=_running(torch.tensor([table.groups for table in tables])).tolist(),
+        positions=positions,
+        bounds=[b.to(device) for b in bounds],
+    )
+
+
+def _running(counts: Tensor) -> Tensor:
+    """Sums of all entries before every entry, and of all."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+@functools.lru_cache(maxsize=256)
+def _inverse_squares(table: KernelTable) -> Tensor:
+    """``1 / r²`` per kind, or per kernel where the radius differs within a kind, float64."""
+    if table.radii is not None:
+        return table.radii.double() ** -2
+    return torch.tensor(table.radius, dtype=torch.float64, device=table.codes.device) ** -2
+
+
+def _rate_on(device: torch.device, options: StepOptions) -> Tensor | None:
+    """The learning rate, if it lies on the device."""
+    return options.lr if isinstance(options.lr, Tensor) and options.lr.device == device else None
+
+
+# -- launches ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """Sweeps over parameters that run the same instructions.
+
+    Attributes:
+        table: Options and tasks, see ``_sweeps.py``.
+        grid: Number of programs.
+        constants: What the sweeps are compiled for.
+        dtype: Type of the parameters.
+        momentum: Whether there is momentum.
+    """
+
+    table: Tensor
+    grid: int
+    constants: dict[str, Any]
+    dtype: torch.dtype
+    momentum: bool
+
+    def __call__(self, name: str, *arguments: Any, **constants: Any) -> None:
+        getattr(_sweeps(), name)[(self.grid,)](
+            self.table, *arguments, **self.constants, **constants, num_warps=_BLOCK // 32, enable_fp_fusion=True
+        )
+
+
+def _launches(tasks: Sequence[Task[KernelTable]], options: StepOptions, segments: _Segments) -> Iterator[_Launch]:
+    """One launch per component size, type and order in memory."""
+    classes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+    for number, task in enumerate(tasks):
+        row, planar = _row(task, number, segments)
+        key = (task.weight.dtype, *task.table.size, planar, task.buffer is not None)
+        rows = classes.setdefault(key, [])
+        tiles = rows[-1][-1] if rows else 0
+        rows.append((*row, tiles + math.ceil(row[8] / _BLOCK)))
+    tl = _sweeps().tl
+    device = tasks[0].weight.device
+    lr = float(options.lr) if _rate_on(device, options) is None else 0.0
+    header = tuple(map(_bits, (lr, options.momentum, options.dampening, options.weight_decay))) + (0,) * (_WIDTH - 4)
+    for (dtype, a, b, planar, momentum), ends in classes.items():
+        grid = ends[-1][-1]
+        count = 1 << (len(ends) - 1).bit_length()
+        rows = [(*row[:-1], first) for row, first in zip(ends, [0] + [row[-1] for row in ends], strict=False)]
+        rows += [(0,) * (_WIDTH - 1) + (grid,)] * (count - len(ends))
+        yield _Launch(
+            table=_table((header, *rows), device),
+            grid=grid,
+            constants={
+                "DTYPE": tl.float32 if dtype == torch.float32 else tl.float64,
+                "A": a,
+                "B": b,
+                "N": _BLOCK,
+                "LEVELS": (a * b - 1).bit_length(),
+                "PLANAR": planar,
+                "TASKS": count,
+            },
+            dtype=dtype,
+            momentum=momentum,
+        )
+
+
+def _row(task: Task[KernelTable], number: int, segments: _Segments) -> tuple[tuple[int, ...], bool]:
+    """The task's row, but for its last entry, and whether the kernel number runs fastest in memory."""
+    weight, table = task.weight, task.table
+    grad, place = gradient_of(task), place_of(task)
+    squares = _inverse_squares(table)
+    assert place is not None
+    row = (
+        weight.data_ptr(),
+        grad.data_ptr(),
+        0 if task.buffer is None else task.buffer.data_ptr(),
+        table.codes.data_ptr(),
+        squares.data_ptr(),
+        segments.positions[number].data_ptr(),
+        segments.first_group[number],
+        segments.first_kernel[number],
+        place.rows * place.columns,
+        place.columns,
+        place.row_stride,
+        place.column_stride,
+        place.i_stride,
+        place.j_stride,
+        int(task.first) + 2 * int(table.radii is not None),
+    )
+    return row, place.column_stride == 1
+
+
+def _bits(number: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def _table(rows: tuple[Sequence[int], ...], device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return _copied(rows, device, None)
+    if torch.cuda.is_current_stream_capturing():
+        return _written(rows, device)
+    return _copied(rows, device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@functools.lru_cache(maxsize=64)
+def _copied(rows: tuple[Sequence[int], ...], device: torch.device, stream: int | None) -> Tensor:
+    """A table, copied without waiting; of use on the stream that it was copied on."""
+    table = torch.tensor(rows, dtype=torch.int64)
+    return table if stream is None else table.pin_memory().to(device, non_blocking=True)
+
+
+def _written(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """A table, written by launches, as a graph that is being captured may outlive all copies."""
+    table = torch.empty(len(rows), _WIDTH, dtype=torch.int64, device=device)
+    flat = [number for row in rows for number in row]
+    for place in range(0, len(flat), 8):
+        _sweeps().write[(1,)](table, place, *flat[place : place + 8], num_warps=1, enable_fp_fusion=True)
+    return table
+
+
+def _sums(values: Tensor, bounds: Tensor) -> Tensor:
+    """Sum of the values between every bound and the next."""
+    segments = len(bounds) - 1
+    sums = values.new_empty(segments)
+    rows, columns = 4, 128
+    grid = (math.ceil(segments / rows),)
+    _sweeps().segment_sums[grid](
+        values, bounds, sums, segments, ROWS=rows, COLUMNS=columns, num_warps=_BLOCK // 32, enable_fp_fusion=True
+    )
+    return sums

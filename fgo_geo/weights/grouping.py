@@ -1,0 +1,595 @@
+"""Collections of groups: which kernels of a layer share a manifold kind and a step size.
+
+The kernels of a layer with D output and C input channels form a D x C grid with one cell per
+kernel (d, c). A *group* is a set of cells whose product manifold gets one step size; a *collection*
+is a partition of the grid into groups, together with the manifold kind of each. The strategies of
+[Ozay2019]_ (Figure 2; Mathematics, section 3) for K manifold kinds are
+
+* ``"pi"``: every *input* channel (column) is split into K balanced subsets, one group per kind:
+  C K groups;
+* ``"po"``: every *output* channel (row) is split into K balanced subsets: D K groups;
+* ``"pio"``: in one half of the columns every row is one group, and these groups are dealt to the
+  kinds; the other half of the columns is grouped as in ``"pi"``: D + floor(C / 2) K groups;
+* ``"layer"``: one group, one kind.
+
+With *block components* (linear layers, 1x1 convolutions) the same strategies cut the matrix itself
+into at most 2 K rectangles: ``"pi"`` splits the columns into K subsets, ``"po"`` the rows,
+``"pio"`` does ``"po"`` on one half of the rows and ``"pi"`` on the other. Each group is one block,
+and each block one component.
+
+How the pieces compose: every strategy is made of one operation, :func:`_deal`, which deals the
+members of many lines to K kinds in balanced shares, in an order that is either the index order or
+random. It gives the kind numbers of cells that are grouped by output channel and of cells that are
+grouped by input channel, and a mask says which are which. A :class:`Collection` stores these three
+arrays, about one byte per kernel; groups, which are rectangles of the grid, are read off on demand.
+Nothing loops over cells or groups, and nothing knows a weight, a module or a manifold class.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import operator
+import zlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, cast, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["MANIFOLD_KINDS", "STRATEGIES", "Collection", "Group", "collection"]
+
+STRATEGIES = ("layer", "pi", "po", "pio")
+MANIFOLD_KINDS = ("sphere", "oblique", "stiefel", "euclidean")
+
+_COLOURS = {
+    "sphere": "#56b4e9",
+    "oblique": "#e69f00",
+    "stiefel": "#009e73",
+    "euclidean": "#dddddd",
+}
+_JSON_VERSION = 1
+_ARGUMENTS = (
+    "out_channels",
+    "in_channels",
+    "strategy",
+    "kinds",
+    "selection",
+    "seed",
+    "components",
+    "name",
+)
+_ARRAYS = ("by_output", "output_kinds", "input_kinds")
+
+_Integers: TypeAlias = NDArray[np.integer[Any]]
+_Orders: TypeAlias = Callable[[str, int, int], NDArray[np.intp]]
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One group of a collection: the rectangle ``rows x columns`` of the channel grid.
+
+    Attributes:
+        manifold: The kind of the group's manifolds, one of :data:`MANIFOLD_KINDS`.
+        rows: The group's output channels, increasing.
+        columns: The group's input channels, increasing.
+    """
+
+    manifold: str
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+
+    @property
+    def size(self) -> int:
+        """Number of cells; for kernel components, the number of kernels."""
+        return len(self.rows) * len(self.columns)
+
+    @property
+    def index(self) -> NDArray[np.intp]:
+        """The cells as (output, input) channel pairs, row by row, shape ``(size, 2)``."""
+        return np.stack(np.meshgrid(self.rows, self.columns, indexing="ij"), axis=-1).reshape(-1, 2)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Collection:
+    """A partition of a layer's D x C channel grid into groups, made by :func:`collection`.
+
+    Attributes:
+        out_channels: D, the number of output channels (rows of the grid).
+        in_channels: C, the number of input channels (columns of the grid).
+        strategy: One of :data:`STRATEGIES`.
+        kinds: The K manifold kinds, in the order given. A *kind number* is an index into them.
+        selection: ``"deterministic"`` or ``"random"``.
+        seed: The seed of a random selection.
+        components: ``"kernel"`` or ``"block"``.
+        name: The layer's name, which a random selection depends on.
+        by_output: True where cells are grouped by output channel, False where by input channel;
+            shape ``(1, C)``, or ``(D, 1)`` for blocks and for ``"layer"``.
+        output_kinds: Kind numbers where ``by_output`` is True, shape ``(D, C)`` or ``(D, 1)``.
+        input_kinds: Kind numbers where ``by_output`` is False, shape ``(D, C)`` or ``(1, C)``.
+    """
+
+    out_channels: int
+    in_channels: int
+    strategy: str
+    kinds: tuple[str, ...]
+    selection: str
+    seed: int
+    components: str
+    name: str
+    by_output: NDArray[np.bool_]
+    output_kinds: _Integers
+    input_kinds: _Integers
+
+    def __post_init__(self) -> None:
+        """Make the arrays read-only."""
+        for array in (self.by_output, self.output_kinds, self.input_kinds):
+            array.setflags(write=False)
+
+    @property
+    def kind_of(self) -> _Integers:
+        """Kind number of every cell, shape ``(D, C)``; built on each access."""
+        return np.where(self.by_output, self.output_kinds, self.input_kinds)
+
+    @property
+    def group_of(self) -> _Integers:
+        """Group number of every cell, shape ``(D, C)``, in the smallest dtype that holds it.
+
+        It is built on each access, in time and memory proportional to the number of cells.
+        """
+        keys, _ = self._keys_and_sizes
+        number_of_key = np.zeros(int(keys[-1]) + 1, np.min_scalar_type(len(keys) - 1))
+        number_of_key[keys] = np.arange(len(keys))
+        return number_of_key[self._key_of()]
+
+    @property
+    def group_kinds(self) -> _Integers:
+        """Kind number of every group, shape ``(len(groups),)``."""
+        return (self._keys_and_sizes[0] % len(self.kinds)).astype(self.output_kinds.dtype)
+
+    @property
+    def group_sizes(self) -> _Integers:
+        """Number of cells of every group, shape ``(len(groups),)``."""
+        return self._keys_and_sizes[1]
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """The groups, as a lazy sequence: each is made when it is read."""
+        return _Groups(len(self.group_sizes), self._group)
+
+    # A group has a *line*, which is one channel, or all output channels (line 0) or input channels
+    # (line 1) at once, and a kind. Its key is line * K + kind; groups are numbered by their keys.
+
+    @property
+    def _has_two_lines(self) -> bool:
+        return self.components == "block" or self.strategy == "layer"
+
+    def _key_of(self) -> _Integers:
+        """Key of every cell, shape ``(D, C)``."""
+        rows, columns, n_kinds = self.out_channels, self.in_channels, len(self.kinds)
+        lines = np.arange(rows + columns)
+        if self._has_two_lines:
+            lines = lines >= rows
+        first_keys = (lines * n_kinds).astype(np.min_scalar_type((rows + columns) * n_kinds))
+        return np.where(
+            self.by_output,
+            first_keys[:rows, None] + self.output_kinds,
+            first_keys[rows:] + self.input_kinds,
+        )
+
+    @cached_property
+    def _keys_and_sizes(self) -> tuple[_Integers, _Integers]:
+        """Key and number of cells of every group."""
+        if self._has_two_lines:
+            by_row, n_kinds = self.by_output[:, 0], len(self.kinds)
+            output_counts = np.bincount(self.output_kinds[by_row, 0], minlength=n_kinds)
+            input_counts = np.bincount(self.input_kinds[0], minlength=n_kinds)
+            sizes = np.concatenate((output_counts * self.in_channels, input_counts * int((~by_row).sum())))
+        else:
+            sizes = np.bincount(self._key_of().ravel())
+        keys = np.flatnonzero(sizes)
+        return keys, sizes[keys]
+
+    def _group(self, number: int) -> Group:
+        line, kind = divmod(int(self._keys_and_sizes[0][number]), len(self.kinds))
+        rows, columns = np.arange(self.out_channels), np.arange(self.in_channels)
+        if self._has_two_lines and line == 0:
+            rows = rows[self.by_output[:, 0] & (self.output_kinds[:, 0] == kind)]
+        elif self._has_two_lines:
+            rows, columns = rows[~self.by_output[:, 0]], columns[self.input_kinds[0] == kind]
+        elif line < self.out_channels:
+            columns = columns[self.by_output[0] & (self.output_kinds[line] == kind)]
+            rows = rows[line : line + 1]
+        else:
+            columns = columns[line - self.out_channels :][:1]
+            rows = rows[self.input_kinds[:, columns[0]] == kind]
+        return Group(self.kinds[kind], rows, columns)
+
+    def to_json(self) -> str:
+        """Write the collection as JSON text, which :meth:`from_json` restores exactly.
+
+        Besides the arguments it holds the kind numbers themselves, as compressed bit planes
+        (log2(K) bits per kernel for a random collection, next to nothing for a deterministic one):
+        a saved collection stays the same whatever a later version would draw.
+
+        Returns:
+            The text of a JSON object.
+        """
+        arguments = {field: getattr(self, field) for field in _ARGUMENTS}
+        arrays = {field: _pack(getattr(self, field), len(self.kinds)) for field in _ARRAYS}
+        return json.dumps({"collection_version": _JSON_VERSION, **arguments, **arrays})
+
+    @classmethod
+    def from_json(cls, text: str) -> Collection:
+        """Restore a collection from the text that :meth:`to_json` wrote.
+
+        Args:
+            text: The JSON text.
+
+        Returns:
+            A collection equal to the one that was written.
+
+        Raises:
+            ValueError: The text is damaged, or written in another version of the format.
+        """
+        try:
+            stored = json.loads(text)
+            version = stored["collection_version"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise _damaged(f"no JSON object with a 'collection_version' ({error})") from error
+        if version != _JSON_VERSION:
+            raise ValueError(
+                f"Collection.from_json reads version {_JSON_VERSION} of the format, got version "
+                f"{version!r}. Read the text with the fgo_geo that wrote it, or build the "
+                "collection again with fgo_geo.grouping.collection."
+            )
+        try:
+            arguments = _check_arguments(**{field: stored[field] for field in _ARGUMENTS})
+            packed = {field: stored[field] for field in _ARRAYS}
+        except KeyError as error:
+            raise _damaged(f"it lacks {error}") from error
+        except (TypeError, ValueError) as error:
+            raise _damaged(str(error)) from error
+        in_index_order = _build(arguments, _index_orders)
+        n_kinds = len(in_index_order.kinds)
+        arrays = {field: _unpack(field, packed[field], getattr(in_index_order, field), n_kinds) for field in _ARRAYS}
+        return replace(in_index_order, **arrays)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the channel grid as in [Ozay2019]_, Figure 2.
+
+        Rows are output channels and columns input channels. The colour is the manifold kind, lines
+        part the groups, and in a grid of at most 400 cells each cell shows its group's number.
+
+        Args:
+            ax: The axes to draw on; None for those of a new figure.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        try:
+            from matplotlib import colors, patches, pyplot
+        except ImportError as error:
+            raise ImportError(
+                "Collection.plot draws with matplotlib, which is missing: pip install matplotlib"
+            ) from error
+        axes: Any = pyplot.subplots()[1] if ax is None else ax
+        group_of = self.group_of
+        axes.imshow(colors.to_rgba_array([_COLOURS[kind] for kind in self.kinds])[self.kind_of])
+        row, column = np.nonzero(group_of[:, 1:] != group_of[:, :-1])
+        axes.vlines(column + 0.5, row - 0.5, row + 0.5, colors="black")
+        row, column = np.nonzero(group_of[1:] != group_of[:-1])
+        axes.hlines(row + 0.5, column - 0.5, column + 0.5, colors="black")
+        if group_of.size <= 400:
+            for (d, c), number in np.ndenumerate(group_of):
+                axes.text(c, d, str(number), ha="center", va="center")
+        axes.set(xlabel="input channel", ylabel="output channel", title=self._title)
+        axes.locator_params(integer=True, min_n_ticks=1)
+        key = [patches.Patch(color=_COLOURS[kind], label=kind) for kind in dict.fromkeys(self.kinds)]
+        axes.legend(handles=key, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+        return axes
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both have the same arguments and the same groups."""
+        if not isinstance(other, Collection):
+            return NotImplemented
+        return all(getattr(self, field) == getattr(other, field) for field in _ARGUMENTS) and all(
+            np.array_equal(getattr(self, field), getattr(other, field)) for field in _ARRAYS
+        )
+
+    def __hash__(self) -> int:
+        """Hash of the arguments."""
+        return hash(tuple(getattr(self, field) for field in _ARGUMENTS))
+
+    @property
+    def _title(self) -> str:
+        title = "Layer" if self.strategy == "layer" else self.strategy.upper()
+        return f"{title} in blocks" if self.components == "block" else title
+
+    def __str__(self) -> str:
+        """Summary in one line."""
+        counts = Counter[str]()
+        for kind, number in zip(self.kinds, np.bincount(self.group_kinds, minlength=len(self.kinds)), strict=True):
+            counts[kind] += int(number)
+        by_kind = " + ".join(f"{counts[kind]} {kind}" for kind in dict.fromkeys(self.kinds))
+        least, most = int(self.group_sizes.min()), int(self.group_sizes.max())
+        return (
+            f"{self._title} over {self.in_channels} -> {self.out_channels} channels: "
+            f"{len(self.groups)} group{'' if len(self.groups) == 1 else 's'}, {by_kind}, "
+            + (f"size {least}" if least == most else f"sizes {least}-{most}")
+            + (f", random (seed {self.seed})" if self.selection == "random" else "")
+        )
+
+    def __repr__(self) -> str:
+        """Summary in one line, in angle brackets."""
+        return f"<Collection {self}>"
+
+
+class _Groups(Sequence[Group]):
+    """A lazy sequence of groups: the group of each number is made when it is read."""
+
+    def __init__(self, count: int, group: Callable[[int], Group]) -> None:
+        self._numbers = range(count)
+        self._group = group
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Group: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Group, ...]: ...
+    def __getitem__(self, index: int | slice) -> Group | tuple[Group, ...]:
+        if isinstance(index, slice):
+            return tuple(map(self._group, self._numbers[index]))
+        return self._group(self._numbers[index])
+
+
+def collection(
+    out_channels: int,
+    in_channels: int,
+    strategy: str,
+    manifolds: str | Sequence[str],
+    selection: str = "deterministic",
+    seed: int = 0,
+    *,
+    components: str = "kernel",
+    name: str = "",
+) -> Collection:
+    """Partition the kernels of a layer into groups ([Ozay2019]_, Figure 2).
+
+    Shares are balanced: within a channel the kinds' numbers of members differ by at most one. Where
+    K doesn't divide the number of members, the kinds take turns in getting the extra ones from
+    channel to channel, so that the kinds are balanced over the layer too. An empty share is no
+    group.
+
+    Args:
+        out_channels: D, the number of output channels.
+        in_channels: C, the number of input channels (per group of a grouped convolution).
+        strategy: ``"layer"``, ``"pi"``, ``"po"`` or ``"pio"``, in any case of letters. Of an odd
+            number of channels the first half of ``"pio"`` gets the extra one.
+        manifolds: The K manifold kinds, of :data:`MANIFOLD_KINDS` or their abbreviations ``"sp"``,
+            ``"ob"``, ``"st"``, ``"eu"``, in any case of letters. A kind given twice gets two
+            separate shares. ``"layer"`` takes exactly one kind.
+        selection: ``"deterministic"`` takes halves and shares in index order, ``"random"`` samples
+            them without replacement, the shares independently for each channel.
+        seed: Any integer. A random collection depends on the seed, the name and the other arguments
+            alone: it is the same on every machine and with every version of Python and NumPy.
+        components: ``"kernel"``: groups of kernels; ``"block"``: each group is one block of the
+            weight's matrix.
+        name: The layer's name, which gives layers of equal shape different draws from one seed.
+
+    Returns:
+        The collection.
+
+    Raises:
+        TypeError: A number of channels or the seed is no integer, or the name no string.
+        ValueError: A number of channels is below 1, a word is unknown, or there are no manifolds,
+            or several for ``"layer"``.
+
+    Example:
+        Example 1 of [Ozay2019]_, a weight of shape 3 x 3 x 4 x 6:
+
+        >>> from fgo_geo.weights.grouping import collection
+        >>> example = collection(6, 4, "pio", ("sphere", "stiefel"))
+        >>> print(example)
+        PIO over 4 -> 6 channels: 10 groups, 5 sphere + 5 stiefel, sizes 2-3
+        >>> example.groups[0].manifold, example.groups[0].index.tolist()
+        ('sphere', [[0, 0], [0, 1]])
+        >>> example.group_of[0].tolist()
+        [0, 0, 6, 8]
+    """
+    arguments = _check_arguments(out_channels, in_channels, strategy, manifolds, selection, seed, components, name)
+    random = arguments["selection"] == "random"
+    orders = _random_orders(arguments["seed"], arguments["name"]) if random else _index_orders
+    return _build(arguments, orders)
+
+
+def _build(arguments: dict[str, Any], orders: _Orders) -> Collection:
+    """The collection of the given checked arguments, with halves and shares in the given orders."""
+    rows, columns, strategy, kinds = (arguments[field] for field in _ARGUMENTS[:4])
+    n_kinds = len(kinds)
+    if arguments["components"] == "block" or strategy == "layer":
+        by_output = _first_half(rows, strategy, orders)[:, None]
+        n_rows = int(by_output.sum())
+        output_kinds = np.zeros((rows, 1), np.min_scalar_type(n_kinds - 1))
+        output_kinds[by_output] = _deal("rows", 1, n_rows, n_kinds, orders)[0]
+        input_kinds = _deal("columns", 1, columns, n_kinds, orders, dealt=n_rows)
+    else:
+        by_output = _first_half(columns, strategy, orders)[None, :]
+        if strategy == "po":
+            output_kinds = _deal("rows", rows, columns, n_kinds, orders)
+            input_kinds = np.zeros((1, columns), output_kinds.dtype)
+        else:
+            n_rows = rows if strategy == "pio" else 0
+            output_kinds = np.zeros((rows, 1), np.min_scalar_type(n_kinds - 1))
+            output_kinds[:n_rows, 0] = _deal("rows", 1, n_rows, n_kinds, orders)[0]
+            by_input = ~by_output[0]
+            input_kinds = np.zeros((rows, columns), output_kinds.dtype)
+            input_kinds[:, by_input] = _deal("columns", int(by_input.sum()), rows, n_kinds, orders, dealt=n_rows).T
+    return Collection(**arguments, by_output=by_output, output_kinds=output_kinds, input_kinds=input_kinds)
+
+
+def _first_half(channels: int, strategy: str, orders: _Orders) -> NDArray[np.bool_]:
+    """Which channels' cells are grouped by output channel: none, half, or all of them."""
+    size = {"pi": 0, "pio": (channels + 1) // 2}.get(strategy, channels)
+    mask = np.zeros(channels, np.bool_)
+    mask[orders("first half", 1, channels)[0, :size]] = True
+    return mask
+
+
+def _deal(purpose: str, lines: int, members: int, n_kinds: int, orders: _Orders, dealt: int = 0) -> _Integers:
+    """Deal the members of every line to the kinds in balanced shares.
+
+    Every kind gets ``members // n_kinds`` members of a line. The ``members % n_kinds`` extra ones
+    go to the kinds in turn: each line goes on with the kind after the last one served.
+
+    Args:
+        purpose: What the lines are, so that random draws for different purposes are independent.
+        lines: Number of lines.
+        members: Number of members of each line.
+        n_kinds: Number of kinds K.
+        orders: The order in which lines take their turns and members fall into shares.
+        dealt: Number of members that were dealt before the first line.
+
+    Returns:
+        Kind number of every member, shape ``(lines, members)``.
+    """
+    extra = members % n_kinds
+    kinds = np.arange(n_kinds, dtype=np.min_scalar_type(n_kinds - 1))
+    sorted_line = np.empty((n_kinds, members), kinds.dtype)
+    for turn in range(n_kinds):
+        shares = members // n_kinds + ((np.arange(n_kinds) - turn) % n_kinds < extra)
+        sorted_line[turn] = np.repeat(kinds, shares)
+    turns = (dealt + orders(f"turns of {purpose}", 1, lines)[0] * extra) % n_kinds
+    result = np.empty((lines, members), kinds.dtype)
+    np.put_along_axis(result, orders(purpose, lines, members), sorted_line[turns], axis=1)
+    return result
+
+
+def _index_orders(purpose: str, lines: int, members: int) -> NDArray[np.intp]:
+    """Each line's members in index order, whatever the purpose; shape ``(lines, members)``."""
+    return np.broadcast_to(np.arange(members), (lines, members))
+
+
+def _random_orders(seed: int, name: str) -> _Orders:
+    """A function that draws one permutation per line, independent for every purpose.
+
+    A permutation sorts 64-bit words of PCG64's raw stream, which NumPy guarantees for a fixed seed
+    (it guarantees no method of ``Generator``). The generator is seeded by the SHA-256 of the
+    collection's seed, its name and the purpose.
+    """
+
+    def orders(purpose: str, lines: int, members: int) -> NDArray[np.intp]:
+        key = hashlib.sha256(json.dumps([seed, name, purpose]).encode()).digest()
+        words = np.random.PCG64(int.from_bytes(key, "big")).random_raw(lines * members)
+        return np.argsort(words.reshape(lines, members), axis=1, kind="stable")
+
+    return orders
+
+
+def _check_arguments(
+    out_channels: object,
+    in_channels: object,
+    strategy: object,
+    kinds: object,
+    selection: object,
+    seed: object,
+    components: object,
+    name: object,
+) -> dict[str, Any]:
+    """The fields of a collection that :data:`_ARGUMENTS` lists, in canonical form."""
+    strategy = _choice("strategy", strategy, STRATEGIES)
+    if not isinstance(kinds, Sequence) or not kinds:
+        raise ValueError(f"manifolds must name at least one of {MANIFOLD_KINDS}, got {kinds!r}")
+    words = cast("Sequence[object]", (kinds,) if isinstance(kinds, str) else kinds)
+    if strategy == "layer" and len(words) > 1:
+        raise ValueError(
+            f"strategy 'layer' puts the whole layer on one manifold, got {len(words)} manifolds: "
+            "give one of them, or use strategy 'pi', 'po' or 'pio'"
+        )
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, the layer's name, got {name!r}")
+    return {
+        "out_channels": _integer("out_channels", out_channels, least=1),
+        "in_channels": _integer("in_channels", in_channels, least=1),
+        "strategy": strategy,
+        "kinds": tuple(map(_kind, words)),
+        "selection": _choice("selection", selection, ("deterministic", "random")),
+        "seed": _integer("seed", seed),
+        "components": _choice("components", components, ("kernel", "block")),
+        "name": name,
+    }
+
+
+def _kind(word: object) -> str:
+    """The manifold kind that a word or its two-letter abbreviation names."""
+    abbreviations = tuple(kind[:2] for kind in MANIFOLD_KINDS)
+    prefix = _choice("a manifold kind", word, MANIFOLD_KINDS + abbreviations)
+    return next(kind for kind in MANIFOLD_KINDS if kind.startswith(prefix))
+
+
+def _choice(what: str, word: object, choices: tuple[str, ...]) -> str:
+    """The word in small letters, which must be one of the choices."""
+    if not isinstance(word, str) or word.casefold() not in choices:
+        raise ValueError(f"{what} must be one of {choices}, got {word!r}")
+    return word.casefold()
+
+
+def _integer(what: str, number: object, least: int | None = None) -> int:
+    """The number as an int, which must be at least ``least``."""
+    if isinstance(number, bool) or not isinstance(number, SupportsIndex):
+        raise TypeError(f"{what} must be an integer, got {number!r}")
+    integer = operator.index(number)
+    if least is not None and integer < least:
+        raise ValueError(f"{what} must be at least {least}, got {integer}")
+    return integer
+
+
+def _pack(array: _Integers, n_kinds: int) -> str:
+    """Base64 text of the compressed bit planes of an array of kind numbers."""
+    planes = [array & (1 << bit) for bit in range(_n_bits(n_kinds))]
+    return base64.b64encode(zlib.compress(np.packbits(planes).tobytes())).decode()
+
+
+def _unpack(field: str, text: object, like: _Integers, n_kinds: int) -> _Integers:
+    """The array that :func:`_pack` wrote: a rearrangement of the entries of ``like``."""
+    n_bits = _n_bits(n_kinds)
+    try:
+        content = zlib.decompress(base64.b64decode(cast("str", text), validate=True))
+    except (TypeError, ValueError, zlib.error) as error:
+        raise _damaged(f"{field} can't be decoded ({error})") from error
+    n_bytes = -(-n_bits * like.size // 8)
+    if len(content) != n_bytes:
+        raise _damaged(f"{field} has {len(content)} bytes, shape {like.shape} takes {n_bytes}")
+    planes = np.unpackbits(np.frombuffer(content, np.uint8), count=n_bits * like.size)
+    numbers = np.zeros(like.shape, np.min_scalar_type(n_kinds - 1))
+    for bit, plane in enumerate(planes.reshape(n_bits, *like.shape)):
+        numbers |= plane.astype(numbers.dtype) << bit
+    counts, expected = np.bincount(numbers.ravel()), np.bincount(like.ravel())
+    if not np.array_equal(counts, expected):
+        raise _damaged(f"{field} holds its numbers {counts} times, expected {expected}")
+    return numbers.astype(like.dtype)
+
+
+def _n_bits(n_kinds: int) -> int:
+    """Number of bits that hold a kind number, and the two values of ``by_output``."""
+    return max(1, (n_kinds - 1).bit_length())
+
+
+def _damaged(reason: str) -> ValueError:
+    """The error for text that holds no collection."""
+    return ValueError(
+        f"Collection.from_json got damaged text: {reason}. Restore the text from another copy, or "
+        "build the collection again with fgo_geo.grouping.collection."
+    )

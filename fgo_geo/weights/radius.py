@@ -1,0 +1,160 @@
+r"""Which radius a component's manifold gets.
+
+The re-scaling parameter of a component is ``R = γ / λ`` ("Mathematics", section 5; [Ozay2019]_). This module holds
+the geometric factor ``γ``, a constant known from shapes:
+
+* :func:`kaiming_radius` keeps the signal: a uniformly random point has entry variance ``2 / fan_in``;
+* :func:`bounding_radius` bounds the norms of the whole group by ``β``.
+
+Both read from :func:`~fgo_geo.weights.norms.manifold_norm_bounds` what norms a component has at radius one.
+
+:func:`group_radii` evaluates a rule for every group of a partition. The statistical factor ``λ`` is measured while
+training, see :mod:`fgo_geo.models.feature_stats`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgo_geo.weights.components import Partition
+from fgo_geo.weights.norms import Norm, manifold_norm_bounds
+
+__all__ = [
+    "RadiusRule",
+    "bounding_radius",
+    "check_bound",
+    "check_rule",
+    "group_radii",
+    "kaiming_radius",
+]
+
+RadiusRule = Literal["kaiming", "unit", "bound"] | float
+
+
+def kaiming_radius(kind: str, rows: int, columns: int, fan_in: int) -> float:
+    """The radius at which a uniformly random component has entry variance ``2 / fan_in`` ([He2015]_).
+
+    A component ``A x B`` of norm ``r F`` (``F`` the norm at radius one) has entry variance ``r² F² / (A B)``, hence
+    ``r = sqrt(2 A B / (fan_in F²))``: ``sqrt(2 / C)`` for sphere kernels, ``sqrt(2 / (C B))`` for oblique and Stiefel
+    kernels over ``C`` input channels.
+
+    Args:
+        kind: Manifold kind.
+        rows: ``A``.
+        columns: ``B``.
+        fan_in: Number of inputs that one output value sums over.
+
+    Returns:
+        The radius.
+
+    Raises:
+        ValueError: If components of this kind have no norm that their radius bounds.
+
+    Example:
+        >>> kaiming_radius("sphere", 3, 3, fan_in=8 * 9)
+        0.5
+    """
+    return math.sqrt(2 * rows * columns / fan_in) / float(manifold_norm_bounds(kind, rows, columns).frobenius)
+
+
+def bounding_radius(
+    kind: str, rows: int, columns: int, count: int, bound: float, norms: Sequence[Norm] = get_args(Norm)
+) -> float:
+    """The largest radius at which the wanted norms of a group are at most ``bound``, wherever its components are.
+
+    If a norm is at most ``b`` on the manifold of radius one, then that of ``n`` components of radius ``γ`` side by side
+    is at most ``γ b √n``, for each of the three norms; so ``γ = β / (√n max b)``. With all three norms the largest is
+    the 2->1 norm, ``b = √A F`` for components of Frobenius norm ``F``: ``γ = β / sqrt(A Σ F²)``.
+
+    Args:
+        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"``, or ``"spectral"`` for the ball of the spectral norm.
+        rows: Rows ``A`` of a component.
+        columns: Columns ``B`` of a component.
+        count: Number ``n`` of components of the group.
+        bound: The bound ``β > 0``.
+        norms: The norms to bound.
+
+    Returns:
+        The radius ``γ``.
+
+    Raises:
+        ValueError: If components of this kind have no norm that their radius bounds.
+
+    Example:
+        All three norms of four 3 x 3 kernels, and the spectral norm alone.
+
+        >>> round(1 / bounding_radius("stiefel", 3, 3, count=4, bound=1.0), 6)
+        6.0
+        >>> bounding_radius("stiefel", 3, 3, count=4, bound=1.0, norms=["spectral"])
+        0.5
+    """
+    of_norm = dict(zip(get_args(Norm), manifold_norm_bounds(kind, rows, columns), strict=True))
+    return bound / (math.sqrt(count) * max(float(of_norm[norm]) for norm in norms))
+
+
+def check_bound(bound: float) -> None:
+    """Raise ValueError if a bound is not a positive number."""
+    if not (isinstance(bound, (int, float)) and not isinstance(bound, bool) and 0 < bound < math.inf):
+        raise ValueError(f"bound must be a positive number, got {bound!r}")
+
+
+def check_rule(rule: object) -> RadiusRule:
+    """A radius rule, checked.
+
+    Args:
+        rule: ``"kaiming"``, ``"unit"``, ``"bound"`` or a positive number.
+
+    Returns:
+        The rule.
+
+    Raises:
+        ValueError: If it is none of these.
+    """
+    if isinstance(rule, (int, float)) and not isinstance(rule, bool) and rule > 0 and math.isfinite(rule):
+        return float(rule)
+    if isinstance(rule, str) and rule in ("kaiming", "unit", "bound"):
+        return rule
+    raise ValueError(f'radius must be "kaiming", "unit", "bound" or a positive number, got {rule!r}')
+
+
+def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0, norms: Sequence[Norm] = get_args(Norm)) -> Tensor:
+    """The radius of every group by a rule; one where there is no constraint.
+
+    Args:
+        cut: The partition of a weight.
+        rule: ``"kaiming"``, ``"unit"`` (1), ``"bound"`` or a number.
+        bound: The bound of the rule ``"bound"``.
+        norms: The norms that the rule ``"bound"`` bounds.
+
+    Returns:
+        One radius per group in double precision, shape ``(G,)``, in the order of the collection.
+
+    Raises:
+        ValueError: If the rule is unknown or the bound not positive.
+
+    Example:
+        >>> from fgo_geo.weights.components import WeightLayout, partition
+        >>> from fgo_geo.weights.grouping import collection
+        >>> pi = collection(4, 1, "pi", ("sphere", "euclidean"))
+        >>> group_radii(partition([pi], WeightLayout((4, 1, 3, 3))), "bound")
+        tensor([0.4082, 1.0000], dtype=torch.float64)
+    """
+    rule = check_rule(rule)
+    check_bound(bound)
+    radii = np.ones(sum(len(g) for g in cut.groups))
+    for kind, groups, counts, (rows, columns) in zip(cut.kinds, cut.groups, cut.group_sizes, cut.sizes, strict=True):
+        if kind == "euclidean" or rule == "unit":
+            continue
+        if rule == "kaiming":
+            radii[groups] = kaiming_radius(kind, rows, columns, cut.layout.fan_in)
+        elif rule == "bound":
+            radii[groups] = bounding_radius(kind, rows, columns, 1, bound, norms) / np.sqrt(counts)
+        else:
+            radii[groups] = rule
+    return torch.from_numpy(radii)
