@@ -26,7 +26,7 @@ FORMER_NAMES = {
     "report": "measures.report",
     "report.data": "measures.report.data",
     "report.reading": "measures.report.reading",
-    "report.record": "measures.report.record",
+    "report.record": "measures.report",
     "report.weights": "measures.report.weights",
 }
 """Former name of each module that moved, and its name now, both relative to the package."""

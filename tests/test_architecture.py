@@ -93,6 +93,25 @@ def test_the_table_has_no_cycle():
         remaining = {part: wanted for part, wanted in remaining.items() if part not in free}
 
 
+@pytest.mark.parametrize("room", sorted(MAY_IMPORT.keys() - {"paths"}))  # there jobs and _operators do
+def test_no_two_modules_of_a_room_import_each_other(room):
+    paths = {name_of(path): path for path in MODULES if name_of(path).split(".")[1] == room}
+    sources = {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    packages = {name: name if path.stem == "__init__" else name.rpartition(".")[0] for name, path in paths.items()}
+    remaining = {name: modules_imported(source, packages[name]) for name, source in sources.items()}
+    while remaining:
+        free = {name for name, wanted in remaining.items() if not (wanted - {name}) & remaining.keys()}
+        assert free, f"these import each other, or one that does: {sorted(remaining)}"
+        remaining = {name: wanted for name, wanted in remaining.items() if name not in free}
+
+
+def modules_imported(source: str, package: str) -> set[str]:
+    """The modules that an import names: ``a.b`` of ``from a import b`` where it is a module, else ``a``."""
+    existing = {name_of(path) for path in MODULES}
+    names = imports_of(source, package)
+    return {name if name in existing else name.rpartition(".")[0] for name in names} & existing
+
+
 def needed_on_import(source: str) -> set[str]:
     """Top-level names of what importing a module imports: not inside functions, not for type checkers alone."""
     body = ast.parse(source).body

@@ -23,6 +23,7 @@ from fgo_geo.models.feature_stats import LambdaRule, component_lambda
 from fgo_geo.weights.components import CONVOLUTIONS, Partition, WeightLayout, layout_of
 from fgo_geo.weights.grouping import Collection, collection
 from fgo_geo.weights.radius import RadiusRule, check_bound, check_rule, group_radii
+from fgo_geo.weights.words import few
 
 __all__ = [
     "Components",
@@ -35,7 +36,6 @@ __all__ = [
     "check_patterns",
     "collections_of",
     "entry_of",
-    "few",
     "settings_of",
     "sites_of",
 ]
@@ -279,12 +279,6 @@ def check_patterns(argument: str, patterns: Iterable[Pattern], sites: Sequence[S
 
 def _patterns(patterns: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
     return (patterns,) if isinstance(patterns, (str, type)) else tuple(patterns)
-
-
-def few(names: Sequence[str], limit: int = 6) -> str:
-    """The first of some names, and how many more there are."""
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 # -- how ------------------------------------------------------------------------------------------------------

@@ -39,13 +39,13 @@ from fgo_geo.models.choose import (
     Wanted,
     check_patterns,
     entry_of,
-    few,
     settings_of,
     sites_of,
 )
 from fgo_geo.models.feature_stats import LambdaRule, TrackingHandle, is_tracked, rescaling_lambda, track, untrack
 from fgo_geo.weights.components import CONVOLUTIONS
 from fgo_geo.weights.radius import RadiusRule
+from fgo_geo.weights.words import few
 
 __all__ = ["Plan", "PlanEntry", "constrain", "plan_of", "unconstrain"]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from fgo_geo.measures.report.record import Kind, Record
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from fgo_geo.measures.report.record import Kind, Report
 
 __all__ = ["draw"]
 
@@ -26,11 +26,11 @@ _COLOURS: dict[Kind, str] = {
 }
 
 
-def draw(report: Report, title: str | None = None) -> Figure:
-    """The picture that :meth:`~fgo_geo.measures.report.record.Report.plot` documents.
+def draw(report: Record, title: str | None = None) -> Figure:
+    """The picture that :meth:`~fgo_geo.measures.report.presentation.Report.plot` documents.
 
     Args:
-        report: A report.
+        report: The numbers.
         title: Title of the figure.
 
     Returns:
@@ -78,7 +78,7 @@ def draw(report: Report, title: str | None = None) -> Figure:
     return figure
 
 
-def _draw_norm(report: Report, ax: Any, norm: str) -> None:
+def _draw_norm(report: Record, ax: Any, norm: str) -> None:
     """The distribution over every layer's groups of a norm."""
     levels = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
     quantiles = torch.stack([getattr(layer.groups, norm).quantile(levels) for layer in report.layers]).numpy()
@@ -94,7 +94,7 @@ def _draw_norm(report: Report, ax: Any, norm: str) -> None:
     ax.set_title(f"{_TITLES[norm]} of the groups", fontsize=9)
 
 
-def _draw_factors(report: Report, ax: Any) -> None:
+def _draw_factors(report: Record, ax: Any) -> None:
     """Every layer's factor of the products over all groups; tied weights once. A factor of zero has no bar."""
     first_use = [report.chain.index(layer) for layer in report.layers]
     for offset, (name, norm) in enumerate((("neyshabur2015", "frobenius"), ("bartlett2017", "spectral"))):
@@ -107,7 +107,7 @@ def _draw_factors(report: Report, ax: Any) -> None:
     ax.legend(fontsize=8)
 
 
-def _draw_measures(report: Report, ax: Any) -> None:
+def _draw_measures(report: Record, ax: Any) -> None:
     """The logarithms of the measures. That of zero has a bar without length, and a label."""
     names = list(dict.fromkeys(measure.name for measure in report.measures))
     for offset, heading in enumerate(dict.fromkeys(measure.heading for measure in report.measures)):

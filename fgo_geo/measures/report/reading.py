@@ -22,9 +22,9 @@ from fgo_geo.measures.bounds import (
     neyshabur2018_terms,
 )
 from fgo_geo.measures.report.data import observe
-from fgo_geo.measures.report.record import LayerReport, Measure, Report, Scaling, TauStatistics
+from fgo_geo.measures.report.presentation import Report
+from fgo_geo.measures.report.record import LayerReport, Measure, Scaling, TauStatistics
 from fgo_geo.measures.report.weights import Weight, find_weights
-from fgo_geo.models.choose import few
 from fgo_geo.models.folding import BatchNorm, BatchNormRecord, fold_batchnorm
 from fgo_geo.weights.components import BlockPartition, Partition, WeightLayout
 from fgo_geo.weights.norms import (
@@ -35,6 +35,7 @@ from fgo_geo.weights.norms import (
     norms_of_groups,
     two_to_one_norm,
 )
+from fgo_geo.weights.words import few
 
 __all__ = ["report"]
 

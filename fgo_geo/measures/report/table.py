@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fgo_geo.models.choose import few
-
-if TYPE_CHECKING:
-    from fgo_geo.measures.report.record import LayerReport, Report
+from fgo_geo.measures.report.record import LayerReport, Record
+from fgo_geo.weights.words import few
 
 __all__ = ["comparison", "tables"]
 
 _SYMBOLS = {"frobenius": "‖·‖F", "spectral": "‖·‖2", "two_to_one": "‖·‖2→1"}
 
 
-def tables(report: Report) -> str:
+def tables(report: Record) -> str:
     """The layers, the measures, what is left out, and a summary.
 
     Args:
@@ -43,7 +41,7 @@ def tables(report: Report) -> str:
     return "\n\n".join([*parts, _summary(report)])
 
 
-def comparison(first: Report, second: Report, labels: tuple[str, str]) -> str:
+def comparison(first: Record, second: Record, labels: tuple[str, str]) -> str:
     """Two reports side by side: worst norms of the layers, and the measures and margins if both have them.
 
     Args:
@@ -73,7 +71,7 @@ def comparison(first: Report, second: Report, labels: tuple[str, str]) -> str:
     return "\n\n".join(parts)
 
 
-def _measures_of_both(first: Report, second: Report, labels: tuple[str, str]) -> Table:
+def _measures_of_both(first: Record, second: Record, labels: tuple[str, str]) -> Table:
     sums = Table("log measure", "scaling", *labels, box=box.SIMPLE)
     pairs = [(mine, second.measure(mine.name, mine.scaling)) for mine in first.measures]
     for mine, theirs in pairs:
@@ -85,7 +83,7 @@ def _measures_of_both(first: Report, second: Report, labels: tuple[str, str]) ->
     return sums
 
 
-def _layer_table(report: Report) -> Table:
+def _layer_table(report: Record) -> Table:
     show_operator = any(layer.operator_norm is not None for layer in report.layers)
     show_tau = any(layer.tau is not None for layer in report.layers)
     headers = ["layer", "shape", "on", "groups", *(f"{s} worst / median" for s in _SYMBOLS.values()), "‖W‖2"]
@@ -109,7 +107,7 @@ def _layer_table(report: Report) -> Table:
     return table
 
 
-def _measure_table(report: Report) -> Table:
+def _measure_table(report: Record) -> Table:
     columns = list(dict.fromkeys(measure.heading for measure in report.measures))
     if report.margin is not None and report.margin > 0:
         columns += [f"{column}, margin {report.margin:.3g}" for column in columns]
@@ -123,7 +121,7 @@ def _measure_table(report: Report) -> Table:
     return table
 
 
-def _summary(report: Report) -> str:
+def _summary(report: Record) -> str:
     constrained = [layer for layer in report.layers if layer.feasible is not None]
     n_groups = sum(layer.n_groups for layer in report.layers)
     lines = [f"{len(constrained)} of {len(report.layers)} layers under constraints; {n_groups:,} groups."]
