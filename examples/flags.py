@@ -94,6 +94,7 @@ def argument_parser() -> argparse.ArgumentParser:
     add("--schedule", choices=("robbins-monro", "constant"), default="robbins-monro", help="of lr (%(default)s)")
     add("--channel-directed", choices=("h0", "h1", "h1t"), help="metric along the channels (none: plain gradients)")
     add("--lam", type=positive, help="weight of that metric's roughness (2)")
+    add("--lam-relative", action="store_true", help="lam counts (D / 2 pi)^2 of D channels, layer by layer")
     add("--channel-axis", choices=("output", "input"), help="channels along which it smooths (output)")
     add("--epochs", type=count, default=30, help="passes over the training images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images per step (%(default)s)")
@@ -125,8 +126,10 @@ def _resolve(settings: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         parser.error(
             f"--strategy layer puts whole layers on one manifold, got --manifolds {','.join(settings.manifolds)}"
         )
-    if not settings.channel_directed and (settings.lam or settings.channel_axis):
-        parser.error("--lam and --channel-axis are for --channel-directed: add it, or drop them")
+    if not settings.channel_directed and (settings.lam or settings.channel_axis or settings.lam_relative):
+        parser.error("--lam, --lam-relative and --channel-axis are for --channel-directed: add it, or drop them")
+    if settings.channel_directed == "h0" and settings.lam_relative:
+        parser.error("--lam-relative is for the metrics h1 and h1t: h0 treats every width alike")
     if settings.channel_directed:
         settings.lam = settings.lam or 2.0
         settings.channel_axis = settings.channel_axis or "output"

@@ -75,7 +75,18 @@ def channel_directed() -> Iterator[Arm]:
             yield Arm(f"{optimizer}, {metric} along {axis}", fixed, choices)
 
 
-STUDIES = {"strategies": strategies, "channel-directed": channel_directed}
+def lam_relative() -> Iterator[Arm]:
+    """H1~ with one λ for all layers, and with λ in proportion to the square of each layer's width."""
+    for optimizer in ("sgd", "fgsgd"):
+        fixed = ("--optimizer", optimizer, "--channel-directed", "h1t")
+        for name, flag, lams in (("one λ", (), (2.0, 10.0)), ("relative λ", ("--lam-relative",), (1.0, 4.0))):
+            choices = tuple(
+                ("--lr", str(lr), "--lam", str(lam)) for lr, lam in itertools.product((0.02, 0.06, 0.2, 0.6), lams)
+            )
+            yield Arm(f"{optimizer}, h1t, {name}", (*fixed, *flag), choices)
+
+
+STUDIES = {"strategies": strategies, "channel-directed": channel_directed, "lam-relative": lam_relative}
 
 
 def one_run(arguments: Sequence[str]) -> dict[str, Any]:

@@ -122,7 +122,12 @@ def build(settings: argparse.Namespace) -> Run:
     optimizer = build_optimizer(settings, model)
     if settings.channel_directed:
         fgo_geo.channel_directed(
-            optimizer, settings.channel_directed, settings.lam, settings.channel_axis, module=model
+            optimizer,
+            settings.channel_directed,
+            settings.lam,
+            settings.channel_axis,
+            module=model,
+            lam_relative=settings.lam_relative,
         )
     if settings.schedule == "robbins-monro":
         scheduler = fgo_geo.optim.RobbinsMonroLR(optimizer)
@@ -152,7 +157,8 @@ def describe(run: Run) -> str:
     smoothing = ""
     if settings.channel_directed:
         smoothing = (
-            f", {settings.channel_directed} gradients along {settings.channel_axis} channels (λ = {settings.lam})"
+            f", {settings.channel_directed} gradients along {settings.channel_axis} channels "
+            f"(λ = {settings.lam}{' (D / 2π)²' if settings.lam_relative else ''})"
         )
     return (
         f"{settings.data}: {len(run.splits.train)} training images, "

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from channel_directions import METRICS, drawn, slow_gradient
+from channel_directions import ENDS, METRICS, drawn, slow_gradient
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -72,6 +72,44 @@ def test_layers_tell_the_axis_and_the_groups(axis: Any, expected: dict[str, tupl
         torch.testing.assert_close(parameter.grad, g, msg=lambda text, name=name: f"{name}: {text}")
     names = {parameter: name for name, parameter in model.named_parameters()}
     assert {names[p] for p in handle.parameters} == set(expected)
+
+
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("metric", ["h1", "h1t"])
+def test_lam_relative_grows_with_the_square_of_the_channels_smoothed_together(metric: Any, ends: Any) -> None:
+    model = Zoo()
+    handle = channel_directed(
+        torch.optim.SGD(model.parameters(), lr=0.0), metric, 0.5, ends=ends, module=model, lam_relative=True
+    )
+    gradients = {name: drawn(tuple(p.shape), i) for i, (name, p) in enumerate(model.named_parameters())}
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name].float()
+    handle.optimizer.step()
+    for name, (axis, groups) in OUTPUT.items():
+        parameter = model.get_parameter(name)
+        lam = 0.5 * (parameter.shape[axis] / groups / (2 * math.pi)) ** 2
+        expected = slow_gradient(gradients[name], metric, lam, axis, ends, groups).float()
+        torch.testing.assert_close(parameter.grad, expected, msg=lambda text, name=name: f"{name}: {text}")
+    assert "lam_relative=True): 8 of" in repr(handle)
+
+
+def test_lam_relative_leaves_the_slowest_wave_of_a_wide_layer_as_it_is() -> None:
+    weight = nn.Parameter(torch.zeros(256, 1, dtype=torch.float64))
+    wave = torch.cos(torch.arange(256, dtype=torch.float64) * (2 * math.pi / 256))[:, None]
+    for metric, kept in (("h1t", 1.0), ("h1", 0.5)):
+        handle = channel_directed(torch.optim.SGD([weight], lr=0.0), metric, lam_relative=True)
+        weight.grad = wave.clone()
+        handle.optimizer.step()
+        torch.testing.assert_close(weight.grad, kept * wave, rtol=0, atol=1e-4)
+
+
+def test_lam_relative_can_be_set_per_group_and_not_for_h0() -> None:
+    weight = nn.Parameter(torch.zeros(8, 2))
+    group = {"params": [weight], "channel_directed": {"metric": "h1t", "lam_relative": True}}
+    handle = channel_directed(torch.optim.SGD([group], lr=0.1))
+    assert f"metric=h1t, lam={(4 / math.pi) ** 2}" in handle.summary()
+    with pytest.raises(ValueError, match="lam_relative is True, but the metric h0 damps all differences alike"):
+        channel_directed(torch.optim.SGD([weight], lr=0.1), lam_relative=True)
 
 
 def test_the_summary_says_what_and_why() -> None:
