@@ -4,8 +4,9 @@ from fgo_geo import _former_names, optim
 from fgo_geo.manifolds import Oblique, ProductOfGroups, ScaledSphere, Stiefel
 from fgo_geo.measures import bounds
 from fgo_geo.measures.report import report
-from fgo_geo.models.constrain import Plan, constrain, plan_of, unconstrain
+from fgo_geo.models.constrain import constrain, unconstrain
 from fgo_geo.models.folding import fold_batchnorm
+from fgo_geo.models.plan import Plan, plan_of
 from fgo_geo.models.renormalize import remove_renormalization, renormalize
 from fgo_geo.optim import RiemannianFGSGD
 from fgo_geo.optim.channel_directed import channel_directed, channel_directed_gradient

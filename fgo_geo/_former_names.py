@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-__all__ = ["FORMER_NAMES", "register"]
+__all__ = ["FORMER_ATTRIBUTES", "FORMER_NAMES", "register"]
 
 FORMER_NAMES = {
     "bounds": "measures.bounds",
@@ -31,8 +31,18 @@ FORMER_NAMES = {
 }
 """Former name of each module that moved, and its name now, both relative to the package."""
 
+FORMER_ATTRIBUTES = {
+    "models.choose": {"PlanEntry": "models.entry"},
+    "models.constrain": dict.fromkeys(("_store", "_restore", "_attach_again", "_guard"), "models.plan"),
+}
+"""What a moved module held under its former name: the hooks of a pickled model are functions by name."""
+
 
 def register() -> None:
-    """Make every moved module importable under its former name too."""
+    """Make every moved module, and what has left it since, importable under its former name too."""
     for former, name in FORMER_NAMES.items():
         sys.modules[f"fgo_geo.{former}"] = importlib.import_module(f"fgo_geo.{name}")
+    for former, moved in FORMER_ATTRIBUTES.items():
+        for attribute, name in moved.items():
+            module = importlib.import_module(f"fgo_geo.{name}")
+            setattr(importlib.import_module(f"fgo_geo.{former}"), attribute, getattr(module, attribute))

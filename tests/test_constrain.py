@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import fgo_geo
 from fgo_geo import Plan, ProductOfGroups, RiemannianFGSGD, constrain, unconstrain
 from fgo_geo.grouping import MANIFOLD_KINDS, STRATEGIES
-from fgo_geo.models.choose import PlanEntry
+from fgo_geo.models.entry import PlanEntry
 from fgo_geo.weights.radius import group_radii
 
 # -- what gets constrained ---------------------------------------------------------------------------------------

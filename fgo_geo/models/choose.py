@@ -2,8 +2,8 @@ r"""What each parameter of a model gets: the decision, before anything is change
 
 :func:`sites_of` finds the parameters with all places where they are used. For each of them :class:`Wanted` says whether
 it is meant, by ``include``, ``exclude`` and the defaults; :func:`settings_of` says how, by the rules and overrides that
-match its name; :func:`entry_of` writes down the outcome as a :class:`PlanEntry`: its groups and the rule for its
-radius, or the reason why it is left alone. Nothing here touches a module; :mod:`fgo_geo.constrain` does.
+match its name; :func:`entry_of` writes down the outcome as a :class:`~fgo_geo.models.entry.PlanEntry`. Nothing here
+changes a module; :mod:`fgo_geo.models.surgery` does.
 """
 
 from __future__ import annotations
@@ -11,25 +11,23 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from fgo_geo.manifolds import ProductOfGroups
-from fgo_geo.models.feature_stats import LambdaRule, component_lambda
-from fgo_geo.weights.components import CONVOLUTIONS, Partition, WeightLayout, layout_of
+from fgo_geo.models.entry import PlanEntry
+from fgo_geo.models.feature_stats import LambdaRule
+from fgo_geo.weights.components import CONVOLUTIONS, WeightLayout, layout_of
 from fgo_geo.weights.grouping import Collection, collection
-from fgo_geo.weights.radius import RadiusRule, check_bound, check_rule, group_radii
+from fgo_geo.weights.radius import RadiusRule, check_bound, check_rule
 from fgo_geo.weights.words import few
 
 __all__ = [
     "Components",
     "Initial",
     "Pattern",
-    "PlanEntry",
     "Settings",
     "Site",
     "Wanted",
@@ -43,93 +41,6 @@ __all__ = [
 Components = Literal["auto", "kernel", "block"]
 Initial = Literal["project", "uniform"]
 Pattern = str | type[nn.Module]
-
-
-# -- the outcome ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """What one parameter got.
-
-    Attributes:
-        names: Its names in the model; more than one if the weight is tied.
-        module: Type of the module that owns it.
-        shape: Its shape.
-        reason: Why it was left alone; None if it is constrained.
-        layout: How the weight is stored, if it is constrained.
-        collections: Its groups; one collection per section of the layout.
-        radius: The rule for the geometric radius ``γ``.
-        bound: The bound of the rule ``"bound"``.
-        statistics: The rule for the statistical factor ``λ``; None for ``λ = 1``.
-        channel_scales: ``λ`` of every input channel, as of the latest :meth:`~fgo_geo.Plan.update_scales`;
-            empty before.
-    """
-
-    names: tuple[str, ...]
-    module: str
-    shape: tuple[int, ...]
-    reason: str | None = None
-    layout: WeightLayout | None = None
-    collections: tuple[Collection, ...] = ()
-    radius: RadiusRule = "kaiming"
-    bound: float = 1.0
-    statistics: LambdaRule | None = None
-    channel_scales: tuple[float, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """The first of its names."""
-        return self.names[0]
-
-    @property
-    def constrained(self) -> bool:
-        """Whether it is on a manifold."""
-        return self.reason is None
-
-    def manifold(self) -> ProductOfGroups:
-        """A new manifold as this entry describes it.
-
-        Raises:
-            ValueError: If the parameter was left alone, or its components cannot lie on the manifolds of their groups.
-        """
-        if self.layout is None:
-            raise ValueError(f"{self.name!r} is not constrained: it {self.reason}")
-        return ProductOfGroups(self.collections, self.layout, self.radii)
-
-    def radii(self, cut: Partition) -> list[Tensor]:
-        """The radius ``γ / λ`` of every component, part by part ("Mathematics", section 5).
-
-        Args:
-            cut: The partition of the weight.
-
-        Returns:
-            For every part a tensor ``(n,)`` in double precision.
-        """
-        geometric = cut.per_component(group_radii(cut, self.radius, self.bound).numpy())
-        radii = [torch.from_numpy(np.ascontiguousarray(gamma)) for gamma in geometric]
-        if not self.channel_scales:
-            return radii
-        scales = component_lambda(torch.tensor(self.channel_scales, dtype=torch.float64), cut)
-        return [gamma / lam for gamma, lam in zip(radii, scales, strict=True)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        data = {f.name: getattr(self, f.name) for f in fields(self)}
-        data["layout"] = None if self.layout is None else asdict(self.layout)
-        data["collections"] = [c.to_json() for c in self.collections]
-        return data
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> PlanEntry:
-        """Inverse of :meth:`to_dict`."""
-        stored = dict(data)
-        for name in ("names", "shape", "channel_scales"):
-            stored[name] = tuple(stored[name])
-        stored["collections"] = tuple(map(Collection.from_json, stored["collections"]))
-        if stored["layout"] is not None:
-            stored["layout"] = replace(WeightLayout(**stored["layout"]), shape=stored["shape"])
-        return cls(**stored)
 
 
 # -- what a model holds ---------------------------------------------------------------------------------------

@@ -1,0 +1,169 @@
+r"""What one parameter of a model got, and how a list of such records prints.
+
+:class:`PlanEntry` is plain data: groups, radius rule and channel scales, or the reason why the parameter was left
+alone. :func:`table_of` prints several of them. What becomes of a parameter is decided in :mod:`fgo_geo.models.choose`.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
+from fgo_geo.models.feature_stats import LambdaRule, component_lambda
+from fgo_geo.weights.components import Partition, WeightLayout
+from fgo_geo.weights.grouping import Collection
+from fgo_geo.weights.radius import RadiusRule, group_radii
+
+__all__ = ["PlanEntry", "table_of"]
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What one parameter got.
+
+    Attributes:
+        names: Its names in the model; more than one if the weight is tied.
+        module: Type of the module that owns it.
+        shape: Its shape.
+        reason: Why it was left alone; None if it is constrained.
+        layout: How the weight is stored, if it is constrained.
+        collections: Its groups; one collection per section of the layout.
+        radius: The rule for the geometric radius ``γ``.
+        bound: The bound of the rule ``"bound"``.
+        statistics: The rule for the statistical factor ``λ``; None for ``λ = 1``.
+        channel_scales: ``λ`` of every input channel, as of the latest :meth:`~fgo_geo.Plan.update_scales`;
+            empty before.
+    """
+
+    names: tuple[str, ...]
+    module: str
+    shape: tuple[int, ...]
+    reason: str | None = None
+    layout: WeightLayout | None = None
+    collections: tuple[Collection, ...] = ()
+    radius: RadiusRule = "kaiming"
+    bound: float = 1.0
+    statistics: LambdaRule | None = None
+    channel_scales: tuple[float, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The first of its names."""
+        return self.names[0]
+
+    @property
+    def constrained(self) -> bool:
+        """Whether it is on a manifold."""
+        return self.reason is None
+
+    def manifold(self) -> ProductOfGroups:
+        """A new manifold as this entry describes it.
+
+        Raises:
+            ValueError: If the parameter was left alone, or its components cannot lie on the manifolds of their groups.
+        """
+        if self.layout is None:
+            raise ValueError(f"{self.name!r} is not constrained: it {self.reason}")
+        return ProductOfGroups(self.collections, self.layout, self.radii)
+
+    def radii(self, cut: Partition) -> list[Tensor]:
+        """The radius ``γ / λ`` of every component, part by part ("Mathematics", section 5).
+
+        Args:
+            cut: The partition of the weight.
+
+        Returns:
+            For every part a tensor ``(n,)`` in double precision.
+        """
+        geometric = cut.per_component(group_radii(cut, self.radius, self.bound).numpy())
+        radii = [torch.from_numpy(np.ascontiguousarray(gamma)) for gamma in geometric]
+        if not self.channel_scales:
+            return radii
+        scales = component_lambda(torch.tensor(self.channel_scales, dtype=torch.float64), cut)
+        return [gamma / lam for gamma, lam in zip(radii, scales, strict=True)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        data["layout"] = None if self.layout is None else asdict(self.layout)
+        data["collections"] = [c.to_json() for c in self.collections]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PlanEntry:
+        """Inverse of :meth:`to_dict`."""
+        stored = dict(data)
+        for name in ("names", "shape", "channel_scales"):
+            stored[name] = tuple(stored[name])
+        stored["collections"] = tuple(map(Collection.from_json, stored["collections"]))
+        if stored["layout"] is not None:
+            stored["layout"] = replace(WeightLayout(**stored["layout"]), shape=stored["shape"])
+        return cls(**stored)
+
+
+# -- printing -------------------------------------------------------------------------------------------------
+
+_HEADER = ("parameter", "shape", "layer", "components", "groups", "manifolds", "radius")
+
+
+def table_of(entries: Sequence[PlanEntry], manifold_of: Callable[[PlanEntry], ProductOfGroups]) -> str:
+    """A table of what is constrained, the others by reason, and a sum.
+
+    Args:
+        entries: One per parameter.
+        manifold_of: The manifold of a constrained one.
+    """
+    rows: list[tuple[str, ...]] = []
+    reasons: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.reason is None:
+            rows.append(_row(entry, manifold_of(entry)))
+        else:
+            reasons.setdefault(entry.reason, []).extend(entry.names)
+    alone = [
+        textwrap.fill(f"{', '.join(names)}: {reason}", 160, initial_indent="  ", subsequent_indent="    ")
+        for reason, names in reasons.items()
+    ]
+    return "\n".join([*_table(rows), "", *(["Left alone:", *alone, ""] if alone else []), _summary(entries)])
+
+
+def _summary(entries: Sequence[PlanEntry]) -> str:
+    constrained = [entry for entry in entries if entry.constrained]
+    count, total = (sum(math.prod(e.shape) for e in some) for some in (constrained, entries))
+    share = 100 * count / max(total, 1)
+    return f"{len(constrained)} of {len(entries)} parameters constrained: {share:.1f} % of {total:,} numbers"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of a table with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
+    rule = tuple("-" * width for width in widths)
+    cells = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (_HEADER, rule, *rows))
+    return ["  ".join(row).rstrip() for row in cells]
+
+
+def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:
+    """The cells of a constrained entry in the printed table."""
+    first = entry.collections[0]
+    counts = np.sum([np.bincount(c.group_kinds, minlength=len(c.kinds)) for c in entry.collections], axis=0)
+    noun = "blocks" if first.components == "block" else f"{'x'.join(map(str, manifold.layout.kernel))} kernels"
+    ranges = [m.radius_range for m, _ in manifold.parts if isinstance(m, ComponentManifold)]
+    low, high = min((low for low, _ in ranges), default=1.0), max((high for _, high in ranges), default=1.0)
+    return (
+        entry.name if len(entry.names) == 1 else f"{entry.name} (also {', '.join(entry.names[1:])})",
+        "x".join(map(str, entry.shape)),
+        entry.module,
+        f"{sum(manifold.partition.counts)} {noun}",
+        f"{manifold.n_groups} ({first.strategy})",
+        " + ".join(f"{count} {kind}" for kind, count in zip(first.kinds, counts, strict=True) if count),
+        (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}")
+        + (f" / {entry.statistics}" * bool(entry.statistics)),
+    )

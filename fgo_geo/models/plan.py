@@ -1,0 +1,325 @@
+r"""The record that a constrained model keeps, and the hooks that keep the model to it.
+
+The :class:`Plan` stays with the model. It travels in the metadata of ``state_dict``, so that groups and radii survive
+saving and loading exactly, and it guards what torch would lose in silence: a forward pass of a model whose weights have
+become plain parameters (by ``to("meta")``, ``to_empty`` or sharding) is an error that names :meth:`Plan.attach` (inside
+``torch.compile`` nothing checks, call :meth:`Plan.check`); after ``load_state_dict`` the plan attaches itself.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import geoopt
+import torch
+from torch import Tensor, nn
+
+from fgo_geo.manifolds import ProductOfGroups
+from fgo_geo.models.entry import PlanEntry, table_of
+from fgo_geo.models.feature_stats import is_tracked, track, untrack
+from fgo_geo.models.surgery import (
+    dilate,
+    is_lost,
+    layers_of,
+    measured_scales,
+    parameter_of,
+    put_on_manifolds,
+    require_ties,
+    targets_of,
+    write_points,
+)
+from fgo_geo.weights.words import few
+
+__all__ = ["Plan", "plan_of", "plans_of"]
+
+PLAN_ATTRIBUTE = "fgo_geo_plan"  # where a model keeps its plan
+_METADATA = "fgo_geo_plan"  # where a state_dict keeps it
+_JSON_VERSION = 1
+
+
+@dataclass(eq=False)
+class Plan:
+    """What :func:`~fgo_geo.constrain` did to a model, parameter by parameter.
+
+    ``print(plan)`` shows it as a table.
+
+    Attributes:
+        entries: One per parameter, in the order of the model.
+        model: The model that it describes; None for a plan that was read from JSON and not attached yet.
+    """
+
+    entries: tuple[PlanEntry, ...]
+    model: nn.Module | None = field(default=None, repr=False)
+    _handles: list[Any] = field(default_factory=list, repr=False)
+    _tracked: set[str] = field(default_factory=set, repr=False)
+
+    @property
+    def constrained(self) -> tuple[PlanEntry, ...]:
+        """The entries of the parameters that are on a manifold."""
+        return tuple(entry for entry in self.entries if entry.constrained)
+
+    def parameters(self) -> dict[str, geoopt.ManifoldParameter]:
+        """The constrained parameters by name.
+
+        Raises:
+            RuntimeError: If one of them has become a plain parameter.
+            ValueError: If the plan is not attached to a model.
+        """
+        self.check()
+        model = self._require_model()
+        return {e.name: cast(geoopt.ManifoldParameter, model.get_parameter(e.name)) for e in self.constrained}
+
+    def check(self) -> None:
+        """Raise if a constrained parameter has become a plain one.
+
+        Raises:
+            RuntimeError: With the names, and what to call.
+            ValueError: If the plan is not attached to a model.
+        """
+        lost = self.lost()
+        if lost:
+            raise RuntimeError(
+                f"{len(lost)} constrained parameter(s) have become plain parameters or are gone: {few(lost)}. Moving "
+                "to the meta device, to_empty and sharding drop the manifold: load the values, call "
+                "plan_of(model).attach(model), and build the optimiser after that. If you have replaced a layer, call "
+                "unconstrain(model) and constrain it anew"
+            )
+
+    def attach(self, model: nn.Module, *, project: bool = False) -> Plan:
+        """Put a model's parameters (back) on the manifolds of this plan. Values do not change unless asked.
+
+        Parameters that are on manifolds already stay the same objects. Those of another plan that this one does not
+        have become plain parameters.
+
+        Args:
+            model: A model with the plan's parameter names and shapes.
+            project: Move the values to the nearest points, for weights that were not trained on these manifolds.
+
+        Returns:
+            This plan, now the model's.
+
+        Raises:
+            ValueError: If a parameter is missing, has another shape, or is off its manifold, or the plan is another
+                model's. Nothing has changed then.
+        """
+        if self.model is not None and self.model is not model:
+            raise ValueError(
+                "this plan belongs to another model already; attach a copy, Plan.from_json(plan.to_json()), instead"
+            )
+        targets = targets_of(model, self.constrained)
+        points: list[Tensor | None] = []
+        for entry, param, manifold in targets:
+            require_ties(model, entry)
+            value = param.detach().as_subclass(Tensor)
+            if not (project or value.is_meta):
+                manifold.require_point(value, repr(entry.name), "pass project=True to project it")
+            points.append(manifold.projx(value) if project and not value.is_meta else None)
+        write_points(targets, points)
+        put_on_manifolds(model, targets, _constrained_in(model))
+        return self.settle(model)
+
+    def project(self) -> None:
+        """Move every constrained parameter to the nearest point of its manifold, in place.
+
+        For weights that were changed by something that knows no manifold, e.g. the averages of
+        :class:`torch.optim.swa_utils.AveragedModel`: ``plan_of(averaged).project()``.
+        """
+        with torch.no_grad():
+            for param in self.parameters().values():
+                param.proj_()
+
+    @torch.no_grad()
+    def update_scales(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Refresh the statistical factor ``λ`` of the radii ``γ / λ``, once per epoch ([Ozay2019]_, algorithm 1).
+
+        Takes the running statistics of the features that the layers saw in training. Points move to the new radii, and
+        momentum with them, by the dilation that maps the old manifold to the new one; both stay valid. Layers that are
+        not called themselves keep ``λ = 1``: the packed and the output projection of attention. A tied weight takes
+        the root mean square over its layers.
+
+        Args:
+            optimizer: The optimiser, for the sake of its ``momentum_buffer``. Without it momentum keeps its length.
+
+        Raises:
+            ValueError: If features were not finite. Nothing has changed then.
+        """
+        model, params = self._require_model(), self.parameters()
+        entries = tuple(
+            replace(e, channel_scales=measured_scales(model, e)) if e.statistics else e for e in self.entries
+        )
+        changed = [new for new, old in zip(entries, self.entries, strict=True) if new != old]
+        radii = [entry.radii(cast(Any, params[entry.name]).manifold.partition) for entry in changed]
+        for entry, radius in zip(changed, radii, strict=True):
+            param = params[entry.name]
+            state = {} if optimizer is None else optimizer.state.get(param, {})
+            dilate(param, radius, state.get("momentum_buffer"))
+        self.entries = entries
+
+    def to_json(self) -> str:
+        """The plan as JSON, with the groups themselves, so that it does not depend on how they were drawn."""
+        return json.dumps({"version": _JSON_VERSION, "entries": [entry.to_dict() for entry in self.entries]})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Inverse of :meth:`to_json`; :meth:`attach` it to a model.
+
+        Args:
+            text: What :meth:`to_json` returned.
+
+        Raises:
+            ValueError: If the text is of another version, or damaged.
+        """
+        try:
+            data = json.loads(text)
+            version = data["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"this is no plan in JSON ({error!r}): pass what Plan.to_json returned") from error
+        if version != _JSON_VERSION:
+            raise ValueError(
+                f"this plan has version {version!r}, expected {_JSON_VERSION}: read it with the fgo_geo that wrote it, "
+                "or constrain the model anew"
+            )
+        try:
+            return cls(tuple(PlanEntry.from_dict(entry) for entry in data["entries"]))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this plan is damaged ({error!r}): restore it from another copy") from error
+
+    def __str__(self) -> str:
+        """A table of what is constrained, the others by reason, and a sum."""
+        return table_of(self.entries, self._manifold_of)
+
+    def _manifold_of(self, entry: PlanEntry) -> ProductOfGroups:
+        param = None if self.model is None else parameter_of(self.model, entry.name)
+        attached = getattr(param, "manifold", None)
+        return attached if isinstance(attached, ProductOfGroups) else entry.manifold()
+
+    def lost(self) -> list[str]:
+        """Names of the constrained parameters that have become plain ones or are gone."""
+        model = self._require_model()
+        return [entry.name for entry in self.entries if entry.reason is None and is_lost(model, entry.name)]
+
+    def _require_model(self) -> nn.Module:
+        if self.model is None:
+            raise ValueError("this plan is not attached to a model: call plan.attach(model)")
+        return self.model
+
+    def settle(self, model: nn.Module) -> Plan:
+        """Make this the plan of a model, and set the hooks that keep it."""
+        before = model.__dict__.get(PLAN_ATTRIBUTE)
+        if before is not self:
+            if before is not None:
+                before.release()
+            self._handles = [
+                model.register_state_dict_post_hook(_store),
+                model.register_load_state_dict_pre_hook(_restore),
+                model.register_load_state_dict_post_hook(_attach_again),
+                model.register_forward_pre_hook(_guard),
+            ]
+            self.model = model
+            model.__dict__[PLAN_ATTRIBUTE] = self  # not by setattr: a module would look for parameters in it
+        self.track()
+        return self
+
+    def track(self) -> None:
+        """Track the features of the layers whose radii depend on them, and no longer those that this plan tracked."""
+        model = self._require_model()
+        wanted = {name: layer for e in self.constrained if e.statistics for name, layer in layers_of(model, e).items()}
+        self._untrack(self._tracked - set(wanted))
+        for name, layer in wanted.items():
+            if not is_tracked(layer):
+                track(layer)
+                self._tracked.add(name)
+
+    def release(self) -> None:
+        """Leave no trace in the model."""
+        model = self._require_model()
+        for handle in self._handles:
+            handle.remove()
+        self._untrack(self._tracked)
+        del model.__dict__[PLAN_ATTRIBUTE]
+        self.model, self._handles = None, []
+
+    def _untrack(self, names: set[str]) -> None:
+        for name, layer in self._require_model().named_modules():
+            if name in names and is_tracked(layer):  # otherwise the layer has been replaced
+                untrack(layer)
+        self._tracked = self._tracked - names
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan of a model, or of the model inside a wrapper (DistributedDataParallel, AveragedModel, compiled).
+
+    Args:
+        model: A constrained model.
+
+    Raises:
+        ValueError: If there is none. Weights that were declared on manifolds by hand have none.
+    """
+    plans = plans_of(model)
+    if plans:
+        return plans[0]
+    declared = [name for name, p in model.named_parameters() if isinstance(p, geoopt.ManifoldParameter)]
+    if declared:
+        raise ValueError(
+            f"this model has no plan: {len(declared)} parameter(s) were put on manifolds without fgo_geo.constrain: "
+            f"{few(declared)}. To project these, `with torch.no_grad():` call `p.proj_()` of every "
+            "geoopt.ManifoldParameter p in model.parameters()"
+        )
+    raise ValueError("this model is not constrained: call fgo_geo.constrain(model) first")
+
+
+def plans_of(model: nn.Module) -> list[Plan]:
+    """The plans of a model and of its parts."""
+    return [module.__dict__[PLAN_ATTRIBUTE] for module in model.modules() if PLAN_ATTRIBUTE in module.__dict__]
+
+
+def _constrained_in(model: nn.Module) -> tuple[PlanEntry, ...]:
+    before: Plan | None = model.__dict__.get(PLAN_ATTRIBUTE)
+    return () if before is None else before.constrained
+
+
+# -- hooks: functions of the module, so that models can be copied and pickled -----------------------------------
+
+
+def _store(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Put the plan into the metadata of a state_dict."""
+    local_metadata[_METADATA] = module.__dict__[PLAN_ATTRIBUTE].to_json()
+
+
+def _restore(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *others: Any) -> None:
+    """Take over what a checkpoint's plan says, after refusing values that are off its manifolds."""
+    plan: Plan = module.__dict__[PLAN_ATTRIBUTE]
+    text = local_metadata.get(_METADATA)
+    entries = plan.entries if text is None else Plan.from_json(text).entries
+    targets = targets_of(module, (entry for entry in entries if entry.constrained))
+    absent = [entry.name for entry, *_ in targets if prefix + entry.name not in state_dict]
+    if absent and entries != plan.entries:
+        raise ValueError(
+            f"the state_dict has another plan than the model and lacks {few(absent)}, so the weights that the model "
+            "keeps would be on the wrong manifolds; load the whole state_dict, or constrain the model with the same "
+            "settings"
+        )
+    for entry, _, manifold in targets:
+        value = state_dict.get(prefix + entry.name)
+        if isinstance(value, Tensor) and not value.is_meta and tuple(value.shape) == entry.shape:
+            remedy = "load plain weights before constrain(), which projects them"
+            manifold.require_point(value.detach(), f"{entry.name!r} in the state_dict", remedy)
+    if entries != plan.entries:
+        put_on_manifolds(module, targets, plan.constrained)
+        plan.entries = entries
+        plan.track()
+
+
+def _attach_again(module: nn.Module, incompatible_keys: Any) -> None:
+    """After load_state_dict, which makes plain parameters of what it assigns."""
+    plan: Plan = module.__dict__[PLAN_ATTRIBUTE]
+    if plan.lost():
+        plan.attach(module)
+
+
+def _guard(module: nn.Module, inputs: Any) -> None:
+    """Refuse to compute with a constrained parameter that has become a plain one."""
+    if not torch.compiler.is_compiling():
+        module.__dict__[PLAN_ATTRIBUTE].check()

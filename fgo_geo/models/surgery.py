@@ -1,0 +1,182 @@
+r"""The only file that rewrites a module: parameters onto manifolds, off them, and to other radii.
+
+Every function takes what was decided elsewhere (:class:`~fgo_geo.models.entry.PlanEntry`) and checks before it changes
+anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, cast
+
+import geoopt
+import torch
+from torch import Tensor, nn
+
+from fgo_geo.linalg import require_finite
+from fgo_geo.manifolds import ProductOfGroups, mark_replaced
+from fgo_geo.models.entry import PlanEntry
+from fgo_geo.models.feature_stats import LambdaRule, TrackingHandle, rescaling_lambda
+from fgo_geo.weights.components import CONVOLUTIONS
+
+__all__ = [
+    "Initial",
+    "Target",
+    "dilate",
+    "initial_point",
+    "is_lost",
+    "layers_of",
+    "measured_scales",
+    "moved_to",
+    "parameter_of",
+    "plain_parameter",
+    "put_on_manifolds",
+    "replace_parameter",
+    "require_ties",
+    "targets_of",
+    "write_points",
+]
+
+Initial = Literal["project", "uniform"]
+
+
+def layers_of(model: nn.Module, entry: PlanEntry) -> dict[str, nn.Module]:
+    """The layers that use a parameter and can be tracked, by name: called themselves, with known input channels."""
+    layers: dict[nn.Module, str] = {}
+    for name in entry.names:
+        path = name.rpartition(".")[0]
+        layers.setdefault(model.get_submodule(path), path)
+    return {path: layer for layer, path in layers.items() if isinstance(layer, (nn.Linear, *CONVOLUTIONS))}
+
+
+def measured_scales(model: nn.Module, entry: PlanEntry) -> tuple[float, ...]:
+    """``λ`` of every input channel of a parameter, by the running statistics."""
+    layers = layers_of(model, entry).values()
+    if not layers:
+        return ()
+    rule = cast(LambdaRule, entry.statistics)
+    scales = [rescaling_lambda(TrackingHandle(layer).statistics, rule).double() for layer in layers]
+    scale = torch.stack(scales).square().mean(0).sqrt()
+    require_finite(scale, f"the standard deviation of the input of {entry.name!r}")
+    return tuple(scale.tolist())
+
+
+def dilate(param: geoopt.ManifoldParameter, radii: list[Tensor], momentum: Tensor | None) -> None:
+    """Give the manifold of a parameter other radii, and multiply point and momentum by the ratio."""
+    manifold = cast(ProductOfGroups, cast(Any, param).manifold)
+    like = param.detach().to(torch.promote_types(param.dtype, torch.float32))
+    before = manifold.radius_map(like)
+    manifold.set_radius(radii)
+    ratio = moved_to(manifold, param).radius_map(like) / before
+    param.copy_(param * ratio)
+    if momentum is not None:
+        momentum.copy_(momentum * ratio)
+
+
+Target = tuple[PlanEntry, Tensor, ProductOfGroups]
+
+
+def targets_of(model: nn.Module, entries: Iterable[PlanEntry]) -> list[Target]:
+    """The parameter that every entry means, and a new manifold for it.
+
+    Raises:
+        ValueError: If the model does not have the parameters that the entries describe.
+    """
+    params = dict(model.named_parameters(remove_duplicate=False))
+    targets: list[Target] = []
+    for entry in entries:
+        for name in entry.names:
+            shape = tuple(params[name].shape) if name in params else None
+            if shape != entry.shape:
+                raise ValueError(
+                    f"the plan expects a parameter {name!r} of shape {entry.shape}, the model has "
+                    f"{'none of that name' if shape is None else f'shape {shape}'}; attach the plan to the "
+                    "architecture that it was made for"
+                )
+        param = params[entry.name]
+        targets.append((entry, param, moved_to(entry.manifold(), param)))
+    return targets
+
+
+def require_ties(model: nn.Module, entry: PlanEntry) -> None:
+    """Raise ValueError if a tied weight has different values at its places."""
+    first, *others = (model.get_parameter(name) for name in entry.names)
+    for name, param in zip(entry.names[1:], others, strict=True):
+        if param is not first and not (param.is_meta or torch.equal(param, first)):
+            raise ValueError(
+                f"the plan expects {entry.name!r} and {name!r} to be one tied weight, the model has different values "
+                "there; attach the plan to the architecture that it was made for"
+            )
+
+
+def moved_to(manifold: ProductOfGroups, like: Tensor) -> ProductOfGroups:
+    """The manifold on a parameter's device, its radii in the type that the parameter is computed in."""
+    if like.is_meta:
+        return manifold
+    return manifold.to(device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def initial_point(value: Tensor, manifold: ProductOfGroups, initial: Initial) -> Tensor | None:
+    """Where a parameter starts; None on the meta device, where there are no values."""
+    if value.is_meta:
+        return None
+    if initial == "project":
+        return manifold.projx(value)
+    drawn = manifold.random(*value.shape, dtype=value.dtype, device=value.device)
+    return manifold.where_constrained(drawn.as_subclass(Tensor), value)
+
+
+def write_points(targets: Sequence[Target], points: Sequence[Tensor | None]) -> None:
+    """Write new values into parameters."""
+    for (_, param, _), point in zip(targets, points, strict=True):
+        if point is not None:
+            param.detach().copy_(point.clone())  # a projected point may be a view of what it is copied to
+
+
+def put_on_manifolds(model: nn.Module, targets: Sequence[Target], before: Iterable[PlanEntry] = ()) -> None:
+    """Put parameters on manifolds that their values are on; other ones of the plan before become plain."""
+    kept = {name for entry, *_ in targets for name in entry.names}
+    params = dict(model.named_parameters(remove_duplicate=False))
+    for entry in before:
+        param = params.get(entry.name)
+        if param is not None and isinstance(param, geoopt.ManifoldParameter) and entry.name not in kept:
+            replace_parameter(model, entry.names, plain_parameter(param))
+    for entry, param, manifold in targets:
+        if isinstance(param, geoopt.ManifoldParameter):
+            cast(Any, param).manifold = manifold
+            new = param
+        else:
+            data = param.detach().as_subclass(Tensor)
+            new = geoopt.ManifoldParameter(data, manifold=manifold, requires_grad=param.requires_grad)
+        replace_parameter(model, entry.names, new)
+
+
+def plain_parameter(param: Tensor) -> Tensor:
+    """A plain ``nn.Parameter`` with the same values."""
+    return nn.Parameter(param.detach().as_subclass(Tensor), param.requires_grad)
+
+
+def replace_parameter(model: nn.Module, names: Iterable[str], param: Tensor) -> None:
+    """Put a parameter into a model under all of its names, and mark the former one as replaced."""
+    for name in names:
+        path, _, local = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = getattr(module, local)
+        if old is not param:
+            mark_replaced(old)
+        setattr(module, local, param)
+
+
+def parameter_of(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter, None if there is none: get_parameter takes ten times as long, and every forward pass asks."""
+    *path, local = name.split(".")
+    module: nn.Module | None = model
+    for part in path:
+        module = module._modules.get(part) if module is not None else None  # pyright: ignore[reportPrivateUsage]
+    return None if module is None else module._parameters.get(local)  # pyright: ignore[reportPrivateUsage]
+
+
+def is_lost(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is gone or has become a plain one; a tensor that functional_call swapped in has not."""
+    param = parameter_of(model, name)
+    return param is None or (isinstance(param, nn.Parameter) and not isinstance(param, geoopt.ManifoldParameter))
