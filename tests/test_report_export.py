@@ -258,6 +258,18 @@ def test_table_2_marks_the_entries_that_points_exceed(capsys):
     rows = [line for line in lines if line.strip().startswith("‖w‖")]
     assert len(rows) == 18
     assert all(("exceeded" in row) == ("2→1" in row) for row in rows)
+    printed = {tuple(row.split()[:2]): " ".join(row.split()[5:]) for row in rows[:9]}
+    assert printed == {
+        ("‖w‖F", "sphere"): "1 equal",
+        ("‖w‖F", "oblique"): "√B = 1.732 equal",
+        ("‖w‖F", "stiefel"): "√B = 1.732 equal",
+        ("‖w‖2", "sphere"): "σ its definition",
+        ("‖w‖2", "oblique"): "σ its definition",
+        ("‖w‖2", "stiefel"): "1 equal",
+        ("‖w‖2→1", "sphere"): "1 exceeded",
+        ("‖w‖2→1", "oblique"): "B^¼ = 1.316 exceeded",
+        ("‖w‖2→1", "stiefel"): "B^¼ = 1.316 exceeded",
+    }
     assert any("2→1 = 3; the paper has B^¼ = 1.316" in line for line in lines)
     with pytest.raises(SystemExit):
         program.main(["--sizes", "2x3"])
