@@ -41,7 +41,7 @@ figure = before.plot("ResNet-18, plain")
 #
 # The measures over all groups multiply thousands of factors. Where most are below one the logarithm of the
 # product is a large negative number: it says how small the groups' norms are, and no probability. Compare it among
-# networks with the same groups only.
+# networks with the same groups only: this *group form* bounds no norm of a layer.
 
 constrained = copy.deepcopy(plain)
 fgo_geo.constrain(constrained, "pio", ("sphere", "oblique", "stiefel"), include=[nn.Conv2d, nn.Linear])
@@ -66,7 +66,8 @@ figure = bounded.plot("ResNet-18, renormalised")
 # Side by side
 # ------------
 #
-# The classical form takes one group per layer, and can be compared among all networks of the same shape.
+# The *layer form* takes one group per layer, as the theorems do. It can be compared among all networks of
+# the same shape.
 
 for measure in (m for m in before.measures if m.scaling == "layers"):
     values = [each.measure(measure.name, "layers").value for each in (before, after, bounded)]

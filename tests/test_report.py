@@ -393,12 +393,23 @@ def test_margin_normalised_measures_are_divided_by_the_margin():
     assert found.margin == 3.0
     for measure in found.measures:
         assert measure.margin_value == pytest.approx(measure.value - math.log(3))
-    assert "all groups, margin 3" in str(found)
+    assert "group form, margin 3" in str(found)
     assert (found.n_labelled, json.loads(found.to_json())["n_labelled"]) == (2, 2)
     wrong = report(model, (inputs, torch.tensor([1, 0])), n_samples=10)
     assert wrong.margin < 0
     assert all(measure.margin_value is None for measure in wrong.measures)
     assert "The margin is -4.8" in str(wrong)
+
+
+def test_the_group_form_is_no_bound_of_the_layer_and_the_report_says_so():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    fgo_geo.constrain(model, "po", ("sphere", "oblique"), first_layer=True, classifier=True, radius=0.1)
+    found = report(model, n_samples=1)
+    for scaling, norm in (("groups", 0.1**2), ("layers", math.hypot(0.1, 0.1))):
+        assert found.measure("neyshabur2015", scaling).value == pytest.approx(math.log(2 * norm))
+    said = "The group form, a product over all groups, bounds no norm of a layer"
+    assert said in str(found)
+    assert said not in str(report(nn.Linear(2, 2), n_samples=1))
 
 
 class ByKeyword(nn.Module):

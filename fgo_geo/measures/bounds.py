@@ -7,7 +7,9 @@ Mathematics, section 6)::
     Bartlett 2017     1 / √N · Π_l Π_g δ₂ · ( Σ_l Π_g (δ_{2→1} / δ₂)^{2/3} )^{3/2}
     Neyshabur 2018    1 / √N · Π_l Π_g δ₂ · ( L² ϖ Σ_l Π_g (δ_F / δ₂)² )^{1/2}
 
-One group per layer gives the classical forms. Products over thousands of groups leave every floating-point range, so
+One group per layer gives the classical forms, which the theorems are about. A product over the groups of a layer
+bounds no norm of that layer: two groups of Frobenius norm 0.1 have the product 0.01, and their layer has 0.141.
+It ranks models of the same groups. Products over thousands of groups leave every floating-point range, so
 everything is a sum of logarithms. No ratio is formed: multiplying the first product into the sum shows that the last
 two measures are norms of a vector of *contributions*, one per layer::
 

@@ -145,8 +145,9 @@ class Measure:
 
     Attributes:
         name: ``"neyshabur2015"``, ``"bartlett2017"`` or ``"neyshabur2018"``.
-        scaling: ``"groups"`` multiplies over all groups (Table 1 of [Ozay2019]_), ``"layers"`` takes one group per
-            layer: the classical form. A layer that is one block is the same in both.
+        scaling: ``"layers"`` takes one group per layer, which is what the theorems are about. ``"groups"`` multiplies
+            over all groups (Table 1 of [Ozay2019]_); that product bounds no norm of a layer, so compare it among models
+            of the same groups only. A layer that is one block is the same in both.
         value: The measure with margin 1.
         margin_value: The measure divided by the margin; None without a positive margin.
         factors: Every layer's factor of the product, in the order of :attr:`Record.chain`.
@@ -163,7 +164,7 @@ class Measure:
     @property
     def heading(self) -> str:
         """The scaling in words."""
-        return "all groups" if self.scaling == "groups" else "one group per layer"
+        return "group form" if self.scaling == "groups" else "layer form"
 
 
 @dataclass(frozen=True, eq=False)

@@ -140,8 +140,14 @@ def _summary(report: Record) -> str:
         if report.margin is not None:
             seen = f" The margin is {report.margin:.3g}, of {report.n_labelled:,} labelled samples."
         lines.append(f"There are no measures: pass n_samples, the number of training samples.{seen}")
-    elif report.margin is not None and report.margin <= 0:
-        lines.append(f"The margin is {report.margin:.3g}: there is no measure that is normalised by it.")
+    else:
+        if not all(layer.one_block for layer in report.layers):
+            lines.append(
+                "The theorems are about the layer form. The group form, a product over all groups, bounds no norm of a "
+                "layer: compare it among models of the same groups only."
+            )
+        if report.margin is not None and report.margin <= 0:
+            lines.append(f"The margin is {report.margin:.3g}: there is no measure that is normalised by it.")
     return "\n".join(lines)
 
 
