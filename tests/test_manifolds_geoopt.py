@@ -91,6 +91,28 @@ def test_optimisers_of_geoopt(entry: Entry, radius: float | Tensor, make: Callab
     assert losses[-1] < 0.7 * losses[0]
 
 
+def test_adam_takes_one_second_moment_per_column() -> None:
+    """Max-cut on the Petersen graph (relaxation: 12.5): columns take the steps that rows of a sphere take."""
+    edges = [(i, (i + 1) % 5) for i in range(5)] + [(i, i + 5) for i in range(5)]
+    tail, head = torch.tensor(edges + [(5 + i, 5 + (i + 2) % 5) for i in range(5)]).T
+    start = ScaledSphere().random(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    cuts = []
+    for manifold, turn in ((ScaledSphere(), lambda w: w), (Oblique(), lambda w: w.mT)):
+        weight = geoopt.ManifoldParameter(turn(start.as_subclass(Tensor)).clone(), manifold=manifold)
+        optimizer = geoopt.optim.RiemannianAdam([weight], lr=0.05)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
+        for _ in range(300):
+            rows = turn(weight)
+            cut = ((1 - (rows[tail] * rows[head]).sum(-1)) / 2).sum()
+            optimizer.zero_grad()
+            (-cut).backward()
+            optimizer.step()
+            schedule.step()
+        cuts.append(float(cut.detach()))
+    assert cuts[1] == pytest.approx(cuts[0], rel=1e-9)
+    assert 12.4 < cuts[1] <= 12.5
+
+
 @every_entry
 def test_scaled_by_geoopt(entry: Entry) -> None:
     case = fixed(entry, 2, 5, 4)

@@ -28,7 +28,13 @@ from fgo_geo.linalg.newton_schulz import (
     series_limit,
     unrefined_precision,
 )
-from fgo_geo.linalg.precision import computes_in_float32, lowers_products, takes_full_products
+from fgo_geo.linalg.precision import (
+    computes_in_float32,
+    lowers_products,
+    require_real,
+    takes_full_products,
+    takes_real_tensors,
+)
 from fgo_geo.linalg.products import (
     frobenius_norm,
     gram_blocks,
@@ -67,6 +73,7 @@ __all__ = [
     "reads_for_free",
     "refine_gap",
     "require_finite",
+    "require_real",
     "root_of_sum",
     "series_limit",
     "skew",
@@ -76,6 +83,7 @@ __all__ = [
     "subtract_product",
     "sym",
     "takes_full_products",
+    "takes_real_tensors",
     "traces",
     "unrefined_precision",
 ]

@@ -1,7 +1,8 @@
 """In which precision a function computes: half precision, and products in TF32 and bfloat16.
 
-Two decorators decide it, in one place: :func:`computes_in_float32` for the type of the arguments,
-:func:`takes_full_products` for what torch may do to products of float32 matrices. Nothing here computes; the lock on
+Three decorators decide it, in one place: :func:`computes_in_float32` for the type of the arguments,
+:func:`takes_real_tensors` for functions that have no meaning for other types, and :func:`takes_full_products` for what
+torch may do to products of float32 matrices. Nothing here computes; the lock on
 torch's setting, which belongs to the process, is the only state of the linear algebra. Which values a tensor holds is
 asked in :mod:`~fgo_geo.linalg.values`.
 """
@@ -16,7 +17,15 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["computes_in_float32", "lowers_products", "multiplies_bfloat16", "rounds_to_bfloat16", "takes_full_products"]
+__all__ = [
+    "computes_in_float32",
+    "lowers_products",
+    "multiplies_bfloat16",
+    "require_real",
+    "rounds_to_bfloat16",
+    "takes_full_products",
+    "takes_real_tensors",
+]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -40,7 +49,54 @@ def computes_in_float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
         >>> square(torch.tensor([3.0], dtype=torch.bfloat16))
         tensor([9.], dtype=torch.bfloat16)
     """
+    return _computing_in_float32(function, only_real=False)
 
+
+def takes_real_tensors(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """:func:`computes_in_float32` for a method whose formulas hold for real numbers alone.
+
+    Raises:
+        TypeError: If a tensor argument is complex or holds integers or booleans.
+
+    Example:
+        >>> class Root:
+        ...     @takes_real_tensors
+        ...     def of(self, x):
+        ...         return x.sqrt()
+        >>> Root().of(torch.tensor([4]))
+        Traceback (most recent call last):
+            ...
+        TypeError: an argument of Root.of has dtype torch.int64, expected a real floating-point type; convert it, ...
+    """
+    return _computing_in_float32(function, only_real=True)
+
+
+def require_real(dtype: torch.dtype, what: str) -> None:
+    """Raise if a type is complex, or one of integers or booleans.
+
+    Args:
+        dtype: A tensor's type.
+        what: Name of the tensor, for the message.
+
+    Raises:
+        TypeError: With the type, and how to convert it.
+
+    Example:
+        >>> require_real(torch.bfloat16, "the weight")
+        >>> require_real(torch.complex64, "the weight")
+        Traceback (most recent call last):
+            ...
+        TypeError: the weight has dtype torch.complex64, expected a real floating-point type; use its real and ...
+    """
+    if dtype.is_floating_point:
+        return
+    remedy = (
+        "use its real and imaginary parts (torch.view_as_real)" if dtype.is_complex else "convert it, with .float()"
+    )
+    raise TypeError(f"{what} has dtype {dtype}, expected a real floating-point type; {remedy}")
+
+
+def _computing_in_float32(function: Callable[_P, _R], only_real: bool) -> Callable[_P, _R]:
     @functools.wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
@@ -51,6 +107,9 @@ def computes_in_float32(function: Callable[_P, _R]) -> Callable[_P, _R]:
             with torch.autocast(device, enabled=False):
                 return wrapper(*args, **kwargs)
         floating = [t.dtype for t in tensors if t.is_floating_point()]
+        if only_real and len(floating) < len(tensors):
+            other = next(t.dtype for t in tensors if not t.is_floating_point())
+            require_real(other, f"an argument of {type(args[0]).__name__}.{function.__name__}")
         if not any(dtype in _HALF for dtype in floating):
             return function(*args, **kwargs)
         target = functools.reduce(torch.promote_types, floating)

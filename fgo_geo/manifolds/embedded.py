@@ -22,9 +22,9 @@ from typing import Any
 import geoopt
 import torch
 from geoopt.manifolds.base import ScalingInfo
-from torch import Tensor
+from torch import Tensor, nn
 
-from fgo_geo.linalg import computes_in_float32, inner_sum, require_finite, root_of_sum
+from fgo_geo.linalg import inner_sum, require_finite, require_real, root_of_sum, takes_real_tensors
 
 __all__ = ["ComponentManifold", "EmbeddedManifold"]
 
@@ -51,7 +51,7 @@ class EmbeddedManifold(geoopt.Manifold):
 
     # -- the metric ------------------------------------------------------------------------------------------
 
-    @computes_in_float32
+    @takes_real_tensors
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
         """Euclidean inner product ``<u, v>`` of tangent vectors, per component.
 
@@ -67,7 +67,7 @@ class EmbeddedManifold(geoopt.Manifold):
         product = inner_sum(u, u if v is None else v, self._component_dims)
         return self._per_component(x, product, keepdim)
 
-    @computes_in_float32
+    @takes_real_tensors
     def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
         """Norm of tangent vectors, per component; differentiable (with gradient zero) at ``u = 0``."""
         norm = root_of_sum(u, self._component_dims)
@@ -92,13 +92,13 @@ class EmbeddedManifold(geoopt.Manifold):
         """
         return self.proju(y, v)
 
-    @computes_in_float32
+    @takes_real_tensors
     def expmap_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Exponential map along ``u``, and transport of ``v`` to its end."""
         y = self.expmap(x, u)
         return y, self.transp(x, y, v)
 
-    @computes_in_float32
+    @takes_real_tensors
     def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Retraction along ``u``, and transport of ``v`` to its end."""
         y = self.retr(x, u)
@@ -112,12 +112,12 @@ class EmbeddedManifold(geoopt.Manifold):
         """Transport of ``v`` to the end of the retraction from ``x`` along ``u``."""
         return self.retr_transp(x, u, v)[1]
 
-    @computes_in_float32
+    @takes_real_tensors
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Geodesic distance, per component: the length of the logarithm."""
         return self.norm(x, self.logmap(x, y), keepdim=keepdim)
 
-    @computes_in_float32
+    @takes_real_tensors
     def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Squared geodesic distance, per component."""
         return self.dist(x, y, keepdim=keepdim).square()
@@ -148,9 +148,11 @@ class EmbeddedManifold(geoopt.Manifold):
 
         Raises:
             ValueError: If the shape does not fit the manifold.
+            TypeError: If the type is not one of real floating-point numbers.
         """
         shape = flat_shape(size)
         self._assert_check_shape(shape, "x")
+        require_real(dtype or torch.get_default_dtype(), f"what to draw from {self.name}")
         gaussian = torch.randn(shape, dtype=dtype, device=device, generator=generator)
         return self._tensor(self.uniform(gaussian))
 
@@ -158,7 +160,7 @@ class EmbeddedManifold(geoopt.Manifold):
         """Geoopt's name for :meth:`random`."""
         return self.random(*size, **kwargs)
 
-    @computes_in_float32
+    @takes_real_tensors
     def uniform(self, gaussian: Tensor) -> Tensor:
         """Map Gaussian matrices to uniformly distributed points."""
         return self.projx(gaussian)
@@ -183,6 +185,7 @@ class EmbeddedManifold(geoopt.Manifold):
 
         Raises:
             ValueError: If the shape does not fit the manifold.
+            TypeError: If the type is not one of real floating-point numbers.
         """
         shape = flat_shape(size)
         self._assert_check_shape(shape, "x")
@@ -196,6 +199,26 @@ class EmbeddedManifold(geoopt.Manifold):
         return build(point, manifold=self)
 
     # -- checks ----------------------------------------------------------------------------------------------
+
+    def check_point(self, x: Tensor, *, explain: bool = False) -> Any:
+        """Geoopt's check of a tensor's shape, with TypeError for a type that is not real floating point."""
+        require_real(x.dtype, f"a point of {self.name}")
+        return super().check_point(x, explain=explain)
+
+    def check_vector(self, u: Tensor, *, explain: bool = False) -> Any:
+        """Geoopt's check of a tensor's shape, with TypeError for a type that is not real floating point."""
+        require_real(u.dtype, f"a vector of {self.name}")
+        return super().check_vector(u, explain=explain)
+
+    def assert_check_point(self, x: Tensor) -> None:
+        """Raise if a tensor cannot be a point, by its shape (ValueError) or its type (TypeError)."""
+        require_real(x.dtype, f"a point of {self.name}")
+        super().assert_check_point(x)
+
+    def assert_check_vector(self, u: Tensor) -> None:
+        """Raise if a tensor cannot be a vector, by its shape (ValueError) or its type (TypeError)."""
+        require_real(u.dtype, f"a vector of {self.name}")
+        super().assert_check_vector(u)
 
     def _check_shape(self, shape: tuple[int, ...], name: str) -> tuple[bool, str | None]:
         reason = self._shape_problem(tuple(shape))
@@ -241,7 +264,9 @@ class EmbeddedManifold(geoopt.Manifold):
 
         Raises:
             ValueError: If the relative constraint violation exceeds 1e-3 (half precision: 16 units of rounding).
+            TypeError: If the tensor is complex or holds integers.
         """
+        require_real(x.dtype, what)
         if x.numel() == 0:
             return
         tolerance = max(1e-3, 16 * torch.finfo(x.dtype).eps)
@@ -260,15 +285,19 @@ class EmbeddedManifold(geoopt.Manifold):
         require_finite(x, f"the argument of {self.name}.projx")
 
 
+_SMALLEST_RADIUS, _LARGEST_RADIUS = 1e-12, 1e12
+
+
 class ComponentManifold(EmbeddedManifold):
     """An embedded manifold scaled by a radius: what one component lives on.
 
     Args:
-        radius: Positive number, or a tensor of positive numbers that broadcasts over the leading (component)
-            dimensions of the points. Another one can be assigned to the attribute ``radius`` later on.
+        radius: Number between 1e-12 and 1e12 (beyond, squares of lengths overflow or vanish in single precision), or a
+            tensor of such numbers that broadcasts over the leading (component) dimensions of the points. Another one
+            can be assigned to the attribute ``radius`` later on.
 
     Raises:
-        ValueError: If a radius, here or assigned, is not positive and finite, or there is none.
+        ValueError: If a radius, here or assigned, is out of range, there is none, or it requires a gradient.
         AttributeError: If one is assigned to a part of a :class:`~fgo_geo.ProductOfGroups`.
         TypeError: If the radius is neither a real number nor a floating-point tensor.
     """
@@ -295,6 +324,12 @@ class ComponentManifold(EmbeddedManifold):
                 f"{self.name}: this manifold is a part of a ProductOfGroups, so its radius cannot be assigned, got "
                 f"{radius!r}; call set_radius of the product"
             )
+        if isinstance(radius, Tensor) and (radius.requires_grad or isinstance(radius, nn.Parameter)):
+            what = "requires a gradient" if radius.requires_grad else "is a Parameter"
+            raise ValueError(
+                f"{self.name}: the radius {what}, but a manifold keeps a constant copy of it; pass "
+                "radius.detach(), or keep radius 1 and multiply the weight by a parameter in the forward pass"
+            )
         if isinstance(radius, Tensor) and radius.ndim == 0:
             radius = radius.item()
         if isinstance(radius, Tensor):
@@ -306,8 +341,12 @@ class ComponentManifold(EmbeddedManifold):
         else:
             raise TypeError(f"{self.name}: radius must be a real number or a tensor, got {radius!r}")
         smallest, largest = _range(radius)
-        if not (smallest > 0 and math.isfinite(largest)):
-            raise ValueError(f"{self.name}: radius must be positive and finite, got values in [{smallest}, {largest}]")
+        if not (smallest >= _SMALLEST_RADIUS and largest <= _LARGEST_RADIUS):
+            raise ValueError(
+                f"{self.name}: radius must be positive and finite, got values in [{smallest}, {largest}]; supported "
+                f"are {_SMALLEST_RADIUS:g} to {_LARGEST_RADIUS:g}, beyond which squares of lengths overflow or vanish "
+                "in float32: scale the weight in the forward pass instead"
+            )
         if hasattr(self, "radius"):  # a buffer and a number are kept in different places
             del self.radius
         if isinstance(radius, Tensor):
@@ -352,6 +391,7 @@ class ComponentManifold(EmbeddedManifold):
         return self.radius**-2
 
     @__scaling__(ScalingInfo.NotCompatible)  # the bound would have to shrink with the wrapper's scale
+    @takes_real_tensors
     def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None, scale: float = 1.0) -> Tensor:
         """The retraction along a multiple of ``u``, given a bound on the length of the step relative to the radius.
 

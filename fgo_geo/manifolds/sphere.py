@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import computes_in_float32, inner_sum, root_of_sum
+from fgo_geo.linalg import inner_sum, root_of_sum, takes_real_tensors
 from fgo_geo.manifolds.embedded import ComponentManifold
 
 __all__ = ["ScaledSphere", "SphericalManifold"]
@@ -115,13 +115,30 @@ class SphericalManifold(ComponentManifold):
             )
         return problem
 
-    @computes_in_float32
+    @takes_real_tensors
     def violation(self, x: Tensor) -> Tensor:
         """Largest relative deviation of a norm, ``| ‖x‖ / r - 1 |``, per component."""
         deviation = (root_of_sum(x, self._dims) / self.radius_for(x) - 1).abs()
         return deviation.amax(self._component_dims)
 
-    @computes_in_float32
+    @takes_real_tensors
+    def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
+        """Inner product on each sphere, kept along its dimensions: what Geoopt's Adam takes second moments of.
+
+        Args:
+            x: Points; only their shape matters.
+            u: Tangent vectors at ``x``.
+            v: Tangent vectors at ``x``; ``u`` if left out.
+
+        Returns:
+            Inner products that broadcast against ``x``, for an oblique manifold one per column.
+        """
+        product = inner_sum(u, u if v is None else v, self._dims)
+        return product.expand(
+            torch.broadcast_shapes(x.shape[: -self.ndim], product.shape[: -self.ndim]) + product.shape[-self.ndim :]
+        )
+
+    @takes_real_tensors
     def projx(self, x: Tensor) -> Tensor:
         """Nearest point, ``r x / ‖x‖``; a zero vector goes to ``r`` times the first basis vector.
 
@@ -137,33 +154,33 @@ class SphericalManifold(ComponentManifold):
         self._require_projectable(x)
         return normalise(x, self.radius_for(x), self._dims)
 
-    @computes_in_float32
+    @takes_real_tensors
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Tangent projection, ``u - <x, u> / r² x``."""
         return project_tangent(x, u, self.radius_for(x), self._dims)
 
-    @computes_in_float32
+    @takes_real_tensors
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Second-order retraction, ``r (x + u) / ‖x + u‖``."""
         return retract(x, u, self.radius_for(x), self._dims)
 
-    @computes_in_float32
+    @takes_real_tensors
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Exponential map, ``cos(t) x + sin(t) / t u`` with ``t = ‖u‖ / r``."""
         return exponential(x, u, self.radius_for(x), self._dims)
 
-    @computes_in_float32
+    @takes_real_tensors
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Inverse of the exponential map; at the antipode one of the shortest geodesics is chosen."""
         return logarithm(x, y, self.radius_for(x), self._dims)
 
-    @computes_in_float32
+    @takes_real_tensors
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Geodesic distance, ``2 r atan2(‖x - y‖, ‖x + y‖)``; over several spheres, the root of the sum of squares."""
         distance = self.radius_for(x) * angle(x, y, self._dims)
         return torch.linalg.vector_norm(distance, dim=self._component_dims, keepdim=keepdim)
 
-    @computes_in_float32
+    @takes_real_tensors
     def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Parallel transport of ``v`` along the geodesic from ``x`` in direction ``u``: an isometry."""
         return parallel_transport(x, u, v, self.radius_for(x), self._dims)

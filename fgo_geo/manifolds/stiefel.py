@@ -26,7 +26,6 @@ from torch import Tensor
 from fgo_geo.linalg import (
     REFINED,
     Workspace,
-    computes_in_float32,
     frobenius_norm,
     gram_excess,
     inner_sum,
@@ -44,6 +43,7 @@ from fgo_geo.linalg import (
     subtract_part,
     subtract_product,
     takes_full_products,
+    takes_real_tensors,
     unrefined_precision,
 )
 from fgo_geo.manifolds.embedded import ComponentManifold
@@ -199,13 +199,13 @@ class Stiefel(ComponentManifold):
             return "a 1 x 1 Stiefel matrix is an isolated point, so nothing could move; use geoopt.Euclidean"
         return None
 
-    @computes_in_float32
+    @takes_real_tensors
     @takes_full_products
     def violation(self, x: Tensor) -> Tensor:
         """Largest entry of ``| xᵀx / r² - I |``, per component."""
         return gram_excess(x / self.radius_for(x)).abs().amax((-2, -1))
 
-    @computes_in_float32
+    @takes_real_tensors
     @takes_full_products
     def projx(self, x: Tensor) -> Tensor:
         """Nearest point, ``r`` times the polar factor; rank-deficient matrices go to one of the nearest points.
@@ -222,25 +222,25 @@ class Stiefel(ComponentManifold):
         self._require_projectable(x)
         return self.radius_for(x) * polar_factor(x)
 
-    @computes_in_float32
+    @takes_real_tensors
     @takes_full_products
     def uniform(self, gaussian: Tensor) -> Tensor:
         """Gaussian matrices to Haar-distributed points: the QR factor with positive diagonal."""
         return self.radius_for(gaussian) * qr_factor(gaussian)
 
-    @computes_in_float32
+    @takes_real_tensors
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Tangent projection, ``u - x sym(xᵀu) / r²``."""
         return project_tangent(x, u, self.radius_for(x))
 
-    @computes_in_float32
+    @takes_real_tensors
     @takes_full_products
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Retraction of the chosen kind, by a factorisation: right for every step, however long."""
         factor = polar_factor if self.retraction == "polar" else qr_factor
         return self.radius_for(x) * factor(x + u)
 
-    @computes_in_float32
+    @takes_real_tensors
     @takes_full_products
     def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None, scale: float = 1.0) -> Tensor:
         """The polar retraction by matrix products alone, in a number of iterations that follows from the bound.
@@ -329,14 +329,14 @@ class Stiefel(ComponentManifold):
             y = subtract_part(y, gap, workspace, out=out)
         return y if squared <= _POLISH_BOUND**2 else _put(radius * polish(y / radius), out)
 
-    @computes_in_float32
+    @takes_real_tensors
     @takes_full_products
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Exponential map, in closed form through a ``2B x 2B`` matrix exponential."""
         radius = self.radius_for(x)
         return radius * exponential(x / radius, u / radius)
 
-    @computes_in_float32
+    @takes_real_tensors
     @takes_full_products
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
         """Inverse of the exponential map, by shooting in double precision.
