@@ -13,6 +13,7 @@ from fgo_geo.optim.channel_directed import channel_directed, channel_directed_gr
 from fgo_geo.paths import router as kernels
 from fgo_geo.weights import grouping, norms
 from fgo_geo.weights.grouping import Collection, collection
+from fgo_geo.weights.kinds import register_kind
 
 __all__ = [  # noqa: RUF022  in groups, for readers
     # manifolds
@@ -27,6 +28,7 @@ __all__ = [  # noqa: RUF022  in groups, for readers
     "constrain",
     "grouping",
     "plan_of",
+    "register_kind",
     "unconstrain",
     # training
     "RiemannianFGSGD",

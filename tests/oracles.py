@@ -136,6 +136,12 @@ OBLIQUE = Quadric(
     nearest=lambda x, radius: np.stack([radius * x[:, j] / np.linalg.norm(x[:, j]) for j in _columns(x)], axis=1),
 )
 
+ROWS = Quadric(
+    forms=lambda u, v: np.array([a @ b for a, b in zip(u, v, strict=True)]),
+    level=lambda x: np.ones(len(x)),
+    nearest=lambda x, radius: np.stack([radius * row / np.linalg.norm(row) for row in x]),
+)
+
 STIEFEL = Quadric(
     forms=lambda u, v: np.array([(u[:, i] @ v[:, j] + u[:, j] @ v[:, i]) / 2 for i, j in _pairs(u)]),
     level=lambda x: np.array([float(i == j) for i, j in _pairs(x)]),

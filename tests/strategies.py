@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import oracles
 import pytest
 import torch
 from hypothesis import strategies as st
+from own_kind import Rows
 from torch import Tensor
 
 from fgo_geo import Oblique, ScaledSphere, Stiefel
@@ -38,6 +39,7 @@ class Entry:
     retract: Callable[[np.ndarray, float], np.ndarray]  # from x + u to the manifold
     error_order: int = 3  # the retraction leaves the geodesic like the step to this power
     parallel: bool = True  # transp_follow_expmap is the parallel transport
+    lines: Callable[[np.ndarray], Sequence[np.ndarray]] = lambda x: [x]  # what has norm r, on spherical manifolds
 
     def __str__(self) -> str:
         return self.name
@@ -61,8 +63,9 @@ ENTRIES = [
         oracles.SPHERE,
         oracles.SPHERE.nearest,
     ),
-    Entry("oblique", Oblique, _sizes((2, 6), (1, 5)), oracles.OBLIQUE, oracles.OBLIQUE.nearest),
+    Entry("oblique", Oblique, _sizes((2, 6), (1, 5)), oracles.OBLIQUE, oracles.OBLIQUE.nearest, lines=lambda x: x.T),
     Entry("stiefel", Stiefel, _TALL, oracles.STIEFEL, oracles.STIEFEL.nearest, parallel=False),
+    Entry("rows", Rows, _sizes((1, 5), (2, 6)), oracles.ROWS, oracles.ROWS.nearest, lines=list),  # a user's own
     Entry(
         "stiefel qr",
         functools.partial(Stiefel, retraction="qr"),
@@ -186,7 +189,7 @@ every_entry = pytest.mark.parametrize("entry", ENTRIES, ids=str)
 # The last entry differs in its retraction alone.
 every_geometry = pytest.mark.parametrize("entry", ENTRIES[:-1], ids=str)
 HALF = [torch.float16, torch.bfloat16]
-SPHERICAL = ENTRIES[:3]
+SPHERICAL = [*ENTRIES[:3], ENTRIES[4]]
 
 # Every public method: its arguments (a: any tensor, x: point, y: point nearby, u: step, v: tangent vector, b: bound
 # on the step) and, for every result, the power of the radius that it scales with.

@@ -140,7 +140,7 @@ def test_spherical_distance_is_the_angle_to_fifty_digits(
     y = case.manifold.projx(side * x + gap * case.ambient())  # anywhere, close by, or close to the antipode
     distances = case.manifold.dist(x, y).flatten()
     for (radius, (a, b)), distance in zip(case.components(x, y), distances, strict=True):
-        pairs = zip(a.T, b.T, strict=True) if entry.name == "oblique" else [(a, b)]
+        pairs = zip(entry.lines(a), entry.lines(b), strict=True)
         expected = radius * math.hypot(*(oracles.angle(p, q) for p, q in pairs))
         assert float(distance) == pytest.approx(expected, rel=16 * case.eps, abs=4 * case.eps * radius)
 
@@ -150,7 +150,7 @@ def test_spherical_distance_is_the_angle_to_fifty_digits(
 def test_antipodes(entry: Entry, data: st.DataObject) -> None:
     case = data.draw(cases(entry))
     manifold, x = case.manifold, case.point()
-    spheres = case.component[-1] if entry.name == "oblique" else 1
+    spheres = len(entry.lines(np.empty(case.component)))
     half_turn = math.pi * math.sqrt(spheres) * case.r.reshape(case.batch)
     log = manifold.logmap(x, -x)
     case.close(manifold.dist(x, -x), half_turn, factor=4)

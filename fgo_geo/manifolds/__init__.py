@@ -1,11 +1,15 @@
 """Component manifolds and their products, as Geoopt manifolds: tensors in, tensors out."""
 
+import geoopt
+from torch import Tensor
+
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold
 from fgo_geo.manifolds.oblique import Oblique
 from fgo_geo.manifolds.product import ProductOfGroups
 from fgo_geo.manifolds.replaced import mark_replaced, was_replaced
 from fgo_geo.manifolds.sphere import ScaledSphere
 from fgo_geo.manifolds.stiefel import Stiefel
+from fgo_geo.weights.kinds import Kind, register
 
 __all__ = [
     "ComponentManifold",
@@ -17,3 +21,12 @@ __all__ = [
     "mark_replaced",
     "was_replaced",
 ]
+
+
+def _euclidean(radius: float | Tensor) -> geoopt.Manifold:
+    return geoopt.Euclidean(ndim=2)
+
+
+register(
+    Kind("euclidean", geoopt.Euclidean, _euclidean, norms=None, carry=None, colour="#dddddd", code=0, aliases=("eu",))
+)

@@ -6,7 +6,10 @@ columns.
 
 from __future__ import annotations
 
-from fgo_geo.manifolds.sphere import SphericalManifold
+import math
+
+from fgo_geo.manifolds.sphere import SphericalManifold, normalise
+from fgo_geo.weights.kinds import Kind, register
 
 __all__ = ["Oblique"]
 
@@ -32,3 +35,18 @@ class Oblique(SphericalManifold):
     name = "Oblique"
     ndim = 2
     _dims = (-2,)
+
+
+register(
+    Kind(
+        "oblique",
+        Oblique,
+        Oblique,
+        norms=lambda rows, columns: (math.sqrt(columns), math.sqrt(columns)),
+        # transposed: on a CPU, columns of small matrices take several times as long to sum as rows
+        carry=lambda x, source, target: normalise(x.mT.contiguous(), target, (-1,)).mT,
+        colour="#e69f00",
+        code=2,
+        aliases=("ob",),
+    )
+)

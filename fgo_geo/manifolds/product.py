@@ -9,7 +9,6 @@ groups.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -21,38 +20,15 @@ from torch import Tensor, nn
 
 from fgo_geo.linalg import computes_in_float32, root_of_sum
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold, flat_shape
-from fgo_geo.manifolds.oblique import Oblique
-from fgo_geo.manifolds.sphere import ScaledSphere
-from fgo_geo.manifolds.stiefel import Stiefel
+from fgo_geo.manifolds.sphere import SphericalManifold
 from fgo_geo.weights.components import Partition, Segments, WeightLayout, partition
-from fgo_geo.weights.grouping import MANIFOLD_KINDS, Collection
+from fgo_geo.weights.grouping import Collection
+from fgo_geo.weights.kinds import kind, names
 
-__all__ = ["ProductOfGroups", "RadiusLike", "component_manifold"]
+__all__ = ["ProductOfGroups", "RadiusLike"]
 
 Radii = float | Mapping[str, float] | Tensor | Sequence[Tensor]
 RadiusLike = Radii | Callable[[Partition], Radii]
-
-
-def component_manifold(kind: str, radius: float | Tensor) -> geoopt.Manifold:
-    """The manifold of components ``A x B`` of a kind; a new kind is one line here.
-
-    Args:
-        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"`` or ``"euclidean"`` (which has no radius).
-        radius: Radius of the components.
-
-    Returns:
-        A manifold over the last two dimensions.
-    """
-    if kind == "euclidean":
-        return geoopt.Euclidean(ndim=2)
-    return _COMPONENT_MANIFOLDS[kind](radius)
-
-
-_COMPONENT_MANIFOLDS: dict[str, Callable[[float | Tensor], ComponentManifold]] = {
-    "sphere": functools.partial(ScaledSphere, ndim=2),
-    "oblique": Oblique,
-    "stiefel": Stiefel,
-}
 
 
 class ProductOfGroups(EmbeddedManifold):
@@ -136,13 +112,13 @@ class ProductOfGroups(EmbeddedManifold):
         """
         cut = self.partition
         manifolds: list[geoopt.Manifold] = []
-        for kind, part_radius, n, size in zip(
+        for name, part_radius, n, size in zip(
             cut.kinds, self._radius_per_part(radius), cut.counts, cut.sizes, strict=True
         ):
-            manifold = component_manifold(kind, part_radius)
+            manifold = kind(name).build(part_radius)
             ok, reason = manifold._check_shape((n, *size), "component")  # pyright: ignore[reportPrivateUsage]
             if not ok:
-                raise ValueError(f"ProductOfGroups: {kind} cannot hold components of size {size}: {reason}")
+                raise ValueError(f"ProductOfGroups: {name} cannot hold components of size {size}: {reason}")
             manifolds.append(manifold)
         for manifold in manifolds:
             if isinstance(manifold, ComponentManifold):
@@ -153,17 +129,18 @@ class ProductOfGroups(EmbeddedManifold):
 
     def _radius_per_part(self, radius: RadiusLike) -> list[float | Tensor]:
         kinds = self.partition.kinds
+        with_radius = {name for name in kinds if kind(name).has_radius}
         if callable(radius):
             radius = radius(self.partition)
         if isinstance(radius, Mapping):
-            missing = set(kinds) - set(radius) - {"euclidean"}
-            unknown = set(radius) - set(MANIFOLD_KINDS)
+            missing = with_radius - set(radius)
+            unknown = set(radius) - set(names())
             if missing or unknown:
                 raise ValueError(
-                    f"ProductOfGroups: radius needs an entry for each of {sorted(set(kinds) - {'euclidean'})} and may "
-                    f"have others of {MANIFOLD_KINDS}, got {dict(radius)}"
+                    f"ProductOfGroups: radius needs an entry for each of {sorted(with_radius)} and may "
+                    f"have others of {names()}, got {dict(radius)}"
                 )
-            return [radius.get(kind, 1.0) for kind in kinds]
+            return [radius.get(name, 1.0) for name in kinds]
         if isinstance(radius, Sequence) and len(radius) == len(kinds):
             return [_number_if_constant(r) for r in radius]
         if not isinstance(radius, Tensor) or radius.ndim == 0:
@@ -392,7 +369,7 @@ def _carried(manifold: geoopt.Manifold, x: Tensor, u: Tensor, v: Tensor) -> Tens
 
     Parallel transport does; where there is only projection, the part of ``v`` along ``u`` goes its own way.
     """
-    if not isinstance(manifold, Stiefel):
+    if isinstance(manifold, (SphericalManifold, geoopt.Euclidean)):
         return manifold.transp_follow_expmap(x, u, v)
 
     def geodesic(time: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ the last ``ndim`` dimensions, :class:`fgo_geo.Oblique` to the columns of a matri
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fgo_geo.linalg import inner_sum, root_of_sum, takes_real_tensors
 from fgo_geo.manifolds.embedded import ComponentManifold
+from fgo_geo.weights.kinds import Kind, register
 
 __all__ = ["ScaledSphere", "SphericalManifold"]
 
@@ -230,3 +232,17 @@ class ScaledSphere(SphericalManifold):
     def extra_repr(self) -> str:
         """Radius and number of component dimensions."""
         return f"{super().extra_repr()}, ndim={self.ndim}"
+
+
+register(
+    Kind(
+        "sphere",
+        ScaledSphere,
+        functools.partial(ScaledSphere, ndim=2),
+        norms=lambda rows, columns: (1.0, 1.0),
+        carry=lambda x, source, target: normalise(x, target, (-2, -1)),
+        colour="#56b4e9",
+        code=1,
+        aliases=("sp",),
+    )
+)

@@ -47,6 +47,7 @@ from fgo_geo.linalg import (
     unrefined_precision,
 )
 from fgo_geo.manifolds.embedded import ComponentManifold
+from fgo_geo.weights.kinds import Kind, register
 
 __all__ = ["Stiefel"]
 
@@ -357,3 +358,24 @@ class Stiefel(ComponentManifold):
     def extra_repr(self) -> str:
         """Radius and retraction."""
         return f"{super().extra_repr()}, retraction={self.retraction}"
+
+
+def _norms(rows: int, columns: int) -> tuple[float, float]:
+    if rows < columns:
+        raise ValueError(f"a stiefel component is {rows} x {columns}; expected rows >= columns: transpose it")
+    return math.sqrt(columns), 1.0
+
+
+register(
+    Kind(
+        "stiefel",
+        Stiefel,
+        Stiefel,
+        norms=_norms,
+        carry=lambda x, source, target: target * polar_factor(x),
+        colour="#009e73",
+        code=3,
+        options=("retraction",),
+        aliases=("st",),
+    )
+)

@@ -34,9 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fgo_geo.linalg import computes_in_float32, has_closed_form, polar_factor, require_finite, spectral_norm_3
-from fgo_geo.manifolds.product import component_manifold
-from fgo_geo.manifolds.sphere import normalise
+from fgo_geo.linalg import computes_in_float32, has_closed_form, require_finite, spectral_norm_3
 from fgo_geo.models.choose import Components, collections_of
 from fgo_geo.models.feature_stats import (
     FullPrecisionBuffers,
@@ -49,6 +47,7 @@ from fgo_geo.models.feature_stats import (
     track,
     untrack,
 )
+from fgo_geo.weights import kinds
 from fgo_geo.weights.components import WeightLayout, layout_of, partition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.norms import Norm, matrix_norms, norms_of_groups
@@ -63,10 +62,14 @@ __all__ = [
 ]
 
 _NORMS: tuple[Norm, ...] = get_args(Norm)
-_KINDS = ("sphere", "oblique", "stiefel", "spectral")
 
 
 # -- one component -----------------------------------------------------------------------------------------------
+
+
+def _kinds() -> tuple[str, ...]:
+    """The kinds that a weight can be renormalised to: those with norms, and the ball of the spectral norm."""
+    return (*(record.name for record in kinds.kinds() if record.carry is not None), "spectral")
 
 
 def _carry(kind: str, x: Tensor, source: float | Tensor, target: float | Tensor) -> Tensor:
@@ -76,11 +79,8 @@ def _carry(kind: str, x: Tensor, source: float | Tensor, target: float | Tensor)
     """
     if kind == "spectral":
         return x * (target / _spectral_norm(x)[:, None, None].clamp(min=source))
-    if kind == "stiefel":
-        return target * polar_factor(x)
-    if kind == "oblique":  # transposed: on CPU, columns of small matrices are several times slower to sum than rows
-        return normalise(x.mT.contiguous(), target, (-1,)).mT
-    return normalise(x, target, (-2, -1))
+    carry = kinds.kind(kind).carry
+    return x if carry is None else carry(x, source, target)
 
 
 def _spectral_norm(x: Tensor) -> Tensor:
@@ -212,14 +212,14 @@ class Renormalization(FullPrecisionBuffers):
 
 def _require_room(kind: str, size: tuple[int, int]) -> None:
     """Raise if components of this size are isolated points."""
-    if kind not in _KINDS:
+    if kind not in _kinds():
         raise ValueError(
-            f"renormalize: groups of kind {kind!r} have no bounded norm; use one of {_KINDS}, e.g. the last for groups "
-            "that are to be free up to a bound"
+            f"renormalize: groups of kind {kind!r} have no bounded norm; use one of {_kinds()}, e.g. the last for "
+            "groups that are to be free up to a bound"
         )
     if kind == "spectral":
         return
-    fits, reason = component_manifold(kind, 1.0)._check_shape(size, "component")  # pyright: ignore
+    fits, reason = kinds.kind(kind).build(1.0)._check_shape(size, "component")  # pyright: ignore
     if not fits:
         raise ValueError(f"renormalize: {kind} cannot hold components of size {size}: {reason}")
 
@@ -357,15 +357,16 @@ def _collections(
     if components not in get_args(Components):
         raise ValueError(f"renormalize: components must be one of {get_args(Components)}, got {components!r}")
     manifold = "sphere" if manifold is None else manifold
-    kinds = (manifold,) if isinstance(manifold, str) else manifold
-    if not isinstance(kinds, Sequence) or not all(isinstance(kind, str) for kind in cast("Sequence[Any]", kinds)):
-        raise ValueError(f"renormalize: manifold is {manifold!r}; expected one of {_KINDS}, or several of them")
-    known = (*_KINDS, "euclidean", "sp", "ob", "st", "eu")  # Euclidean groups are refused with a reason, later
-    unknown = [kind for kind in cast("Sequence[str]", kinds) if kind.casefold() not in known]
+    words = (manifold,) if isinstance(manifold, str) else manifold
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in cast("Sequence[Any]", words)):
+        raise ValueError(f"renormalize: manifold is {manifold!r}; expected one of {_kinds()}, or several of them")
+    words = tuple(cast("Sequence[str]", words))
+    known = {"spectral"}.union(*((record.name, *record.aliases) for record in kinds.kinds()))
+    unknown = [word for word in words if word.casefold() not in known]  # kinds without norms are refused later
     if unknown:
-        raise ValueError(f"renormalize: manifold holds {unknown[0]!r}; expected one of {_KINDS}, or several of them")
-    balls = [kind.casefold() == "spectral" for kind in cast("Sequence[str]", kinds)]
-    stand_ins = ["euclidean" if ball else kind for kind, ball in zip(cast("Sequence[str]", kinds), balls, strict=True)]
+        raise ValueError(f"renormalize: manifold holds {unknown[0]!r}; expected one of {_kinds()}, or several of them")
+    balls = [word.casefold() == "spectral" for word in words]
+    stand_ins = ["euclidean" if ball else word for word, ball in zip(words, balls, strict=True)]
     return tuple(
         replace(made, kinds=tuple("spectral" if ball else k for k, ball in zip(made.kinds, balls, strict=True)))
         for made in collections_of(layout, groups, stand_ins, selection, seed, components, name)

@@ -894,9 +894,7 @@ def _step_scale(options: _Options, job: Job, norm: Tensor) -> Tensor | None:
 def _shares_products(options: _Options, job: Job) -> bool:
     """Whether a job takes the step that shares products: where these are what it costs, and reading is free."""
     plain = options["momentum"] != 0 and not options["nesterov"] and options["update"] == "retraction"
-    large = (
-        isinstance(job.manifold, Stiefel) and job.manifold.retraction == "polar" and job.x.shape[-1] >= _LARGE_MATRIX
-    )
+    large = type(job.manifold) is Stiefel and job.manifold.retraction == "polar" and job.x.shape[-1] >= _LARGE_MATRIX
     return plain and large and reads_for_free(job.x)
 
 

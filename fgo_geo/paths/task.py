@@ -21,6 +21,7 @@ from torch import Tensor
 from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere, Stiefel
 from fgo_geo.weights.components import KernelPartition
 from fgo_geo.weights.grouping import collection
+from fgo_geo.weights.kinds import kind
 
 __all__ = [
     "KINDS",
@@ -185,6 +186,9 @@ def no_kernels(manifold: object, shape: Sequence[int]) -> str | None:
         'fused steps know no other retraction than polar, the manifold has qr'
     """
     if isinstance(manifold, ProductOfGroups):
+        unknown = [name for name in manifold.partition.kinds if kind(name).code is None]
+        if unknown:
+            return f"fused steps know no components of kind {unknown[0]!r}"
         return None if isinstance(manifold.partition, KernelPartition) else "its components are blocks"
     if not isinstance(manifold, ComponentManifold) or type(manifold) not in _KIND_OF:
         return f"fused steps know no {type(manifold).__name__}, and no classes derived from those that they know"
@@ -263,8 +267,8 @@ def _build(manifold: ProductOfGroups, device: torch.device) -> KernelTable:
     radii_of_kind: dict[int, set[float]] = {}
     codes: list[Tensor] = []
     radii: list[Tensor] = []
-    for kind, groups, (part, segments) in zip(cut.kinds, cut.groups, manifold.parts, strict=True):
-        number = KINDS.index(kind)
+    for name, groups, (part, segments) in zip(cut.kinds, cut.groups, manifold.parts, strict=True):
+        number = KINDS.index(name)
         codes.append(segments.spread(4 * torch.from_numpy(groups).int() + number))
         radii.append(torch.ones(segments.total, dtype=torch.float64))
         if isinstance(part, ComponentManifold):
@@ -306,12 +310,12 @@ def _groups_of_rows(codes: Tensor) -> Tensor | None:
     """Group of every row and kind, if these two determine the group."""
     groups, kinds = codes // 4, codes % 4
     found = torch.full((len(codes), len(KINDS)), -1, dtype=torch.int32, device=codes.device)
-    for kind in range(len(KINDS)):
-        there = kinds == kind
+    for number in range(len(KINDS)):
+        there = kinds == number
         largest = torch.where(there, groups, -1).amax(1)
         if bool((there & (groups != largest[:, None])).any()):
             return None
-        found[:, kind] = largest
+        found[:, number] = largest
     return found
 
 

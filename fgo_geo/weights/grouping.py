@@ -41,20 +41,26 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, cast, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from fgo_geo.weights.kinds import kind, names
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["MANIFOLD_KINDS", "STRATEGIES", "Collection", "Group", "collection"]
 
 STRATEGIES = ("layer", "pi", "po", "pio")
-MANIFOLD_KINDS = ("sphere", "oblique", "stiefel", "euclidean")
 
-_COLOURS = {
-    "sphere": "#56b4e9",
-    "oblique": "#e69f00",
-    "stiefel": "#009e73",
-    "euclidean": "#dddddd",
-}
+if TYPE_CHECKING:
+    MANIFOLD_KINDS: tuple[str, ...]
+
+
+def __getattr__(name: str) -> tuple[str, ...]:
+    """``MANIFOLD_KINDS``: the names of all kinds that are registered now, see :mod:`fgo_geo.weights.kinds`."""
+    if name == "MANIFOLD_KINDS":
+        return names()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 _JSON_VERSION = 1
 _ARGUMENTS = (
     "out_channels",
@@ -77,7 +83,7 @@ class Group:
     """One group of a collection: the rectangle ``rows x columns`` of the channel grid.
 
     Attributes:
-        manifold: The kind of the group's manifolds, one of :data:`MANIFOLD_KINDS`.
+        manifold: The kind of the group's manifolds, a name of :mod:`fgo_geo.weights.kinds`.
         rows: The group's output channels, increasing.
         columns: The group's input channels, increasing.
     """
@@ -237,7 +243,8 @@ class Collection:
             A collection equal to the one that was written.
 
         Raises:
-            ValueError: The text is damaged, or written in another version of the format.
+            ValueError: The text is damaged, written in another version of the format, or names a kind that is not
+                registered.
         """
         try:
             stored = json.loads(text)
@@ -249,6 +256,14 @@ class Collection:
                 f"Collection.from_json reads version {_JSON_VERSION} of the format, got version "
                 f"{version!r}. Read the text with the fgo_geo that wrote it, or build the "
                 "collection again with fgo_geo.grouping.collection."
+            )
+        words = stored.get("kinds")
+        unknown = [word for word in words if isinstance(word, str) and word not in names()] if words else ()
+        if unknown:
+            raise ValueError(
+                f"Collection.from_json: the text names the manifold kind {unknown[0]!r}, which is not registered here: "
+                f"call fgo_geo.register_kind({unknown[0]!r}, ...) with its class, then load again. Registered are "
+                f"{names()}."
             )
         try:
             arguments = _check_arguments(**{field: stored[field] for field in _ARGUMENTS})
@@ -285,7 +300,7 @@ class Collection:
             ) from error
         axes: Any = pyplot.subplots()[1] if ax is None else ax
         group_of = self.group_of
-        axes.imshow(colors.to_rgba_array([_COLOURS[kind] for kind in self.kinds])[self.kind_of])
+        axes.imshow(colors.to_rgba_array([kind(name).colour for name in self.kinds])[self.kind_of])
         row, column = np.nonzero(group_of[:, 1:] != group_of[:, :-1])
         axes.vlines(column + 0.5, row - 0.5, row + 0.5, colors="black")
         row, column = np.nonzero(group_of[1:] != group_of[:-1])
@@ -295,7 +310,7 @@ class Collection:
                 axes.text(c, d, str(number), ha="center", va="center")
         axes.set(xlabel="input channel", ylabel="output channel", title=self._title)
         axes.locator_params(integer=True, min_n_ticks=1)
-        key = [patches.Patch(color=_COLOURS[kind], label=kind) for kind in dict.fromkeys(self.kinds)]
+        key = [patches.Patch(color=kind(name).colour, label=name) for name in dict.fromkeys(self.kinds)]
         axes.legend(handles=key, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
         return axes
 
@@ -319,9 +334,9 @@ class Collection:
     def __str__(self) -> str:
         """Summary in one line."""
         counts = Counter[str]()
-        for kind, number in zip(self.kinds, np.bincount(self.group_kinds, minlength=len(self.kinds)), strict=True):
-            counts[kind] += int(number)
-        by_kind = " + ".join(f"{counts[kind]} {kind}" for kind in dict.fromkeys(self.kinds))
+        for name, number in zip(self.kinds, np.bincount(self.group_kinds, minlength=len(self.kinds)), strict=True):
+            counts[name] += int(number)
+        by_kind = " + ".join(f"{count} {name}" for name, count in counts.items())
         least, most = int(self.group_sizes.min()), int(self.group_sizes.max())
         return (
             f"{self._title} over {self.in_channels} -> {self.out_channels} channels: "
@@ -378,8 +393,9 @@ def collection(
         in_channels: C, the number of input channels (per group of a grouped convolution).
         strategy: ``"layer"``, ``"pi"``, ``"po"`` or ``"pio"``, in any case of letters. Of an odd
             number of channels the first half of ``"pio"`` gets the extra one.
-        manifolds: The K manifold kinds, of :data:`MANIFOLD_KINDS` or their abbreviations ``"sp"``,
-            ``"ob"``, ``"st"``, ``"eu"``, in any case of letters. A kind given twice gets two
+        manifolds: The K manifold kinds: ``"sphere"``, ``"oblique"``, ``"stiefel"``, ``"euclidean"``, their
+            abbreviations ``"sp"``, ``"ob"``, ``"st"``, ``"eu"``, and kinds added by
+            :func:`~fgo_geo.register_kind`, in any case of letters. A kind given twice gets two
             separate shares. ``"layer"`` takes exactly one kind.
         selection: ``"deterministic"`` takes halves and shares in index order, ``"random"`` samples
             them without replacement, the shares independently for each channel.
@@ -511,7 +527,7 @@ def _check_arguments(
     """The fields of a collection that :data:`_ARGUMENTS` lists, in canonical form."""
     strategy = _choice("strategy", strategy, STRATEGIES)
     if not isinstance(kinds, Sequence) or not kinds:
-        raise ValueError(f"manifolds must name at least one of {MANIFOLD_KINDS}, got {kinds!r}")
+        raise ValueError(f"manifolds must name at least one of {names()}, got {kinds!r}")
     words = cast("Sequence[object]", (kinds,) if isinstance(kinds, str) else kinds)
     if strategy == "layer" and len(words) > 1:
         raise ValueError(
@@ -524,19 +540,12 @@ def _check_arguments(
         "out_channels": _integer("out_channels", out_channels, least=1),
         "in_channels": _integer("in_channels", in_channels, least=1),
         "strategy": strategy,
-        "kinds": tuple(map(_kind, words)),
+        "kinds": tuple(kind(word).name for word in words),
         "selection": _choice("selection", selection, ("deterministic", "random")),
         "seed": _integer("seed", seed),
         "components": _choice("components", components, ("kernel", "block")),
         "name": name,
     }
-
-
-def _kind(word: object) -> str:
-    """The manifold kind that a word or its two-letter abbreviation names."""
-    abbreviations = tuple(kind[:2] for kind in MANIFOLD_KINDS)
-    prefix = _choice("a manifold kind", word, MANIFOLD_KINDS + abbreviations)
-    return next(kind for kind in MANIFOLD_KINDS if kind.startswith(prefix))
 
 
 def _choice(what: str, word: object, choices: tuple[str, ...]) -> str:

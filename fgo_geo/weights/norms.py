@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import root_of_sum
+from fgo_geo.weights import kinds
 from fgo_geo.weights.components import Partition
 
 __all__ = [
@@ -227,7 +228,7 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
     which contradicts its caption's definition: the 3 x 3 identity has 2→1 norm 3 (Mathematics, section 5, errata).
 
     Args:
-        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"`` or ``"spectral"``.
+        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"``, ``"spectral"``, or a kind that was registered with its norms.
         rows: A, the component's rows.
         columns: B, its columns.
 
@@ -240,23 +241,21 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
 
     Example:
         >>> bounds = manifold_norm_bounds("stiefel", rows=3, columns=3)
-        >>> bounds.two_to_one.item(), bounds.spectral.item()
+        >>> round(bounds.two_to_one.item(), 6), bounds.spectral.item()
         (3.0, 1.0)
     """
     if rows < 1 or columns < 1:
         raise ValueError(f"the component is {rows} x {columns}; expected at least 1 x 1")
-    if kind in ("stiefel", "spectral") and rows < columns:
-        raise ValueError(f"a {kind} component is {rows} x {columns}; expected rows >= columns: transpose it")
-    of_stiefel = (math.sqrt(columns), 1.0, math.sqrt(rows * columns))
-    bounds = {
-        "sphere": (1.0, 1.0, math.sqrt(rows)),
-        "oblique": (math.sqrt(columns), math.sqrt(columns), math.sqrt(rows * columns)),
-        "stiefel": of_stiefel,
-        "spectral": of_stiefel,
-    }
-    if kind not in bounds:
-        raise ValueError(f"kind is {kind!r}; expected one of {', '.join(map(repr, bounds))}: other kinds bound no norm")
-    return MatrixNorms(*(torch.tensor(bound, dtype=torch.float64) for bound in bounds[kind]))
+    bounded = {record.name: record.norms for record in kinds.kinds() if record.norms is not None}
+    bounded["spectral"] = bounded["stiefel"]
+    if kind not in bounded:
+        raise ValueError(
+            f"kind is {kind!r}; expected one of {', '.join(map(repr, bounded))}: other kinds bound no norm"
+        )
+    frobenius, spectral = bounded[kind](rows, columns)
+    # A row is at most as long as the matrix, so that A rows are at most √A times as long together.
+    bounds = (frobenius, spectral, math.sqrt(rows) * frobenius)
+    return MatrixNorms(*(torch.tensor(bound, dtype=torch.float64) for bound in bounds))
 
 
 def conv_operator_norm_circular(

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fgo_geo.weights import kinds
 from fgo_geo.weights.components import Partition
 from fgo_geo.weights.norms import Norm, manifold_norm_bounds
 
@@ -60,7 +61,11 @@ def kaiming_radius(kind: str, rows: int, columns: int, fan_in: int) -> float:
         >>> kaiming_radius("sphere", 3, 3, fan_in=8 * 9)
         0.5
     """
-    return math.sqrt(2 * rows * columns / fan_in) / float(manifold_norm_bounds(kind, rows, columns).frobenius)
+    if kind in kinds.names() and kinds.kind(kind).has_radius:
+        norm = kinds.kind(kind).typical_norm(rows, columns)
+    else:
+        norm = float(manifold_norm_bounds(kind, rows, columns).frobenius)
+    return math.sqrt(2 * rows * columns / fan_in) / norm
 
 
 def bounding_radius(
@@ -149,7 +154,7 @@ def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0, norms: Seq
     check_bound(bound)
     radii = np.ones(sum(len(g) for g in cut.groups))
     for kind, groups, counts, (rows, columns) in zip(cut.kinds, cut.groups, cut.group_sizes, cut.sizes, strict=True):
-        if kind == "euclidean" or rule == "unit":
+        if rule == "unit" or (kind in kinds.names() and not kinds.kind(kind).has_radius):
             continue
         if rule == "kaiming":
             radii[groups] = kaiming_radius(kind, rows, columns, cut.layout.fan_in)

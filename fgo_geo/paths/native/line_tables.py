@@ -22,6 +22,7 @@ from torch import Tensor
 from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere
 from fgo_geo.paths.task import Configuration, Table, configuration_of, same
 from fgo_geo.weights.components import BlockPartition, Segments
+from fgo_geo.weights.kinds import kind
 
 __all__ = ["Deal", "LineTable", "table_of"]
 
@@ -187,15 +188,17 @@ def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
     matrix = manifold.layout.channels(weight).flatten(1)
     if not isinstance(cut, BlockPartition) or set(cut.kinds) == {"stiefel"}:
         return None
+    if any(kind(name).code is None for name in cut.kinds):
+        return None
     if matrix.data_ptr() != weight.data_ptr() or not matrix.is_contiguous():
         return None
     radius_of = np.full(manifold.n_groups, math.inf)
     blocks: list[_Block] = []
-    for part, (kind, groups, own) in enumerate(zip(cut.kinds, cut.groups, manifold.manifolds, strict=True)):
+    for part, (name, groups, own) in enumerate(zip(cut.kinds, cut.groups, manifold.manifolds, strict=True)):
         if isinstance(own, ComponentManifold):
             radius_of[groups] = own.radius.cpu().numpy() if isinstance(own.radius, Tensor) else own.radius
         for group, rows, columns in zip(groups, *(lines.numpy() for lines in cut.rectangles(part)), strict=True):
-            blocks.append(_Block(int(group), _owner(kind, len(rows), len(columns)), rows, columns))
+            blocks.append(_Block(int(group), _owner(name, len(rows), len(columns)), rows, columns))
     # Lines of which several rows have a part come first: threads add those up between them.
     blocks.sort(key=lambda block: block.owner is _Owner.LINE_PER_ROW)
     count = 0
@@ -206,7 +209,7 @@ def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
         groups=manifold.n_groups,
         curvature=torch.from_numpy(radius_of**-2),
         constrained=torch.from_numpy(np.isfinite(radius_of)),
-        left=tuple(part for part, kind in enumerate(cut.kinds) if kind == "stiefel"),
+        left=tuple(part for part, name in enumerate(cut.kinds) if name == "stiefel"),
         lines=count,
         length=matrix.shape[0],
         width=matrix.shape[1],

@@ -1,0 +1,454 @@
+"""The registry of kinds, and a kind that is added the way that a user adds one, in every place that knows kinds.
+
+The manifold laws run on the added kind as on the others: it is an entry of ``strategies.ENTRIES``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import geoopt
+import matplotlib as mpl
+import numpy as np
+import pytest
+import reference_optimizer as reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib import colors, pyplot
+from own_kind import Rows, registered_rows
+from torch import Tensor, nn
+
+import fgo_geo
+from fgo_geo import Collection, Plan, ProductOfGroups, RiemannianFGSGD, collection, kernels
+from fgo_geo.manifolds import ComponentManifold
+from fgo_geo.weights import kinds
+from fgo_geo.weights.components import WeightLayout, partition
+from fgo_geo.weights.norms import manifold_norm_bounds, matrix_norms
+from fgo_geo.weights.radius import bounding_radius, kaiming_radius
+
+BUILT_IN = ("sphere", "oblique", "stiefel", "euclidean")
+
+
+@pytest.fixture
+def rows() -> Iterator[kinds.Kind]:
+    with registered_rows() as record:
+        yield record
+
+
+# -- the registry ------------------------------------------------------------------------------------------------
+
+
+def test_the_kinds_of_the_package() -> None:
+    assert kinds.names()[:4] == BUILT_IN
+    assert [kinds.kind(name).code for name in BUILT_IN] == [1, 2, 3, 0]
+    assert [kinds.kind(name).has_radius for name in BUILT_IN] == [True, True, True, False]
+    assert [kinds.kind(name[:2].upper()).name for name in BUILT_IN] == list(BUILT_IN)
+    for record in kinds.kinds()[:4]:
+        assert kinds.kind_of(record.manifold) is record
+        assert kinds.kind_of(record.build(2.0)) is record
+        assert record.build(2.0).ndim == 2
+    assert kinds.names() == fgo_geo.grouping.MANIFOLD_KINDS
+
+
+def test_a_derived_class_is_not_of_the_kind() -> None:
+    class Own(fgo_geo.Stiefel):
+        pass
+
+    assert kinds.kind_of(Own()) is None
+    assert kinds.kind_of(torch.nn.Module) is None
+
+
+def test_every_option_of_a_kind_is_an_attribute() -> None:
+    for record in kinds.kinds():
+        assert all(hasattr(record.build(1.0), option) for option in record.options)
+    assert kinds.kind("stiefel").options == ("retraction",)
+
+
+def test_a_kind_that_is_added_and_taken_out() -> None:
+    before = kinds.names()
+    with registered_rows() as record:
+        assert kinds.names() == (*before, "rows")
+        assert kinds.kind("Rows") is kinds.kind_of(Rows) is kinds.kind_of(Rows(2.0)) is record
+        assert record.code is None
+        assert record.has_radius
+        assert record.colour not in {kinds.kind(name).colour for name in before}
+    assert kinds.names() == before
+    assert kinds.kind_of(Rows) is None
+    with pytest.raises(ValueError, match=r"must be one of .*'euclidean'.*got 'rows'; .*fgo_geo\.register_kind"):
+        kinds.kind("rows")
+
+
+def test_the_constructor_gets_ndim_if_it_takes_it() -> None:
+    class Ball(fgo_geo.ScaledSphere):
+        name = "Ball"
+
+    record = fgo_geo.register_kind("own_sphere", Ball, colour="red", options=("reversible",))
+    try:
+        assert (record.build(3.0).radius, record.build(3.0).ndim) == (3.0, 2)
+        assert (record.colour, record.options) == ("red", ("reversible",))
+    finally:
+        kinds.unregister_kind("own_sphere")
+
+
+class _Unfinished(ComponentManifold):
+    name = "Unfinished"
+    ndim = 2
+
+    def projx(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _Nameless(Rows):
+    name = None
+
+
+class _Vector(Rows):
+    ndim = 1
+
+
+@pytest.mark.parametrize(
+    ("name", "manifold", "arguments", "error", "message"),
+    [
+        ("sphere", Rows, {}, ValueError, r"'sphere' names the kind of ScaledSphere already; choose another"),
+        ("st", Rows, {}, ValueError, r"'st' names the kind of Stiefel already"),
+        ("other", fgo_geo.Oblique, {}, ValueError, r"Oblique is the class of the kind 'oblique' already; .*derived"),
+        ("Rows", Rows, {}, ValueError, r"small letters, digits and underscores, got 'Rows'"),
+        ("", Rows, {}, ValueError, r"small letters, digits and underscores, got ''"),
+        (3, Rows, {}, ValueError, r"small letters, digits and underscores, got 3"),
+        ("own", Rows(), {}, TypeError, r"'own' needs a class derived from geoopt.Manifold, got Rows"),
+        ("own", nn.Linear, {}, TypeError, r"'own' needs a class derived from geoopt.Manifold, got .*Linear"),
+        ("own", _Unfinished, {}, TypeError, r"_Unfinished .* lacks expmap, proju, retr, violation"),
+        ("own", _Nameless, {}, TypeError, r"_Nameless .* lacks a name"),
+        ("own", geoopt.Sphere, {}, TypeError, r"lacks a radius \(derive it from fgo_geo.manifolds.ComponentManifold"),
+        ("own", _Vector, {}, TypeError, r"'own' needs a _Vector with ndim = 2, got _Vector with ndim = 1"),
+        ("own", Rows, {"build": fgo_geo.Oblique}, TypeError, r"needs a Rows with ndim = 2, got Oblique"),
+        ("own", Rows, {"norms": lambda a, b: 1.0}, ValueError, r"two positive numbers.*got 1.0 for a 3 x 2"),
+        ("own", Rows, {"norms": lambda a, b: (1.0, 0.0)}, ValueError, r"two positive numbers.*got \(1.0, 0.0\)"),
+    ],
+)
+def test_what_cannot_be_a_kind(
+    name: Any, manifold: Any, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    before = kinds.names()
+    with pytest.raises(error, match=message):
+        fgo_geo.register_kind(name, manifold, **arguments)
+    assert kinds.names() == before
+    assert kinds.kind_of(Rows) is None
+
+
+def test_the_kinds_of_the_package_stay() -> None:
+    with pytest.raises(ValueError, match="'sphere' is a kind of the package, which needs it"):
+        kinds.unregister_kind("sphere")
+    with pytest.raises(ValueError, match=r"must be one of .*, got 'cube'"):
+        kinds.unregister_kind("cube")
+
+
+# -- norms and radii ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (5, 2), (4, 3)])
+def test_norms_at_radius_one_are_attained_bounds(rows: kinds.Kind, shape: tuple[int, int]) -> None:
+    bounds = manifold_norm_bounds("rows", *shape)
+    generator = torch.Generator().manual_seed(0)
+    found = matrix_norms(Rows().random(1000, *shape, dtype=torch.float64, generator=generator).as_subclass(Tensor))
+    torch.testing.assert_close(found.frobenius, bounds.frobenius.expand(1000))
+    equal_rows = torch.zeros(shape, dtype=torch.float64)
+    equal_rows[:, 0] = 1  # attains the spectral norm
+    assert all(bool((values <= bound + 1e-12).all()) for values, bound in zip(found, bounds, strict=True))
+    for attained, bound in zip(matrix_norms(equal_rows), bounds, strict=True):
+        torch.testing.assert_close(attained, bound)
+
+
+def test_radius_rules(rows: kinds.Kind) -> None:
+    assert kaiming_radius("rows", 4, 2, fan_in=32) == pytest.approx(math.sqrt(2 * 8 / (32 * 4)))
+    assert bounding_radius("rows", 4, 2, count=9, bound=3.0) == pytest.approx(3 / (3 * 4))
+    assert bounding_radius("rows", 4, 2, 9, 3.0, ["spectral"]) == pytest.approx(3 / (3 * 2))
+
+
+def test_without_norms_kaiming_measures_and_bounds_are_refused() -> None:
+    fgo_geo.register_kind("rows", Rows)
+    try:
+        assert kaiming_radius("rows", 4, 2, fan_in=32) == pytest.approx(math.sqrt(2 * 8 / (32 * 4)))
+        with pytest.raises(ValueError, match=r"kind is 'rows'; expected one of 'sphere'.*bound no norm"):
+            manifold_norm_bounds("rows", 4, 2)
+        with pytest.raises(ValueError, match=r"groups of kind 'rows' have no bounded norm; use one of \('sphere'"):
+            fgo_geo.renormalize(nn.Linear(4, 4), manifold="rows")
+    finally:
+        kinds.unregister_kind("rows")
+
+
+# -- products, plans, reports ------------------------------------------------------------------------------------
+
+NUMBER_OF_KINDS = {"layer": 1, "pi": 2, "po": 2, "pio": 3}
+LAYOUTS = {
+    "kernels": ((8, 6, 3, 3), "kernel"),
+    "wide kernels": ((8, 6, 2, 3), "kernel"),
+    "blocks": ((16, 12), "block"),
+    "blocks of kernels": ((16, 12, 3, 3), "block"),
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
+every_strategy = pytest.mark.parametrize("strategy", NUMBER_OF_KINDS)
+
+
+def product(strategy: str, layout: str, radius: Any = 0.5, selection: str = "random") -> ProductOfGroups:
+    shape, components = LAYOUTS[layout]
+    own = ("rows", "sphere", "oblique")[: NUMBER_OF_KINDS[strategy]]
+    return ProductOfGroups(collection(*shape[:2], strategy, own, selection, 3, components=components), shape, radius)
+
+
+def tangent(manifold: ProductOfGroups, x: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return manifold.proju(x, 0.2 * torch.randn(x.shape, dtype=x.dtype, generator=generator))
+
+
+@every_layout
+@every_strategy
+def test_a_product_is_its_components(rows: kinds.Kind, strategy: str, layout: str) -> None:
+    manifold = product(strategy, layout)
+    cut = manifold.partition
+    generator = torch.Generator().manual_seed(0)
+    x = manifold.random(cut.layout.shape, dtype=torch.float64, generator=generator).as_subclass(Tensor)
+    y = manifold.expmap(x, tangent(manifold, x, 1))
+    u = tangent(manifold, x, 2)
+    for method, args in {"projx": (2 * x + u,), "retr": (x, u), "expmap": (x, u), "logmap": (x, y)}.items():
+        split = cut.split(getattr(manifold, method)(*args))
+        for part, found, *own in zip(cut.kinds, split, *map(cut.split, args), strict=True):
+            single = kinds.kind(part).build(0.5)
+            torch.testing.assert_close(found, getattr(single, method)(*own), rtol=0, atol=1e-12)
+    part = cut.kinds.index("rows")
+    lengths = cut.split(x)[part].norm(dim=-1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.5))
+    assert manifold.violation(x).max() <= 1e-14
+
+
+def test_a_component_without_room_is_refused(rows: kinds.Kind) -> None:
+    with pytest.raises(ValueError, match=r"ProductOfGroups: rows cannot hold components of size \(5, 1\)"):
+        ProductOfGroups(collection(8, 6, "pi", ("rows", "sphere")), (8, 6, 5))
+
+
+@every_strategy
+@pytest.mark.parametrize("components", ["kernel", "block"])
+def test_json_round_trip(rows: kinds.Kind, strategy: str, components: str) -> None:
+    own = ("sphere", "ROWS", "stiefel")[3 - NUMBER_OF_KINDS[strategy] :]
+    made = collection(6, 4, strategy, own[:1] if strategy == "layer" else own, "random", 1, components=components)
+    assert Collection.from_json(made.to_json()) == made
+
+
+def test_json_that_names_a_kind_which_is_not_registered() -> None:
+    with registered_rows():
+        made = collection(6, 4, "pio", ("sphere", "rows"))
+        text = made.to_json()
+        plan_text = fgo_geo.constrain(nn.Sequential(nn.Conv2d(4, 8, 3)), "po", ("rows",), first_layer=True).to_json()
+    message = r"names the manifold kind 'rows', which is not registered here: call fgo_geo.register_kind\('rows', ...\)"
+    with pytest.raises(ValueError, match=message):
+        Collection.from_json(text)
+    with pytest.raises(ValueError, match=message):
+        Plan.from_json(plan_text)
+    with registered_rows():
+        assert Collection.from_json(text) == made
+        assert Plan.from_json(plan_text).constrained[0].collections[0].kinds == ("rows",)
+
+
+def test_a_picture_shows_the_kind(rows: kinds.Kind) -> None:
+    with mpl.rc_context({"backend": "Agg"}):
+        figure, axes = pyplot.subplots()
+        collection(6, 4, "pi", ("sphere", "rows")).plot(axes)
+        legend = axes.get_legend()
+        shown = {t.get_text(): p for t, p in zip(legend.get_texts(), legend.get_patches(), strict=True)}
+        assert shown["rows"].get_facecolor() == colors.to_rgba(rows.colour)
+        pyplot.close(figure)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.Flatten(), nn.Linear(192, 16), nn.Linear(16, 4)
+    )
+
+
+@every_strategy
+@pytest.mark.parametrize("radius", ["kaiming", "unit", "bound", 0.3])
+def test_a_model_is_constrained_trained_reported_and_freed(rows: kinds.Kind, strategy: str, radius: Any) -> None:
+    model = network()
+    own = ("rows", "stiefel", "euclidean")[: NUMBER_OF_KINDS[strategy]]
+    plan = fgo_geo.constrain(model, strategy, own, radius=radius)
+    assert [entry.name for entry in plan.constrained] == ["2.weight", "4.weight"]
+    assert "rows" in str(plan)
+    assert Plan.from_json(plan.to_json()).entries == plan.entries
+    optimizer = RiemannianFGSGD(model.named_parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-3)
+    for seed in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+        optimizer.step()
+    for param in plan.parameters().values():
+        assert float(param.manifold.violation(param.detach()).max()) <= 1e-5
+    report = fgo_geo.report(model)
+    layer = next(layer for layer in report.layers if layer.name == "2.weight")
+    assert f"{strategy}: " in layer.manifolds
+    assert "rows" in layer.manifolds
+    assert layer.violation == pytest.approx(0, abs=1e-5)
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    copy = network()
+    fgo_geo.constrain(copy, strategy, own, radius=radius)
+    copy.load_state_dict(saved)
+    before = model(torch.ones(1, 3, 8, 8))
+    fgo_geo.unconstrain(model)
+    torch.testing.assert_close(model(torch.ones(1, 3, 8, 8)), before)
+    torch.testing.assert_close(copy(torch.ones(1, 3, 8, 8)), before)
+
+
+@pytest.mark.parametrize("groups", ["layer", "po"])
+def test_renormalisation(rows: kinds.Kind, groups: str) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 8)
+    fgo_geo.renormalize(layer, manifold="rows", groups=groups, bound=2.0)
+    torch.nn.init.normal_(layer.parametrizations.weight.original, std=10.0)
+    for block, record in zip(*_blocks(layer), strict=True):
+        norms = matrix_norms(block)
+        assert all(float(norm.max()) <= 2 * (1 + 1e-5) for norm in norms)
+        assert float(norms.two_to_one.max()) == pytest.approx(2)
+        lengths = block.norm(dim=-1)
+        torch.testing.assert_close(lengths, lengths[:, :1].expand_as(lengths))
+        assert record == "rows"
+    raw = layer.parametrizations.weight.original
+    layer.weight.sum().backward()
+    assert bool(raw.grad.isfinite().all())
+    assert float(raw.grad.norm()) > 0
+
+
+def _blocks(layer: nn.Module) -> tuple[list[Tensor], tuple[str, ...]]:
+    cut = fgo_geo.models.renormalize.renormalization_of(layer).partition
+    return cut.split(layer.weight.detach()), cut.kinds
+
+
+# -- steps -------------------------------------------------------------------------------------------------------
+
+
+def trained(
+    path: Any, manifold: ProductOfGroups, dtype: torch.dtype = torch.float32, options: dict[str, Any] | None = None
+) -> Tensor:
+    """A weight after three steps."""
+    shape = manifold.partition.layout.shape
+    generator = torch.Generator().manual_seed(7)
+    start = manifold.random(shape, dtype=torch.float64, generator=generator).to(dtype)
+    weight = geoopt.ManifoldParameter(start.detach().as_subclass(Tensor), manifold=manifold)
+    with kernels.use_path(path):
+        optimizer = RiemannianFGSGD([weight], lr=0.5, **(options or {"momentum": 0.9}))
+        for _ in range(3):
+            weight.grad = torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
+            optimizer.step()
+    return weight.detach().as_subclass(Tensor)
+
+
+@pytest.mark.parametrize(("shape", "components"), [((16, 16), "block"), ((8, 8, 3, 3), "kernel")])
+def test_no_path_takes_the_kind_for_another(rows: kinds.Kind, shape: tuple[int, ...], components: str) -> None:
+    """A matrix ended 0.77 off its manifold, taken for a sphere; kernels ended in an error about a tuple."""
+    manifold = ProductOfGroups(collection(*shape[:2], "pio", ("rows", "sphere"), components=components), shape)
+    weight = trained("auto", manifold)
+    assert float(manifold.violation(weight).max()) <= 1e-6
+    assert torch.equal(weight, trained("reference", manifold))
+
+
+@every_layout
+@every_strategy
+@pytest.mark.parametrize("update", ["retraction", "exponential"])
+def test_a_step_is_that_of_the_oracle(rows: kinds.Kind, strategy: str, layout: str, update: str) -> None:
+    """One component at a time, in numpy, by the oracle of all optimisers, whose rows are its columns, transposed."""
+    manifold = product(strategy, layout)
+    cut = manifold.partition
+    options = {"lr": 0.5, "momentum": 0.9, "update": update}
+    generator = torch.Generator().manual_seed(7)
+    start = manifold.random(cut.layout.shape, dtype=torch.float64, generator=generator)
+    weight = geoopt.ManifoldParameter(start.detach().as_subclass(Tensor), manifold=manifold)
+    optimizer = RiemannianFGSGD([weight], **options)
+    expected = _oracle(manifold, weight)
+    for seed in range(3):
+        weight.grad = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+        reference.step(expected, _flat(manifold, weight.grad), **options)
+        np.testing.assert_allclose(_flat(manifold, weight.detach()), expected.x, rtol=1e-9, atol=1e-9)
+
+
+def _flat(manifold: ProductOfGroups, x: Tensor) -> np.ndarray:
+    """All components, transposed where they are of the own kind, one behind the other as rows of equal length."""
+    parts = zip(manifold.partition.kinds, manifold.partition.split(x), strict=True)
+    flat = [(c.mT if kind == "rows" else c).flatten(1) for kind, c in parts]
+    width = max(f.shape[1] for f in flat)
+    return torch.cat([nn.functional.pad(f, (0, width - f.shape[1])) for f in flat]).numpy()
+
+
+class _Shaped:
+    """A geometry of components ``A x B`` that are stored as rows with zeros behind them."""
+
+    def __init__(self, single: reference.Geometry, shape: tuple[int, int]) -> None:
+        self.single, self.shape = single, shape
+        self.radius, self.curvature = single.radius, single.curvature
+
+    def _call(self, name: str, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        size = math.prod(self.shape)
+        result = np.zeros_like(x)
+        own = (t[:size].reshape(self.shape) for t in (x, u))
+        result[:size] = getattr(self.single, name)(*own).ravel()
+        return result
+
+    project = functools.partialmethod(_call, "project")
+    retract = functools.partialmethod(_call, "retract")
+    exponential = functools.partialmethod(_call, "exponential")
+
+
+def _oracle(manifold: ProductOfGroups, weight: Tensor) -> reference.Parameter:
+    geometries = {"rows": reference.Oblique, "sphere": reference.Sphere, "oblique": reference.Oblique}
+    cut = manifold.partition
+    numbers = itertools.count()
+    components = []
+    for kind, groups, segments, (a, b) in zip(cut.kinds, cut.groups, cut.segments, cut.sizes, strict=True):
+        shape = (b, a) if kind == "rows" else (a, b)
+        for group in segments.spread(torch.from_numpy(groups)).tolist():
+            components.append(((next(numbers),), _Shaped(geometries[kind](0.5), shape), group))
+    return reference.Parameter(_flat(manifold, weight.detach()), components)
+
+
+@settings(max_examples=25)
+@given(
+    strategy=st.sampled_from(list(NUMBER_OF_KINDS)),
+    layout=st.sampled_from(["kernels", "wide kernels", "blocks", "blocks of kernels"]),
+    selection=st.sampled_from(["random", "deterministic"]),
+    radius=st.sampled_from([1.0, 0.05, {"rows": 2.0, "sphere": 0.3, "oblique": 1.0}]),
+    momentum=st.sampled_from([0.0, 0.9]),
+)
+def test_every_path_takes_the_step_of_the_reference(
+    strategy: str, layout: str, selection: str, radius: Any, momentum: float
+) -> None:
+    with registered_rows():
+        manifold = product(strategy, layout, radius, selection)
+        weight = trained("auto", manifold, options={"momentum": momentum})
+        assert float(manifold.violation(weight).max()) <= 1e-5
+        exact = trained("reference", manifold, torch.float64, {"momentum": momentum})
+        scale = manifold.radius_map(weight)
+        assert float(((weight.double() - exact) / scale).abs().max()) <= 1e-4
+
+
+def test_derived_classes_take_no_path_of_their_base() -> None:
+    """A subclass of Stiefel with another retraction, in matrices that are large enough for the shared products."""
+
+    class Own(fgo_geo.Stiefel):
+        calls = 0
+
+        def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None, scale: float = 1.0) -> Tensor:
+            Own.calls += 1
+            return super().retract_bounded(x, u, bound, scale)
+
+    weight = geoopt.ManifoldParameter(Own().random(256, 128).detach().as_subclass(Tensor), manifold=Own())
+    weight.grad = torch.randn(256, 128)
+    RiemannianFGSGD([weight], lr=0.1).step()
+    assert Own.calls == 1
+
+
+def test_parts_know_the_partition(rows: kinds.Kind) -> None:
+    cut = partition([collection(8, 6, "pi", ("rows", "sphere"))], WeightLayout((8, 6, 3, 3)))
+    assert set(cut.kinds) == {"rows", "sphere"}
