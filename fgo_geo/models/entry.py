@@ -10,7 +10,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 from fgo_geo.models.feature_stats import LambdaRule, component_lambda
-from fgo_geo.weights.components import Partition, WeightLayout
+from fgo_geo.weights.components import Partition, Storage, WeightLayout
 from fgo_geo.weights.grouping import Collection
-from fgo_geo.weights.radius import RadiusRule, group_radii
+from fgo_geo.weights.radius import RadiusRule, check_bound, check_rule, group_radii
 
 __all__ = ["PlanEntry", "table_of"]
 
@@ -99,14 +99,41 @@ class PlanEntry:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> PlanEntry:
-        """Inverse of :meth:`to_dict`."""
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: If a value is not what :meth:`to_dict` writes.
+        """
         stored = dict(data)
         for name in ("names", "shape", "channel_scales"):
             stored[name] = tuple(stored[name])
-        stored["collections"] = tuple(map(Collection.from_json, stored["collections"]))
-        if stored["layout"] is not None:
-            stored["layout"] = replace(WeightLayout(**stored["layout"]), shape=stored["shape"])
-        return cls(**stored)
+        layout = stored["layout"]
+        if layout is not None:
+            stored["layout"] = replace(WeightLayout(**layout), shape=stored["shape"])
+        entry = cls(**stored)
+        entry._require_plain_values()
+        return replace(entry, collections=tuple(map(Collection.from_json, entry.collections)))  # pyright: ignore
+
+    def _require_plain_values(self) -> None:
+        """Raise ValueError if a field has a value that no plan has; the collections check themselves."""
+        layout = self.layout or WeightLayout((1, 1))
+        valid = {
+            "names": bool(self.names) and all(isinstance(name, str) for name in self.names),
+            "module": isinstance(self.module, str),
+            "shape": all(type(size) is int and size >= 0 for size in self.shape),
+            "reason": (self.reason is None) == (self.layout is not None) and isinstance(self.reason, (str, type(None))),
+            "layout": layout.storage in get_args(Storage)
+            and len(layout.shape) > 1
+            and all(type(count) is int and count >= 1 for count in (layout.conv_groups, layout.sections)),
+            "collections": isinstance(self.collections, (list, tuple)),
+            "statistics": self.statistics in (None, *get_args(LambdaRule)),
+            "channel_scales": all(isinstance(scale, float) and 0 < scale < math.inf for scale in self.channel_scales),
+        }
+        if not all(valid.values()):
+            wrong = [f"{name}={getattr(self, name)!r}" for name, is_valid in valid.items() if not is_valid]
+            raise ValueError(f"{self.names!r} has {', '.join(wrong)}")
+        check_rule(self.radius)
+        check_bound(self.bound)
 
 
 # -- printing -------------------------------------------------------------------------------------------------

@@ -4,11 +4,18 @@ The :class:`Plan` stays with the model. It travels in the metadata of ``state_di
 saving and loading exactly, and it guards what torch would lose in silence: a forward pass of a model whose weights have
 become plain parameters (by ``to("meta")``, ``to_empty`` or sharding) is an error that names :meth:`Plan.attach` (inside
 ``torch.compile`` nothing checks, call :meth:`Plan.check`); after ``load_state_dict`` the plan attaches itself.
+
+``load_state_dict`` refuses values that are off the manifolds before anything has changed, except in a deep copy of the
+model: EMA and SWA keep their averages in one, and averages are off. There the values are loaded as they are, and only a
+forward pass in training is an error.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -16,7 +23,7 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
-from fgo_geo.manifolds import ProductOfGroups
+from fgo_geo.manifolds import ProductOfGroups, mark_replaced
 from fgo_geo.models.entry import PlanEntry, table_of
 from fgo_geo.models.feature_stats import is_tracked, track, untrack
 from fgo_geo.models.surgery import (
@@ -24,6 +31,7 @@ from fgo_geo.models.surgery import (
     is_lost,
     layers_of,
     measured_scales,
+    nearest_point,
     parameter_of,
     put_on_manifolds,
     require_ties,
@@ -48,12 +56,17 @@ class Plan:
     Attributes:
         entries: One per parameter, in the order of the model.
         model: The model that it describes; None for a plan that was read from JSON and not attached yet.
+        is_average: Whether the model may load values that are off its manifolds, as averages of weights are. True in
+            a deep copy of a model, which is how EMA and SWA keep theirs; set it for an average built otherwise.
     """
 
     entries: tuple[PlanEntry, ...]
     model: nn.Module | None = field(default=None, repr=False)
+    is_average: bool = field(default=False, repr=False)
     _handles: list[Any] = field(default_factory=list, repr=False)
     _tracked: set[str] = field(default_factory=set, repr=False)
+    _off: tuple[str, ...] = field(default=(), repr=False)  # loaded off their manifolds
+    _before_assign: tuple[nn.Parameter, ...] = field(default=(), repr=False)  # while load_state_dict(assign=True) runs
 
     @property
     def constrained(self) -> tuple[PlanEntry, ...]:
@@ -115,9 +128,10 @@ class Plan:
             value = param.detach().as_subclass(Tensor)
             if not (project or value.is_meta):
                 manifold.require_point(value, repr(entry.name), "pass project=True to project it")
-            points.append(manifold.projx(value) if project and not value.is_meta else None)
+            points.append(nearest_point(manifold, value) if project and not value.is_meta else None)
         write_points(targets, points)
         put_on_manifolds(model, targets, _constrained_in(model))
+        self._off = ()
         return self.settle(model)
 
     def project(self) -> None:
@@ -128,7 +142,48 @@ class Plan:
         """
         with torch.no_grad():
             for param in self.parameters().values():
-                param.proj_()
+                param.copy_(nearest_point(cast(Any, param).manifold, param.detach()))
+        self._off = ()
+
+    def projected(self, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+        """A copy of a state dict with the nearest points of this plan's manifolds, for ``load_state_dict``.
+
+        For averages of weights, and for plain weights, that are to be trained on: ``load_state_dict`` refuses values
+        that are off their manifolds. A plan in the metadata of the state dict is left out.
+
+        Args:
+            state_dict: Values by name.
+            prefix: What stands before the names of this plan, e.g. ``"module."``.
+
+        Returns:
+            The same keys in the same order, to be loaded into this plan's model.
+
+        Raises:
+            ValueError: If none of the constrained weights is there, or one has another shape or is not finite.
+
+        Example:
+            >>> from fgo_geo import constrain
+            >>> model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+            >>> plain = {name: value.clone() for name, value in model.state_dict().items()}
+            >>> plan = constrain(model)
+            >>> model.load_state_dict(plan.projected(plain))
+            <All keys matched successfully>
+        """
+        result = OrderedDict(state_dict)
+        keys = [(entry, prefix + name) for entry in self.constrained for name in entry.names]
+        found = [(entry, key) for entry, key in keys if key in result]
+        if not found:
+            raise ValueError(
+                f"the state_dict has none of this plan's weights under the prefix {prefix!r}: it has "
+                f"{few(list(result))}, expected {few([key for _, key in keys])}"
+            )
+        for entry, key in found:
+            value = _checked_value(result[key], entry, key)
+            result[key] = nearest_point(self._manifold_of(entry), value)
+        metadata = {name: dict(local) for name, local in getattr(state_dict, "_metadata", {}).items()}
+        metadata.get(prefix.rstrip("."), {}).pop(_METADATA, None)
+        cast(Any, result)._metadata = metadata
+        return result
 
     @torch.no_grad()
     def update_scales(self, optimizer: torch.optim.Optimizer | None = None) -> None:
@@ -183,7 +238,7 @@ class Plan:
             )
         try:
             return cls(tuple(PlanEntry.from_dict(entry) for entry in data["entries"]))
-        except (KeyError, TypeError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this plan is damaged ({error!r}): restore it from another copy") from error
 
     def __str__(self) -> str:
@@ -195,10 +250,96 @@ class Plan:
         attached = getattr(param, "manifold", None)
         return attached if isinstance(attached, ProductOfGroups) else entry.manifold()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Plan:
+        """The plan of a deep copy of the model, which may be an average."""
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo), is_average=True)
+        return twin
+
     def lost(self) -> list[str]:
         """Names of the constrained parameters that have become plain ones or are gone."""
         model = self._require_model()
         return [entry.name for entry in self.entries if entry.reason is None and is_lost(model, entry.name)]
+
+    def check_training(self) -> None:
+        """Raise if this is a forward pass of training and values that were loaded off their manifolds still are.
+
+        Raises:
+            RuntimeError: With the names, and what to call.
+        """
+        if not (self._off and self._require_model().training and torch.is_grad_enabled()):
+            return
+        params = self.parameters()
+        try:
+            for name in self._off:
+                if params[name].requires_grad:
+                    cast(Any, params[name]).manifold.require_point(params[name].detach(), repr(name), "")
+        except ValueError as error:
+            raise RuntimeError(
+                f"{len(self._off)} constrained parameter(s) were loaded off their manifolds and cannot be trained: "
+                f"{few(self._off)}. For an average of weights, compute under torch.no_grad() or in evaluation mode; to "
+                f"train, call plan_of(model).project() first. {error}"
+            ) from error
+
+    def before_load(self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any]) -> None:
+        """Take over the plan of a state dict, after refusing what does not fit.
+
+        Args:
+            state_dict: Values by name.
+            prefix: What stands before the names of this plan.
+            local_metadata: The metadata of this plan's model.
+
+        Raises:
+            ValueError: If the stored plan is damaged or another model's, or a constrained weight has another shape, is
+                not finite, or is off its manifold and the model no average. Nothing has changed then.
+        """
+        model, text = self._require_model(), local_metadata.get(_METADATA)
+        entries = self.entries if text is None else _stored_entries(text)
+        targets = targets_of(model, (entry for entry in entries if entry.constrained))
+        present = [target for target in targets if prefix + target[0].name in state_dict]
+        absent = [entry.name for entry, *_ in targets if prefix + entry.name not in state_dict]
+        if absent and entries != self.entries:
+            raise ValueError(
+                f"the state_dict has another plan than the model and lacks {few(absent)}, so the weights that the "
+                "model keeps would be on the wrong manifolds; load the whole state_dict, or constrain the model with "
+                "the same settings"
+            )
+        off = [name for name in self._off if name in absent]
+        for entry, _, manifold in present:
+            key = prefix + entry.name
+            value = _checked_value(state_dict[key], entry, key)
+            if value.is_meta:
+                continue
+            try:
+                manifold.require_point(value, f"{key!r} in the state_dict", _WITHOUT_PLAN if text is None else _AVERAGE)
+            except ValueError:
+                if not (self.is_average and bool(value.isfinite().all())):
+                    raise
+                off.append(entry.name)
+        if entries != self.entries:
+            put_on_manifolds(model, targets, self.constrained)
+            self.entries = entries
+            self.track()
+        self._off = tuple(off)
+        assigns = local_metadata.get("assign_to_params_buffers", False)
+        self._before_assign = tuple(model.parameters()) if assigns else ()
+
+    def after_load(self) -> None:
+        """Put back on manifolds what load_state_dict has assigned, and mark what it has replaced."""
+        model = self._require_model()
+        if self.lost():
+            targets = targets_of(model, self.constrained)
+            for entry, param, manifold in targets:
+                require_ties(model, entry)
+                if not (param.is_meta or entry.name in self._off):
+                    manifold.require_point(param.detach().as_subclass(Tensor), repr(entry.name), "load all weights")
+            put_on_manifolds(model, targets)
+        kept = set(map(id, model.parameters()))
+        for param in self._before_assign:
+            if id(param) not in kept:
+                mark_replaced(param)
+        self._before_assign = ()
 
     def _require_model(self) -> nn.Module:
         if self.model is None:
@@ -291,35 +432,51 @@ def _store(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict
 def _restore(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *others: Any) -> None:
     """Take over what a checkpoint's plan says, after refusing values that are off its manifolds."""
     plan: Plan = module.__dict__[PLAN_ATTRIBUTE]
-    text = local_metadata.get(_METADATA)
-    entries = plan.entries if text is None else Plan.from_json(text).entries
-    targets = targets_of(module, (entry for entry in entries if entry.constrained))
-    absent = [entry.name for entry, *_ in targets if prefix + entry.name not in state_dict]
-    if absent and entries != plan.entries:
-        raise ValueError(
-            f"the state_dict has another plan than the model and lacks {few(absent)}, so the weights that the model "
-            "keeps would be on the wrong manifolds; load the whole state_dict, or constrain the model with the same "
-            "settings"
-        )
-    for entry, _, manifold in targets:
-        value = state_dict.get(prefix + entry.name)
-        if isinstance(value, Tensor) and not value.is_meta and tuple(value.shape) == entry.shape:
-            remedy = "load plain weights before constrain(), which projects them"
-            manifold.require_point(value.detach(), f"{entry.name!r} in the state_dict", remedy)
-    if entries != plan.entries:
-        put_on_manifolds(module, targets, plan.constrained)
-        plan.entries = entries
-        plan.track()
+    plan.before_load(state_dict, prefix, local_metadata)
 
 
 def _attach_again(module: nn.Module, incompatible_keys: Any) -> None:
     """After load_state_dict, which makes plain parameters of what it assigns."""
-    plan: Plan = module.__dict__[PLAN_ATTRIBUTE]
-    if plan.lost():
-        plan.attach(module)
+    module.__dict__[PLAN_ATTRIBUTE].after_load()
 
 
 def _guard(module: nn.Module, inputs: Any) -> None:
     """Refuse to compute with a constrained parameter that has become a plain one."""
     if not torch.compiler.is_compiling():
-        module.__dict__[PLAN_ATTRIBUTE].check()
+        plan: Plan = module.__dict__[PLAN_ATTRIBUTE]
+        plan.check()
+        plan.check_training()
+
+
+# -- what a state dict holds ----------------------------------------------------------------------------------
+
+
+def _stored_entries(text: object) -> tuple[PlanEntry, ...]:
+    try:
+        return Plan.from_json(cast(str, text)).entries
+    except ValueError as error:
+        raise ValueError(f"the plan in the metadata of the state_dict cannot be read: {error}") from error
+
+
+def _checked_value(value: object, entry: PlanEntry, key: str) -> Tensor:
+    if isinstance(value, Tensor) and value.shape == entry.shape and value.is_floating_point():
+        return value.detach()
+    found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise ValueError(
+        f"{key!r} in the state_dict: expected floating-point numbers of shape {entry.shape}, got {found}; load a "
+        "checkpoint of this architecture"
+    )
+
+
+_AVERAGE = (
+    "the state_dict comes from a constrained model, so this may be an average of weights: load it into the object that "
+    "it was saved from, or into a model that is not constrained; to train on, load "
+    "plan_of(model).projected(state_dict), which moves it to the nearest points"
+)
+_WITHOUT_PLAN = (
+    "the state_dict carries no plan, as safetensors, Accelerate, distributed checkpoints and rebuilt dictionaries do "
+    "not. If it was saved from a constrained model, give this one the same groups: constrain it with the same settings "
+    "and seed, or call Plan.from_json(text).attach(model, project=True) with the plan that was saved beside it; "
+    'torch.nn.modules.utils.consume_prefix_in_state_dict_if_present strips "module." and keeps the plan. If it was '
+    "not, load plain weights before constrain(), or load plan_of(model).projected(state_dict)"
+)

@@ -13,7 +13,7 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
-from fgo_geo.linalg import require_finite
+from fgo_geo.linalg import computes_in_float32, require_finite
 from fgo_geo.manifolds import ProductOfGroups, mark_replaced
 from fgo_geo.models.entry import PlanEntry
 from fgo_geo.models.feature_stats import LambdaRule, TrackingHandle, rescaling_lambda
@@ -28,6 +28,7 @@ __all__ = [
     "layers_of",
     "measured_scales",
     "moved_to",
+    "nearest_point",
     "parameter_of",
     "plain_parameter",
     "put_on_manifolds",
@@ -121,9 +122,19 @@ def initial_point(value: Tensor, manifold: ProductOfGroups, initial: Initial) ->
     if value.is_meta:
         return None
     if initial == "project":
-        return manifold.projx(value)
+        return nearest_point(manifold, value)
     drawn = manifold.random(*value.shape, dtype=value.dtype, device=value.device)
     return manifold.where_constrained(drawn.as_subclass(Tensor), value)
+
+
+@computes_in_float32
+def _projected(value: Tensor, manifold: ProductOfGroups) -> Tensor:
+    return manifold.projx(value)
+
+
+def nearest_point(manifold: ProductOfGroups, value: Tensor) -> Tensor:
+    """The nearest point, computed in single precision at least: half-precision products are slow on the CPU."""
+    return _projected(value.as_subclass(Tensor), moved_to(manifold, value))
 
 
 def write_points(targets: Sequence[Target], points: Sequence[Tensor | None]) -> None:

@@ -32,6 +32,7 @@ __all__ = [
     "KernelPartition",
     "Partition",
     "Segments",
+    "Storage",
     "WeightLayout",
     "layout_of",
     "partition",
