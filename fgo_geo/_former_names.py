@@ -34,8 +34,9 @@ FORMER_NAMES = {
 FORMER_ATTRIBUTES = {
     "models.choose": {"PlanEntry": "models.entry"},
     "models.constrain": dict.fromkeys(("_store", "_restore", "_attach_again", "_guard"), "models.plan"),
+    "weights.components": {"_Band": "weights.blocks"},
 }
-"""What a moved module held under its former name: the hooks of a pickled model are functions by name."""
+"""What a moved module held under its former name: pickled models name functions (their hooks) and classes."""
 
 
 def register() -> None:

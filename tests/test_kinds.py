@@ -445,7 +445,7 @@ def test_derived_classes_take_no_path_of_their_base() -> None:
 
     weight = geoopt.ManifoldParameter(Own().random(256, 128).detach().as_subclass(Tensor), manifold=Own())
     weight.grad = torch.randn(256, 128)
-    RiemannianFGSGD([weight], lr=0.1).step()
+    RiemannianFGSGD([weight], lr=0.1, momentum=0.9).step()
     assert Own.calls == 1
 
 
