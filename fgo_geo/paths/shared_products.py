@@ -5,7 +5,7 @@ with momentum, but not Nesterov's. Elsewhere :func:`~fgo_geo.optim.fgsgd.fgsgd_u
 
 What a step on an ``n x p`` matrix costs is its products with the long side, ``2np²`` operations each. Projection,
 transport and retraction, one after the other, take six of them. With ``x`` at radius ``r``, momentum ``m``, factor
-``μ``, rate ``η`` and a gradient ``g`` that is divided by ``τ`` already, four are enough ("Mathematics", section 2.2)::
+``μ``, rate ``η`` and a gradient ``g`` that is divided by ``τ`` already, four are enough ("Mathematics", section A.2)::
 
     A = xᵀg                     the norm of the gradient is that of g less sym(A) / r, known before anything moves
     C = A + μ B                 with B = xᵀm from the step before

@@ -2,7 +2,7 @@
 
 A *line* is a vector of a given norm: a whole component of a sphere, a column of an oblique component. All that a step
 does to a line is linear in its point ``x``, its gradient ``h`` and its momentum ``m``, but for the factor that brings
-it back to its norm, and that follows from their six inner products ("Mathematics", section 2.3). So ``lines.cpp`` takes
+it back to its norm, and that follows from their six inner products ("Mathematics", section A.3). So ``lines.cpp`` takes
 the products in one sweep over memory and moves all lines in a second: eight passes in all, where the batched torch code
 takes some forty.
 
