@@ -635,6 +635,38 @@ def test_a_column_that_was_set_to_zero_does_not_hang(kind: str, shape: tuple[int
     torch.testing.assert_close(*results, rtol=0, atol=1e-5, equal_nan=True)
 
 
+@built
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("radii", [3.0, 1e2, 1e4, 1e7, 1e12, 1e18])
+@pytest.mark.parametrize("size", [(3, 3), (5, 5), (6, 2)])
+def test_a_step_of_any_length_ends_on_the_manifold(size: tuple[int, int], radii: float, dtype: torch.dtype):
+    """The squares of a long step's singular values differ by more than the digits that a product keeps."""
+    manifold = ProductOfGroups(collection(4, 5, "pio", KINDS, "random", 0), (4, 5, *size), 0.5)
+    direction = torch.randn(4, 5, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for instruction_set in INSTRUCTION_SETS:
+        weight = weight_on(manifold, dtype, torch.contiguous_format, 0)
+        start = weight.detach().clone().as_subclass(Tensor)
+        optimizer = RiemannianFGSGD([weight], lr=0.5 * radii, step_size="constant")
+        weight.grad = (direction / direction.norm(dim=(-2, -1), keepdim=True)).to(dtype)
+        with limited_to(instruction_set), kernels.use_path("fused"):
+            optimizer.step()
+        assert float(manifold.violation(weight.detach()).max()) <= 20 * torch.finfo(dtype).eps
+        if radii > 1e4 or dtype != torch.float64:
+            continue
+        tangent = manifold.egrad2rgrad(start, weight.grad)
+        u, _, v = torch.linalg.svd(start - optimizer.param_groups[0]["lr"] * tangent, full_matrices=False)
+        nearest = 0.5 * u @ v
+        codes = torch.tensor(kernels_of_kind(manifold, "stiefel"))
+        error = (weight.detach() - nearest).flatten(0, 1)[codes].abs().max()
+        assert float(error) <= 1e-15 * radii
+
+
+def kernels_of_kind(manifold: ProductOfGroups, kind: str) -> list[int]:
+    """Numbers of a manifold's kernels of one kind, row by row."""
+    task = kernels.task_of(weight_on(manifold, torch.float64, torch.contiguous_format, 0), manifold, None)
+    return [i for i, code in enumerate(task.table.codes.flatten().tolist()) if code % 4 == KINDS.index(kind)]
+
+
 # -- what is kept from step to step ------------------------------------------------------------------------------
 
 

@@ -439,8 +439,7 @@ def test_an_extension_of_another_version_is_left_alone(lacks: str, monkeypatch: 
             names = {"fgo_abi", *cpu._FUNCTIONS} - {lacks}
             self.__dict__ |= dict.fromkeys(names, lambda: cpu._ABI - (lacks == "the version"))
 
-    monkeypatch.setattr(cpu, "EXTENSION_SUFFIXES", [""])
-    monkeypatch.setattr(cpu.Path, "exists", lambda path: True)
+    monkeypatch.setattr(cpu.Path, "glob", lambda path, pattern: [path / "libfgo_geo.so"])
     monkeypatch.setattr(cpu.ctypes, "CDLL", Loaded)
     assert cpu.library.__wrapped__() is None
 

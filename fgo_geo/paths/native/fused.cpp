@@ -18,7 +18,7 @@
 //   retraction   y (I + E)^(-1/2),  E = 0, (‖y‖² / r² - 1) I, diag(N) or N for N = yᵀy / r² - I
 //
 // on Euclidean, sphere, oblique and Stiefel components. The inverse root is a series where E is small, as it is for the
-// steps that the theorem allows, and the scaled Newton-Schulz iteration elsewhere; no bound on the step is needed.
+// steps that the theorem allows, and follows from Jacobi rotations elsewhere; no bound on the step is needed.
 //
 // Plain C ABI and no dependency but the C++ library, so that the compiled file serves every Python and every torch.
 
@@ -30,7 +30,13 @@
 #include <utility>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef _WIN32
+#define FGO_API __declspec(dllexport)
+#else
+#define FGO_API
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(FGO_PORTABLE)
 #include <immintrin.h>
 #define FGO_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,lzcnt,popcnt,tune=haswell")))
 #define FGO_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,bmi,bmi2,lzcnt,popcnt,tune=skylake-avx512")))
@@ -65,7 +71,7 @@ struct fgo_options {
 
 // The instruction set in use: 2 AVX-512, 1 AVX2, 0 what every processor has. It is the best that the processor has up to
 // the limit, which a negative one leaves as it is.
-int64_t fgo_limit(int limit) {
+FGO_API int64_t fgo_limit(int limit) {
   static std::atomic<int> most{2};
   if (limit >= 0) most = limit;
   int best = 0;
@@ -98,8 +104,7 @@ template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T
 // Up to this ‖e‖² the series is worth repeating: it leaves 0.4 of ‖e‖ = 1, and then far less. Below one, since there
 // a column that is zero would stay so forever.
 template <class T> constexpr T repeat_limit = T(0.9);
-constexpr int most_rounds = 50;  // of Newton-Schulz, more than any finite step needs
-constexpr double safety = 1.05;  // head room for points that have drifted off the manifold
+constexpr int most_rounds = 30;  // of Jacobi rotations, several times as many as columns need
 
 int64_t chunks_per_row(const fgo_task &t) { return (t.columns + chunk - 1) / chunk; }
 
@@ -112,7 +117,7 @@ double step_scale(double norm, double rho, double curvature) {
 }  // namespace
 
 // What the language has no word for, where the processor does: whether any bit is set; values by index; four numbers from
-// each of several places to a vector, and back; and whether there are masks for a part of a vector.
+// each of several places to a vector, and back; and a part of a vector.
 #ifdef FGO_AVX2
 #define FGO_FAST 0
 #else
@@ -120,7 +125,7 @@ double step_scale(double norm, double rho, double curvature) {
 #endif
 #define FGO_NAMESPACE portable
 #define FGO_TARGET
-#define FGO_BYTES 32
+#define FGO_BYTES 16
 #include "fused_sweeps.hpp"
 
 #ifdef FGO_AVX2
@@ -129,16 +134,23 @@ double step_scale(double norm, double rho, double curvature) {
 
 #undef FGO_NAMESPACE
 #undef FGO_TARGET
+#undef FGO_BYTES
+#define FGO_BYTES 32
 #define FGO_NAMESPACE avx2
 #define FGO_TARGET FGO_AVX2
 #define FGO_ANY(m) (!_mm256_testz_si256((__m256i)m, (__m256i)m))
-#define FGO_LOOK_UP(values, index) _mm256_permutevar8x32_ps(values, (__m256i)index)
+#define FGO_LOOK_UP(values, index) _mm256_permutevar_ps(_mm256_broadcast_ps((const __m128 *)(values)), (__m256i)index)
 #define FGO_JOIN(place) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(place(0))), _mm_loadu_ps(place(1)), 1)
 #define FGO_SPLIT(v, place) \
   _mm_storeu_ps(place(0), _mm256_castps256_ps128(v)), _mm_storeu_ps(place(1), _mm256_extractf128_ps(v, 1))
+#define FGO_SOME(count) (__m256i)((mask<float>){0, 1, 2, 3, 4, 5, 6, 7} < count)
+#define FGO_LOAD_SOME(p, count) _mm256_maskload_ps(p, FGO_SOME(count))
+#define FGO_STORE_SOME(p, count, v) _mm256_maskstore_ps(p, FGO_SOME(count), v)
 #include "fused_sweeps.hpp"
 #undef FGO_ANY
 #undef FGO_LOOK_UP
+#undef FGO_LOAD_SOME
+#undef FGO_STORE_SOME
 #undef FGO_JOIN
 #undef FGO_SPLIT
 
@@ -149,7 +161,7 @@ double step_scale(double norm, double rho, double curvature) {
 #define FGO_TARGET FGO_AVX512
 #define FGO_BYTES 64
 #define FGO_ANY(m) (_mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0)
-#define FGO_LOOK_UP(values, index) _mm512_permutexvar_ps((__m512i)index, values)
+#define FGO_LOOK_UP(values, index) _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(values)), (__m512i)index)
 #define FGO_FIRST(place) \
   _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(place(0))), _mm_loadu_ps(place(1)), 1)
 #define FGO_JOIN(place) \
@@ -157,7 +169,8 @@ double step_scale(double norm, double rho, double curvature) {
 #define FGO_SPLIT(v, place) \
   _mm_storeu_ps(place(0), _mm512_castps512_ps128(v)), _mm_storeu_ps(place(1), _mm512_extractf32x4_ps(v, 1)), \
       _mm_storeu_ps(place(2), _mm512_extractf32x4_ps(v, 2)), _mm_storeu_ps(place(3), _mm512_extractf32x4_ps(v, 3))
-#define FGO_MASKS
+#define FGO_LOAD_SOME(p, count) _mm512_maskz_loadu_ps((1u << (count)) - 1, p)
+#define FGO_STORE_SOME(p, count, v) _mm512_mask_storeu_ps(p, (1u << (count)) - 1, v)
 #include "fused_sweeps.hpp"
 #endif
 
@@ -233,11 +246,11 @@ template <class T> int64_t large_gradients(const fgo_task *tasks, int64_t count,
 
 extern "C" {
 
-int fgo_abi() { return 7; }  // of this file and of lines.cpp
+FGO_API int fgo_abi() { return 7; }  // of this file and of lines.cpp
 
 // Sums of a thread go to a buffer of its own and are added up in the order of the threads: the result depends on their
 // number, not on their timing.
-int64_t fgo_norms(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+FGO_API int64_t fgo_norms(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   const sweep run = is_double ? choose<double>().norms : choose<float>().norms;
   std::vector<int64_t> groups(count + 1, 0);
   for (int64_t k = 0; k < count; ++k) groups[k + 1] = groups[k] + tasks[k].groups;
@@ -255,7 +268,7 @@ int64_t fgo_norms(const fgo_task *tasks, int64_t count, const fgo_options *optio
   return 0;
 }
 
-int64_t fgo_update(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+FGO_API int64_t fgo_update(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   const sweep run = is_double ? choose<double>().update : choose<float>().update;
   share(tasks, count, threads, all_chunks,
         [&](int64_t k, int64_t begin, int64_t end, int) { run(tasks + k, options, nullptr, begin, end); });
@@ -263,12 +276,12 @@ int64_t fgo_update(const fgo_task *tasks, int64_t count, const fgo_options *opti
 }
 
 // Returns the number of weights whose gradients alone do not show that the norms of all groups are finite.
-int64_t fgo_large(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+FGO_API int64_t fgo_large(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   return (is_double ? large_gradients<double> : large_gradients<float>)(tasks, count, *options, threads);
 }
 
 // Returns the number of groups that were left out because their norm was not finite.
-int64_t fgo_step(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+FGO_API int64_t fgo_step(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   const sweep run = is_double ? choose<double>().step : choose<float>().step;
   std::vector<int64_t> left_out(threads, 0);
   share(tasks, count, threads, [](const fgo_task &t) { return t.rows; },

@@ -1,5 +1,7 @@
 // The sweeps of fused.cpp, compiled once per instruction set: FGO_NAMESPACE holds them, FGO_TARGET is its attribute,
 // FGO_BYTES the size of its vectors, and FGO_FAST says whether it deserves loops of its own for common sizes and layouts.
+// Every such loop takes seconds to compile, so there are few: 3x3 and 5x5 kernels in the two layouts of a convolution's
+// weight. Other sizes, layouts and per-kernel radii share one loop, and what is left at the end of a row is copied.
 
 namespace {
 namespace FGO_NAMESPACE {
@@ -33,7 +35,7 @@ template <class T> FGO_INLINE vec<T> load(const T *p) {
 }
 
 // values[index[l]] for every lane, index in 0..3.
-template <class T> FGO_INLINE vec<T> look_up(const vec<T> &values, const mask<T> &index) {
+template <class T> FGO_INLINE vec<T> look_up(const T *values, const mask<T> &index) {
 #ifdef FGO_LOOK_UP
   if constexpr (sizeof(T) == 4) return FGO_LOOK_UP(values, index);
 #endif
@@ -44,30 +46,22 @@ template <class T> FGO_INLINE vec<T> look_up(const vec<T> &values, const mask<T>
 
 template <class T> FGO_INLINE void store(T *p, vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// The same of the first `count` numbers alone; a lane beyond them gets the first.
-#ifdef FGO_MASKS
+// The first `count` numbers alone; zeros beyond them.
 template <class T> FGO_INLINE vec<T> load_some(const T *p, int count) {
-  const unsigned some = (1u << count) - 1;
-  if constexpr (sizeof(T) == 4) return _mm512_mask_loadu_ps(_mm512_set1_ps(*p), some, p);
-  else return _mm512_mask_loadu_pd(_mm512_set1_pd(*p), some, p);
-}
-
-template <class T> FGO_INLINE void store_some(T *p, int count, vec<T> v) {
-  const unsigned some = (1u << count) - 1;
-  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, some, v);
-  else _mm512_mask_storeu_pd(p, some, v);
-}
-#else
-template <class T> FGO_INLINE vec<T> load_some(const T *p, int count) {
-  vec<T> v;
-  for (int l = 0; l < lanes<T>; ++l) v[l] = p[l < count ? l : 0];
+#ifdef FGO_LOAD_SOME
+  if constexpr (sizeof(T) == 4) return FGO_LOAD_SOME(p, count);
+#endif
+  vec<T> v = {};
+  for (int l = 0; l < count; ++l) v[l] = p[l];
   return v;
 }
 
 template <class T> FGO_INLINE void store_some(T *p, int count, vec<T> v) {
+#ifdef FGO_STORE_SOME
+  if constexpr (sizeof(T) == 4) return FGO_STORE_SOME(p, count, v);
+#endif
   for (int l = 0; l < count; ++l) p[l] = v[l];
 }
-#endif
 
 // Every 16 bytes of a vector are a part of it, and hold so many numbers.
 template <class T> constexpr int in_part = 16 / sizeof(T);
@@ -103,8 +97,8 @@ template <class T> FGO_INLINE void transpose(vec<T> *v) {
 
 // -- memory ------------------------------------------------------------------------------------------------------
 
-// How the kernels of a vector lie: an entry of all of them side by side, one kernel behind the other, or anyhow. At the end
-// of a row there may be fewer of them than lanes.
+// How the kernels of a vector lie: an entry of all of them side by side, one kernel behind the other, or anyhow. Anyhow, there
+// may be fewer of them than lanes.
 enum class lie { beside, behind, apart };
 
 // An address that the compiler has to take as it is: it would work out one per entry, more than there are registers for.
@@ -115,14 +109,13 @@ template <class T> FGO_INLINE T *at(T *base, int64_t start) {
 }
 
 // Where part `part` of a vector lies in memory, of kernels one behind the other: in the kernel that has this number among
-// those of the part. What is beyond the last kernel repeats the first.
-template <class T, int K> FGO_INLINE float *place(const T *p, int part, int number, int count) {
-  const int kernel = part * in_part<T> + number;
-  return (float *)(p + (kernel < count ? kernel : 0) * K);
+// those of the part.
+template <class T, int K> FGO_INLINE float *place(const T *p, int part, int number) {
+  return (float *)(p + (part * in_part<T> + number) * K);
 }
 
-template <class T, int K> FGO_INLINE vec<T> join(const T *p, int number, int count) {
-#define FGO_PLACE(part) (place<T, K>(p, part, number, count))
+template <class T, int K> FGO_INLINE vec<T> join(const T *p, int number) {
+#define FGO_PLACE(part) (place<T, K>(p, part, number))
 #ifdef FGO_JOIN
   return (vec<T>)FGO_JOIN(FGO_PLACE);
 #else
@@ -132,7 +125,7 @@ template <class T, int K> FGO_INLINE vec<T> join(const T *p, int number, int cou
 #endif
 }
 
-template <class T, int K> FGO_INLINE void split(T *p, int number, int count, vec<T> v) {
+template <class T, int K> FGO_INLINE void split(T *p, int number, vec<T> v) {
 #ifdef FGO_SPLIT
   FGO_SPLIT((vec<float>)v, FGO_PLACE);
 #else
@@ -143,60 +136,76 @@ template <class T, int K> FGO_INLINE void split(T *p, int number, int count, vec
 
 // Entries from number DONE on of kernels one behind the other, a block for every number of a part. The last block begins
 // early, with entries that are there already.
-template <class T, int K, int DONE> FGO_INLINE void read_blocks(const T *p, int count, vec<T> *v) {
+template <class T, int K, int DONE> FGO_INLINE void read_blocks(const T *p, vec<T> *v) {
   if constexpr (DONE < K) {
     constexpr int N = in_part<T>, first = DONE + N <= K ? DONE : K - N;
     vec<T> block[N];
-    for (int k = 0; k < N; ++k) block[k] = join<T, K>(p + first, k, count);
+    for (int k = 0; k < N; ++k) block[k] = join<T, K>(p + first, k);
     transpose<T>(block);
     for (int k = DONE - first; k < N; ++k) v[first + k] = block[k];
-    read_blocks<T, K, DONE + N>(p, count, v);
+    read_blocks<T, K, DONE + N>(p, v);
   }
 }
 
-template <class T, int K, int DONE> FGO_INLINE void write_blocks(T *p, int count, const vec<T> *v) {
+template <class T, int K, int DONE> FGO_INLINE void write_blocks(T *p, const vec<T> *v) {
   if constexpr (DONE < K) {
     constexpr int N = in_part<T>, first = DONE + N <= K ? DONE : K - N;
     vec<T> block[N];
     for (int k = 0; k < N; ++k) block[k] = v[first + k];
     transpose<T>(block);
-    for (int k = 0; k < N; ++k) split<T, K>(p + first, k, count, block[k]);
-    write_blocks<T, K, DONE + N>(p, count, v);
+    for (int k = 0; k < N; ++k) split<T, K>(p + first, k, block[k]);
+    write_blocks<T, K, DONE + N>(p, v);
   }
 }
 
-// Entries of the kernels from p on; a lane beyond the last kernel repeats the first.
+// Entries of kernels that lie anyhow; a lane beyond the last kernel repeats the first.
+template <class T>
+FGO_TARGET __attribute__((noinline, noclone)) void gather(const T *p, const int64_t *offset, int64_t stride, int count, int n, vec<T> *v) {
+  for (int e = 0; e < n; ++e) {
+    const T *from = p + offset[e];
+    if (stride == 1 && count == lanes<T>)
+      v[e] = load<T>(from);
+    else
+      for (int l = 0; l < lanes<T>; ++l) v[e][l] = from[(l < count ? l : 0) * stride];
+  }
+}
+
+template <class T>
+FGO_TARGET __attribute__((noinline, noclone)) void scatter(T *p, const int64_t *offset, int64_t stride, int count, int n, const vec<T> *v) {
+  for (int e = 0; e < n; ++e) {
+    T *to = p + offset[e];
+    if (stride == 1 && count == lanes<T>)
+      store<T>(to, v[e]);
+    else
+      for (int l = 0; l < count; ++l) to[l * stride] = v[e][l];
+  }
+}
+
+// Entries of the kernels from p on.
 template <class T, int K, lie P>
 FGO_INLINE void read(const T *p, const int64_t *offset, int64_t kernel_stride, int count, int size, vec<T> *v) {
-  const int n = K ? K : size;
-  if constexpr (P == lie::beside) {
-    for (int e = 0; e < n; ++e) v[e] = count == lanes<T> ? load<T>(p + offset[e]) : load_some<T>(p + offset[e], count);
-  } else if constexpr (P == lie::behind) {
-    read_blocks<T, K, 0>(p, count, v);
-  } else {
-    for (int e = 0; e < n; ++e)
-      for (int l = 0; l < lanes<T>; ++l) v[e][l] = p[(l < count ? l : 0) * kernel_stride + offset[e]];
-  }
+  if constexpr (P == lie::beside)
+    for (int e = 0; e < K; ++e) v[e] = load<T>(p + offset[e]);
+  else if constexpr (P == lie::behind)
+    read_blocks<T, K, 0>(p, v);
+  else
+    gather<T>(p, offset, kernel_stride, count, size, v);
 }
 
-// A lane beyond the last kernel has the same numbers as the first, and may write them.
 template <class T, int K, lie P>
 FGO_INLINE void write(T *p, const int64_t *offset, int64_t kernel_stride, int count, int size, const vec<T> *v) {
-  const int n = K ? K : size;
-  if constexpr (P == lie::beside) {
-    for (int e = 0; e < n; ++e) count == lanes<T> ? store<T>(p + offset[e], v[e]) : store_some<T>(p + offset[e], count, v[e]);
-  } else if constexpr (P == lie::behind) {
-    write_blocks<T, K, 0>(p, count, v);
-  } else {
-    for (int e = 0; e < n; ++e)
-      for (int l = 0; l < count; ++l) p[l * kernel_stride + offset[e]] = v[e][l];
-  }
+  if constexpr (P == lie::beside)
+    for (int e = 0; e < K; ++e) store<T>(p + offset[e], v[e]);
+  else if constexpr (P == lie::behind)
+    write_blocks<T, K, 0>(p, v);
+  else
+    scatter<T>(p, offset, kernel_stride, count, size, v);
 }
 
 // Asks for as much memory as a vector of kernels fills, to be in the cache of a level.
-template <class T, int K, int LEVEL> FGO_INLINE void prefetch(const T *start, int size) {
+template <class T, int K, int LEVEL> FGO_INLINE void prefetch(const T *start) {
   const char *p = reinterpret_cast<const char *>(start);
-  for (int byte = 0; byte < (K ? K : size) * FGO_BYTES; byte += 64) __builtin_prefetch(p + byte, 0, 4 - LEVEL);
+  for (int byte = 0; byte < K * FGO_BYTES; byte += 64) __builtin_prefetch(p + byte, 0, 4 - LEVEL);
 }
 
 // -- formulas ----------------------------------------------------------------------------------------------------
@@ -311,10 +320,10 @@ FGO_INLINE void multiply_all(vec<T> *y, const vec<T> *z, int a_, int b_) {
   for (int i = 0; i < (A ? A : a_); ++i) multiply<T, B, FULL>(y + i * (B ? B : b_), z, b_);
 }
 
-template <class T, int A, int B> FGO_INLINE vec<T> excess_of(const vec<T> *y, vec<T> *e, const lane_facts<T> &f, int a_, int b_) {
+template <class T, int B> FGO_INLINE vec<T> excess_of(const vec<T> *y, vec<T> *e, const lane_facts<T> &f, int a, int b_) {
   const int b = B ? B : b_;
   for (int k = 0; k < b * b; ++k) e[k] = vec<T>{};
-  for (int i = 0; i < (A ? A : a_); ++i) add_squares<T, B, true>(y + i * b, e, b_);
+  for (int i = 0; i < a; ++i) add_squares<T, B, true>(y + i * b, e, b_);
   return excess<T, B, true>(e, f, b_);
 }
 
@@ -350,123 +359,117 @@ template <class T, int B, bool FULL> FGO_INLINE void series(const vec<T> *e, vec
     }
 }
 
-// z <- (I + e)^(-1/2) for eigenvalues of e in [0, length], by the scaled Newton-Schulz iteration of
-// fgo_geo.linalg.polar_newton_schulz; overwrites e.
-template <class T, int B> FGO_TARGET __attribute__((noinline)) void newton_schulz(vec<T> *e, const vec<T> &length, vec<T> *z, int b_) {
-  const int b = B ? B : b_;
-  constexpr int size = B ? B * B : max_b * max_b;
-  vec<T> step[size], product[size];
-  const vec<T> top = T(safety) * (1 + length), inverse = 1 / top, first_low = root<T>(inverse);
-  vec<T> low = first_low;
-  for (int j = 0; j < b; ++j)
-    for (int k = 0; k < b; ++k) e[j * b + k] = j == k ? (e[j * b + k] + 1) * inverse : e[j * b + k] * inverse;
-  for (int round = 0;; ++round) {
-    const vec<T> rho2 = 3 / (1 + low + low * low), rho = root<T>(rho2);
-    low = rho * low * (3 - rho2 * low * low) * T(0.5);
-    const vec<T> diagonal = T(1.5) * rho, factor = T(-0.5) * rho * rho2;
+// The nearest points to y, however far: spheres and columns by their norms, Stiefel components by one-sided Jacobi rotations
+// y <- y J, z <- z J until the columns of y are orthogonal, which keeps the digits of the shortest ones, and then (y / norms) zᵀ.
+FGO_TARGET __attribute__((noinline)) static void nearest(vec<double> *y, const lane_facts<double> &f, int a, int b) {
+  const vec<double> none = {}, one = none + 1.0;
+  vec<double> largest = none + std::numeric_limits<double>::min(), norms[max_b] = {}, z[max_b * max_b] = {}, row[max_b];
+  for (int k = 0; k < a * b; ++k) {  // of which the result is independent, and squares stay finite
+    const vec<double> size = y[k] < 0 ? -y[k] : y[k];
+    largest = size > largest ? size : largest;
+  }
+  const vec<double> unit = f.kind == 0 ? one : 1 / largest;
+  for (int k = 0; k < a * b; ++k) y[k] *= unit;
+  for (int j = 0; j < b; ++j) z[j * b + j] = one;
+  bool turns = f.any_stiefel;
+  for (int round = 0; turns && round < most_rounds; ++round) {
+    turns = false;
     for (int j = 0; j < b; ++j)
-      for (int k = 0; k < b; ++k) step[j * b + k] = j == k ? diagonal + factor * e[j * b + k] : factor * e[j * b + k];
-    if (round == 0) {
-      for (int k = 0; k < b * b; ++k) z[k] = step[k];
-    } else {
-      commuting_product<T, B>(z, step, product, b_);
-      for (int k = 0; k < b * b; ++k) z[k] = product[k];
-    }
-    if (round == most_rounds || !any<T>(1 - low > precision<T>)) break;
-    commuting_product<T, B>(step, e, product, b_);
-    commuting_product<T, B>(product, step, e, b_);
-  }
-  for (int k = 0; k < b * b; ++k) z[k] *= first_low;
-}
-
-// The same for a longer step, in single precision for one of up to ten radii: beyond, yᵀy would lose what is to be found.
-template <class T, int A, int B>
-FGO_TARGET __attribute__((noinline)) void retract_far(vec<T> *y, vec<T> *e, vec<T> *z, const vec<T> &length,
-                                                      const lane_facts<T> &f, int a_, int b_) {
-  const int a = A ? A : a_, b = B ? B : b_;
-  if constexpr (sizeof(T) == 4) {
-    if (any<T>(length > T(100))) {
-      constexpr int size = A ? A * B : max_a * max_b;
-      constexpr int L = lanes<double>;
-      for (int half = 0; half < lanes<T>; half += L) {
-        lane_facts<double> facts;
-        vec<double> long_y[size], long_e[B ? B * B : max_b * max_b], long_z[B ? B * B : max_b * max_b], long_length;
-        for (int l = 0; l < L; ++l) {
-          facts.kind[l] = f.kind[half + l];
-          facts.inverse_square[l] = f.inverse_square[half + l];
-          long_length[l] = length[half + l];
+      for (int k = j + 1; k < b; ++k) {
+        vec<double> p = none, q = none, mixed = none;
+        for (int i = 0; i < a; ++i) {
+          p += y[i * b + j] * y[i * b + j];
+          q += y[i * b + k] * y[i * b + k];
+          mixed += y[i * b + j] * y[i * b + k];
         }
-        facts.any_stiefel = f.any_stiefel;
-        for (int k = 0; k < a * b; ++k)
-          for (int l = 0; l < L; ++l) long_y[k][l] = y[k][half + l];
-        excess_of<double, A, B>(long_y, long_e, facts, a, b);
-        retract_far<double, A, B>(long_y, long_e, long_z, long_length, facts, a, b);
-        for (int k = 0; k < a * b; ++k)
-          for (int l = 0; l < L; ++l) y[k][half + l] = T(long_y[k][l]);
+        const mask<double> oblique = (f.kind > 2) & (mixed * mixed > precision<double> * precision<double> * p * q);
+        if (!any<double>(oblique)) continue;
+        turns = true;
+        const vec<double> slope = (q - p) / (2 * (oblique ? mixed : one));
+        const vec<double> size = slope < 0 ? -slope : slope;
+        const vec<double> flat = 1 / (size + root<double>(1 + size * size)), tangent = slope < 0 ? -flat : flat;
+        const vec<double> cosine = oblique ? 1 / root<double>(1 + tangent * tangent) : one;
+        const vec<double> sine = oblique ? cosine * tangent : none;
+        auto turn = [&](vec<double> *m, int rows) FGO_TARGET {
+          for (int i = 0; i < rows; ++i) {
+            const vec<double> left = m[i * b + j], right = m[i * b + k];
+            m[i * b + j] = cosine * left - sine * right;
+            m[i * b + k] = sine * left + cosine * right;
+          }
+        };
+        turn(y, a);
+        turn(z, b);
       }
-      return;
+  }
+  vec<double> total = none;
+  for (int j = 0; j < b; ++j) {
+    for (int i = 0; i < a; ++i) norms[j] += y[i * b + j] * y[i * b + j];
+    total += norms[j];
+  }
+  for (int j = 0; j < b; ++j) {
+    const vec<double> square = (f.kind == 1 ? total : norms[j]) * f.inverse_square;
+    const vec<double> inverse = (f.kind > 2) & (square == 0) ? none : 1 / root<double>(square);
+    norms[j] = f.kind == 0 ? one : inverse;
+  }
+  for (int i = 0; i < a; ++i) {
+    for (int k = 0; k < b; ++k) row[k] = y[i * b + k] * norms[k];
+    for (int j = 0; j < b; ++j) {
+      vec<double> turned_back = none;
+      for (int k = 0; k < b; ++k) turned_back += row[k] * z[j * b + k];
+      y[i * b + j] = f.kind > 2 ? turned_back : row[j];
     }
   }
-  newton_schulz<T, B>(e, length, z, b_);
-  multiply_all<T, A, B, true>(y, z, a_, b_);
-  excess_of<T, A, B>(y, e, f, a_, b_);  // what rounding has left
-  series<T, B, true>(e, z, false, b_);
-  multiply_all<T, A, B, true>(y, z, a_, b_);
 }
 
-// What one series does not reach, y <- y (I + E)^(-1/2); `length` is ‖u‖² / r² of the step u that led to y.
-template <class T, int A, int B>
-FGO_TARGET __attribute__((noinline)) void retract_further(vec<T> *y, const vec<T> &length, const lane_facts<T> &f, int a_, int b_) {
-  const int a = A ? A : a_, b = B ? B : b_;
-  constexpr int size = B ? B * B : max_b * max_b;
-  vec<T> e[size], z[size], distance = excess_of<T, A, B>(y, e, f, a_, b_);
+// What one series does not reach, y <- y (I + E)^(-1/2).
+template <class T, int B>
+FGO_TARGET __attribute__((noinline)) void retract_further(vec<T> *y, const lane_facts<T> &f, int a, int b_) {
+  const int b = B ? B : b_;
+  constexpr int size = B ? B * B : max_b * max_b, L = lanes<double>;
+  vec<T> e[size], z[size], distance = excess_of<T, B>(y, e, f, a, b_);
   if (!any<T>(~(distance <= repeat_limit<T>))) {  // again and again: what is left is of fifth order
     while (any<T>(~(distance <= series_limit<T>[1]))) {
       series<T, B, true>(e, z, true, b_);
-      multiply_all<T, A, B, true>(y, z, a_, b_);
-      distance = excess_of<T, A, B>(y, e, f, a_, b_);
+      multiply_all<T, 0, B, true>(y, z, a, b_);
+      distance = excess_of<T, B>(y, e, f, a, b_);
     }
     series<T, B, true>(e, z, true, b_);
-    multiply_all<T, A, B, true>(y, z, a_, b_);
+    multiply_all<T, 0, B, true>(y, z, a, b_);
     return;
   }
-  // Spheres first, and exactly: this holds however far the component was off its manifold.
-  const vec<T> none = {}, one = none + T(1);
-  const mask<T> spherical = (f.kind == 1) | (f.kind == 2);
-  for (int j = 0; j < b; ++j) {
-    const vec<T> stretch = spherical ? 1 / root<T>(1 + e[j * b + j]) : one;
-    for (int i = 0; i < a; ++i) y[i * b + j] *= stretch;
-    e[j * b + j] = spherical ? none : e[j * b + j];
+  for (int first = 0; first < lanes<T>; first += L) {
+    lane_facts<double> facts;
+    vec<double> far_y[max_a * max_b];
+    for (int l = 0; l < L; ++l) facts.kind[l] = f.kind[first + l], facts.inverse_square[l] = f.inverse_square[first + l];
+    facts.any_stiefel = f.any_stiefel;
+    for (int k = 0; k < a * b; ++k)
+      for (int l = 0; l < L; ++l) far_y[k][l] = y[k][first + l];
+    nearest(far_y, facts, a, b);
+    for (int k = 0; k < a * b; ++k)
+      for (int l = 0; l < L; ++l) y[k][first + l] = T(far_y[k][l]);
   }
-  if (!f.any_stiefel) return;
-  // ‖E‖ beyond what the step explains: a point that was not on its manifold.
-  const vec<T> explained = length + T(4e-3), measured = root<T>(distance);
-  const mask<T> astray = ~(distance <= T(b) * explained * explained);
-  const vec<T> bound = f.kind > 2 ? (astray ? measured : length) : none;
-  retract_far<T, A, B>(y, e, z, bound, f, a_, b_);
 }
 
 // -- sweeps ------------------------------------------------------------------------------------------------------
 
 // A task and its options, as the sweeps use them.
-template <class T, int A, int B> struct setting {
-  static constexpr int size = A ? A * B : max_a * max_b;
+template <class T> struct setting {
   int a, b, n;
-  int64_t offset[size];  // of a component's entries
+  const int64_t *offset;  // of a component's entries
   int64_t rows, columns, row_stride, column_stride;
   T *weight, *buffer;
-  const T *grad, *radii, *scales;
+  const T *grad, *history, *radii, *scales;  // history: the momentum, or what takes its place at a factor of zero
   const int32_t *codes, *row_groups;
   bool old, skips, nesterov, invariant;  // old: the buffer holds momentum
-  T sign, decay, lr, momentum, take;
-  vec<T> inverse_squares;  // of the radius of every kind
+  T sign, decay, lr, momentum, remembered, take;
+  T inverse_squares[4];  // of the radius of every kind
 };
 
-template <class T, int A, int B> FGO_INLINE setting<T, A, B> setting_of(const fgo_task &t, const fgo_options &o) {
-  setting<T, A, B> s;
-  s.a = A ? A : t.a, s.b = B ? B : t.b, s.n = s.a * s.b;
+template <class T> FGO_TARGET setting<T> setting_of(const fgo_task &t, const fgo_options &o, int64_t *offset) {
+  setting<T> s;
+  s.a = t.a, s.b = t.b, s.n = s.a * s.b, s.offset = offset;
   for (int i = 0; i < s.a; ++i)
-    for (int j = 0; j < s.b; ++j) s.offset[i * s.b + j] = i * int64_t(t.i_stride) + j * int64_t(t.j_stride);
+    for (int j = 0; j < s.b; ++j) offset[i * s.b + j] = i * int64_t(t.i_stride) + j * int64_t(t.j_stride);
   s.rows = t.rows, s.columns = t.columns, s.row_stride = t.row_stride, s.column_stride = t.column_stride;
   s.weight = static_cast<T *>(t.weight), s.buffer = static_cast<T *>(t.buffer);
   s.grad = static_cast<const T *>(t.grad);
@@ -474,9 +477,10 @@ template <class T, int A, int B> FGO_INLINE setting<T, A, B> setting_of(const fg
   s.codes = t.codes, s.row_groups = t.row_groups;
   s.old = t.buffer && !t.first, s.skips = t.skips;
   s.nesterov = t.buffer && o.nesterov, s.invariant = o.radius_invariant;
-  s.sign = o.maximize ? T(-1) : T(1), s.decay = T(o.weight_decay), s.lr = T(o.lr), s.momentum = T(o.momentum);
+  s.history = s.old ? s.buffer : s.weight;
+  s.sign = o.maximize ? T(-1) : T(1), s.decay = T(o.weight_decay), s.lr = T(o.lr);
+  s.momentum = T(o.momentum), s.remembered = s.old ? s.momentum : T(0);
   s.take = s.sign * (s.old ? T(1 - o.dampening) : T(1));
-  s.inverse_squares = vec<T>{};
   for (int k = 0; k < 4; ++k) s.inverse_squares[k] = T(1 / (t.radius[k] * t.radius[k]));
   return s;
 }
@@ -487,14 +491,12 @@ struct stretch {
   int count;
 };
 
-template <class T, int A, int B>
-FGO_INLINE stretch stretch_at(const setting<T, A, B> &s, int64_t row, int64_t column, int64_t last) {
+template <class T> FGO_INLINE stretch stretch_at(const setting<T> &s, int64_t row, int64_t column, int64_t last) {
   const int64_t left = last - column;
   return {row * s.columns + column, row * s.row_stride + column * s.column_stride, left < lanes<T> ? int(left) : lanes<T>};
 }
 
-template <class T, int A, int B, bool RADII>
-FGO_INLINE lane_facts<T> learn(const setting<T, A, B> &s, const stretch &v) {
+template <class T, lie P> FGO_INLINE lane_facts<T> learn(const setting<T> &s, const stretch &v) {
   constexpr int L = lanes<T>;
   const int32_t *codes = s.codes + v.kernel;
   lane_facts<T> f;
@@ -504,7 +506,7 @@ FGO_INLINE lane_facts<T> learn(const setting<T, A, B> &s, const stretch &v) {
   } else {
     for (int l = 0; l < L; ++l) f.kind[l] = codes[l < v.count ? l : 0] & 3;
   }
-  if constexpr (RADII) {
+  if (P == lie::apart && s.radii) {
     for (int l = 0; l < L; ++l) {
       const T radius = s.radii[v.kernel + (l < v.count ? l : 0)];
       f.inverse_square[l] = 1 / (radius * radius);
@@ -518,7 +520,7 @@ FGO_INLINE lane_facts<T> learn(const setting<T, A, B> &s, const stretch &v) {
 
 // Weight and gradient, weight decay included, of `count` kernels, the first of which begins at `start`.
 template <class T, int A, int B, lie P>
-FGO_INLINE void read_both(const setting<T, A, B> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> *w, vec<T> *h) {
+FGO_INLINE void read_both(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> *w, vec<T> *h) {
   read<T, A * B, P>(at(s.weight, start), s.offset, s.column_stride, count, s.n, w);
   read<T, A * B, P>(at(s.grad, start), s.offset, s.column_stride, count, s.n, h);
   if (s.decay != 0) {
@@ -529,9 +531,10 @@ FGO_INLINE void read_both(const setting<T, A, B> &s, int64_t start, int count, c
 
 // Squared norms of the Riemannian gradients of `count` kernels.
 template <class T, int A, int B, lie P, bool FULL>
-FGO_INLINE vec<T> squares_of(const setting<T, A, B> &s, int64_t start, int count, const lane_facts<T> &f) {
+FGO_INLINE vec<T> squares_of(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f) {
+  constexpr int entries = A ? A * B : max_a * max_b;
   const int a = A ? A : s.a, b = B ? B : s.b;
-  vec<T> w[s.size], h[s.size], normal[B ? B * B : max_b * max_b] = {}, sum = {};
+  vec<T> w[entries], h[entries], normal[B ? B * B : max_b * max_b] = {}, sum = {};
   read_both<T, A, B, P>(s, start, count, f, w, h);
   for (int i = 0; i < a; ++i) add_products<T, B, FULL>(w + i * b, h + i * b, normal, s.b);
   normal_factor<T, B, FULL>(normal, f, s.b);
@@ -544,30 +547,46 @@ FGO_INLINE vec<T> squares_of(const setting<T, A, B> &s, int64_t start, int count
   return s.invariant ? sum / f.inverse_square : sum;
 }
 
-// The step of `count` kernels; PLAIN: with momentum and nothing out of the ordinary.
-template <class T, int A, int B, lie P, bool PLAIN, bool FULL>
-FGO_INLINE void step_of(const setting<T, A, B> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> rate) {
-  constexpr int size = B ? B * B : max_b * max_b;
+// Nesterov's direction, from the momentum in `u`.
+template <class T, int B>
+FGO_TARGET __attribute__((noinline)) void look_ahead(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f,
+                                                     const vec<T> &rate, vec<T> *w, vec<T> *u) {
+  vec<T> h[max_a * max_b];
+  const vec<T> none = {};
+  read_both<T, 0, 0, lie::apart>(s, start, count, f, w, h);
+  if (s.skips)
+    for (int k = 0; k < s.n; ++k) h[k] = rate == none ? none : h[k];
+  project<T, 0, B, true>(w, h, f, s.a, s.b);
+  for (int k = 0; k < s.n; ++k) u[k] = s.sign * rate * h[k] + s.momentum * u[k];
+}
+
+// The step of `count` kernels.
+template <class T, int A, int B, lie P, bool FULL>
+FGO_INLINE void step_of(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> rate) {
+  constexpr int entries = A ? A * B : max_a * max_b, size = B ? B * B : max_b * max_b;
   const int n = A ? A * B : s.n, a = A ? A : s.a, b = B ? B : s.b;
   const vec<T> none = {};
-  vec<T> w[s.size], h[s.size], u[s.size], normal[size] = {}, e[size] = {}, z[size];
+  vec<T> w[entries], h[entries], u[entries], normal[size] = {}, e[size] = {}, z[size];
   read_both<T, A, B, P>(s, start, count, f, w, h);
-  if (!PLAIN && s.skips)
+  if (s.skips)
     for (int k = 0; k < n; ++k) h[k] = rate == none ? none : h[k];
   if (s.invariant) rate /= f.inverse_square;
   const vec<T> share = s.take * rate;
-  if (PLAIN || s.old) read<T, A * B, P>(at(s.buffer, start), s.offset, s.column_stride, count, s.n, u);
+  read<T, A * B, P>(at(s.history, start), s.offset, s.column_stride, count, s.n, u);
   for (int i = 0; i < a; ++i) {  // momentum and gradient are projected at once: it is linear
-    for (int k = i * b; k < i * b + b; ++k)
-      u[k] = PLAIN || s.old ? s.momentum * u[k] + share * h[k] : share * h[k];
+    for (int k = i * b; k < i * b + b; ++k) u[k] = s.remembered * u[k] + share * h[k];
     add_products<T, B, FULL>(w + i * b, u + i * b, normal, s.b);
   }
   normal_factor<T, B, FULL>(normal, f, s.b);
   for (int i = 0; i < a; ++i) subtract_normal<T, B, FULL>(w + i * b, normal, u + i * b, s.b);
-  if (PLAIN || s.buffer) write<T, A * B, P>(at(s.buffer, start), s.offset, s.column_stride, count, s.n, u);
-  if (!PLAIN && s.nesterov) {
-    project<T, A, B, FULL>(w, h, f, s.a, s.b);
-    for (int k = 0; k < n; ++k) u[k] = s.sign * rate * h[k] + s.momentum * u[k];
+  if (s.buffer) write<T, A * B, P>(at(s.buffer, start), s.offset, s.column_stride, count, s.n, u);
+  if (s.nesterov) {  // on copies: what is rare must not cost the others registers
+    vec<T> far_w[entries], far_u[entries];
+    for (int k = 0; k < n; ++k) far_w[k] = w[k], far_u[k] = u[k];
+    const lane_facts<T> facts = f;
+    const vec<T> own_rate = rate;
+    look_ahead<T, B>(s, start, count, facts, own_rate, far_w, far_u);
+    for (int k = 0; k < n; ++k) u[k] = far_u[k];
   }
   for (int i = 0; i < a; ++i) {
     for (int k = i * b; k < i * b + b; ++k) w[k] -= s.lr * u[k];
@@ -579,14 +598,10 @@ FGO_INLINE void step_of(const setting<T, A, B> &s, int64_t start, int count, con
     series<T, B, FULL>(e, z, two_more, s.b);
     multiply_all<T, A, B, FULL>(w, z, s.a, s.b);
   } else {  // rare, and on copies
-    vec<T> far_w[s.size], length = {};
-    for (int k = 0; k < n; ++k) {
-      far_w[k] = w[k];
-      length += u[k] * u[k];
-    }
-    const vec<T> far_length = length * (s.lr * s.lr) * f.inverse_square;
+    vec<T> far_w[entries];
+    for (int k = 0; k < n; ++k) far_w[k] = w[k];
     const lane_facts<T> facts = f;
-    retract_further<T, A, B>(far_w, far_length, facts, s.a, s.b);
+    retract_further<T, B>(far_w, facts, a, s.b);
     for (int k = 0; k < n; ++k) w[k] = far_w[k];
   }
   write<T, A * B, P>(at(s.weight, start), s.offset, s.column_stride, count, s.n, w);
@@ -599,61 +614,95 @@ template <class T> FGO_INLINE vec<T> rates_of(const T *scales, const int32_t *co
   return rate;
 }
 
-// What is left of a row where there are fewer kernels than lanes.
-template <class T, int A, int B, lie P, bool RADII>
-FGO_TARGET __attribute__((noinline)) void squares_of_rest(const setting<T, A, B> &s, const stretch &v, vec<T> *sum) {
-  *sum = squares_of<T, A, B, P, true>(s, v.start, v.count, learn<T, A, B, RADII>(s, v));
-  for (int l = v.count; l < lanes<T>; ++l) (*sum)[l] = 0;
-}
-
-template <class T, int A, int B, lie P, bool RADII>
-FGO_TARGET __attribute__((noinline)) void step_of_rest(const setting<T, A, B> &s, const stretch &v, const vec<T> &rate) {
-  step_of<T, A, B, P, false, true>(s, v.start, v.count, learn<T, A, B, RADII>(s, v), rate);
-}
-
 // Where the parts of a step ask for memory ahead of time.
 enum class ahead { nothing, own_momentum, next_row };
 
 // Side by side, the memory of the same columns one row on: nine or more streams, each a few cache lines long, are beyond
 // what the processor foresees by itself, but all of them together are one stream, which is what is asked for here. One
 // behind the other, kernels are streams that it does foresee, but not over the borders of pages.
-template <class T, int A, int B, lie P>
-FGO_INLINE void prefetch_vector(const setting<T, A, B> &s, int64_t row, int64_t column, bool momentum, ahead what) {
+template <class T, int K, lie P>
+FGO_INLINE void prefetch_vector(const setting<T> &s, int64_t row, int64_t column, bool momentum, ahead what) {
   const int64_t place = column * s.n + row * s.row_stride;
   if constexpr (P == lie::behind) {
-    prefetch<T, A * B, 1>(s.weight + place + near, s.n);
-    prefetch<T, A * B, 1>(s.grad + place + near, s.n);
-    if (momentum) prefetch<T, A * B, 1>(s.buffer + place + near, s.n);
+    prefetch<T, K, 1>(s.weight + place + near);
+    prefetch<T, K, 1>(s.grad + place + near);
+    if (momentum) prefetch<T, K, 1>(s.buffer + place + near);
   } else if constexpr (P == lie::beside) {
-    if (what == ahead::own_momentum) prefetch<T, A * B, 2>(s.buffer + place, s.n);
+    if (what == ahead::own_momentum) prefetch<T, K, 2>(s.buffer + place);
     if (what != ahead::next_row || row + 1 >= s.rows) return;
-    prefetch<T, A * B, 2>(s.weight + place + s.row_stride, s.n);
-    prefetch<T, A * B, 2>(s.grad + place + s.row_stride, s.n);
-    if (momentum) prefetch<T, A * B, 2>(s.buffer + place + s.row_stride, s.n);
+    prefetch<T, K, 2>(s.weight + place + s.row_stride);
+    prefetch<T, K, 2>(s.grad + place + s.row_stride);
+    if (momentum) prefetch<T, K, 2>(s.buffer + place + s.row_stride);
   }
 }
 
+// What is left of a row where there are fewer kernels than lanes, as a row of its own: an entry of all of them side by side,
+// and Euclidean zeros beyond the last.
+template <class T, int K> struct rest {
+  static constexpr int L = lanes<T>;
+  setting<T> own;
+  vec<T> weight[K], grad[K], buffer[K];
+  int64_t offset[K];
+  int32_t codes[L];
+
+  FGO_TARGET rest(const setting<T> &s, const stretch &v) : own(s) {
+    for (int l = 0; l < L; ++l) codes[l] = l < v.count ? s.codes[v.kernel + l] : 0;
+    take(s, v, s.weight, weight), take(s, v, s.grad, grad);
+    if (s.old) take(s, v, s.buffer, buffer);
+    for (int e = 0; e < K; ++e) offset[e] = e * L;
+    own.offset = offset, own.codes = codes, own.columns = L, own.column_stride = 1;
+    own.weight = reinterpret_cast<T *>(weight), own.grad = reinterpret_cast<T *>(grad);
+    own.buffer = s.buffer ? reinterpret_cast<T *>(buffer) : nullptr, own.history = s.old ? own.buffer : own.weight;
+  }
+
+  FGO_INLINE void take(const setting<T> &s, const stretch &v, const T *p, vec<T> *to) {
+    const vec<T> none = {};
+    for (int e = 0; e < K; ++e) {
+      const T *from = p + v.start + s.offset[e];
+      to[e] = s.column_stride == 1 ? load_some<T>(from, v.count) : none;
+      for (int l = 0; s.column_stride != 1 && l < v.count; ++l) to[e][l] = from[l * s.column_stride];
+    }
+  }
+
+  FGO_INLINE void put(const setting<T> &s, const stretch &v, const vec<T> *from, T *p) {
+    for (int e = 0; e < K; ++e) {
+      T *to = p + v.start + s.offset[e];
+      if (s.column_stride == 1)
+        store_some<T>(to, v.count, from[e]);
+      else
+        for (int l = 0; l < v.count; ++l) to[l * s.column_stride] = from[e][l];
+    }
+  }
+
+  FGO_TARGET void put_back(const setting<T> &s, const stretch &v) const {
+    put(s, v, weight, s.weight);
+    if (s.buffer) put(s, v, buffer, s.buffer);
+  }
+};
+
 // Adds the squared norms of the kernels of a row's columns to the sums of their groups, or to `row_sums` per kind.
-template <class T, int A, int B, lie P, bool RADII>
-FGO_TARGET __attribute__((noinline)) void sum_columns(const setting<T, A, B> &s, int64_t row, int64_t first, int64_t last,
-                                                      double *sums, double *row_sums, ahead what) {
+template <class T, int A, int B, lie P>
+FGO_TARGET __attribute__((noinline, noclone)) void sum_columns(const setting<T> &s, int64_t row, int64_t first, int64_t last, double *sums,
+                                                      double *row_sums, ahead what) {
   constexpr int L = lanes<T>;
   const vec<T> none = {};
   vec<T> by_kind[4] = {};
   for (int64_t column = first; column < last; column += L) {
     const stretch v = stretch_at(s, row, column, last);
-    prefetch_vector<T, A, B, P>(s, row, column, false, what);
-    const lane_facts<T> f = learn<T, A, B, RADII>(s, v);
-    vec<T> sum;
-    if (v.count == L) {
-      sum = f.any_stiefel ? squares_of<T, A, B, P, true>(s, v.start, L, f) : squares_of<T, A, B, P, false>(s, v.start, L, f);
-    } else {
-      vec<T> rest;
-      squares_of_rest<T, A, B, P, RADII>(s, v, &rest);
-      sum = rest;
-    }
+    prefetch_vector<T, A * B, P>(s, row, column, false, what);
+    if constexpr (P != lie::apart)
+      if (v.count < L) {
+        const rest<T, A * B> left(s, v);
+        sum_columns<T, A, B, lie::beside>(left.own, 0, 0, L, sums, row_sums, ahead::nothing);
+        break;
+      }
+    const lane_facts<T> f = learn<T, P>(s, v);
+    const vec<T> sum = f.any_stiefel ? squares_of<T, A, B, P, true>(s, v.start, v.count, f)
+                                     : squares_of<T, A, B, P, false>(s, v.start, v.count, f);
     if (!row_sums)
       for (int l = 0; l < v.count; ++l) sums[(s.codes[v.kernel + l] >> 2) * 2 + (l & 1)] += sum[l];
+    else if (P == lie::apart)
+      for (int l = 0; l < v.count; ++l) row_sums[f.kind[l]] += sum[l];
     else
       for (int k = 0; k < 4; ++k) by_kind[k] += f.kind == k ? sum : none;
   }
@@ -663,24 +712,26 @@ FGO_TARGET __attribute__((noinline)) void sum_columns(const setting<T, A, B> &s,
 }
 
 // Takes the step of the kernels of a row's columns, at the rates of their groups or at `row_scales` per kind.
-template <class T, int A, int B, lie P, bool PLAIN, bool RADII>
-FGO_TARGET __attribute__((noinline)) void step_columns(const setting<T, A, B> &s, int64_t row, int64_t first, int64_t last,
-                                                       const vec<T> *row_scales, ahead what) {
+template <class T, int A, int B, lie P>
+FGO_TARGET __attribute__((noinline, noclone)) void step_columns(const setting<T> &s, int64_t row, int64_t first, int64_t last,
+                                                       const T *row_scales, ahead what) {
   constexpr int L = lanes<T>;
   for (int64_t column = first; column < last; column += L) {
     const stretch v = stretch_at(s, row, column, last);
-    prefetch_vector<T, A, B, P>(s, row, column, PLAIN, what);
-    const lane_facts<T> f = learn<T, A, B, RADII>(s, v);
-    const vec<T> rate = row_scales ? look_up<T>(*row_scales, f.kind) : rates_of<T>(s.scales, s.codes + v.kernel, v.count);
-    if (v.count == L) {
-      if (f.any_stiefel)
-        step_of<T, A, B, P, PLAIN, true>(s, v.start, L, f, rate);
-      else
-        step_of<T, A, B, P, PLAIN, false>(s, v.start, L, f, rate);
-    } else {
-      const vec<T> rest = rate;
-      step_of_rest<T, A, B, P, RADII>(s, v, rest);
-    }
+    prefetch_vector<T, A * B, P>(s, row, column, s.old, what);
+    if constexpr (P != lie::apart)
+      if (v.count < L) {
+        const rest<T, A * B> left(s, v);
+        step_columns<T, A, B, lie::beside>(left.own, 0, 0, L, row_scales, ahead::nothing);
+        left.put_back(s, v);
+        break;
+      }
+    const lane_facts<T> f = learn<T, P>(s, v);
+    const vec<T> rate = row_scales ? look_up<T>(row_scales, f.kind) : rates_of<T>(s.scales, s.codes + v.kernel, v.count);
+    if (f.any_stiefel)
+      step_of<T, A, B, P, true>(s, v.start, v.count, f, rate);
+    else
+      step_of<T, A, B, P, false>(s, v.start, v.count, f, rate);
   }
 }
 
@@ -690,7 +741,7 @@ struct piece {
   const int32_t *groups;
 };
 
-template <class T, int A, int B> FGO_INLINE piece piece_of(const setting<T, A, B> &s, int64_t row, int64_t first) {
+template <class T> FGO_INLINE piece piece_of(const setting<T> &s, int64_t row, int64_t first) {
   const int64_t last = first + chunk < s.columns ? first + chunk : s.columns;
   return {row, first, last, s.row_groups ? s.row_groups + 4 * row : nullptr};
 }
@@ -714,14 +765,15 @@ template <class T> FGO_TARGET double squares_of_run(const T *p, int64_t count) {
 
 // The first sweep: rows in chunks, the norms of whose groups are added to `sums`, two places each.
 struct norms_sweep {
-  template <class T, int A, int B, lie P, bool PLAIN, bool RADII>
+  template <class T, int A, int B, lie P>
   FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *sums, int64_t begin, int64_t end) {
-    const setting<T, A, B> s = setting_of<T, A, B>(*task, *options);
+    int64_t offset[max_a * max_b];
+    const setting<T> s = setting_of<T>(*task, *options, offset);
     const int64_t per_row = chunks_per_row(*task);
     for (int64_t number = begin; number < end; ++number) {
       const piece p = piece_of(s, number / per_row, number % per_row * chunk);
       double row_sums[4] = {};
-      sum_columns<T, A, B, P, RADII>(s, p.row, p.first, p.last, sums, p.groups ? row_sums : nullptr, ahead::next_row);
+      sum_columns<T, A, B, P>(s, p.row, p.first, p.last, sums, p.groups ? row_sums : nullptr, ahead::next_row);
       for (int k = 0; p.groups && k < 4; ++k)
         if (p.groups[k] >= 0) sums[2 * p.groups[k]] += row_sums[k];
     }
@@ -731,15 +783,16 @@ struct norms_sweep {
 
 // The second sweep, at the given rates.
 struct update_sweep {
-  template <class T, int A, int B, lie P, bool PLAIN, bool RADII>
+  template <class T, int A, int B, lie P>
   FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
-    const setting<T, A, B> s = setting_of<T, A, B>(*task, *options);
+    int64_t offset[max_a * max_b];
+    const setting<T> s = setting_of<T>(*task, *options, offset);
     const int64_t per_row = chunks_per_row(*task);
     for (int64_t number = begin; number < end; ++number) {
       const piece p = piece_of(s, number / per_row, number % per_row * chunk);
-      vec<T> row_scales = {};
+      T row_scales[4] = {};
       for (int k = 0; p.groups && k < 4; ++k) row_scales[k] = p.groups[k] < 0 ? T(0) : s.scales[p.groups[k]];
-      step_columns<T, A, B, P, PLAIN, RADII>(s, p.row, p.first, p.last, p.groups ? &row_scales : nullptr, ahead::next_row);
+      step_columns<T, A, B, P>(s, p.row, p.first, p.last, p.groups ? row_scales : nullptr, ahead::next_row);
     }
     return 0;
   }
@@ -747,18 +800,19 @@ struct update_sweep {
 
 // Both at once, where the groups of a row are its own: what the norms have read is still in the cache for the step.
 struct whole_step {
-  template <class T, int A, int B, lie P, bool PLAIN, bool RADII>
+  template <class T, int A, int B, lie P>
   FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
-    const setting<T, A, B> s = setting_of<T, A, B>(*task, *options);
+    int64_t offset[max_a * max_b];
+    const setting<T> s = setting_of<T>(*task, *options, offset);
     int64_t left_out = 0;
     for (int64_t row = begin; row < end; ++row) {
       const int32_t *groups = s.row_groups + 4 * row;
       double row_sums[4] = {};
       for (int64_t first = 0; first < s.columns; first += chunk) {
         const piece p = piece_of(s, row, first);
-        sum_columns<T, A, B, P, RADII>(s, row, first, p.last, nullptr, row_sums, PLAIN ? ahead::own_momentum : ahead::nothing);
+        sum_columns<T, A, B, P>(s, row, first, p.last, nullptr, row_sums, s.old ? ahead::own_momentum : ahead::nothing);
       }
-      vec<T> row_scales = {};
+      T row_scales[4] = {};
       const int64_t before = left_out;
       for (int k = 0; k < 4; ++k) {
         if (groups[k] < 0) continue;
@@ -770,44 +824,37 @@ struct whole_step {
         left_out += !finite;
       }
       if (left_out == before) {
-        step_columns<T, A, B, P, PLAIN, RADII>(s, row, 0, s.columns, &row_scales, ahead::next_row);
+        step_columns<T, A, B, P>(s, row, 0, s.columns, row_scales, ahead::next_row);
       } else {
-        setting<T, A, B> careful = s;
+        setting<T> careful = s;
         careful.skips = true;
-        step_columns<T, A, B, P, false, RADII>(careful, row, 0, s.columns, &row_scales, ahead::next_row);
+        step_columns<T, A, B, P>(careful, row, 0, s.columns, row_scales, ahead::next_row);
       }
     }
     return left_out;
   }
 };
 
-template <class SWEEP, class T, int A, int B, lie P, bool RADII>
-FGO_TARGET int64_t run_at_layout(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
-  if constexpr (A > 0 && P != lie::apart)
-    if (t->buffer && !t->first && !t->skips && !o->nesterov)
-      return SWEEP::template run<T, A, B, P, true, RADII>(t, o, sums, begin, end);
-  return SWEEP::template run<T, A, B, P, false, RADII>(t, o, sums, begin, end);
-}
-
 template <class SWEEP, class T, int A, int B>
-FGO_TARGET int64_t run_at_size(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
+FGO_TARGET bool run_at_size(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end, int64_t *result) {
   const bool beside = t->column_stride == 1;
   const bool behind = t->column_stride == t->a * t->b && t->i_stride == t->b && t->j_stride == 1;
-  if (t->radii) return run_at_layout<SWEEP, T, 0, 0, lie::apart, true>(t, o, sums, begin, end);
-  if constexpr (FGO_FAST) {
-    if (beside) return run_at_layout<SWEEP, T, A, B, lie::beside, false>(t, o, sums, begin, end);
-    if constexpr (A > 0 && !std::is_same<SWEEP, whole_step>::value)  // see goes_by_rows in cpu.py
-      if (behind) return run_at_layout<SWEEP, T, A, B, lie::behind, false>(t, o, sums, begin, end);
-  }
-  return run_at_layout<SWEEP, T, A, B, lie::apart, false>(t, o, sums, begin, end);
+  if (t->a != A || t->b != B || t->radii) return false;
+  if (beside) return *result = SWEEP::template run<T, A, B, lie::beside>(t, o, sums, begin, end), true;
+  if constexpr (!std::is_same<SWEEP, whole_step>::value)  // see goes_by_rows in kernels.py
+    if (behind) return *result = SWEEP::template run<T, A, B, lie::behind>(t, o, sums, begin, end), true;
+  return false;
 }
 
 template <class SWEEP, class T>
 FGO_TARGET int64_t run_sweep(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
-  if (t->a == 3 && t->b == 3) return run_at_size<SWEEP, T, 3, 3>(t, o, sums, begin, end);
-  if constexpr (sizeof(T) == 4 && FGO_FAST)
-    if (t->a == 5 && t->b == 5) return run_at_size<SWEEP, T, 5, 5>(t, o, sums, begin, end);
-  return run_at_size<SWEEP, T, 0, 0>(t, o, sums, begin, end);
+  int64_t result;
+  if constexpr (FGO_FAST) {
+    if (run_at_size<SWEEP, T, 3, 3>(t, o, sums, begin, end, &result)) return result;
+    if constexpr (sizeof(T) == 4)
+      if (run_at_size<SWEEP, T, 5, 5>(t, o, sums, begin, end, &result)) return result;
+  }
+  return SWEEP::template run<T, 0, 0, lie::apart>(t, o, sums, begin, end);
 }
 
 #undef FGO_INLINE

@@ -10,7 +10,6 @@ import ctypes
 import functools
 import itertools
 import math
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import cast
 
@@ -66,17 +65,15 @@ class _Options(ctypes.Structure):
 def library() -> ctypes.CDLL | None:
     """The compiled extension, or None if it was not built."""
     folder = Path(__file__).parent
-    for suffix in EXTENSION_SUFFIXES:
-        path = folder / f"_fused{suffix}"
-        if path.exists():
-            try:
-                loaded = ctypes.CDLL(str(path))
-            except OSError:  # built for another machine
-                continue
-            if all(hasattr(loaded, name) for name in ("fgo_abi", *_FUNCTIONS)) and loaded.fgo_abi() == _ABI:
-                for name in _FUNCTIONS:
-                    getattr(loaded, name).restype = ctypes.c_int64
-                return loaded
+    for path in folder.glob("libfgo_geo.*"):
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # built for another machine
+            continue
+        if all(hasattr(loaded, name) for name in ("fgo_abi", *_FUNCTIONS)) and loaded.fgo_abi() == _ABI:
+            for name in _FUNCTIONS:
+                getattr(loaded, name).restype = ctypes.c_int64
+            return loaded
     return None
 
 

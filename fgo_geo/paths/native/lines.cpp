@@ -17,7 +17,13 @@
 #include <cstdint>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef _WIN32
+#define FGO_API __declspec(dllexport)
+#else
+#define FGO_API
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(FGO_PORTABLE)
 #define FGO_AVX2 __attribute__((target("arch=haswell,tune=haswell")))
 #endif
 
@@ -264,7 +270,7 @@ void move_with_care(const fgo_lines &t, const fgo_line_options &o, const std::ve
 
 extern "C" {
 
-int64_t fgo_line_norms(const fgo_lines *tasks, int64_t count, const fgo_line_options *options, int threads) {
+FGO_API int64_t fgo_line_norms(const fgo_lines *tasks, int64_t count, const fgo_line_options *options, int threads) {
   const line_sweeps run = choose();
   std::vector<std::vector<share_of_lines>> shares(threads);
   share(tasks, count, threads, [&](int64_t k, int64_t begin, int64_t end, int number) {
@@ -282,7 +288,7 @@ int64_t fgo_line_norms(const fgo_lines *tasks, int64_t count, const fgo_line_opt
   return 0;
 }
 
-int64_t fgo_line_update(const fgo_lines *tasks, int64_t count, const fgo_line_options *options, int threads) {
+FGO_API int64_t fgo_line_update(const fgo_lines *tasks, int64_t count, const fgo_line_options *options, int threads) {
   const line_sweeps run = choose();
   std::vector<std::vector<char>> careful(count);
   for (int64_t k = 0; k < count; ++k) careful[k].assign(tasks[k].lines, 0);
@@ -305,7 +311,7 @@ int64_t fgo_line_update(const fgo_lines *tasks, int64_t count, const fgo_line_op
 
 // Copies blocks out of a matrix of `width` columns, or back into it: entry (i, j) of block k lies in row rows[k a + i] and
 // column columns[k b + j] of the matrix.
-int64_t fgo_take(const float *matrix, int64_t width, const int32_t *rows, const int32_t *columns, int64_t n, int64_t a, int64_t b,
+FGO_API int64_t fgo_take(const float *matrix, int64_t width, const int32_t *rows, const int32_t *columns, int64_t n, int64_t a, int64_t b,
                  float *blocks, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < n * a; ++i)
@@ -313,7 +319,7 @@ int64_t fgo_take(const float *matrix, int64_t width, const int32_t *rows, const 
   return 0;
 }
 
-int64_t fgo_put(float *matrix, int64_t width, const int32_t *rows, const int32_t *columns, int64_t n, int64_t a, int64_t b,
+FGO_API int64_t fgo_put(float *matrix, int64_t width, const int32_t *rows, const int32_t *columns, int64_t n, int64_t a, int64_t b,
                 const float *blocks, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < n * a; ++i)
