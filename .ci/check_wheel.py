@@ -85,12 +85,14 @@ def compare() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Do what the flags ask for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--borrow", action="store_true", help="take the dependencies from this environment")
     parser.add_argument("--installed", action="store_true", help="only compare, in this environment")
     options = parser.parse_args(arguments)
     if options.installed:
-        return compare()
+        compare()
+        return
     with tempfile.TemporaryDirectory() as name:
         wheel = build(Path(name))
         python = install(wheel, Path(name, "environment"), options.borrow)
