@@ -256,13 +256,6 @@ def test_polar_factor_under_vmap_and_jacrev() -> None:
     torch.testing.assert_close((weight[..., None, None] * jacobian).sum((0, 1)), y.grad[0])  # pyright: ignore
 
 
-def test_second_derivative_is_refused_even_beside_other_terms() -> None:
-    x = normal(0, 4, 3).requires_grad_()
-    (gradient,) = torch.autograd.grad(polar_factor(x).sum() + (x**3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="polar_factor has a first derivative only"):
-        gradient.sum().backward()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("batch", [(), (1,), (1, 1), (2,), (2, 3), (0,)], ids=str)
 @given(angle=st.floats(-1.0, 1.0))

@@ -1,6 +1,6 @@
 """Batched tensor algebra: the few matrix functions that the manifolds are built from.
 
-Nothing here knows what a manifold is. There are eight rooms, and each uses only those above it:
+Nothing here knows what a manifold is. There are ten rooms, and each uses only those above it:
 
 * :mod:`~fgo_geo.linalg.precision`: what happens to half precision, and to products in TF32 and bfloat16;
 * :mod:`~fgo_geo.linalg.values`: whether values can be read, and whether they are finite;
@@ -9,6 +9,8 @@ Nothing here knows what a manifold is. There are eight rooms, and each uses only
 * :mod:`~fgo_geo.linalg.products`: products and sums, as long loops over the batch where that runs fastest in memory;
 * :mod:`~fgo_geo.linalg.newton_schulz`: *the cheap factor*, by matrix products alone, for matrices whose singular values
   are known to lie in a given interval;
+* :mod:`~fgo_geo.linalg.smooth`: functions with derivatives of every order, backward and forward;
+* :mod:`~fgo_geo.linalg.polar_derivative`: those of the polar factor;
 * :mod:`~fgo_geo.linalg.closed_forms`: three columns, of which a network has millions;
 * :mod:`~fgo_geo.linalg.factors`: *exact factors*, for every matrix, at the price of a factorisation.
 
@@ -48,13 +50,16 @@ from fgo_geo.linalg.products import (
     subtract_product,
     sym,
 )
+from fgo_geo.linalg.smooth import arctangent, cosine, sinc
 from fgo_geo.linalg.values import reads_for_free, require_finite, traces
 from fgo_geo.linalg.workspace import Workspace
 
 __all__ = [
     "REFINED",
     "Workspace",
+    "arctangent",
     "computes_in_float32",
+    "cosine",
     "frobenius_norm",
     "gram_blocks",
     "gram_excess",
@@ -76,6 +81,7 @@ __all__ = [
     "require_real",
     "root_of_sum",
     "series_limit",
+    "sinc",
     "skew",
     "small_product",
     "spectral_norm_3",

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg.polar_derivative import polar_differential_square, polar_differential_square_along
 from fgo_geo.linalg.products import divide_or_zero
+from fgo_geo.linalg.smooth import apply, save
 
-__all__ = ["FIRST_ORDER_ONLY", "has_closed_form", "polar_factor_3", "spectral_norm_3"]
-
-FIRST_ORDER_ONLY = (
-    "polar_factor has a first derivative only; for second derivatives compute the Gram matrix's inverse root "
-    "with torch.linalg.eigh"
-)
+__all__ = ["has_closed_form", "polar_factor_3", "spectral_norm_3"]
 
 
 def has_closed_form(x: Tensor) -> bool:
@@ -31,8 +28,7 @@ def has_closed_form(x: Tensor) -> bool:
 def polar_factor_3(x: Tensor) -> Tensor:
     """The orthonormal polar factor of 3 x 3 matrices in single precision, in closed form.
 
-    :func:`~fgo_geo.linalg.polar_factor` asks :func:`has_closed_form` and comes here: call that one. It has a first
-    derivative only.
+    :func:`~fgo_geo.linalg.polar_factor` asks :func:`has_closed_form` and comes here: call that one.
 
     Args:
         x: Matrices in single precision, shape ``(..., 3, 3)``.
@@ -46,7 +42,7 @@ def polar_factor_3(x: Tensor) -> Tensor:
                 [ 0., -1.,  0.],
                 [ 0.,  0.,  1.]])
     """
-    return _PolarFactor3.apply(x)[0]  # pyright: ignore
+    return apply(_PolarFactor3, x)[0]
 
 
 def _cofactors(y: Tensor) -> Tensor:
@@ -108,36 +104,54 @@ class _PolarFactor3(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         q, i2, delta = output
         ctx.mark_non_differentiable(i2, delta)
-        ctx.save_for_backward(inputs[0], q, i2, delta)
+        save(ctx, inputs[0], q, i2, delta)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Tensor:  # pyright: ignore
-        return _PolarPullback3.apply(*ctx.saved_tensors, grad)  # pyright: ignore
+        return apply(_PolarDerivative3, *ctx.saved_tensors, grad)
+
+    @staticmethod
+    def push(ctx: Any, tangent: Tensor) -> tuple[Tensor, None, None]:
+        return apply(_PolarDerivative3, *ctx.saved_tensors, tangent), None, None
 
 
-class _PolarPullback3(torch.autograd.Function):
-    """The derivative of :class:`_PolarFactor3`."""
+class _PolarDerivative3(torch.autograd.Function):
+    """The derivative of :class:`_PolarFactor3`, backward and forward; its own derivatives are those of all matrices."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, q: Tensor, i2: Tensor, delta: Tensor, grad: Tensor) -> Tensor:  # pyright: ignore
+    def forward(x: Tensor, q: Tensor, i2: Tensor, delta: Tensor, w: Tensor) -> Tensor:  # pyright: ignore
         # dQ = Q [l]ₓ with (tr(H) I - H) l = the axial vector of Qᵀ dX - dXᵀ Q, where x = Q H. The inverse
         # of tr(H) I - H, which has the eigenvalues σⱼ + σₖ, is (H² + i₂ I) / Δ, and H² = xᵀx.
         x, q = x.double(), q.double()
         size = _norm_or_one(x, (-2, -1))
         y = x / size
-        axis = torch.linalg.cross(grad.double(), q, dim=-1).sum(-2).unsqueeze(-1)
+        axis = torch.linalg.cross(w.double(), q, dim=-1).sum(-2).unsqueeze(-1)
         axis = (y.mT @ (y @ axis) + i2[..., None, None] * axis) / (delta[..., None, None] * size)
-        return torch.linalg.cross(q, axis.mT.expand_as(q), dim=-1).to(grad.dtype)
+        return torch.linalg.cross(q, axis.mT.expand_as(q), dim=-1).to(w.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
+        x, q, _, _, w = inputs
+        save(ctx, x, q, w)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore
-        raise RuntimeError(FIRST_ORDER_ONLY)
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
+        pull: Any = torch.func.vjp(_derivative_in_double, *ctx.saved_tensors)[1]
+        of_x, of_q, of_w = pull(grad)
+        return of_x, of_q, None, None, of_w
+
+    @staticmethod
+    def push(ctx: Any, x_t: Tensor | None, q_t: Tensor | None, _: Any, __: Any, w_t: Tensor | None) -> Tensor:
+        at = ctx.saved_tensors
+        tangents = [torch.zeros_like(a) if t is None else t for a, t in zip(at, (x_t, q_t, w_t), strict=True)]
+        along = polar_differential_square_along(*(value.double() for value in (*at, *tangents)))
+        return along.to(at[2].dtype)
+
+
+def _derivative_in_double(x: Tensor, q: Tensor, w: Tensor) -> Tensor:
+    return polar_differential_square(x.double(), q.double(), w.double()).to(w.dtype)
 
 
 def _norm_or_one(x: Tensor, dim: tuple[int, int]) -> Tensor:

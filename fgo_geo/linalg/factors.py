@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg.closed_forms import FIRST_ORDER_ONLY, has_closed_form, polar_factor_3
+from fgo_geo.linalg.closed_forms import has_closed_form, polar_factor_3
 from fgo_geo.linalg.newton_schulz import polish
-from fgo_geo.linalg.products import divide_or_zero
+from fgo_geo.linalg.polar_derivative import polar_differential
+from fgo_geo.linalg.smooth import apply, save
 
 __all__ = ["matrix_exponential", "polar_factor", "qr_factor"]
 
@@ -47,7 +48,8 @@ def polar_factor(x: Tensor) -> Tensor:
 
     With the singular value decomposition ``x = U S Vᵀ`` it is ``U Vᵀ``. It is defined for every finite matrix (for
     rank-deficient ones it is one of the nearest points). The derivative is that of the polar decomposition itself,
-    so it is finite at repeated singular values, where differentiating the decomposition is not.
+    so it is finite at repeated singular values, where differentiating the decomposition is not. It can be
+    differentiated any number of times, backward and forward.
 
     In single precision, 3 x 3 matrices take a closed form, elementwise in double precision: it is ten times
     faster than the decomposition and does not wait for the device. NaN stays NaN there; the decomposition may raise.
@@ -66,7 +68,7 @@ def polar_factor(x: Tensor) -> Tensor:
     """
     if has_closed_form(x) and x.shape[-2] == 3:
         return polar_factor_3(x)
-    factor, _, _ = _PolarFactor.apply(x)  # pyright: ignore
+    factor, _, _ = apply(_PolarFactor, x)
     return factor
 
 
@@ -84,39 +86,17 @@ class _PolarFactor(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         q, v, h = output
         ctx.mark_non_differentiable(v, h)
-        ctx.save_for_backward(q, v, h)
+        save(ctx, inputs[0], q, v, h)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Tensor:  # pyright: ignore
-        return _PolarPullback.apply(*ctx.saved_tensors, grad)  # pyright: ignore
-
-
-class _PolarPullback(torch.autograd.Function):
-    """The derivative of :class:`_PolarFactor`; a function of its own in order to refuse the second derivative."""
-
-    generate_vmap_rule = True
+        x, q, v, h = ctx.saved_tensors
+        return polar_differential(x, q, v, h, grad)
 
     @staticmethod
-    def forward(q: Tensor, v: Tensor, h: Tensor, grad: Tensor) -> Tensor:  # pyright: ignore
-        # dQ = Q L + (I - Q Qᵀ) dX H⁻¹ with H L + L H = Qᵀ dX - dXᵀ Q; below is the adjoint of this map,
-        # in the eigenbasis of H. Pairs of zero singular values have no derivative and contribute nothing.
-        along = q.mT @ grad
-        sums = h.unsqueeze(-1) + h.unsqueeze(-2)
-        turned = v.mT @ along @ v
-        skew = turned - turned.mT  # its diagonal is zero, not the rounding of zero: it is divided by h
-        rotation = q @ (v @ divide_or_zero(skew, sums) @ v.mT)
-        if q.shape[-2] == q.shape[-1]:
-            return rotation  # nothing is across; its rounding, divided by a small h, would not be nothing
-        across = (grad - q @ along) @ v
-        return rotation + divide_or_zero(across, h.unsqueeze(-2)) @ v.mT
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:  # pyright: ignore
-        raise RuntimeError(FIRST_ORDER_ONLY)
+    def push(ctx: Any, tangent: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        x, q, v, h = ctx.saved_tensors
+        return polar_differential(x, q, v, h, tangent), None, None
 
 
 # Up to torch 2.14 the exponential of a matrix that comes alone can be off by 2e-5 in single and 1e-10 in double

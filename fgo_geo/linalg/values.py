@@ -19,7 +19,7 @@ def require_finite(x: Tensor, what: str) -> None:
     """Raise if a tensor holds NaN or infinity.
 
     Reads the tensor on the host, so it has no place in an optimiser's step. Inside ``torch.compile`` it becomes
-    a device-side assertion.
+    a device-side assertion; where there are no values to read, as inside ``torch.func.vmap``, nothing is checked.
 
     Args:
         x: Any tensor.
@@ -34,6 +34,8 @@ def require_finite(x: Tensor, what: str) -> None:
             ...
         ValueError: the weight has 1 non-finite entry of 2 (shape (2,)); replace NaN and infinity first, e.g. with...
     """
+    if traces() and not torch.compiler.is_compiling():
+        return
     finite = torch.isfinite(x)
     if torch.compiler.is_compiling():
         message = f"{what} has non-finite entries"

@@ -119,8 +119,8 @@ class EmbeddedManifold(geoopt.Manifold):
 
     @takes_real_tensors
     def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
-        """Squared geodesic distance, per component."""
-        return self.dist(x, y, keepdim=keepdim).square()
+        """Squared geodesic distance, per component; smooth at ``x = y``."""
+        return self.inner(x, self.logmap(x, y), keepdim=keepdim)
 
     @property
     def _component_dims(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import inner_sum, root_of_sum, takes_real_tensors
+from fgo_geo.linalg import arctangent, cosine, inner_sum, root_of_sum, sinc, takes_real_tensors
 from fgo_geo.manifolds.embedded import ComponentManifold
 from fgo_geo.weights.kinds import Kind, register
 
@@ -22,11 +22,6 @@ __all__ = ["ScaledSphere", "SphericalManifold"]
 
 Dims = tuple[int, ...]
 Radius = float | Tensor
-
-
-def _sinc(t: Tensor) -> Tensor:
-    """``sin(t) / t``, one at zero."""
-    return torch.sinc(t / math.pi)
 
 
 def _position(x: Tensor, dim: Dims) -> Tensor:
@@ -40,7 +35,7 @@ def normalise(x: Tensor, radius: Radius, dim: Dims) -> Tensor:
 
     Scaled by the largest entry first, so that no square overflows or vanishes.
     """
-    largest = x.abs().amax(dim, keepdim=True)
+    largest = x.detach().abs().amax(dim, keepdim=True)  # it cancels, and so does its derivative
     zero = largest == 0
     first = (_position(x, dim) == 0).to(x.dtype)
     x = torch.where(zero, first, x / torch.where(zero, 1, largest))
@@ -64,8 +59,8 @@ def retract(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
 
 def exponential(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Exponential map, ``cos(t) x + sin(t) / t u``, normalised so that rounding does not add up over many steps."""
-    t = root_of_sum(u, dim) / radius
-    return _onto(torch.cos(t) * x + _sinc(t) * u, radius, dim)
+    squared = inner_sum(u, u, dim) / radius**2
+    return _onto(cosine(squared) * x + sinc(squared) * u, radius, dim)
 
 
 def angle(x: Tensor, y: Tensor, dim: Dims) -> Tensor:
@@ -73,11 +68,31 @@ def angle(x: Tensor, y: Tensor, dim: Dims) -> Tensor:
     return 2 * torch.atan2(root_of_sum(x - y, dim), root_of_sum(x + y, dim))
 
 
+_NEAR = 0.05  # of tan²(θ/2): angles up to 25 degrees
+
+
+def _half_tangent(x: Tensor, y: Tensor, dim: Dims) -> tuple[Tensor, Tensor]:
+    """Where ``tan²(θ/2) = ‖x - y‖² / ‖x + y‖²`` is small, and its values there; zero elsewhere.
+
+    Near ``x = y`` the maps below are smooth functions of it, which they are not of the angle.
+    """
+    gap, total = inner_sum(x - y, x - y, dim), inner_sum(x + y, x + y, dim)
+    near = gap <= _NEAR * total
+    return near, torch.where(near, gap, 0) / torch.where(near, total, 1)
+
+
+def angle_squared(x: Tensor, y: Tensor, dim: Dims) -> Tensor:
+    """Square of the angle, smooth at ``x = y``."""
+    near, squared = _half_tangent(x, y, dim)
+    return torch.where(near, 4 * squared * arctangent(squared) ** 2, angle(x, y, dim) ** 2)
+
+
 def logarithm(x: Tensor, y: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Inverse of the exponential map: the tangent part of ``y - x``, stretched to the length ``r θ``.
 
-    Beyond a right angle ``y + x`` is projected instead, which has the same tangent part and no cancellation near the
-    antipode. At the antipode every direction is shortest; the one of the smallest coordinate of ``x`` is taken.
+    For small angles the factor ``θ / sin θ`` is a series in ``tan²(θ/2)``, smooth at ``x = y``. Beyond a right angle
+    ``y + x`` is projected instead, which has the same tangent part and no cancellation near the antipode. At the
+    antipode every direction is shortest; the one of the smallest coordinate of ``x`` is taken.
     """
     theta = angle(x, y, dim)
     far = theta > math.pi / 2
@@ -89,7 +104,9 @@ def logarithm(x: Tensor, y: Tensor, radius: Radius, dim: Dims) -> Tensor:
     sideways = project_tangent(x, (position == smallest).to(x.dtype), radius, dim)
     toward = torch.where(antipodal, sideways, toward)
     length = root_of_sum(toward, dim)
-    return toward * torch.where(length > 0, radius * theta / torch.where(length > 0, length, 1), 1)
+    stretch = torch.where(length > 0, radius * theta / torch.where(length > 0, length, 1), 1)
+    near, squared = _half_tangent(x, y, dim)
+    return toward * torch.where(near, (1 + squared) * arctangent(squared), stretch)
 
 
 def parallel_transport(x: Tensor, u: Tensor, v: Tensor, radius: Radius, dim: Dims) -> Tensor:
@@ -98,9 +115,9 @@ def parallel_transport(x: Tensor, u: Tensor, v: Tensor, radius: Radius, dim: Dim
     ``v - <u, v> / r² ( sinc²(t/2) / 2 u + sinc(t) x )`` with ``sinc(t) = sin(t) / t``: the textbook formula without
     its division by ``‖u‖``.
     """
-    t = root_of_sum(u, dim) / radius
+    squared = inner_sum(u, u, dim) / radius**2
     along = inner_sum(u, v, dim) / radius**2
-    return v - along * (_sinc(t / 2) ** 2 / 2 * u + _sinc(t) * x)
+    return v - along * (sinc(squared / 4) ** 2 / 2 * u + sinc(squared) * x)
 
 
 class SphericalManifold(ComponentManifold):
@@ -136,9 +153,8 @@ class SphericalManifold(ComponentManifold):
             Inner products that broadcast against ``x``, for an oblique manifold one per column.
         """
         product = inner_sum(u, u if v is None else v, self._dims)
-        return product.expand(
-            torch.broadcast_shapes(x.shape[: -self.ndim], product.shape[: -self.ndim]) + product.shape[-self.ndim :]
-        )
+        batch, rest = product.shape[: -self.ndim], product.shape[-self.ndim :]
+        return product.expand(*torch.broadcast_shapes(x.shape[: -self.ndim], batch), *rest)
 
     @takes_real_tensors
     def projx(self, x: Tensor) -> Tensor:
@@ -180,7 +196,13 @@ class SphericalManifold(ComponentManifold):
     def dist(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
         """Geodesic distance, ``2 r atan2(‖x - y‖, ‖x + y‖)``; over several spheres, the root of the sum of squares."""
         distance = self.radius_for(x) * angle(x, y, self._dims)
-        return torch.linalg.vector_norm(distance, dim=self._component_dims, keepdim=keepdim)
+        return self._per_component(distance, root_of_sum(distance, self._component_dims), keepdim)
+
+    @takes_real_tensors
+    def dist2(self, x: Tensor, y: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Squared geodesic distance, smooth at ``x = y``; over several spheres, the sum of squares."""
+        squared = self.radius_for(x) ** 2 * angle_squared(x, y, self._dims)
+        return squared.sum(self._component_dims, keepdim=keepdim)
 
     @takes_real_tensors
     def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:

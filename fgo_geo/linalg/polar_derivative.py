@@ -1,0 +1,141 @@
+r"""The derivative of the polar factor, and its derivatives of every order.
+
+For ``x = Q H`` with orthonormal ``Q`` and symmetric ``H`` the derivative of ``Q`` along ``w`` is::
+
+    Q L + (I - Q Qᵀ) w H⁻¹    with    H L + L H = Qᵀw - wᵀQ
+
+a self-adjoint map of ``w``: the same formula serves backward and forward. It is an ordinary function of ``x``, ``Q``
+and ``w``, except for two operations on ``H``: the equation for ``L`` and the inverse. The derivative of each is made of
+that operation itself, so that all orders exist. The eigenvectors of ``H`` come from the factorisation that gave ``Q``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fgo_geo.linalg.products import divide_or_zero, skew, sym
+from fgo_geo.linalg.smooth import apply, save
+
+__all__ = ["polar_differential", "polar_differential_square", "polar_differential_square_along"]
+
+
+def polar_differential(x: Tensor, q: Tensor, v: Tensor, h: Tensor, w: Tensor) -> Tensor:
+    """Derivative of the polar factor at ``x`` along ``w``, or of the gradient ``w`` back to ``x``.
+
+    Args:
+        x: Matrices, shape ``(..., A, B)``.
+        q: Their polar factors.
+        v: Eigenvectors of ``H``, shape ``(..., B, B)``: constants.
+        h: Its eigenvalues, shape ``(..., B)``: constants. Pairs of zeros have no derivative and contribute nothing.
+        w: Directions, shape ``(..., A, B)``.
+
+    Returns:
+        Matrices of the shape of ``x``.
+
+    Example:
+        >>> x = torch.diag(torch.tensor([2.0, 1.0]))
+        >>> polar_differential(x, torch.eye(2), torch.eye(2), x.diagonal(), torch.tensor([[5.0, -3.0], [0.0, 7.0]]))
+        tensor([[ 0., -1.],
+                [ 1.,  0.]])
+    """
+    v, h = v.detach(), h.detach()
+    hermitian = sym(q.mT @ x)
+    along = q.mT @ w
+    rotation = q @ apply(_SkewEquation, hermitian, along - along.mT, v, h)
+    if q.shape[-2] == q.shape[-1]:
+        return rotation  # nothing is across; its rounding, divided by a small h, would not be nothing
+    return rotation + (w - q @ along) @ apply(_Inverse, hermitian, v, h)  # pyright: ignore
+
+
+def polar_differential_square(x: Tensor, q: Tensor, w: Tensor) -> Tensor:
+    """:func:`polar_differential` of square matrices where no factorisation is at hand.
+
+    Example:
+        >>> x = torch.diag(torch.tensor([2.0, 1.0]))
+        >>> polar_differential_square(x, torch.eye(2), torch.tensor([[5.0, -3.0], [0.0, 7.0]])).round(decimals=5)
+        tensor([[ 0., -1.],
+                [ 1.,  0.]])
+    """
+    return q @ _turn(x, q, w)[0]
+
+
+def polar_differential_square_along(x: Tensor, q: Tensor, w: Tensor, x_t: Tensor, q_t: Tensor, w_t: Tensor) -> Tensor:
+    """Derivative of :func:`polar_differential_square` along ``(x_t, q_t, w_t)``.
+
+    Written out, since torch's own forward mode is not there inside of a forward derivative.
+
+    Example:
+        >>> x, zero = torch.diag(torch.tensor([2.0, 1.0])), torch.zeros(2, 2)
+        >>> w = torch.tensor([[5.0, -3.0], [0.0, 7.0]])
+        >>> polar_differential_square_along(x, torch.eye(2), w, x, zero, zero).round(decimals=5)
+        tensor([[ 0.,  1.],
+                [-1.,  0.]])
+    """
+    turn, hermitian, v, h = _turn(x, q, w)
+    hermitian_t = sym(q_t.mT @ x + q.mT @ x_t)
+    right = 2 * skew(q_t.mT @ w + q.mT @ w_t) - hermitian_t @ turn - turn @ hermitian_t
+    return q_t @ turn + q @ apply(_SkewEquation, hermitian, right, v, h)
+
+
+def _turn(x: Tensor, q: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hermitian = sym(q.mT @ x)
+    h, v = torch.linalg.eigh(hermitian.detach())
+    h = h.clamp_min(0)
+    return apply(_SkewEquation, hermitian, 2 * skew(q.mT @ w), v, h), hermitian, v, h
+
+
+class _SkewEquation(torch.autograd.Function):
+    """The skew solution of ``H L + L H = K`` for skew ``K``; the solution operator is self-adjoint."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hermitian: Tensor, k: Tensor, v: Tensor, h: Tensor) -> Tensor:  # pyright: ignore
+        turned = skew(v.mT @ k @ v)  # its diagonal is zero, not the rounding of zero: it is divided by h
+        return v @ divide_or_zero(turned, h.unsqueeze(-1) + h.unsqueeze(-2)) @ v.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        hermitian, _, v, h = inputs
+        save(ctx, hermitian, v, h, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
+        hermitian, v, h, solution = ctx.saved_tensors
+        k = apply(_SkewEquation, hermitian, skew(grad), v, h)
+        return k @ solution + solution @ k, k, None, None
+
+    @staticmethod
+    def push(ctx: Any, hermitian_t: Tensor | None, k_t: Tensor | None, *_: Any) -> Tensor:  # pyright: ignore
+        hermitian, v, h, solution = ctx.saved_tensors
+        right = torch.zeros_like(solution) if k_t is None else k_t
+        if hermitian_t is not None:
+            right = right - hermitian_t @ solution - solution @ hermitian_t
+        return apply(_SkewEquation, hermitian, right, v, h)
+
+
+class _Inverse(torch.autograd.Function):
+    """``H⁻¹``, zero where ``H`` is."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hermitian: Tensor, v: Tensor, h: Tensor) -> Tensor:  # pyright: ignore
+        return divide_or_zero(v, h.unsqueeze(-2)) @ v.mT
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save(ctx, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore
+        (inverse,) = ctx.saved_tensors
+        return -inverse @ grad @ inverse, None, None
+
+    @staticmethod
+    def push(ctx: Any, hermitian_t: Tensor, *_: Any) -> Tensor:  # pyright: ignore
+        (inverse,) = ctx.saved_tensors
+        return -inverse @ hermitian_t @ inverse
