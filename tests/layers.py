@@ -66,12 +66,15 @@ class Grouped:
         for section, groups in enumerate(self.collections):
             for group in groups.groups:
                 kernels = [[positions[self.cell(d + section * rows, c)] for c in group.columns] for d in group.rows]
-                if groups.components == "kernel":
+                rows_of = [np.concatenate([k.ravel() for k in row]) for row in kernels]
+                if groups.components == "filter" and group.manifold != "stiefel":  # which takes all of them together
+                    matrices = [row[:, None] for row in rows_of]
+                elif groups.components == "kernel":
                     matrices = [
                         k.reshape(-1, k.shape[-1] if k.ndim > 1 else 1) for k in itertools.chain.from_iterable(kernels)
                     ]
                 else:
-                    matrices = [np.array([np.concatenate([k.ravel() for k in row]) for row in kernels])]
+                    matrices = [np.array(rows_of)]
                 found.append((group.manifold, [m if len(m) >= len(m.T) else m.T for m in matrices]))
         return found
 
@@ -84,7 +87,10 @@ def grouped_weights(draw: st.DrawFn, movable: bool = False) -> Grouped:
     assert isinstance(layout, WeightLayout)
     strategy = draw(st.sampled_from(["pio", "pi", "po", "layer"]))
     kinds = draw(st.lists(st.sampled_from(MANIFOLD_KINDS), min_size=1, max_size=1 if strategy == "layer" else 4))
-    components = "block" if math.prod(layout.kernel) == 1 else draw(st.sampled_from(["kernel"] * 3 + ["block"]))
+    single_numbers = math.prod(layout.kernel) == 1
+    components = draw(
+        st.sampled_from(["block"] * 3 + ["filter"] if single_numbers else ["kernel"] * 3 + ["block", "filter"])
+    )
     collections = tuple(
         collection(
             layout.out_channels // layout.sections,

@@ -19,10 +19,14 @@ class Rows(SphericalManifold):
     _dims = (-1,)
 
 
+def _norms(rows: int, columns: int) -> tuple[float, float]:
+    return math.sqrt(rows), math.sqrt(rows)
+
+
 @contextmanager
 def registered_rows() -> Iterator[Kind]:
     """The kind ``"rows"``, registered the way that a user registers one."""
-    record = register_kind("rows", Rows, norms=lambda rows, columns: (math.sqrt(rows), math.sqrt(rows)))
+    record = register_kind("rows", Rows, norms=_norms, joins_filters=True)
     try:
         yield record
     finally:

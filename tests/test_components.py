@@ -221,8 +221,9 @@ def test_numbers_per_group_and_per_kernel_reach_their_components(grouped: Groupe
         np.testing.assert_array_equal(values, segments.spread(torch.from_numpy(numbers)).numpy())
     cells = np.arange(grouped.layout.out_channels * grouped.layout.in_channels)
     per_kernel = cells.reshape(grouped.layout.out_channels, grouped.layout.in_channels)
-    if grouped.collections[0].components == "block":
-        with pytest.raises(ValueError, match=r"a block is one component.*got shape"):
+    components = grouped.collections[0].components
+    if components != "kernel":
+        with pytest.raises(ValueError, match=rf"a {components} is one component.*got shape"):
             cut.per_component(per_kernel)
         return
     kernels = grouped.layout.channels(numbered(grouped.shape)).flatten(0, 1)
@@ -443,7 +444,7 @@ def test_blocks_are_cut_inside_of_compiled_functions(shape: tuple[int, ...]) -> 
     assert torch.equal(weight, 2 * numbered(shape))
 
 
-@pytest.mark.parametrize("components", ["kernel", "block"])
+@pytest.mark.parametrize("components", ["kernel", "block", "filter"])
 def test_indices_follow_the_weight(components: str) -> None:
     """On the meta device nothing can be read, so a wrong device is an error there, too."""
     layout = WeightLayout((4, 6, 3, 3))
@@ -457,6 +458,18 @@ def test_indices_follow_the_weight(components: str) -> None:
     assert {b.device.type for b in cut.to("meta").buffers()} == {"meta"}
     parts = cut.split(torch.zeros(layout.shape, device="meta"))
     assert cut.merge(parts).shape == layout.shape
+
+
+@pytest.mark.parametrize("shape", [(8, 12), (8, 12, 3, 3)])
+def test_filters_that_keep_their_places_are_views(shape: tuple[int, ...]) -> None:
+    filters = collection(*shape[:2], "pi", ("sphere", "stiefel", "euclidean"), components="filter")
+    weight = numbered(shape)
+    cut = partition([filters], WeightLayout(shape))
+    assert [tuple(rows.shape) for rows in cut.rows] == [(3, 1), (1, 3), (2, 1)]
+    for part, rows in zip(cut.split(weight), cut.rows, strict=True):
+        assert part.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+        for component, own in zip(part, rows, strict=True):
+            assert torch.equal(component, weight[own.long()].flatten(1).mT)
 
 
 # -- segments ----------------------------------------------------------------------------------------------------

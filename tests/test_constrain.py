@@ -186,7 +186,7 @@ def test_groups_are_a_function_of_seed_and_name() -> None:
             "selection": st.sampled_from(["random", "deterministic"]),
             "radius": st.sampled_from(["kaiming", "unit", "bound", 0.3]),
             "seed": st.integers(0, 99),
-            "components": st.sampled_from(["auto", "block"]),
+            "components": st.sampled_from(["auto", "block", "filter"]),
             "initial": st.sampled_from(["project", "uniform"]),
         }
     ),

@@ -64,8 +64,16 @@ def oracle_blocks(rows, columns, strategy, n_kinds):
     ]
 
 
+def oracle_filters(rows, columns, strategy, n_kinds):
+    own = {"po": len(rows), "pio": -(-len(rows) // 2)}.get(strategy, 0)  # filters that are groups of their own
+    dealt, turn = shares(rows[:own], n_kinds)
+    subsets, _ = shares(rows[own:], n_kinds, turn)
+    groups = [(kind, [row]) for kind in range(n_kinds) for row in dealt[kind]] + list(enumerate(subsets))
+    return [(kind, set(product(members, columns))) for kind, members in groups]
+
+
 def oracle(out_channels, in_channels, strategy, n_kinds, components):
-    groups = oracle_blocks if components == "block" else oracle_kernels
+    groups = {"kernel": oracle_kernels, "block": oracle_blocks, "filter": oracle_filters}[components]
     return [
         (kind, cells) for kind, cells in groups(range(out_channels), range(in_channels), strategy, n_kinds) if cells
     ]
@@ -95,7 +103,7 @@ def arguments(draw, **fixed):
         ),
         "selection": draw(st.sampled_from(["deterministic", "random"])),
         "seed": draw(st.integers()),
-        "components": draw(st.sampled_from(["kernel", "block"])),
+        "components": draw(st.sampled_from(["kernel", "block", "filter"])),
         "name": draw(st.text(max_size=5)),
     } | fixed
 
@@ -104,7 +112,7 @@ def arguments(draw, **fixed):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("components", ["kernel", "block"])
+@pytest.mark.parametrize("components", ["kernel", "block", "filter"])
 def test_deterministic_groups_are_the_oracles(strategy, components):
     for rows, columns in product(range(1, 8), repeat=2):
         for n_kinds in range(1, 2 if strategy == "layer" else 5):
@@ -193,6 +201,19 @@ def test_random_blocks_have_the_strategys_structure(drawn):
     ):
         assert len(sizes) == min(n_kinds, members)
         assert not sizes or max(sizes) - min(sizes) <= 1
+
+
+@given(arguments(selection="random", components="filter"))
+def test_random_filters_have_the_strategys_structure(drawn):
+    made, n_kinds, n_rows = collection(**drawn), len(drawn["manifolds"]), drawn["out_channels"]
+    own = {"po": n_rows, "pio": -(-n_rows // 2)}.get(drawn["strategy"], 0)
+    assert all(group.columns.tolist() == list(range(drawn["in_channels"])) for group in made.groups)
+    alone, together = made.groups[:own], made.groups[own:]
+    assert all(len(group.rows) == 1 for group in alone)
+    assert len(together) == min(n_kinds, n_rows - own)
+    for sizes in (Counter(made.group_kinds[:own].tolist()).values(), [len(group.rows) for group in together]):
+        assert not sizes or max(sizes) - min(sizes) <= 1
+    assert {row for group in alone for row in group.rows} == set(np.flatnonzero(made.by_output))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**70, -5])
@@ -296,6 +317,7 @@ def digest(made):
         ("po", "kernel", 1, "conv", "0c0422014b6ac874"),
         ("pio", "kernel", -1, "layer1.0.conv2", "88fa3f5186ad34d7"),
         ("pio", "block", 2**64, "größe", "3d80339191aa8e33"),
+        ("pio", "filter", 3, "fc", "af4fcac42b6026d7"),
     ],
 )
 def test_random_draws_never_change(strategy, components, seed, name, expected):
@@ -315,6 +337,12 @@ def test_a_large_random_collection_is_small_and_fast():
     assert len(made.groups) == 2048 + 4 * 256
     assert made.group_of.dtype == np.uint16
     assert len(made.to_json()) < 0.3 * 2048 * 512
+
+
+def test_filters_take_memory_for_output_channels_only():
+    made = collection(4096, 4096, "pio", MANIFOLD_KINDS, "random", components="filter")
+    assert made.by_output.nbytes + made.output_kinds.nbytes + made.input_kinds.nbytes == 3 * 4096
+    assert made.group_sizes.tolist() == [4096] * 2048 + [512 * 4096] * 4
 
 
 def test_blocks_take_memory_for_channels_only():

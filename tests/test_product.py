@@ -604,3 +604,37 @@ def test_a_radius_is_not_assigned_past_set_radius() -> None:
                 assert part.radius == 2.0
     manifold.set_radius(3.0)
     assert {part.radius for part in manifold.manifolds if isinstance(part, ComponentManifold)} == {3.0}
+
+
+@pytest.mark.parametrize(("shape", "components"), [((5, 4, 3, 3), "kernel"), ((6, 8), "block"), ((6, 8), "filter")])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_geoopts_adam_takes_a_second_moment_per_component(
+    shape: tuple[int, ...], components: str, amsgrad: bool
+) -> None:
+    """On a product it steps as on each component alone; of a matrix per column it is one on the oblique manifold."""
+    groups = collection(*shape[:2], "pio", ("sphere", "oblique", "stiefel", "euclidean"), components=components)
+    grouped = Grouped(WeightLayout(shape), (groups,))
+    case = Case(grouped, ProductOfGroups(groups, shape), [[1.0] * len(m) for _, m in grouped.groups()], seed=0)
+    start = case.point()
+    together = geoopt.ManifoldParameter(start.clone(), manifold=case.manifold)
+    alone = [
+        (geoopt.ManifoldParameter(start.reshape(-1)[positions], manifold=manifold), positions)
+        for _, manifold, positions in case.components()
+    ]
+    singles = [param for param, _ in alone]
+    optimizers = [geoopt.optim.RiemannianAdam(p, lr=0.05, amsgrad=amsgrad) for p in ([together], singles)]
+    for _ in range(3):
+        grad = case.gaussian()
+        together.grad = grad.clone()
+        for param, positions in alone:
+            param.grad = grad.reshape(-1)[positions].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for param, positions in alone:
+        close(together.detach().reshape(-1)[positions], param.detach())
+    second = optimizers[0].state[together]["exp_avg_sq"]
+    for kind, part in zip(case.manifold.partition.kinds, case.manifold.partition.split(second), strict=True):
+        if kind != "euclidean":
+            assert torch.equal(part, part[:, :1].expand_as(part))
+        if kind in ("sphere", "stiefel"):
+            assert torch.equal(part, part[:, :, :1].expand_as(part))

@@ -376,6 +376,7 @@ register(
         colour="#009e73",
         code=3,
         options=("retraction",),
+        joins_filters=True,
         aliases=("st",),
     )
 )

@@ -38,7 +38,7 @@ __all__ = [
     "sites_of",
 ]
 
-Components = Literal["auto", "kernel", "block"]
+Components = Literal["auto", "kernel", "block", "filter"]
 Initial = Literal["project", "uniform"]
 Pattern = str | type[nn.Module]
 
@@ -315,8 +315,8 @@ def collections_of(
         manifolds: Manifold kinds.
         selection: ``"random"`` or ``"deterministic"``.
         seed: Seed of a random selection.
-        components: ``"kernel"``, ``"block"``, or ``"auto"``: kernels for spatial convolutions, blocks of the matrix
-            for all others.
+        components: ``"kernel"``, ``"block"``, ``"filter"``, or ``"auto"``: kernels for spatial convolutions, blocks of
+            the matrix for all others.
         name: The layer's name; a random selection depends on it, and on the number of the section.
 
     Example:

@@ -83,7 +83,9 @@ def constrain(
             ``"kaiming"`` if none does.
         seed: Seed of the random selection. Groups are a function of it and of the layer's name.
         bound: The bound ``β`` of the radius rule ``"bound"``.
-        components: ``"auto"``, or ``"kernel"`` or ``"block"`` for all layers.
+        components: ``"auto"`` (kernels of spatial convolutions, blocks of the matrix of all other layers), or
+            ``"kernel"``, ``"block"`` or ``"filter"`` for all layers. A filter is all weights of one output channel:
+            ``constrain(model, "po", "sphere", components="filter")`` fixes the norm of every row.
         initial: ``"project"`` moves every weight to the nearest point; ``"uniform"`` draws a random one, by torch's
             global generator.
         include: Constrain only these: parameter or module names, globs, or module types. What is named here is

@@ -181,7 +181,8 @@ def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:
     """The cells of a constrained entry in the printed table."""
     first = entry.collections[0]
     counts = np.sum([np.bincount(c.group_kinds, minlength=len(c.kinds)) for c in entry.collections], axis=0)
-    noun = "blocks" if first.components == "block" else f"{'x'.join(map(str, manifold.layout.kernel))} kernels"
+    kernels = f"{'x'.join(map(str, manifold.layout.kernel))} kernels"
+    noun = {"block": "blocks", "filter": "filters"}.get(first.components, kernels)
     ranges = [m.radius_range for m, _ in manifold.parts if isinstance(m, ComponentManifold)]
     low, high = min((low for low, _ in ranges), default=1.0), max((high for _, high in ranges), default=1.0)
     return (

@@ -266,8 +266,8 @@ def renormalize(
             epoch. None for ``λ = 1``.
         selection: ``"deterministic"`` or ``"random"``, for a strategy.
         seed: Seed of a random selection.
-        components: ``"kernel"``, ``"block"``, or ``"auto"``: kernels for spatial convolutions, blocks of the matrix
-            for all others.
+        components: ``"kernel"``, ``"block"``, ``"filter"`` (all weights of one output channel), or ``"auto"``: kernels
+            for spatial convolutions, blocks of the matrix for all others.
 
     Returns:
         The module.

@@ -5,9 +5,10 @@ Three views of a weight follow each other:
 1. *channels*: a :class:`~fgo_geo.weights.layout.WeightLayout` brings the weight of any layer into the form
    ``(D, C, *kernel)``, output channels first;
 2. *components*: a :class:`~fgo_geo.weights.parts.Partition` cuts the channels into matrices ``A x B`` with ``A >= B``,
-   batched over all components of one manifold kind: single kernels (:class:`~fgo_geo.weights.kernels.KernelPartition`)
-   or rectangular blocks of the matrix ``(D, C K)`` with ``K`` the number of entries of a kernel
-   (:class:`~fgo_geo.weights.blocks.BlockPartition`);
+   batched over all components of one manifold kind: single kernels
+   (:class:`~fgo_geo.weights.kernels.KernelPartition`); rectangular blocks of the matrix ``(D, C K)`` with ``K`` the
+   number of entries of a kernel (:class:`~fgo_geo.weights.blocks.BlockPartition`); or filters, the rows of that matrix
+   (:class:`~fgo_geo.weights.filters.FilterPartition`);
 3. *groups*: :class:`~fgo_geo.weights.parts.Segments` says which components share a step size, and reduces over them.
 
 :func:`partition` chooses the cut that realises collections on a weight.
@@ -19,6 +20,7 @@ import math
 from collections.abc import Sequence
 
 from fgo_geo.weights.blocks import BlockPartition
+from fgo_geo.weights.filters import FilterPartition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.kernels import KernelPartition
 from fgo_geo.weights.layout import CONVOLUTIONS, Storage, WeightLayout, layout_of
@@ -27,6 +29,7 @@ from fgo_geo.weights.parts import Partition, Segments
 __all__ = [
     "CONVOLUTIONS",
     "BlockPartition",
+    "FilterPartition",
     "KernelPartition",
     "Partition",
     "Segments",
@@ -41,11 +44,11 @@ def partition(collections: Sequence[Collection], layout: WeightLayout) -> Partit
     """The partition that realises collections on a weight.
 
     Args:
-        collections: One per section of the layout; several are all of blocks.
+        collections: One per section of the layout; several are all of blocks, or all of filters.
         layout: How the weight is stored.
 
     Returns:
-        A partition into kernels or blocks.
+        A partition into kernels, blocks or filters.
 
     Raises:
         ValueError: If the collections do not fit the layout.
@@ -72,9 +75,11 @@ def partition(collections: Sequence[Collection], layout: WeightLayout) -> Partit
             )
     if all(c.components == "block" for c in collections):
         return BlockPartition(collections, layout)
+    if all(c.components == "filter" for c in collections):
+        return FilterPartition(collections, layout)
     if math.prod(layout.kernel) == 1 or len(collections) > 1:
         raise ValueError(
             f"the kernels of a weight of shape {layout.shape} are single numbers, which could not move on a manifold; "
-            'build every collection with components="block"'
+            'build every collection with components="block" (or "filter")'
         )
     return KernelPartition(collections[0], layout)

@@ -17,6 +17,10 @@ into at most 2 K rectangles: ``"pi"`` splits the columns into K subsets, ``"po"`
 ``"pio"`` does ``"po"`` on one half of the rows and ``"pi"`` on the other. Each group is one block,
 and each block one component.
 
+With *filter components* all weights of one output channel are one component, and a group is a set of output channels:
+``"pi"`` splits them into K subsets, one group per kind; with ``"po"`` every output channel is a group, dealt to the
+kinds; ``"pio"`` does ``"po"`` on one half of the output channels and ``"pi"`` on the other.
+
 How the pieces compose: every strategy is made of one operation, :func:`_deal`, which deals the
 members of many lines to K kinds in balanced shares, in an order that is either the index order or
 random. It gives the kind numbers of cells that are grouped by output channel and of cells that are
@@ -114,12 +118,12 @@ class Collection:
         kinds: The K manifold kinds, in the order given. A *kind number* is an index into them.
         selection: ``"deterministic"`` or ``"random"``.
         seed: The seed of a random selection.
-        components: ``"kernel"`` or ``"block"``.
+        components: ``"kernel"``, ``"block"`` or ``"filter"``.
         name: The layer's name, which a random selection depends on.
         by_output: True where cells are grouped by output channel, False where by input channel;
-            shape ``(1, C)``, or ``(D, 1)`` for blocks and for ``"layer"``.
+            shape ``(1, C)``, or ``(D, 1)`` for blocks, for filters and for ``"layer"``.
         output_kinds: Kind numbers where ``by_output`` is True, shape ``(D, C)`` or ``(D, 1)``.
-        input_kinds: Kind numbers where ``by_output`` is False, shape ``(D, C)`` or ``(1, C)``.
+        input_kinds: Kind numbers where ``by_output`` is False, shape ``(D, C)``, ``(1, C)``, or ``(D, 1)`` for filters.
     """
 
     out_channels: int
@@ -142,7 +146,7 @@ class Collection:
     @property
     def kind_of(self) -> _Integers:
         """Kind number of every cell, shape ``(D, C)``; built on each access."""
-        return np.where(self.by_output, self.output_kinds, self.input_kinds)
+        return self._on_grid(np.where(self.by_output, self.output_kinds, self.input_kinds))
 
     @property
     def group_of(self) -> _Integers:
@@ -153,7 +157,7 @@ class Collection:
         keys, _ = self._keys_and_sizes
         number_of_key = np.zeros(int(keys[-1]) + 1, np.min_scalar_type(len(keys) - 1))
         number_of_key[keys] = np.arange(len(keys))
-        return number_of_key[self._key_of()]
+        return self._on_grid(number_of_key[self._key_of()])
 
     @property
     def group_kinds(self) -> _Integers:
@@ -175,11 +179,19 @@ class Collection:
 
     @property
     def _has_two_lines(self) -> bool:
-        return self.components == "block" or self.strategy == "layer"
+        return self.components == "block" or (self.strategy == "layer" and not self._has_filters)
+
+    @property
+    def _has_filters(self) -> bool:
+        return self.components == "filter"
+
+    def _on_grid(self, numbers: _Integers) -> _Integers:
+        """Numbers of the cells, or of the filters (D, 1), for every cell."""
+        return np.repeat(numbers, self.in_channels, axis=1) if self._has_filters else numbers
 
     def _key_of(self) -> _Integers:
-        """Key of every cell, shape ``(D, C)``."""
-        rows, columns, n_kinds = self.out_channels, self.in_channels, len(self.kinds)
+        """Key of every cell, shape ``(D, C)``; of filters, which have one line more than there are, ``(D, 1)``."""
+        rows, columns, n_kinds = self.out_channels, 1 if self._has_filters else self.in_channels, len(self.kinds)
         lines = np.arange(rows + columns)
         if self._has_two_lines:
             lines = lines >= rows
@@ -199,7 +211,7 @@ class Collection:
             input_counts = np.bincount(self.input_kinds[0], minlength=n_kinds)
             sizes = np.concatenate((output_counts * self.in_channels, input_counts * int((~by_row).sum())))
         else:
-            sizes = np.bincount(self._key_of().ravel())
+            sizes = np.bincount(self._key_of().ravel()) * (self.in_channels if self._has_filters else 1)
         keys = np.flatnonzero(sizes)
         return keys, sizes[keys]
 
@@ -210,6 +222,9 @@ class Collection:
             rows = rows[self.by_output[:, 0] & (self.output_kinds[:, 0] == kind)]
         elif self._has_two_lines:
             rows, columns = rows[~self.by_output[:, 0]], columns[self.input_kinds[0] == kind]
+        elif self._has_filters:
+            by_row = self.by_output[:, 0]
+            rows = rows[line : line + 1] if line < len(rows) else rows[~by_row & (self.input_kinds[:, 0] == kind)]
         elif line < self.out_channels:
             columns = columns[self.by_output[0] & (self.output_kinds[line] == kind)]
             rows = rows[line : line + 1]
@@ -329,7 +344,7 @@ class Collection:
     @property
     def _title(self) -> str:
         title = "Layer" if self.strategy == "layer" else self.strategy.upper()
-        return f"{title} in blocks" if self.components == "block" else title
+        return title + {"block": " in blocks", "filter": " of filters"}.get(self.components, "")
 
     def __str__(self) -> str:
         """Summary in one line."""
@@ -402,7 +417,7 @@ def collection(
         seed: Any integer. A random collection depends on the seed, the name and the other arguments
             alone: it is the same on every machine and with every version of Python and NumPy.
         components: ``"kernel"``: groups of kernels; ``"block"``: each group is one block of the
-            weight's matrix.
+            weight's matrix; ``"filter"``: groups of output channels, whose weights are one component each.
         name: The layer's name, which gives layers of equal shape different draws from one seed.
 
     Returns:
@@ -435,7 +450,13 @@ def _build(arguments: dict[str, Any], orders: _Orders) -> Collection:
     """The collection of the given checked arguments, with halves and shares in the given orders."""
     rows, columns, strategy, kinds = (arguments[field] for field in _ARGUMENTS[:4])
     n_kinds = len(kinds)
-    if arguments["components"] == "block" or strategy == "layer":
+    if arguments["components"] == "filter":
+        by_output = _first_half(rows, "pi" if strategy == "layer" else strategy, orders)[:, None]
+        n_rows = int(by_output.sum())
+        output_kinds, input_kinds = np.zeros((2, rows, 1), np.min_scalar_type(n_kinds - 1))
+        output_kinds[by_output] = _deal("rows", 1, n_rows, n_kinds, orders)[0]
+        input_kinds[~by_output] = _deal("filters", 1, rows - n_rows, n_kinds, orders, dealt=n_rows)[0]
+    elif arguments["components"] == "block" or strategy == "layer":
         by_output = _first_half(rows, strategy, orders)[:, None]
         n_rows = int(by_output.sum())
         output_kinds = np.zeros((rows, 1), np.min_scalar_type(n_kinds - 1))
@@ -543,7 +564,7 @@ def _check_arguments(
         "kinds": tuple(kind(word).name for word in words),
         "selection": _choice("selection", selection, ("deterministic", "random")),
         "seed": _integer("seed", seed),
-        "components": _choice("components", components, ("kernel", "block")),
+        "components": _choice("components", components, ("kernel", "block", "filter")),
         "name": name,
     }
 

@@ -44,6 +44,8 @@ class Kind:
         colour: Colour in plots.
         code: The number by which the fused sweeps know it; None if no fused sweep does.
         options: Attributes, besides the radius and ``ndim``, in which two manifolds of this kind can differ.
+        joins_filters: Whether all filters of a group are one component, one column each, where components are filters;
+            else every filter is a component.
         aliases: Other words for it.
     """
 
@@ -55,6 +57,7 @@ class Kind:
     colour: str
     code: int | None = None
     options: tuple[str, ...] = ()
+    joins_filters: bool = False
     aliases: tuple[str, ...] = ()
 
     @property
@@ -188,6 +191,7 @@ def register_kind(
     norms: Callable[[int, int], tuple[float, float]] | None = None,
     colour: str | None = None,
     options: tuple[str, ...] = (),
+    joins_filters: bool = False,
 ) -> Kind:
     """Add a manifold kind of your own: groups, plans, radii, reports and the optimiser then know it by its name.
 
@@ -204,6 +208,8 @@ def register_kind(
         colour: Its colour in plots; one that is not in use if left out.
         options: Names of attributes, besides the radius, in which two manifolds of the class can differ. Components of
             several layers are computed together where these are equal.
+        joins_filters: With ``components="filter"``, whether the filters of a group are the columns of one component,
+            as on the Stiefel manifold. By default every filter is a component.
 
     Returns:
         The record.
@@ -253,6 +259,7 @@ def register_kind(
         None if norms is None else carry,
         colour or (free or _SPARE_COLOURS)[0],
         options=tuple(options),
+        joins_filters=joins_filters,
     )
     register(record)
     _of_users.add(name)

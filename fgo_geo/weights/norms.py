@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fgo_geo.linalg import root_of_sum
 from fgo_geo.weights import kinds
-from fgo_geo.weights.components import Partition
+from fgo_geo.weights.components import FilterPartition, Partition
 
 __all__ = [
     "MatrixNorms",
@@ -202,8 +202,12 @@ def norms_of_groups(cut: Partition, weight: Tensor) -> MatrixNorms:
     for segments, components in zip(cut.segments, cut.split(weight), strict=True):
         if segments.are_components:
             per_part.append(matrix_norms(components))
+            continue
+        labels = segments.spread(torch.arange(segments.count, device=components.device))
+        if isinstance(cut, FilterPartition):  # the Gram matrices of group_norms would have the size of a filter
+            matrices = [components[labels == group, :, 0].mT for group in range(segments.count)]
+            per_part.append(MatrixNorms(*map(torch.stack, zip(*map(matrix_norms, matrices), strict=True))))
         else:
-            labels = segments.spread(torch.arange(segments.count, device=components.device))
             per_part.append(group_norms(components, labels, segments.count))
     order = torch.from_numpy(np.concatenate(cut.groups)).to(weight.device)
     fields = (torch.cat(field) for field in zip(*per_part, strict=True))
