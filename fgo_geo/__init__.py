@@ -14,6 +14,7 @@ from fgo_geo.paths import router as kernels
 from fgo_geo.weights import grouping, norms
 from fgo_geo.weights.grouping import Collection, collection
 from fgo_geo.weights.kinds import register_kind
+from fgo_geo.weights.layout import WeightLayout, register_layout
 
 __all__ = [  # noqa: RUF022  in groups, for readers
     # manifolds
@@ -24,11 +25,13 @@ __all__ = [  # noqa: RUF022  in groups, for readers
     # groups, and models on them
     "Collection",
     "Plan",
+    "WeightLayout",
     "collection",
     "constrain",
     "grouping",
     "plan_of",
     "register_kind",
+    "register_layout",
     "unconstrain",
     # training
     "RiemannianFGSGD",

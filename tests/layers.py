@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fgo_geo.grouping import MANIFOLD_KINDS, Collection, collection
-from fgo_geo.weights.components import WeightLayout, layout_of
+from fgo_geo.weights.layout import WeightLayout, layout_of
 
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fgo_geo.grouping import MANIFOLD_KINDS, Collection, collection
-from fgo_geo.weights.components import KernelPartition, Partition, Segments, WeightLayout, layout_of, partition
+from fgo_geo.weights.components import KernelPartition, Partition, Segments, partition
+from fgo_geo.weights.layout import WeightLayout, layout_of
 
 
 def numbered(shape: tuple[int, ...]) -> Tensor:

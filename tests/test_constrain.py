@@ -90,10 +90,11 @@ def test_frozen_layers_are_left_alone_and_stay_first_and_last() -> None:
 
 def test_components_that_could_not_move_are_left_alone() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(1, 1), nn.Conv1d(4, 4, 1), nn.Linear(2, 2))
-    plan = constrain(model, "layer", "sphere", first_layer=True)
+    arguments = {"strategy": "layer", "manifolds": "sphere", "first_layer": True, "classifier": True, "exclude": "3"}
+    plan = constrain(model, **arguments)
     assert names(plan) == ["0.weight", "2.weight"]
     assert "isolated points" in str(plan.entries[2].reason)
-    plan = constrain(unconstrain(model), "layer", "sphere", first_layer=True, overrides={"0": {"components": "kernel"}})
+    plan = constrain(unconstrain(model), **arguments, overrides={"0": {"components": "kernel"}})
     assert "single numbers" in str(plan.entries[0].reason)
 
 

@@ -24,7 +24,8 @@ from fgo_geo.models.feature_stats import (
     track,
     untrack,
 )
-from fgo_geo.weights.components import WeightLayout, layout_of, partition
+from fgo_geo.weights.components import partition
+from fgo_geo.weights.layout import WeightLayout, layout_of
 
 seeds = st.integers(0, 2**31)
 momenta = st.sampled_from([0.1, 0.7, 1.0, None])

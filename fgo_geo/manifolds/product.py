@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from fgo_geo.linalg import computes_in_float32, root_of_sum
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold, flat_shape
 from fgo_geo.manifolds.sphere import SphericalManifold
-from fgo_geo.weights.components import Partition, Segments, WeightLayout, partition
+from fgo_geo.weights.components import Partition, Segments, partition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.kinds import kind, names
+from fgo_geo.weights.layout import WeightLayout
 
 __all__ = ["ProductOfGroups", "RadiusLike"]
 

@@ -1,119 +1,40 @@
 r"""What each parameter of a model gets: the decision, before anything is changed.
 
-:func:`sites_of` finds the parameters with all places where they are used. For each of them :class:`Wanted` says whether
-it is meant, by ``include``, ``exclude`` and the defaults; :func:`settings_of` says how, by the rules and overrides that
-match its name; :func:`entry_of` writes down the outcome as a :class:`~fgo_geo.models.entry.PlanEntry`. Nothing here
-changes a module; :mod:`fgo_geo.models.surgery` does.
+For each parameter of a model (:mod:`fgo_geo.models.sites`) :class:`Wanted` says whether it is meant, by ``include``,
+``exclude`` and the defaults; :func:`settings_of` says how, by the rules and overrides that match its name;
+:func:`entry_of` writes down the outcome as a :class:`~fgo_geo.models.entry.PlanEntry`. Nothing here changes a module;
+:mod:`fgo_geo.models.surgery` does.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
-
 from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.models.entry import PlanEntry
 from fgo_geo.models.feature_stats import LambdaRule
-from fgo_geo.weights.components import CONVOLUTIONS, WeightLayout, layout_of
+from fgo_geo.models.sites import Pattern, Site, output_heads
 from fgo_geo.weights.grouping import Collection, collection
+from fgo_geo.weights.layout import WeightLayout, has_own_forward
 from fgo_geo.weights.radius import RadiusRule, check_bound, check_rule
 from fgo_geo.weights.words import few
 
 __all__ = [
     "Components",
     "Initial",
-    "Pattern",
     "Settings",
-    "Site",
     "Wanted",
     "check_patterns",
     "collections_of",
     "entry_of",
     "settings_of",
-    "sites_of",
 ]
 
 Components = Literal["auto", "kernel", "block", "filter"]
 Initial = Literal["project", "uniform"]
-Pattern = str | type[nn.Module]
-
-
-# -- what a model holds ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """A parameter with all places where it is used.
-
-    Attributes:
-        param: The parameter.
-        names: Its names in the model.
-        owners: The module behind each name.
-    """
-
-    param: Tensor
-    names: tuple[str, ...]
-    owners: tuple[nn.Module, ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The parameter's shape; none if it is not initialised yet."""
-        return () if isinstance(self.param, nn.UninitializedParameter) else tuple(self.param.shape)
-
-    def matches(self, pattern: Pattern) -> bool:
-        """Whether a parameter name, module name, glob or module type means this parameter."""
-        if isinstance(pattern, type):
-            return any(isinstance(owner, pattern) for owner in self.owners)
-        return any(
-            fnmatch.fnmatchcase(name, pattern)
-            or fnmatch.fnmatchcase(name.rpartition(".")[0], pattern)
-            or name.startswith(pattern + ".")
-            for name in self.names
-        )
-
-    def layout(self) -> WeightLayout | str:
-        """The layout that all owners agree on, or the reason why the parameter cannot be constrained."""
-        layouts = self._layouts()
-        for layout in layouts:
-            if isinstance(layout, str):
-                return layout
-        if len(set(layouts)) > 1:
-            return "is shared by layers that store it in different layouts"
-        if not self.param.is_floating_point():
-            return f"has type {self.param.dtype}, expected a real floating-point type"
-        if not self.param.requires_grad:
-            return "is frozen (requires_grad=False): unfreeze it first, or constrain it when it is to be trained"
-        return layouts[0]
-
-    def _layouts(self) -> list[WeightLayout | str]:
-        return [layout_of(m, n.rpartition(".")[2]) for m, n in zip(self.owners, self.names, strict=True)]
-
-    def is_convolution(self) -> bool:
-        """Whether this is the weight of a convolution, frozen or not."""
-        return isinstance(self.owners[0], CONVOLUTIONS) and isinstance(self._layouts()[0], WeightLayout)
-
-    def is_linear(self) -> bool:
-        """Whether this is the weight of a linear layer or a 1x1 convolution without groups, frozen or not."""
-        return any(
-            isinstance(owner, (nn.Linear, *CONVOLUTIONS))
-            and isinstance(layout, WeightLayout)
-            and math.prod(layout.kernel) == layout.conv_groups == 1
-            for owner, layout in zip(self.owners, self._layouts(), strict=True)
-        )
-
-
-def sites_of(model: nn.Module) -> list[Site]:
-    """All parameters of a model, tied ones once, in the order of the model."""
-    found: dict[Tensor, list[tuple[str, nn.Module]]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for local, param in module.named_parameters(recurse=False, remove_duplicate=False):
-            found.setdefault(param, []).append((f"{path}.{local}" if path else local, module))
-    return [Site(param, *zip(*places, strict=True)) for param, places in found.items()]  # pyright: ignore
 
 
 # -- which parameters are meant -------------------------------------------------------------------------------
@@ -124,10 +45,10 @@ class Wanted:
 
     Args:
         sites: All parameters of a model.
-        include: Patterns of those that are meant; None for all but the first convolution and the classifier.
+        include: Patterns of those that are meant; None for all but the first convolution and the output heads.
         exclude: Patterns of those that are not.
         first_layer: Whether the first convolution is meant too.
-        classifier: Whether the classifier is meant too.
+        classifier: Whether the classifier and other output heads are meant too.
 
     Raises:
         ValueError: If a pattern matches nothing.
@@ -147,9 +68,9 @@ class Wanted:
         check_patterns("include", self._include or (), sites)
         check_patterns("exclude", self._exclude, sites)
         self._spared: dict[Site, str] = {}
-        linear = [site for site in sites if site.is_linear()]
-        if linear and not classifier:
-            self._spared[linear[-1]] = "is the classifier: pass classifier=True to constrain it"
+        if not classifier:
+            heads = output_heads(sites).items()
+            self._spared.update((site, f"{reason}: pass classifier=True to constrain it") for site, reason in heads)
         convolutions = [site for site in sites if site.is_convolution()]
         if convolutions and not first_layer:
             self._spared[convolutions[0]] = "is the first convolution: pass first_layer=True to constrain it"
@@ -199,6 +120,10 @@ def _patterns(patterns: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
 class Settings:
     """How one weight is to be constrained; the arguments of :func:`~fgo_geo.constrain` of the same names.
 
+    Attributes:
+        split: Equal runs of output channels that are layers of their own, e.g. 3 for the fused queries, keys and values
+            of attention. Only in ``overrides``.
+
     Raises:
         ValueError: If one is unknown or out of range.
     """
@@ -212,10 +137,13 @@ class Settings:
     components: Components
     initial: Initial
     statistics: LambdaRule | None
+    split: int = 1
 
     def __post_init__(self) -> None:
         check_rule(self.radius)
         check_bound(self.bound)
+        if type(self.split) is not int or self.split < 1:
+            raise ValueError(f"split must be a positive number of equal parts, got {self.split!r}")
         choices: dict[str, tuple[object, ...]] = {
             "components": get_args(Components),
             "initial": get_args(Initial),
@@ -275,6 +203,8 @@ def entry_of(site: Site, settings: Settings, reason: str | None) -> tuple[PlanEn
     layout = site.layout()
     if isinstance(layout, str) or reason is not None:
         return replace(alone, reason=layout if isinstance(layout, str) else reason), None
+    if settings.split > 1:
+        layout = _split(layout, settings.split, alone.name)
     collections = collections_of(
         layout,
         settings.strategy,
@@ -291,11 +221,38 @@ def entry_of(site: Site, settings: Settings, reason: str | None) -> tuple[PlanEn
         radius=settings.radius,
         bound=settings.bound,
         statistics=settings.statistics,
+        notes=_notes(site),
     )
     try:
         return entry, entry.manifold()
     except ValueError as error:
         return replace(alone, reason=f"cannot be constrained like this: {error}"), None
+
+
+def _split(layout: WeightLayout, split: int, name: str) -> WeightLayout:
+    """The layout with sections."""
+    if math.prod(layout.kernel) != 1 or layout.conv_groups != 1 or layout.sections != 1:
+        raise ValueError(f"constrain: {name!r} is no matrix of one layer, so it cannot be split into {split} parts")
+    if layout.out_channels % split:
+        raise ValueError(
+            f"constrain: {name!r} has {layout.out_channels} output channels, which do not split into {split} equal "
+            "parts"
+        )
+    return replace(layout, sections=split)
+
+
+_STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv2dSame", "WSConv2d"}
+
+
+def _notes(site: Site) -> tuple[str, ...]:
+    """What else there is to say of a constrained parameter."""
+    owner = next((owner for owner in site.owners if has_own_forward(owner)), None)
+    if owner is None:
+        return ()
+    name = type(owner).__name__
+    if _STANDARDISED & {base.__name__ for base in type(owner).__mro__}:
+        return (f"the raw weight is constrained, and {name} centres and rescales it in the forward pass",)
+    return (f"the raw weight is constrained; {name} has a forward pass of its own, which may compute with another one",)
 
 
 def collections_of(

@@ -21,16 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 from fgo_geo.linalg import require_finite
 from fgo_geo.models.choose import (
     Components,
-    Pattern,
     Settings,
     Wanted,
     check_patterns,
     entry_of,
     settings_of,
-    sites_of,
 )
 from fgo_geo.models.feature_stats import LambdaRule
 from fgo_geo.models.plan import Plan, plans_of
+from fgo_geo.models.sites import Pattern, sites_of
 from fgo_geo.models.surgery import (
     Initial,
     Target,
@@ -68,8 +67,9 @@ def constrain(
 
     Kernels of spatial convolutions are components of their own; linear layers and 1x1 convolutions are cut into blocks.
     Left alone, and listed with the reason: biases, normalisation layers, embeddings, frozen parameters, layers of
-    unknown layout, components that could not move; and, unless asked, the first convolution and the classifier (the
-    last linear layer or 1x1 convolution).
+    unknown layout (:func:`~fgo_geo.register_layout` makes one known), components that could not move; and, unless
+    asked, the first convolution and the output heads: linear layers and 1x1 convolutions whose outputs no other layer
+    takes, judged by their number, and the last one.
 
     Call it before building the optimiser: constrained weights are new parameters.
 
@@ -92,9 +92,10 @@ def constrain(
             constrained even if it is the first convolution or the classifier.
         exclude: Leave these alone.
         first_layer: Constrain the first convolution too.
-        classifier: Constrain the classifier too.
+        classifier: Constrain the output heads too.
         overrides: Other settings for some layers, e.g. ``{"layer4.*": {"strategy": "layer", "manifolds":
-            "stiefel"}}``. Keys are names, globs or module types; later ones win.
+            "stiefel"}}``. Keys are names, globs or module types; later ones win. One setting is for overrides alone:
+            ``{"*.qkv": {"split": 3}}`` takes equal runs of a linear layer's output channels for layers of their own.
         statistics: Divide the radii by the standard deviation ``λ`` of the features that a component is applied to,
             whenever :meth:`~fgo_geo.Plan.update_scales` is called. ``"max1"`` takes ``max(1, λ)``, which keeps norm
             bounds; with ``"std"``, the plain ``λ`` of [Ozay2019]_, a bound ``β`` becomes ``β / λ``. None: never.

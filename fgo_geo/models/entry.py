@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 from fgo_geo.models.feature_stats import LambdaRule, component_lambda
-from fgo_geo.weights.components import Partition, Storage, WeightLayout
+from fgo_geo.weights.components import Partition
 from fgo_geo.weights.grouping import Collection
+from fgo_geo.weights.layout import Storage, WeightLayout
 from fgo_geo.weights.radius import RadiusRule, check_bound, check_rule, group_radii
 
 __all__ = ["PlanEntry", "table_of"]
@@ -41,6 +42,7 @@ class PlanEntry:
         statistics: The rule for the statistical factor ``λ``; None for ``λ = 1``.
         channel_scales: ``λ`` of every input channel, as of the latest :meth:`~fgo_geo.Plan.update_scales`;
             empty before.
+        notes: What else there is to know, for readers.
     """
 
     names: tuple[str, ...]
@@ -53,6 +55,7 @@ class PlanEntry:
     bound: float = 1.0
     statistics: LambdaRule | None = None
     channel_scales: tuple[float, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def name(self) -> str:
@@ -105,8 +108,8 @@ class PlanEntry:
             ValueError: If a value is not what :meth:`to_dict` writes.
         """
         stored = dict(data)
-        for name in ("names", "shape", "channel_scales"):
-            stored[name] = tuple(stored[name])
+        for name in ("names", "shape", "channel_scales", "notes"):
+            stored[name] = tuple(stored.get(name, ()))
         layout = stored["layout"]
         if layout is not None:
             stored["layout"] = replace(WeightLayout(**layout), shape=stored["shape"])
@@ -120,6 +123,7 @@ class PlanEntry:
         valid = {
             "names": bool(self.names) and all(isinstance(name, str) for name in self.names),
             "module": isinstance(self.module, str),
+            "notes": all(isinstance(note, str) for note in self.notes),
             "shape": all(type(size) is int and size >= 0 for size in self.shape),
             "reason": (self.reason is None) == (self.layout is not None) and isinstance(self.reason, (str, type(None))),
             "layout": layout.storage in get_args(Storage)
@@ -149,17 +153,26 @@ def table_of(entries: Sequence[PlanEntry], manifold_of: Callable[[PlanEntry], Pr
         manifold_of: The manifold of a constrained one.
     """
     rows: list[tuple[str, ...]] = []
+    notes: dict[str, list[str]] = {}
     reasons: dict[str, list[str]] = {}
     for entry in entries:
+        for note in entry.notes:
+            notes.setdefault(note, []).extend(entry.names)
         if entry.reason is None:
             rows.append(_row(entry, manifold_of(entry)))
         else:
             reasons.setdefault(entry.reason, []).extend(entry.names)
-    alone = [
-        textwrap.fill(f"{', '.join(names)}: {reason}", 160, initial_indent="  ", subsequent_indent="    ")
-        for reason, names in reasons.items()
+    remarks = [*_remarks("Notes:", notes), *_remarks("Left alone:", reasons)]
+    return "\n".join([*_table(rows), "", *remarks, _summary(entries)])
+
+
+def _remarks(title: str, remarks: dict[str, list[str]]) -> list[str]:
+    """Lines of what is said of some parameters."""
+    lines = [
+        textwrap.fill(f"{', '.join(names)}: {remark}", 160, initial_indent="  ", subsequent_indent="    ")
+        for remark, names in remarks.items()
     ]
-    return "\n".join([*_table(rows), "", *(["Left alone:", *alone, ""] if alone else []), _summary(entries)])
+    return [title, *lines, ""] if lines else []
 
 
 def _summary(entries: Sequence[PlanEntry]) -> str:

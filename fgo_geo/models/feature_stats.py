@@ -23,7 +23,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fgo_geo.weights.components import CONVOLUTIONS, Partition, WeightLayout
+from fgo_geo.weights.components import Partition
+from fgo_geo.weights.layout import CONVOLUTIONS, WeightLayout
 
 __all__ = [
     "FeatureStatistics",

@@ -31,7 +31,7 @@ from torch.nn.utils import parametrize
 
 from fgo_geo.models.constrain import unconstrain
 from fgo_geo.models.renormalize import Renormalization, remove_renormalization
-from fgo_geo.weights.components import CONVOLUTIONS, WeightLayout, layout_of
+from fgo_geo.weights.layout import CONVOLUTIONS, WeightLayout, layout_of
 
 __all__ = ["BatchNormRecord", "fold_batchnorm"]
 

@@ -48,8 +48,9 @@ from fgo_geo.models.feature_stats import (
     untrack,
 )
 from fgo_geo.weights import kinds
-from fgo_geo.weights.components import WeightLayout, layout_of, partition
+from fgo_geo.weights.components import partition
 from fgo_geo.weights.grouping import Collection
+from fgo_geo.weights.layout import WeightLayout, layout_of
 from fgo_geo.weights.norms import Norm, matrix_norms, norms_of_groups
 from fgo_geo.weights.radius import check_bound, group_radii, kaiming_radius
 

@@ -17,7 +17,7 @@ from fgo_geo.linalg import computes_in_float32, require_finite
 from fgo_geo.manifolds import ProductOfGroups, mark_replaced
 from fgo_geo.models.entry import PlanEntry
 from fgo_geo.models.feature_stats import LambdaRule, TrackingHandle, rescaling_lambda
-from fgo_geo.weights.components import CONVOLUTIONS
+from fgo_geo.weights.layout import CONVOLUTIONS
 
 __all__ = [
     "Initial",

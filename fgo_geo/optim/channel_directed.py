@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fgo_geo.linalg import computes_in_float32
-from fgo_geo.weights.components import WeightLayout, layout_of
+from fgo_geo.weights.layout import WeightLayout, layout_of
 
 __all__ = [
     "ChannelDirected",

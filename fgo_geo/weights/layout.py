@@ -1,19 +1,20 @@
-"""How layers store their weights: which entries belong to which output channel, input channel and kernel.
+r"""How layers store their weights: the only place that knows.
 
-:class:`WeightLayout` brings the weight of a convolution, a transposed or grouped convolution, a linear layer or a
-packed attention projection into the form ``(D, C, *kernel)``, output channels first. :func:`layout_of` reads the layout
-off a module, or gives the reason why its parameter has none.
+A :class:`WeightLayout` says which dimension of a weight holds the output channels, which the input channels, and what
+is the kernel. :func:`layout_of` gives the layout of a module's parameter, or the reason why there is none. The layouts
+of torch's layers are entered here by :func:`register_layout`, and users enter those of their own layers.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-__all__ = ["CONVOLUTIONS", "Storage", "WeightLayout", "layout_of"]
+__all__ = ["CONVOLUTIONS", "Storage", "WeightLayout", "has_own_forward", "layout_of", "register_layout"]
 
 Storage = Literal["conv", "transposed"]
 
@@ -25,7 +26,7 @@ class WeightLayout:
     Attributes:
         shape: The weight's shape.
         storage: ``"conv"`` for ``(D, C, *kernel)`` (linear layers have no kernel), ``"transposed"`` for the
-            ``(groups C, D / groups, *kernel)`` of transposed convolutions.
+            ``(groups C, D / groups, *kernel)`` of transposed convolutions, and for matrices ``(C, D)``.
         conv_groups: Groups of a grouped convolution; ``C`` counts the input channels of one of them.
         sections: Equal runs of output channels that are separate layers: 3 for packed attention projections, the
             number of convolution groups for a 1x1 convolution.
@@ -86,6 +87,69 @@ _NORMALISATIONS = (
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 
+LayoutRule = Callable[[Any], WeightLayout]
+_rules: dict[tuple[str, str], LayoutRule] = {}
+
+
+def register_layout(layer: type[nn.Module] | str, parameter: str, layout: LayoutRule) -> None:
+    """Say how a type of layer stores a weight, so that :func:`~fgo_geo.constrain` and all others can read it.
+
+    Holds for derived classes too; that of the nearest base class counts. A second call replaces the first.
+
+    Args:
+        layer: The type, or its full name, ``"package.module.Class"``, for which nothing has to be imported.
+        parameter: Name of the weight in the layer, e.g. ``"weight"``.
+        layout: From a layer to the layout of its weight.
+
+    Raises:
+        TypeError: If the layer is no type of module and no name, or the layout cannot be called.
+
+    Example:
+        The ``Conv1D`` of GPT-2 in Hugging Face's transformers, a linear layer that stores its matrix as ``(C, D)``, is
+        entered like this.
+
+        >>> register_layout(
+        ...     "transformers.pytorch_utils.Conv1D",
+        ...     "weight",
+        ...     lambda layer: WeightLayout(tuple(layer.weight.shape), "transposed"),
+        ... )
+    """
+    is_type = isinstance(layer, type) and issubclass(layer, nn.Module)
+    if not (is_type or (isinstance(layer, str) and "." in layer)):
+        raise TypeError(
+            "register_layout: expected a type of torch.nn.Module or its full name, 'package.module.Class', got "
+            f"{layer!r}"
+        )
+    if not (isinstance(parameter, str) and callable(layout)):
+        raise TypeError(
+            "register_layout: expected the name of a parameter and a function from a layer to its WeightLayout, got "
+            f"{parameter!r} and {layout!r}"
+        )
+    _rules[_full_name(layer) if isinstance(layer, type) else layer, parameter] = layout
+
+
+def _full_name(layer: type) -> str:
+    return f"{layer.__module__}.{layer.__qualname__}"
+
+
+def _of_convolution(layer: nn.Conv2d) -> WeightLayout:
+    shape = tuple(layer.weight.shape)
+    storage = "transposed" if isinstance(layer, _TRANSPOSED) else "conv"
+    return WeightLayout(shape, storage, layer.groups, layer.groups if math.prod(shape[2:]) == 1 else 1)
+
+
+def _of_matrix(name: str, storage: Storage = "conv", sections: int = 1) -> LayoutRule:
+    return lambda layer: WeightLayout(tuple(getattr(layer, name).shape), storage, sections=sections)
+
+
+for _convolution in CONVOLUTIONS:
+    register_layout(_convolution, "weight", _of_convolution)
+register_layout(nn.Linear, "weight", _of_matrix("weight"))
+register_layout(nn.MultiheadAttention, "in_proj_weight", _of_matrix("in_proj_weight", sections=3))
+for _name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
+    register_layout(nn.MultiheadAttention, _name, _of_matrix(_name))
+register_layout("transformers.pytorch_utils.Conv1D", "weight", _of_matrix("weight", "transposed"))
+
 
 def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
     """The layout of a module's parameter, or the reason why it has none.
@@ -96,6 +160,9 @@ def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
 
     Returns:
         A layout, or what to say of the parameter.
+
+    Raises:
+        ValueError: If the layout that was registered is for another shape.
 
     Example:
         >>> layout_of(nn.Conv2d(4, 6, 3), "weight").kernel
@@ -108,6 +175,10 @@ def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
         return "is not initialised yet: run a forward pass through the lazy module first"
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
         return "is re-parametrised already: remove the parametrization first"
+    for base in type(module).__mro__:
+        rule = _rules.get((_full_name(base), name))
+        if rule is not None:
+            return _checked(rule(module), module, name)
     if isinstance(module, _NORMALISATIONS):
         return "scales or shifts normalised features"
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
@@ -118,17 +189,34 @@ def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
         return "holds the gates of a recurrent layer in one tensor"
     if parameter.ndim < 2:
         return "has one dimension: no kernels or blocks to form components of"
-    shape = tuple(parameter.shape)
-    if isinstance(module, CONVOLUTIONS) and name == "weight":
-        sections = module.groups if math.prod(shape[2:]) == 1 else 1
-        return WeightLayout(shape, "transposed" if isinstance(module, _TRANSPOSED) else "conv", module.groups, sections)
-    if isinstance(module, nn.Linear) and name == "weight":
-        return WeightLayout(shape)
-    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
-        return WeightLayout(shape, sections=3)
-    if isinstance(module, nn.MultiheadAttention) and name in ("q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        return WeightLayout(shape)
     return (
-        f"is {name!r} of {type(module).__name__}, of unknown layout: declare it by hand as a geoopt.ManifoldParameter "
-        "if it is to be constrained"
+        f"is {name!r} of {type(module).__name__}, of unknown layout: if it is to be constrained, say how it is stored "
+        "(fgo_geo.register_layout), or declare it by hand as a geoopt.ManifoldParameter"
     )
+
+
+def _checked(layout: WeightLayout, module: nn.Module, name: str) -> WeightLayout:
+    shape = tuple(module.get_parameter(name).shape)
+    if layout.shape != shape:
+        raise ValueError(
+            f"the layout registered for {name!r} of {type(module).__name__} is for shape {layout.shape}, the parameter "
+            f"has {shape}"
+        )
+    return layout
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a convolution or linear layer is of a class that computes otherwise than torch's own.
+
+    What such a layer computes with may not be its weight: weight standardisation centres and rescales it.
+
+    Example:
+        >>> class Standardised(nn.Conv2d):
+        ...     def forward(self, x):
+        ...         return self._conv_forward(x, self.weight / self.weight.norm(), self.bias)
+        >>> has_own_forward(Standardised(2, 2, 3)), has_own_forward(nn.Conv2d(2, 2, 3))
+        (True, False)
+    """
+    base = next((base for base in type(module).__mro__ if base in (nn.Linear, *CONVOLUTIONS)), None)
+    names = ("forward", "_conv_forward")
+    return base is not None and any(getattr(type(module), n, None) is not getattr(base, n, None) for n in names)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fgo_geo.measures.bounds import margin
-from fgo_geo.weights.components import CONVOLUTIONS
+from fgo_geo.weights.layout import CONVOLUTIONS
 
 __all__ = ["Observed", "observe"]
 

@@ -26,7 +26,8 @@ from fgo_geo.measures.report.presentation import Report
 from fgo_geo.measures.report.record import LayerReport, Measure, Scaling, TauStatistics
 from fgo_geo.measures.report.weights import Weight, find_weights
 from fgo_geo.models.folding import BatchNorm, BatchNormRecord, fold_batchnorm
-from fgo_geo.weights.components import BlockPartition, Partition, WeightLayout
+from fgo_geo.weights.components import BlockPartition, Partition
+from fgo_geo.weights.layout import WeightLayout
 from fgo_geo.weights.norms import (
     MatrixNorms,
     conv_operator_norm_bound,

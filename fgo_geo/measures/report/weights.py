@@ -18,9 +18,10 @@ from fgo_geo.linalg import require_finite
 from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.manifolds.embedded import EmbeddedManifold
 from fgo_geo.measures.report.record import Kind
-from fgo_geo.models.choose import Site, sites_of
 from fgo_geo.models.renormalize import Renormalization, renormalization_of
-from fgo_geo.weights.components import Partition, WeightLayout, layout_of
+from fgo_geo.models.sites import Site, sites_of
+from fgo_geo.weights.components import Partition
+from fgo_geo.weights.layout import WeightLayout, layout_of
 
 __all__ = ["Weight", "find_weights"]
 
