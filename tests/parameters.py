@@ -102,7 +102,9 @@ def geoopt_manifolds() -> dict[str, tuple[geoopt.Manifold, tuple[int, ...]]]:
         "Sphere": (geoopt.Sphere(), (5, 4)),
         "SphereExact": (geoopt.SphereExact(), (5, 4)),
         "SphereProjection": (geoopt.SphereProjection(one()), (5, 3)),
+        "SphereProjectionExact": (geoopt.SphereProjectionExact(one()), (5, 3)),
         "Stereographic": (geoopt.Stereographic(-one()), (5, 3)),
+        "StereographicExact": (geoopt.StereographicExact(-one()), (5, 3)),
         "StereographicProductManifold": (
             geoopt.StereographicProductManifold((geoopt.PoincareBall(one()), 3), (geoopt.SphereProjection(one()), 2)),
             (2, 5),
