@@ -2,10 +2,10 @@
 
     python examples/report.py                                # an untrained ResNet-50: plain, constrained, renormalised
     python examples/report.py --model mobilenet_v2 --strategy layer --manifolds stiefel
-    python examples/report.py --checkpoint runs/digits-small-fgsgd/checkpoint.pt    # a run of examples/train.py
+    python examples/report.py --run runs/NAME                # a run of examples/train.py
 
-For a checkpoint, "before" is the network at initialisation, "after" the trained one, and the margin is that of the
-training images. With --output the reports are also left there as JSON and as pictures. How to read them:
+For a run, "before" is the network at initialisation, "after" that of its newest checkpoint, and the margin is that of
+the training images. With --output the reports are also left there as JSON and as pictures. How to read them:
 docs/guides/report.md.
 """
 
@@ -16,11 +16,11 @@ import copy
 import sys
 from pathlib import Path
 
-import flags
 import torch
 import torchvision
-import train
-from torch.utils.data import DataLoader
+from training import checkpoints, data, engine
+from training.folder import RunFolder
+from training.settings import make
 
 import fgo_geo
 from fgo_geo.measures.report import Report, report
@@ -43,11 +43,15 @@ def untrained(settings: argparse.Namespace) -> dict[str, Report]:
 
 
 def trained(settings: argparse.Namespace) -> dict[str, Report]:
-    """Report the network of a run of examples/train.py at its start and at its checkpoint."""
-    of_run, state = flags.parse(["--resume", "--output", str(settings.checkpoint.parent)])
-    run = train.build(of_run)
+    """Report the network of a run of examples/train.py at its start and at its newest checkpoint."""
+    folder = RunFolder(settings.run)
+    state = checkpoints.load(folder.checkpoints).state
+    begun = folder.begun()
+    if begun is None or state is None:
+        raise FileNotFoundError(f"no run with a checkpoint in {settings.run}: name a folder of examples/train.py")
+    run = engine.build(make(begun | {"device": "cpu"}))
     images = run.splits.train
-    loader = DataLoader(images, 256)
+    loader = data.loader(images, data.Order(len(images), 256, None), 0, "cpu")
     reports = {"before": report(run.model, loader, len(images), fold=settings.fold)}
     run.model.load_state_dict(state["model"])
     reports["after"] = report(run.model, loader, len(images), fold=settings.fold)
@@ -66,7 +70,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Report the norms of a network's weights. Defaults are in parentheses."
     )
-    parser.add_argument("--checkpoint", type=Path, help="checkpoint.pt of examples/train.py")
+    parser.add_argument("--run", type=Path, help="folder of a run of examples/train.py")
     parser.add_argument("--model", default="resnet50", help="untrained torchvision network (%(default)s)")
     parser.add_argument("--strategy", default="pio", choices=("pi", "po", "pio", "layer"), help="groups (%(default)s)")
     kinds = ["sphere", "oblique", "stiefel"]
@@ -75,19 +79,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--fold", action="store_true", help="fold batch normalisations into their layers first")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and groups (%(default)s)")
     parser.add_argument("--output", type=Path, help="folder for JSON and pictures (none)")
-    settings = parser.parse_args(arguments)
-    if settings.checkpoint and not settings.checkpoint.is_file():
-        parser.error(f"--checkpoint: there is no file {settings.checkpoint}")
-    if settings.checkpoint and settings.checkpoint.name != "checkpoint.pt":
-        parser.error(f"--checkpoint: expected the checkpoint.pt of a run, got {settings.checkpoint}")
-    return settings
+    return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the reports side by side as the command line says; return the exit status."""
     settings = parse(arguments)
     try:
-        reports = trained(settings) if settings.checkpoint else untrained(settings)
+        reports = trained(settings) if settings.run else untrained(settings)
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -226,11 +226,11 @@ def test_the_example_reports_a_network_and_a_checkpoint(tmp_path, capsys):
         found = json.loads((tmp_path / "reports" / f"{name}.json").read_text())
         assert found["feasible"]
         assert (tmp_path / "reports" / f"{name}.png").stat().st_size > 0
-    with pytest.raises(SystemExit):
-        program.main(["--checkpoint", str(tmp_path / "missing.pt")])
-    example("train").main(["--epochs", "1", "--output", str(tmp_path)])
+    assert program.main(["--run", str(tmp_path / "missing")]) == 2
+    assert "no run with a checkpoint in" in capsys.readouterr().err
+    example("train").main(["--epochs", "1", "--norm", "batch", "--output", str(tmp_path / "run")])
     capsys.readouterr()
-    assert program.main(["--checkpoint", str(tmp_path / "checkpoint.pt"), "--fold"]) == 0
+    assert program.main(["--run", str(tmp_path / "run"), "--fold"]) == 0
     text = capsys.readouterr().out
     assert "before and after" in text
     assert "margin" in text

@@ -1,0 +1,75 @@
+"""Optimisers and learning rates by name."""
+
+from __future__ import annotations
+
+import geoopt
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    SequentialLR,
+)
+
+import fgo_geo
+from training import settings
+
+
+def build(wanted: settings.Optimisation, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the chosen optimiser over all parameters; each treats constrained and plain ones."""
+    weights, momentum = list(model.named_parameters()), wanted.momentum
+    common = {"lr": wanted.lr, "weight_decay": wanted.weight_decay}
+    if wanted.optimizer == "fgsgd":
+        optimizer = fgo_geo.RiemannianFGSGD(
+            weights,
+            momentum=momentum,
+            step_size=wanted.step_size,  # pyright: ignore
+            adapt_euclidean=wanted.adapt_euclidean,
+            **common,
+        )
+    elif wanted.optimizer == "rsgd":
+        optimizer = geoopt.optim.RiemannianSGD(model.parameters(), momentum=momentum, **common)
+    elif wanted.optimizer == "radam":
+        optimizer = geoopt.optim.RiemannianAdam(model.parameters(), betas=(momentum, 0.999), **common)
+    elif wanted.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(weights, betas=(momentum, 0.999), **common)
+    else:
+        optimizer = torch.optim.SGD(weights, momentum=momentum, **common)
+    if wanted.on_manifolds != "none":
+        fgo_geo.on_manifolds(optimizer, step_size=wanted.on_manifolds)
+    if wanted.channel_directed != "none":
+        fgo_geo.channel_directed(
+            optimizer,
+            wanted.channel_directed,  # pyright: ignore
+            wanted.lam or 2.0,
+            wanted.channel_axis or "output",  # pyright: ignore
+            module=model,
+            lam_relative=wanted.lam_relative,
+        )
+    return optimizer
+
+
+def schedule(wanted: settings.Optimisation, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:
+    """Return the learning rates, one per step of the optimiser."""
+    warm = round(wanted.warmup * steps_per_epoch)
+    steps = wanted.epochs * steps_per_epoch - warm
+    # Every scheduler sets the learning rate when it is made: the one that is used first has to be made last.
+    main = _main(wanted, optimizer, steps, steps_per_epoch)
+    if not warm:
+        return main
+    return SequentialLR(optimizer, [LinearLR(optimizer, 0.01, 1.0, warm), main], [warm])
+
+
+def _main(
+    wanted: settings.Optimisation, optimizer: torch.optim.Optimizer, steps: int, steps_per_epoch: int
+) -> LRScheduler:
+    if wanted.schedule == "robbins-monro":
+        return fgo_geo.optim.RobbinsMonroLR(optimizer, (wanted.time_constant or 10.0) * steps_per_epoch)
+    if wanted.schedule == "cosine":
+        return CosineAnnealingLR(optimizer, steps)
+    if wanted.schedule == "step":
+        return MultiStepLR(optimizer, [steps // 2, steps * 3 // 4])
+    return ConstantLR(optimizer, 1.0, 0)

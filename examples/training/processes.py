@@ -1,0 +1,93 @@
+"""One process or many: what torchrun has set up, and the few collectives that training needs.
+
+Without torchrun every function does what it does for a world of one process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def count() -> int:
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def is_first() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def device() -> str:
+    """The device of this process."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+
+
+@contextmanager
+def group(device: str) -> Iterator[None]:
+    """Let the processes find each other, for the time of a run."""
+    if count() == 1:
+        yield
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", device_id=torch.device(device))
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def total(values: Tensor) -> Tensor:
+    """Add up a tensor over all processes, in place."""
+    if count() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def largest(values: Tensor) -> Tensor:
+    """Take the elementwise maximum over all processes, in place."""
+    if count() > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def gathered(value: Any) -> list[Any]:
+    """One value of every process, in the order of their ranks, on all of them."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: Any) -> Any:
+    """What the first process has, on all of them."""
+    if count() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the buffers of the first, such as the statistics of batch normalisation."""
+    if count() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)

@@ -1,0 +1,105 @@
+"""What the tests of the training scripts share: where these are, small data in real formats, bits to compare."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import pickle
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision import datasets
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+NAMES = ("checkpoints", "data", "engine", "folder", "grid", "measures", "models", "processes", "reporting", "settings")
+modules = {name: importlib.import_module(f"training.{name}") for name in NAMES}
+train = importlib.import_module("train")
+
+
+def bits(value: object) -> object:
+    """Return nested containers with every tensor replaced by its type, shape and bytes."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: bits(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [bits(entry) for entry in value]
+    return value
+
+
+def run(output: Path, *arguments: str) -> dict:
+    """Train in this process and return the results file."""
+    assert train.main([*arguments, "--output", str(output)]) == 0
+    return json.loads((output / "results.json").read_text())
+
+
+def load(output: Path) -> dict:
+    """Return the newest checkpoint without the times, which no two runs share."""
+    state = modules["checkpoints"].load(output / "checkpoints").state
+    assert state is not None
+    state["progress"].pop("seconds")
+    for epoch in state["progress"]["history"]:
+        del epoch["seconds"]
+    return state
+
+
+def write_image_folder(root: Path, train: int = 9, val: int = 4, size: tuple[int, int] = (40, 48)) -> Path:
+    """A folder in ImageNet's layout, of two classes that are easy to tell apart."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", train), ("val", val)):
+        for index in range(count):
+            label = ("ant", "bee")[index % 2]
+            path = root / part / label / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 128, (*size, 3)) + 127 * (label == "bee")
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    return root
+
+
+def write_cifar(root: Path, monkeypatch) -> Path:
+    """Ten images per file in the layout of CIFAR-10 and CIFAR-100, whose checksums are not checked."""
+    generator = np.random.default_rng(0)
+
+    def write(path, content):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(pickle.dumps(content))
+
+    def images(key, labels):
+        return {"data": generator.integers(0, 256, (len(labels), 3072), dtype=np.uint8), key: labels}
+
+    for dataset, key, meta, classes in (
+        (datasets.CIFAR10, "labels", "label_names", 10),
+        (datasets.CIFAR100, "fine_labels", "fine_label_names", 100),
+    ):
+        for entries in ("train_list", "test_list"):
+            names = [[name, None] for name, _ in getattr(dataset, entries)]
+            monkeypatch.setattr(dataset, entries, names)
+            for name, _ in names:
+                write(root / dataset.base_folder / name, images(key, list(range(10))))
+        names = {meta: [f"class {i}" for i in range(classes)]}
+        write(root / dataset.base_folder / dataset.meta["filename"], names)
+        monkeypatch.setattr(dataset, "meta", dataset.meta | {"md5": None})
+    return root
+
+
+def write_fashion(root: Path, train: int = 100, test: int = 20, suffix: str = ".gz") -> tuple[np.ndarray, np.ndarray]:
+    """The four files of Fashion-MNIST, with random images; return those of the training set and their labels."""
+    generator = np.random.default_rng(0)
+    root.mkdir(parents=True, exist_ok=True)
+    kept = []
+    for part, count in (("train", train), ("t10k", test)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        kept += [images, labels]
+        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+            content = struct.pack(f">HBB{array.ndim}i", 0, 8, array.ndim, *array.shape) + array.tobytes()
+            path = root / f"{name}{suffix}"
+            path.write_bytes(gzip.compress(content) if suffix else content)
+    return kept[0], kept[1]
