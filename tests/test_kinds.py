@@ -124,7 +124,7 @@ class _Vector(Rows):
         ("own", nn.Linear, {}, TypeError, r"'own' needs a class derived from geoopt.Manifold, got .*Linear"),
         ("own", _Unfinished, {}, TypeError, r"_Unfinished .* lacks expmap, proju, retr, violation"),
         ("own", _Nameless, {}, TypeError, r"_Nameless .* lacks a name"),
-        ("own", geoopt.Sphere, {}, TypeError, r"lacks a radius \(derive it from fgo_geo.manifolds.ComponentManifold"),
+        ("own", geoopt.Sphere, {}, TypeError, r"needs a Sphere with ndim = 2, got Sphere with ndim = 1"),
         ("own", _Vector, {}, TypeError, r"'own' needs a _Vector with ndim = 2, got _Vector with ndim = 1"),
         ("own", Rows, {"build": fgo_geo.Oblique}, TypeError, r"needs a Rows with ndim = 2, got Oblique"),
         ("own", Rows, {"norms": lambda a, b: 1.0}, ValueError, r"two positive numbers.*got 1.0 for a 3 x 2"),

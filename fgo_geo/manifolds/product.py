@@ -35,7 +35,8 @@ RadiusLike = Radii | Callable[[Partition], Radii]
 class ProductOfGroups(EmbeddedManifold):
     r"""The product of the manifolds of all groups of a collection, on one weight tensor.
 
-    The metric is the sum of the components' metrics, that is the Euclidean metric of the weight.
+    The metric is the sum of the components' metrics: the Euclidean metric of the weight, unless a kind has another one
+    (Geoopt's ``CanonicalStiefel``).
 
     Args:
         collection: The groups and their manifold kinds, from :func:`~fgo_geo.weights.grouping.collection`; one
@@ -155,6 +156,11 @@ class ProductOfGroups(EmbeddedManifold):
         values = self.partition.per_component(radius.detach().cpu().double().numpy())
         return [_number_if_constant(torch.from_numpy(np.ascontiguousarray(v))) for v in values]
 
+    @property
+    def _is_euclidean(self) -> bool:
+        """Whether all metrics are the Euclidean one."""
+        return all(isinstance(manifold, (EmbeddedManifold, geoopt.Euclidean)) for manifold in self.manifolds)
+
     # -- parts -----------------------------------------------------------------------------------------------
 
     @property
@@ -197,7 +203,7 @@ class ProductOfGroups(EmbeddedManifold):
         """
 
         def choose(manifold: geoopt.Manifold, a: Tensor, b: Tensor) -> Tensor:
-            return a if isinstance(manifold, ComponentManifold) else b
+            return b if isinstance(manifold, geoopt.Euclidean) else a
 
         return self._map(choose, x, otherwise)
 
@@ -215,9 +221,36 @@ class ProductOfGroups(EmbeddedManifold):
         Returns:
             One number per group, shape ``(G,)``, in the order of the collection.
         """
-        products = self.partition.split(u * (u if v is None else v))
-        sums = [segments.sum(p.flatten(1).sum(1)) for (_, segments), p in zip(self.parts, products, strict=True)]
+        if self._is_euclidean:
+            products = self.partition.split(u * (u if v is None else v))
+            sums = [segments.sum(p.flatten(1).sum(1)) for (_, segments), p in zip(self.parts, products, strict=True)]
+        else:
+            tensors = zip(*map(self.partition.split, (x, u, u if v is None else v)), strict=True)
+            parts = zip(self.parts, tensors, strict=True)
+            sums = [segments.sum(manifold.inner(*own)) for (manifold, segments), own in parts]
         return self.in_collection_order(sums)
+
+    def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
+        """Inner product of tangent vectors: the sum of the groups'.
+
+        Args:
+            x: Point.
+            u: Tangent vector at ``x``.
+            v: Tangent vector at ``x``; ``u`` if left out.
+            keepdim: Keep the dimensions with size one.
+
+        Returns:
+            One number.
+        """
+        if self._is_euclidean:
+            return super().inner(x, u, v, keepdim=keepdim)
+        return self._per_component(x, self.group_inner(x, u, v).sum().reshape((1,) * self.ndim), keepdim)
+
+    def norm(self, x: Tensor, u: Tensor, *, keepdim: bool = False) -> Tensor:
+        """Norm of a tangent vector."""
+        if self._is_euclidean:
+            return super().norm(x, u, keepdim=keepdim)
+        return self.inner(x, u, keepdim=keepdim).sqrt()
 
     @computes_in_float32
     def group_norm(self, x: Tensor, u: Tensor) -> Tensor:
@@ -247,7 +280,7 @@ class ProductOfGroups(EmbeddedManifold):
     def violation(self, x: Tensor) -> Tensor:
         """Relative constraint violation of every component that has a constraint, part by part."""
         parts = zip(self.parts, self.partition.split(x), strict=True)
-        violations = [m.violation(p) for (m, _), p in parts if isinstance(m, ComponentManifold)]
+        violations = [_violation(m, p) for (m, _), p in parts if not isinstance(m, geoopt.Euclidean)]
         return torch.cat(violations) if violations else x.new_zeros(1)
 
     def projx(self, x: Tensor) -> Tensor:
@@ -257,6 +290,10 @@ class ProductOfGroups(EmbeddedManifold):
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         """Tangent projection, component by component."""
         return self._map("proju", x, u)
+
+    def egrad2rgrad(self, x: Tensor, u: Tensor) -> Tensor:
+        """Riemannian gradient from the Euclidean one, component by component."""
+        return self._map("egrad2rgrad", x, u)
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
         """Retraction, component by component; if ``exact``, the exponential map of the tangent part of ``u``."""
@@ -278,8 +315,13 @@ class ProductOfGroups(EmbeddedManifold):
         if self.exact:
             u, v = self.proju(x, u), self.proju(x, v)
             return self.expmap(x, u), self._map(_carried, x, u, v)
-        y = self.retr(x, u)
-        return y, self.proju(y, v)
+        if self._is_euclidean:
+            y = self.retr(x, u)
+            return y, self.proju(y, v)
+        tensors = zip(*map(self.partition.split, (x, u, v)), strict=True)
+        moved = [manifold.retr_transp(*own) for (manifold, _), own in zip(self.parts, tensors, strict=True)]
+        ends, carried = (self.partition.merge(parts, like=x) for parts in zip(*moved, strict=True))
+        return ends, carried
 
     def transp_follow_expmap(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Transport along geodesics, component by component: parallel on spheres and oblique manifolds."""
@@ -309,7 +351,9 @@ class ProductOfGroups(EmbeddedManifold):
         """Gaussian components to uniformly distributed ones; entries without a constraint stay Gaussian."""
 
         def draw(manifold: geoopt.Manifold, part: Tensor) -> Tensor:
-            return manifold.uniform(part) if isinstance(manifold, ComponentManifold) else part
+            if isinstance(manifold, geoopt.Euclidean):
+                return part
+            return manifold.uniform(part) if isinstance(manifold, EmbeddedManifold) else manifold.projx(part)
 
         return self._map(draw, gaussian)
 
@@ -352,6 +396,13 @@ class ProductOfGroups(EmbeddedManifold):
         return "; ".join(str(c) for c in self.collections)
 
 
+def _violation(manifold: geoopt.Manifold, x: Tensor) -> Tensor:
+    """Relative distance of components from their constraint; on other packages' manifolds, from the nearest point."""
+    if isinstance(manifold, EmbeddedManifold):
+        return manifold.violation(x)
+    return (x - manifold.projx(x)).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
+
+
 def _number_if_constant(radius: Tensor) -> float | Tensor:
     first = radius.reshape(-1)[:1]
     return float(first) if bool((radius == first).all()) else radius
@@ -370,7 +421,7 @@ def _carried(manifold: geoopt.Manifold, x: Tensor, u: Tensor, v: Tensor) -> Tens
 
     Parallel transport does; where there is only projection, the part of ``v`` along ``u`` goes its own way.
     """
-    if isinstance(manifold, (SphericalManifold, geoopt.Euclidean)):
+    if isinstance(manifold, SphericalManifold) or not isinstance(manifold, ComponentManifold):
         return manifold.transp_follow_expmap(x, u, v)
 
     def geodesic(time: Tensor) -> Tensor:

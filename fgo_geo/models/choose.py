@@ -18,6 +18,7 @@ from fgo_geo.models.entry import PlanEntry
 from fgo_geo.models.feature_stats import LambdaRule
 from fgo_geo.models.sites import Pattern, Site, output_heads
 from fgo_geo.weights.grouping import Collection, collection
+from fgo_geo.weights.kinds import KindLike
 from fgo_geo.weights.layout import WeightLayout, has_own_forward
 from fgo_geo.weights.radius import RadiusRule, check_bound, check_rule
 from fgo_geo.weights.words import few
@@ -129,7 +130,7 @@ class Settings:
     """
 
     strategy: str
-    manifolds: str | Sequence[str]
+    manifolds: KindLike | Sequence[KindLike]
     selection: str
     radius: RadiusRule
     seed: int
@@ -258,7 +259,7 @@ def _notes(site: Site) -> tuple[str, ...]:
 def collections_of(
     layout: WeightLayout,
     strategy: str,
-    manifolds: str | Sequence[str],
+    manifolds: KindLike | Sequence[KindLike],
     selection: str,
     seed: int,
     components: Components,

@@ -40,6 +40,7 @@ from fgo_geo.models.surgery import (
     replace_parameter,
     write_points,
 )
+from fgo_geo.weights.kinds import KindLike
 from fgo_geo.weights.radius import RadiusRule
 
 __all__ = ["constrain", "unconstrain"]
@@ -48,7 +49,7 @@ __all__ = ["constrain", "unconstrain"]
 def constrain(
     model: nn.Module,
     strategy: str = "pio",
-    manifolds: str | Sequence[str] = ("sphere", "oblique", "stiefel", "euclidean"),
+    manifolds: KindLike | Sequence[KindLike] = ("sphere", "oblique", "stiefel", "euclidean"),
     selection: str = "random",
     radius: RadiusRule | Mapping[Pattern, RadiusRule] = "kaiming",
     seed: int = 0,
@@ -76,7 +77,8 @@ def constrain(
     Args:
         model: Any module. It is changed, keeps its plan as ``model.fgo_geo_plan``, and computes with the new weights.
         strategy: ``"pi"``, ``"po"``, ``"pio"`` or ``"layer"``.
-        manifolds: Manifold kinds to deal to the groups; exactly one for ``"layer"``.
+        manifolds: Manifold kinds to deal to the groups, as names or manifolds such as ``geoopt.CanonicalStiefel()``;
+            exactly one for ``"layer"``. See :func:`fgo_geo.register_kind` for kinds of your own.
         selection: ``"random"`` or ``"deterministic"``.
         radius: ``"kaiming"`` (keeps the signal), ``"unit"`` (1), ``"bound"`` (all norms of every group at most
             ``bound``), a number, or a mapping from name patterns to these; the first that matches counts,

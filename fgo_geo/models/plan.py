@@ -38,6 +38,7 @@ from fgo_geo.models.surgery import (
     targets_of,
     write_points,
 )
+from fgo_geo.weights.kinds import UnregisteredKindError
 from fgo_geo.weights.words import few
 
 __all__ = ["Plan", "plan_of", "plans_of"]
@@ -224,7 +225,7 @@ class Plan:
             text: What :meth:`to_json` returned.
 
         Raises:
-            ValueError: If the text is of another version, or damaged.
+            ValueError: If the text is of another version, or damaged, or names a manifold kind that is not registered.
         """
         try:
             data = json.loads(text)
@@ -238,6 +239,8 @@ class Plan:
             )
         try:
             return cls(tuple(PlanEntry.from_dict(entry) for entry in data["entries"]))
+        except UnregisteredKindError:
+            raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this plan is damaged ({error!r}): restore it from another copy") from error
 

@@ -42,10 +42,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, cast, overload
 
+import geoopt
 import numpy as np
 from numpy.typing import NDArray
 
-from fgo_geo.weights.kinds import kind, names
+from fgo_geo.weights.kinds import KindLike, UnregisteredKindError, find, kind, names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -258,8 +259,8 @@ class Collection:
             A collection equal to the one that was written.
 
         Raises:
-            ValueError: The text is damaged, written in another version of the format, or names a kind that is not
-                registered.
+            ValueError: The text is damaged, or written in another version of the format.
+            UnregisteredKindError: The text names a kind that is not registered; it is a ValueError.
         """
         try:
             stored = json.loads(text)
@@ -273,9 +274,9 @@ class Collection:
                 "collection again with fgo_geo.grouping.collection."
             )
         words = stored.get("kinds")
-        unknown = [word for word in words if isinstance(word, str) and word not in names()] if words else ()
+        unknown = [word for word in words if isinstance(word, str) and find(word) is None] if words else ()
         if unknown:
-            raise ValueError(
+            raise UnregisteredKindError(
                 f"Collection.from_json: the text names the manifold kind {unknown[0]!r}, which is not registered here: "
                 f"call fgo_geo.register_kind({unknown[0]!r}, ...) with its class, then load again. Registered are "
                 f"{names()}."
@@ -389,7 +390,7 @@ def collection(
     out_channels: int,
     in_channels: int,
     strategy: str,
-    manifolds: str | Sequence[str],
+    manifolds: KindLike | Sequence[KindLike],
     selection: str = "deterministic",
     seed: int = 0,
     *,
@@ -410,7 +411,8 @@ def collection(
             number of channels the first half of ``"pio"`` gets the extra one.
         manifolds: The K manifold kinds: ``"sphere"``, ``"oblique"``, ``"stiefel"``, ``"euclidean"``, their
             abbreviations ``"sp"``, ``"ob"``, ``"st"``, ``"eu"``, and kinds added by
-            :func:`~fgo_geo.register_kind`, in any case of letters. A kind given twice gets two
+            :func:`~fgo_geo.register_kind`, in any case of letters; or manifolds of components, such as
+            ``geoopt.CanonicalStiefel()``, see :func:`fgo_geo.weights.kinds.kind`. A kind given twice gets two
             separate shares. ``"layer"`` takes exactly one kind.
         selection: ``"deterministic"`` takes halves and shares in index order, ``"random"`` samples
             them without replacement, the shares independently for each channel.
@@ -547,9 +549,11 @@ def _check_arguments(
 ) -> dict[str, Any]:
     """The fields of a collection that :data:`_ARGUMENTS` lists, in canonical form."""
     strategy = _choice("strategy", strategy, STRATEGIES)
+    if isinstance(kinds, (str, geoopt.Manifold)):
+        kinds = (kinds,)
     if not isinstance(kinds, Sequence) or not kinds:
         raise ValueError(f"manifolds must name at least one of {names()}, got {kinds!r}")
-    words = cast("Sequence[object]", (kinds,) if isinstance(kinds, str) else kinds)
+    words = cast("Sequence[object]", kinds)
     if strategy == "layer" and len(words) > 1:
         raise ValueError(
             f"strategy 'layer' puts the whole layer on one manifold, got {len(words)} manifolds: "

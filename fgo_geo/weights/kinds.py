@@ -7,26 +7,47 @@ build its manifold, which norms its points have, its colour, and by which number
 No manifold is imported here. The modules of the manifolds enter their own records, and users enter theirs with
 :func:`register_kind`. Groups, norms, radii, plans, reports and execution paths look kinds up by name (:func:`kind`) or
 by class (:func:`kind_of`). A path that does not know a kind leaves it to the reference path.
+
+A manifold object names a kind, too: that of its class, which is entered when it is first seen. Classes of Geoopt have
+the names ``"geoopt.CanonicalStiefel"`` and so on, and can be looked up by them at any time.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import geoopt
 import torch
 from torch import Tensor
 
-__all__ = ["Kind", "kind", "kind_of", "kinds", "names", "register", "register_kind", "unregister_kind"]
+__all__ = [
+    "Kind",
+    "KindLike",
+    "UnregisteredKindError",
+    "find",
+    "kind",
+    "kind_of",
+    "kinds",
+    "names",
+    "register",
+    "register_kind",
+    "unregister_kind",
+]
 
 Radius: TypeAlias = float | Tensor
+KindLike: TypeAlias = str | geoopt.Manifold
 
 _SPARE_COLOURS = ("#cc79a7", "#0072b2", "#d55e00", "#f0e442")  # of Okabe and Ito's palette, as the other kinds' are
+
+
+class UnregisteredKindError(ValueError):
+    """A text names a kind that is not registered: the text is all right, but its reader lacks something."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +61,8 @@ class Kind:
         norms: From ``(A, B)``, upper bounds of the Frobenius and the spectral norm at radius one; None if its points
             have no such bounds.
         carry: ``carry(x, source, target)``: the nearest points of radius ``source``, multiplied by ``target / source``,
-            with radii of shape ``(n, 1, 1)``. It is differentiable and does not check ``x``. None without ``norms``.
+            with radii of shape ``(n, 1, 1)``. It is differentiable and does not check ``x``. None without ``norms`` or
+            without a radius.
         colour: Colour in plots.
         code: The number by which the fused sweeps know it; None if no fused sweep does.
         options: Attributes, besides the radius and ``ndim``, in which two manifolds of this kind can differ.
@@ -103,23 +125,50 @@ def names() -> tuple[str, ...]:
     return tuple(_kinds)
 
 
-def kind(word: object) -> Kind:
-    """The kind with a name.
+def find(word: object) -> Kind | None:
+    """The kind with a name or an alias, in any case of letters; None if there is none.
 
-    Args:
-        word: A name or an alias, in any case of letters.
-
-    Returns:
-        The record.
-
-    Raises:
-        ValueError: If there is none.
+    ``"geoopt."`` and the name of a class of Geoopt finds that class, if its manifolds are ones of matrices.
 
     Example:
-        >>> kind("ST").name
-        'stiefel'
+        >>> find("geoopt.EuclideanStiefel").name
+        'geoopt.EuclideanStiefel'
+        >>> find("cube") is None
+        True
     """
-    found = _by_word.get(word.casefold()) if isinstance(word, str) else None
+    if not isinstance(word, str):
+        return None
+    word = word.casefold()
+    module, _, name = word.partition(".")
+    if word not in _by_word and module == "geoopt":
+        own = next((own for known, own in vars(geoopt).items() if known.casefold() == name), None)
+        if isinstance(own, type) and issubclass(own, geoopt.Manifold) and own.ndim == 2:
+            return kind(cast(Any, own)())
+    return _by_word.get(word)
+
+
+def kind(word: object) -> Kind:
+    """The kind that a name or a manifold stands for.
+
+    Args:
+        word: A name or an alias, in any case of letters; or a manifold of components, with radius one if it has one.
+
+    Returns:
+        The record. The class of a manifold is registered, if it has not been before, as ``"geoopt.CanonicalStiefel"``
+        or, if it is not Geoopt's, as ``"special_orthogonal"`` for a class ``SpecialOrthogonal``.
+
+    Raises:
+        ValueError: If there is no such kind; or the manifold has another radius, or other options than those of its
+            class that are registered.
+        TypeError: If the manifold is not one of components.
+
+    Example:
+        >>> kind("ST").name, kind(geoopt.CanonicalStiefel()).name
+        ('stiefel', 'geoopt.CanonicalStiefel')
+    """
+    if isinstance(word, geoopt.Manifold):
+        return _kind_of_object(word)
+    found = find(word)
     if found is None:
         raise ValueError(
             f"a manifold kind must be one of {names()}, got {word!r}; a kind of your own is added by "
@@ -150,7 +199,8 @@ def register(record: Kind) -> None:
     Raises:
         ValueError: If its name, one of its aliases or its class is taken.
     """
-    for word in (record.name, *record.aliases):
+    words = [word.casefold() for word in (record.name, *record.aliases)]
+    for word in words:
         if word in _by_word:
             raise ValueError(
                 f"register_kind: {word!r} names the kind of {_by_word[word].manifold.__name__} already; choose another "
@@ -162,7 +212,7 @@ def register(record: Kind) -> None:
             "already; register a class derived from it"
         )
     _kinds[record.name] = _by_class[record.manifold] = record
-    _by_word.update(dict.fromkeys((record.name, *record.aliases), record))
+    _by_word.update(dict.fromkeys(words, record))
 
 
 def unregister_kind(name: str) -> None:
@@ -180,7 +230,7 @@ def unregister_kind(name: str) -> None:
     _of_users.remove(record.name)
     del _kinds[record.name], _by_class[record.manifold]
     for word in (record.name, *record.aliases):
-        del _by_word[word]
+        del _by_word[word.casefold()]
 
 
 def register_kind(
@@ -200,8 +250,10 @@ def register_kind(
 
     Args:
         name: Its name: small letters, digits and underscores.
-        manifold: A class derived from :class:`~fgo_geo.manifolds.ComponentManifold` with ``ndim = 2``.
-        build: Makes a manifold of a given radius; ``manifold(radius=radius)`` if left out.
+        manifold: A class derived from :class:`~fgo_geo.manifolds.ComponentManifold` with ``ndim = 2``. Any other
+            manifold of Geoopt with two dimensions is taken too, but has no radius: rules for radii leave it alone.
+        build: Makes a manifold of a given radius; ``manifold(radius=radius)`` if left out, or ``manifold()`` for a
+            class without radius.
         norms: From the rows and columns of a component (``rows >= columns``), upper bounds of its Frobenius and its
             spectral norm at radius one. Without it the kind cannot be used where norms are bounded (``radius="bound"``
             and :func:`~fgo_geo.renormalize`), and ``radius="kaiming"`` measures the norm of random points.
@@ -229,13 +281,24 @@ def register_kind(
     """
     if not isinstance(name, str) or re.fullmatch("[a-z][a-z0-9_]*", name) is None:
         raise ValueError(f"register_kind: name must be small letters, digits and underscores, got {name!r}")
+    return _enter(name, manifold, build, norms, colour, options, joins_filters)
+
+
+def _enter(
+    name: str,
+    manifold: Any,
+    build: Callable[[Radius], geoopt.Manifold] | None,
+    norms: Callable[[int, int], tuple[float, float]] | None,
+    colour: str | None = None,
+    options: Sequence[str] = (),
+    joins_filters: bool = False,
+) -> Kind:
+    """Enter the record of a class that is not the package's own, after checking the class."""
     if not (isinstance(manifold, type) and issubclass(manifold, geoopt.Manifold)):
         raise TypeError(f"register_kind: {name!r} needs a class derived from geoopt.Manifold, got {manifold!r}")
     lacking: list[str] = sorted(getattr(manifold, "__abstractmethods__", ()))
     if getattr(manifold, "name", None) is None:
         lacking.append("a name")
-    if not hasattr(manifold, "radius_for"):
-        lacking.append("a radius (derive it from fgo_geo.manifolds.ComponentManifold)")
     if lacking:
         raise TypeError(f"register_kind: {manifold.__name__} cannot be a kind, it lacks {', '.join(lacking)}")
     build = _builder(manifold) if build is None else build
@@ -256,7 +319,7 @@ def register_kind(
         manifold,
         build,
         norms,
-        None if norms is None else carry,
+        carry if norms is not None and hasattr(manifold, "radius_for") else None,
         colour or (free or _SPARE_COLOURS)[0],
         options=tuple(options),
         joins_filters=joins_filters,
@@ -270,7 +333,7 @@ def _builder(manifold: Any) -> Callable[[Radius], geoopt.Manifold]:
     arguments = {"ndim": 2} if "ndim" in inspect.signature(manifold).parameters else {}
 
     def build(radius: Radius) -> geoopt.Manifold:
-        return manifold(radius=radius, **arguments)
+        return manifold(radius=radius, **arguments) if hasattr(manifold, "radius_for") else manifold(**arguments)
 
     return build
 
@@ -283,3 +346,71 @@ def _check_norms(name: str, norms: Callable[[int, int], tuple[float, float]] | N
             f"register_kind: norms of {name!r} must return two positive numbers, bounds of the Frobenius and the "
             f"spectral norm at radius one, got {found!r} for a 3 x 2 component"
         )
+
+
+# -- manifolds as names ------------------------------------------------------------------------------------------
+
+
+def _kind_of_object(manifold: geoopt.Manifold) -> Kind:
+    """The kind of a manifold's class, registered if it has not been; see :func:`kind`."""
+    own: Any = type(manifold)
+    shown = f"{own.__name__}, given as a manifold kind,"
+    if isinstance(manifold, (geoopt.Scaled, geoopt.ProductManifold)):
+        raise TypeError(f"{shown} stands for other manifolds; give the manifold of one component")
+    if hasattr(manifold, "radius_for") and not _equal(manifold.radius, 1.0):
+        raise ValueError(
+            f"{shown} has radius {manifold.radius!r}; radii are set by the argument radius, so give a manifold of "
+            "radius 1"
+        )
+    record = kind_of(manifold)
+    if record is None:
+        name = f"geoopt.{own.__name__}" if getattr(geoopt, own.__name__, None) is own else _snake_case(own.__name__)
+        if name.casefold() in _by_word:
+            raise ValueError(f"{shown} would be called {name!r}, which names another kind; call fgo_geo.register_kind")
+        settings = _settings(manifold)
+        tensors = [key for key, value in settings.items() if isinstance(value, (Tensor, torch.nn.Module))]
+        if tensors:
+            raise TypeError(f"{shown} holds {tensors[0]!r}; register its class by fgo_geo.register_kind, with build=")
+        template = copy.deepcopy(manifold)
+
+        def build(radius: Radius) -> geoopt.Manifold:
+            made: Any = copy.deepcopy(template)
+            if hasattr(own, "radius_for"):
+                made.radius = radius
+            return made
+
+        orthonormal = issubclass(own, geoopt.Stiefel)
+        record = _enter(
+            name,
+            own,
+            build,
+            (lambda rows, columns: (math.sqrt(columns), 1.0)) if orthonormal else None,
+            options=tuple(settings),
+            joins_filters=orthonormal
+            or any(_by_class[base].joins_filters for base in own.__mro__ if base in _by_class),
+        )
+    expected = record.build(1.0)
+    differing = [name for name in record.options if not _equal(getattr(manifold, name), getattr(expected, name))]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"{shown} has {name}={getattr(manifold, name)!r}, but the kind {record.name!r} of that class has "
+            f"{name}={getattr(expected, name)!r}; derive a class of your own and call fgo_geo.register_kind"
+        )
+    return record
+
+
+def _settings(manifold: geoopt.Manifold) -> dict[str, Any]:
+    """What a manifold was made with, by attribute, besides its radius."""
+    stored: dict[str, Any] = {**vars(manifold), **dict(manifold.named_buffers()), **dict(manifold.named_children())}
+    return {
+        name: value for name, value in stored.items() if name[0] != "_" and name not in ("training", "radius", "ndim")
+    }
+
+
+def _equal(one: object, other: object) -> bool:
+    return type(one) is type(other) and bool(one == other)
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).casefold().strip("_")

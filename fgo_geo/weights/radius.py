@@ -141,7 +141,8 @@ def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0, norms: Seq
         One radius per group in double precision, shape ``(G,)``, in the order of the collection.
 
     Raises:
-        ValueError: If the rule is unknown or the bound not positive.
+        ValueError: If the rule is unknown, the bound not positive, or the rule asks for the radius of a kind that has
+            none.
 
     Example:
         >>> from fgo_geo.weights.components import WeightLayout, partition
@@ -154,7 +155,10 @@ def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0, norms: Seq
     check_bound(bound)
     radii = np.ones(sum(len(g) for g in cut.groups))
     for kind, groups, counts, (rows, columns) in zip(cut.kinds, cut.groups, cut.group_sizes, cut.sizes, strict=True):
-        if rule == "unit" or (kind in kinds.names() and not kinds.kind(kind).has_radius):
+        if rule == "unit" or kind == "euclidean":
+            continue
+        if kind in kinds.names() and not kinds.kind(kind).has_radius:
+            _require_no_radius(kind, rule)
             continue
         if rule == "kaiming":
             radii[groups] = kaiming_radius(kind, rows, columns, cut.layout.fan_in)
@@ -163,3 +167,12 @@ def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0, norms: Seq
         else:
             radii[groups] = rule
     return torch.from_numpy(radii)
+
+
+def _require_no_radius(kind: str, rule: RadiusRule) -> None:
+    """Raise ValueError if a rule wants something that only a radius could give."""
+    if rule not in ("kaiming", "unit", 1.0):
+        raise ValueError(
+            f'manifolds of kind {kind!r} have no radius, so radius={rule!r} cannot be met; use radius="unit", or a '
+            "kind with a radius"
+        )
