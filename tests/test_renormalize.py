@@ -603,7 +603,10 @@ def test_weights_that_something_else_governs_are_refused():
         ({"norms": 3}, "norms must be some of .*, got 3"),
         ({"bound": True}, "bound must be a positive number, got True"),
         ({"bound": "1"}, "bound must be a positive number, got '1'"),
-        ({"components": "kernels"}, r"components must be one of \('auto', 'kernel', 'block'\), got 'kernels'"),
+        (
+            {"components": "kernels"},
+            r"components must be one of \('auto', 'kernel', 'block', 'filter'\), got 'kernels'",
+        ),
         ({"components": "kernel"}, 'components="block"'),
         ({"manifold": ("stiefel", "stiefel", "stiefel"), "groups": "pi", "components": "block"}, None),
     ],
@@ -666,6 +669,6 @@ def test_removing_what_is_not_there():
 def test_printing_says_what_is_bounded():
     layer = renormalize(nn.Conv2d(4, 6, 3), manifold=("spectral", "sphere"), groups="pio", bound=2, statistics="std")
     assert repr(renormalization_of(layer)).count(
-        "PIO over 4 -> 6 channels: 10 groups, 5 spectral + 5 sphere, sizes 2-3; frobenius, spectral, 2->1 <= 2, "
-        "λ by 'std'"
+        "PIO over 4 -> 6 channels: 10 groups, 5 spectral + 5 sphere, sizes 2-3; frobenius, spectral, 2->1 "
+        "of the group <= 2, λ by 'std'"
     )

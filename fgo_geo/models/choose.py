@@ -20,7 +20,7 @@ from fgo_geo.models.sites import Pattern, Site, output_heads
 from fgo_geo.weights.grouping import Collection, collection
 from fgo_geo.weights.kinds import KindLike
 from fgo_geo.weights.layout import WeightLayout, has_own_forward
-from fgo_geo.weights.radius import RadiusRule, check_bound, check_rule
+from fgo_geo.weights.radius import BoundOf, RadiusRule, check_bound, check_bound_of, check_rule
 from fgo_geo.weights.words import few
 
 __all__ = [
@@ -138,11 +138,13 @@ class Settings:
     components: Components
     initial: Initial
     statistics: LambdaRule | None
+    bound_of: BoundOf = "group"
     split: int = 1
 
     def __post_init__(self) -> None:
         check_rule(self.radius)
         check_bound(self.bound)
+        check_bound_of(self.bound_of)
         if type(self.split) is not int or self.split < 1:
             raise ValueError(f"split must be a positive number of equal parts, got {self.split!r}")
         choices: dict[str, tuple[object, ...]] = {
@@ -221,6 +223,7 @@ def entry_of(site: Site, settings: Settings, reason: str | None) -> tuple[PlanEn
         collections=collections,
         radius=settings.radius,
         bound=settings.bound,
+        bound_of=settings.bound_of,
         statistics=settings.statistics,
         notes=_notes(site),
     )

@@ -41,7 +41,7 @@ from fgo_geo.models.surgery import (
     write_points,
 )
 from fgo_geo.weights.kinds import KindLike
-from fgo_geo.weights.radius import RadiusRule
+from fgo_geo.weights.radius import BoundOf, RadiusRule
 
 __all__ = ["constrain", "unconstrain"]
 
@@ -55,6 +55,7 @@ def constrain(
     seed: int = 0,
     *,
     bound: float = 1.0,
+    bound_of: BoundOf = "group",
     components: Components = "auto",
     initial: Initial = "project",
     include: Pattern | Sequence[Pattern] | None = None,
@@ -80,11 +81,13 @@ def constrain(
         manifolds: Manifold kinds to deal to the groups, as names or manifolds such as ``geoopt.CanonicalStiefel()``;
             exactly one for ``"layer"``. See :func:`fgo_geo.register_kind` for kinds of your own.
         selection: ``"random"`` or ``"deterministic"``.
-        radius: ``"kaiming"`` (keeps the signal), ``"unit"`` (1), ``"bound"`` (all norms of every group at most
-            ``bound``), a number, or a mapping from name patterns to these; the first that matches counts,
-            ``"kaiming"`` if none does.
+        radius: ``"kaiming"`` (keeps the signal), ``"unit"`` (1), ``"bound"`` (all norms of every group, or of the
+            weight, at most ``bound``), a number, or a mapping from name patterns to these; the first that matches
+            counts, ``"kaiming"`` if none does.
         seed: Seed of the random selection. Groups are a function of it and of the layer's name.
         bound: The bound ``β`` of the radius rule ``"bound"``.
+        bound_of: Whose norms it bounds: those of every ``"group"``, or those of the ``"layer"``, the weight as a matrix
+            ``(D, C K)``. That needs manifolds that bound norms: leave out ``"euclidean"``.
         components: ``"auto"`` (kernels of spatial convolutions, blocks of the matrix of all other layers), or
             ``"kernel"``, ``"block"`` or ``"filter"`` for all layers. A filter is all weights of one output channel:
             ``constrain(model, "po", "sphere", components="filter")`` fixes the norm of every row.
@@ -124,7 +127,7 @@ def constrain(
     rules: Mapping[Pattern, RadiusRule] = radius if isinstance(radius, Mapping) else {}
     rule: RadiusRule = "kaiming" if isinstance(radius, Mapping) else radius
     overrides = overrides or {}
-    base = Settings(strategy, manifolds, selection, rule, seed, bound, components, initial, statistics)
+    base = Settings(strategy, manifolds, selection, rule, seed, bound, components, initial, statistics, bound_of)
     sites = sites_of(model)
     wanted = Wanted(sites, include, exclude, first_layer, classifier)
     check_patterns("radius", rules, sites)

@@ -21,7 +21,7 @@ from fgo_geo.models.feature_stats import LambdaRule, component_lambda
 from fgo_geo.weights.components import Partition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.layout import Storage, WeightLayout
-from fgo_geo.weights.radius import RadiusRule, check_bound, check_rule, group_radii
+from fgo_geo.weights.radius import BoundOf, RadiusRule, check_bound, check_bound_of, check_rule, group_radii
 
 __all__ = ["PlanEntry", "table_of"]
 
@@ -39,6 +39,7 @@ class PlanEntry:
         collections: Its groups; one collection per section of the layout.
         radius: The rule for the geometric radius ``γ``.
         bound: The bound of the rule ``"bound"``.
+        bound_of: Whether it bounds the norms of every group or those of the whole weight.
         statistics: The rule for the statistical factor ``λ``; None for ``λ = 1``.
         channel_scales: ``λ`` of every input channel, as of the latest :meth:`~fgo_geo.Plan.update_scales`;
             empty before.
@@ -56,6 +57,7 @@ class PlanEntry:
     statistics: LambdaRule | None = None
     channel_scales: tuple[float, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
+    bound_of: BoundOf = "group"
 
     @property
     def name(self) -> str:
@@ -86,7 +88,7 @@ class PlanEntry:
         Returns:
             For every part a tensor ``(n,)`` in double precision.
         """
-        geometric = cut.per_component(group_radii(cut, self.radius, self.bound).numpy())
+        geometric = cut.per_component(group_radii(cut, self.radius, self.bound, bound_of=self.bound_of).numpy())
         radii = [torch.from_numpy(np.ascontiguousarray(gamma)) for gamma in geometric]
         if not self.channel_scales:
             return radii
@@ -138,6 +140,7 @@ class PlanEntry:
             raise ValueError(f"{self.names!r} has {', '.join(wrong)}")
         check_rule(self.radius)
         check_bound(self.bound)
+        check_bound_of(self.bound_of)
 
 
 # -- printing -------------------------------------------------------------------------------------------------
@@ -206,5 +209,6 @@ def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:
         f"{manifold.n_groups} ({first.strategy})",
         " + ".join(f"{count} {kind}" for kind, count in zip(first.kinds, counts, strict=True) if count),
         (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}")
+        + (f" ({entry.bound_of} <= {entry.bound:g})" if entry.radius == "bound" else "")
         + (f" / {entry.statistics}" * bool(entry.statistics)),
     )

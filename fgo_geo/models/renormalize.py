@@ -8,8 +8,8 @@ For every component ``i`` there are two stages ([Ozay2019]_; "Mathematics", sect
 1. *normalise*: ``N`` maps to a manifold of radius one: the sphere (divide by the Frobenius norm), the oblique manifold
    (by the column norms), the Stiefel manifold (polar factor), or the ball of the spectral norm (divide by it where it
    exceeds one);
-2. *re-parameterise*: ``γ`` is the largest radius at which the wanted norms of a group are at most ``β``, see
-   :func:`~fgo_geo.weights.radius.bounding_radius`; ``λ`` is one, or follows the statistics of the features, see
+2. *re-parameterise*: ``γ`` is a radius at which the wanted norms of a group, or of the layer, are at most ``β``, see
+   :mod:`fgo_geo.weights.radius`; ``λ`` is one, or follows the statistics of the features, see
    :mod:`fgo_geo.models.feature_stats`.
 
 :class:`Renormalization` does this to all components of a weight at once, as a parametrization of
@@ -52,7 +52,7 @@ from fgo_geo.weights.components import partition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.layout import WeightLayout, layout_of
 from fgo_geo.weights.norms import Norm, matrix_norms, norms_of_groups
-from fgo_geo.weights.radius import check_bound, group_radii, kaiming_radius
+from fgo_geo.weights.radius import BoundOf, check_bound, check_bound_of, group_radii, kaiming_radius
 
 __all__ = [
     "Renormalization",
@@ -101,14 +101,16 @@ class Renormalization(FullPrecisionBuffers):
         collections: The groups; one collection per section of the layout.
         layout: How the weight is stored.
         norms: The norms to bound.
-        bound: The bound ``β`` of every group.
+        bound: The bound ``β``.
         statistics: The rule for ``λ``; None for ``λ = 1``.
         like: A tensor of the weight's type and device.
+        bound_of: Whether the bound is one of every group, or of the layer.
 
     Attributes:
         partition: The weight's components and groups.
         norms: The bounded norms.
         bound: The bound ``β``.
+        bound_of: Whether it is a bound of every group, or of the layer.
         statistics: The rule for ``λ``.
         gamma: ``γ`` of every component, part by part.
         lam: ``λ`` of every component, part by part, which is state; None without statistics.
@@ -118,6 +120,7 @@ class Renormalization(FullPrecisionBuffers):
     """
 
     statistics: LambdaRule | None
+    bound_of: BoundOf = "group"
     gamma: Tensor
     lam: Tensor | None
 
@@ -129,12 +132,14 @@ class Renormalization(FullPrecisionBuffers):
         bound: float,
         statistics: LambdaRule | None,
         like: Tensor,
+        bound_of: BoundOf = "group",
     ) -> None:
         super().__init__()
         self.collections = tuple(collections)
         self.partition = partition(collections, layout).to(like.device)
         self.norms = tuple(norms)
         self.bound = bound
+        self.bound_of = bound_of
         self.statistics = statistics
         self.owns_statistics = False  # whether removing this ends the tracking of the layer's input
         cut = self.partition
@@ -142,7 +147,7 @@ class Renormalization(FullPrecisionBuffers):
         for kind, size in parts:
             _require_room(kind, size)
         self._raw_radius = [kaiming_radius(kind, *size, layout.fan_in) for kind, size in parts]
-        per_group = group_radii(cut, "bound", bound, norms).numpy()
+        per_group = group_radii(cut, "bound", bound, norms, bound_of).numpy()
         gamma = np.concatenate(cut.per_component(per_group))
         if like.dtype != torch.float64:
             gamma = np.nextafter(gamma.astype(np.float32), np.float32(0))  # rounded down: a bound is a bound
@@ -182,10 +187,12 @@ class Renormalization(FullPrecisionBuffers):
         Without statistics it is ``β``, with the rule ``"max1"`` at most that.
 
         Returns:
-            Bounds, shape ``(G,)``, in the order of the collections.
+            Bounds, shape ``(G,)``, in the order of the collections; of the layer one number, shape ``(1,)``.
         """
         cut = self.partition
         inverse = torch.ones_like(self.gamma) if self.lam is None else 1 / self.lam
+        if self.bound_of == "layer":
+            return self.bound * inverse.amax(0, keepdim=True)
         parts = zip(cut.segments, inverse.split(list(cut.counts)), strict=True)
         worst = torch.cat([segments.max(part) for segments, part in parts])
         order = torch.from_numpy(np.concatenate(cut.groups)).to(worst.device)
@@ -198,9 +205,14 @@ class Renormalization(FullPrecisionBuffers):
             weight: A weight of this shape; that of the layer exceeds nothing, up to rounding.
 
         Returns:
-            The excess of the worst norm of every group, 0 where there is none: float64, shape ``(G,)``.
+            The excess of the worst norm of every group, 0 where there is none: float64, shape ``(G,)``; for a bound of
+            the layer shape ``(1,)``.
         """
-        measured = dict(zip(_NORMS, norms_of_groups(self.partition, weight.double()), strict=True))
+        if self.bound_of == "layer":
+            norms = matrix_norms(self.partition.layout.channels(weight.double()).flatten(1).unsqueeze(0))
+        else:
+            norms = norms_of_groups(self.partition, weight.double())
+        measured = dict(zip(_NORMS, norms, strict=True))
         worst = torch.stack([measured[norm] for norm in self.norms]).amax(0)
         return (worst / self.guarantee().to(worst) - 1).clamp(min=0)
 
@@ -208,7 +220,7 @@ class Renormalization(FullPrecisionBuffers):
         """The groups and what is bounded."""
         scale = "" if self.statistics is None else f", λ by {self.statistics!r}"
         groups = "; ".join(map(str, self.collections))
-        return f"{groups}; {', '.join(self.norms)} <= {self.bound:g}{scale}"
+        return f"{groups}; {', '.join(self.norms)} of the {self.bound_of} <= {self.bound:g}{scale}"
 
 
 def _require_room(kind: str, size: tuple[int, int]) -> None:
@@ -240,12 +252,14 @@ def renormalize(
     selection: str = "deterministic",
     seed: int = 0,
     components: Components = "auto",
+    bound_of: BoundOf = "group",
 ) -> nn.Module:
     r"""Make a layer's weight obey norm bounds at every step, whatever optimiser trains it.
 
     The parameter becomes a raw weight (``module.parametrizations[name].original``), and ``module.weight`` is computed
-    from it such that in every group each of the norms is at most ``bound``, up to rounding: a few units in the last
-    place of the weight's type. A weight that is on its manifolds already keeps its value, another one is projected.
+    from it such that in every group (or in the whole weight, see ``bound_of``) each of the norms is at most ``bound``,
+    up to rounding: a few units in the last place of the weight's type. A weight that is on its manifolds already keeps
+    its value, another one is projected.
 
     ``state_dict``, ``deepcopy``, ``torch.compile`` and ``DistributedDataParallel`` work as with every parametrization
     of torch; models are saved through their ``state_dict``, not pickled whole. Load weights of a plain layer before
@@ -269,6 +283,8 @@ def renormalize(
         seed: Seed of a random selection.
         components: ``"kernel"``, ``"block"``, ``"filter"`` (all weights of one output channel), or ``"auto"``: kernels
             for spatial convolutions, blocks of the matrix for all others.
+        bound_of: Whose norms are bounded: those of every ``"group"``, or those of the ``"layer"``: of the weight as a
+            matrix ``(D, C K)``.
 
     Returns:
         The module.
@@ -289,10 +305,11 @@ def renormalize(
     param, layout = _plain_weight(module, name)
     norms = _checked_norms(norms)
     check_bound(bound)
+    check_bound_of(bound_of)
     if statistics not in (None, *get_args(LambdaRule)):
         raise ValueError(f"renormalize: statistics must be None or one of {get_args(LambdaRule)}, got {statistics!r}")
     collections = _collections(layout, name, groups, manifold, selection, seed, components)
-    renormalization = Renormalization(collections, layout, norms, bound, statistics, param)
+    renormalization = Renormalization(collections, layout, norms, bound, statistics, param, bound_of)
     require_finite(param.detach(), f"{type(module).__name__}.{name}")
     renormalization.owns_statistics = statistics is not None and not is_tracked(module)
     if renormalization.owns_statistics:

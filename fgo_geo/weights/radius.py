@@ -4,7 +4,8 @@ The re-scaling parameter of a component is ``R = γ / λ`` ("Mathematics", secti
 the geometric factor ``γ``, a constant known from shapes:
 
 * :func:`kaiming_radius` keeps the signal: a uniformly random point has entry variance ``2 / fan_in``;
-* :func:`bounding_radius` bounds the norms of the whole group by ``β``.
+* :func:`bounding_radius` bounds the norms of the whole group by ``β``, :func:`layer_bounding_radius` those of the whole
+  weight.
 
 Both read from :func:`~fgo_geo.weights.norms.manifold_norm_bounds` what norms a component has at radius one.
 
@@ -23,17 +24,22 @@ import torch
 from torch import Tensor
 
 from fgo_geo.weights import kinds
-from fgo_geo.weights.components import Partition
+from fgo_geo.weights.components import KernelPartition, Partition
 from fgo_geo.weights.norms import Norm, manifold_norm_bounds
 
 __all__ = [
+    "BoundOf",
     "RadiusRule",
     "bounding_radius",
     "check_bound",
+    "check_bound_of",
     "check_rule",
     "group_radii",
     "kaiming_radius",
+    "layer_bounding_radius",
 ]
+
+BoundOf = Literal["group", "layer"]
 
 RadiusRule = Literal["kaiming", "unit", "bound"] | float
 
@@ -103,6 +109,51 @@ def bounding_radius(
     return bound / (math.sqrt(count) * max(float(of_norm[norm]) for norm in norms))
 
 
+def layer_bounding_radius(cut: Partition, bound: float, norms: Sequence[Norm] = get_args(Norm)) -> float:
+    """The radius of all components at which the wanted norms of the weight ``(D, C K)`` are at most ``bound``.
+
+    The weight has the Frobenius norm ``γ sqrt(Σ F²)`` over the components of all groups, at least that spectral norm,
+    and by Cauchy and Schwarz a 2->1 norm of at most ``√D`` times that, over its ``D`` rows: ``γ = β / sqrt(D Σ F²)``
+    for all three. Blocks are parts of the matrix, so that their spectral norms bound its own.
+
+    Args:
+        cut: The partition of the weight.
+        bound: The bound ``β > 0``.
+        norms: The norms to bound.
+
+    Returns:
+        The radius ``γ``.
+
+    Raises:
+        ValueError: If some components have no norm that their radius bounds.
+
+    Example:
+        >>> from fgo_geo.weights.components import partition
+        >>> from fgo_geo.weights.grouping import collection
+        >>> from fgo_geo.weights.layout import WeightLayout
+        >>> cut = partition([collection(4, 9, "pi", ("sphere", "stiefel"))], WeightLayout((4, 9, 3, 3)))
+        >>> round(1 / layer_bounding_radius(cut, 1.0) ** 2)  # 4 rows; 18 kernels of norm 1, 18 of norm √3
+        288
+    """
+    frobenius = spectral = 0.0
+    for kind, count, (rows, columns) in zip(cut.kinds, cut.counts, cut.sizes, strict=True):
+        of_component = manifold_norm_bounds(kind, rows, columns)
+        frobenius += count * float(of_component.frobenius) ** 2
+        spectral += count * float(of_component.spectral) ** 2
+    if isinstance(cut, KernelPartition):  # a kernel is a piece of one row
+        spectral = frobenius
+    of_norm = {"frobenius": frobenius, "spectral": spectral, "2->1": cut.layout.out_channels * frobenius}
+    return bound / math.sqrt(max(of_norm[norm] for norm in norms))
+
+
+def check_bound_of(bound_of: object) -> None:
+    """Raise ValueError if it is not known what a bound is a bound of."""
+    if bound_of not in get_args(BoundOf):
+        raise ValueError(
+            f"bound_of must be one of {get_args(BoundOf)}, got {bound_of!r}: the norms of every group, or of the weight"
+        )
+
+
 def check_bound(bound: float) -> None:
     """Raise ValueError if a bound is not a positive number."""
     if not (isinstance(bound, (int, float)) and not isinstance(bound, bool) and 0 < bound < math.inf):
@@ -128,7 +179,13 @@ def check_rule(rule: object) -> RadiusRule:
     raise ValueError(f'radius must be "kaiming", "unit", "bound" or a positive number, got {rule!r}')
 
 
-def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0, norms: Sequence[Norm] = get_args(Norm)) -> Tensor:
+def group_radii(
+    cut: Partition,
+    rule: RadiusRule,
+    bound: float = 1.0,
+    norms: Sequence[Norm] = get_args(Norm),
+    bound_of: BoundOf = "group",
+) -> Tensor:
     """The radius of every group by a rule; one where there is no constraint.
 
     Args:
@@ -136,6 +193,7 @@ def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0, norms: Seq
         rule: ``"kaiming"``, ``"unit"`` (1), ``"bound"`` or a number.
         bound: The bound of the rule ``"bound"``.
         norms: The norms that the rule ``"bound"`` bounds.
+        bound_of: Whose norms: those of every ``"group"``, or those of the ``"layer"``, which is the whole weight.
 
     Returns:
         One radius per group in double precision, shape ``(G,)``, in the order of the collection.
@@ -153,6 +211,9 @@ def group_radii(cut: Partition, rule: RadiusRule, bound: float = 1.0, norms: Seq
     """
     rule = check_rule(rule)
     check_bound(bound)
+    check_bound_of(bound_of)
+    if rule == "bound" and bound_of == "layer":
+        rule = layer_bounding_radius(cut, bound, norms)
     radii = np.ones(sum(len(g) for g in cut.groups))
     for kind, groups, counts, (rows, columns) in zip(cut.kinds, cut.groups, cut.group_sizes, cut.sizes, strict=True):
         if rule == "unit" or kind == "euclidean":

@@ -18,6 +18,7 @@ from fgo_geo.linalg import require_finite
 from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.manifolds.embedded import EmbeddedManifold
 from fgo_geo.measures.report.record import Kind
+from fgo_geo.models.plan import plans_of
 from fgo_geo.models.renormalize import Renormalization, renormalization_of
 from fgo_geo.models.sites import Site, sites_of
 from fgo_geo.weights.components import Partition
@@ -67,13 +68,28 @@ def find_weights(model: nn.Module) -> tuple[list[Weight], dict[str, str]]:
     """
     weights: list[Weight] = []
     left_out: dict[str, str] = {}
+    bounds = _bounds(model)
     for site in sites_of(model):
         weight = _renormalised(model, site) if _is_parametrised(site) else _declared(site)
         if isinstance(weight, str):
             left_out |= dict.fromkeys(site.names, weight)
         else:
-            weights.append(weight)
+            bound = bounds.get(site.names[0], "")
+            weights.append(replace(weight, manifolds=weight.manifolds + bound) if bound else weight)
     return weights, left_out
+
+
+def _bounds(model: nn.Module) -> dict[str, str]:
+    """What the radii of constrained parameters bound, in words."""
+    paths = {module: f"{path}." if path else "" for path, module in model.named_modules()}
+    return {
+        f"{paths[plan.model]}{name}": f", {entry.bound_of} <= {entry.bound:g}"
+        for plan in plans_of(model)
+        if plan.model is not None
+        for entry in plan.constrained
+        if entry.radius == "bound" and entry.statistics != "std"
+        for name in entry.names
+    }
 
 
 def _is_parametrised(site: Site) -> bool:
@@ -128,6 +144,8 @@ def _renormalised(model: nn.Module, site: Site) -> Weight | str:
     require_finite(value, repr(name))
     cut = renormalization.partition
     words = f"renormalised, {_kinds_in_words(cut, renormalization.collections[0].strategy)}"
+    if renormalization.statistics != "std":
+        words += f", {renormalization.bound_of} <= {renormalization.bound:g}"
     violation = float(renormalization.violation(value).max())
     return Weight((name,), (module,), site.param, value, cut.layout, "renormalised", words, cut, violation)
 
