@@ -9,7 +9,8 @@ from fgo_geo.models.folding import fold_batchnorm
 from fgo_geo.models.plan import Plan, plan_of
 from fgo_geo.models.renormalize import remove_renormalization, renormalize
 from fgo_geo.optim import RiemannianFGSGD
-from fgo_geo.optim.channel_directed import channel_directed, channel_directed_gradient
+from fgo_geo.optim.channel_directed import channel_directed
+from fgo_geo.optim.channel_metrics import channel_directed_gradient
 from fgo_geo.paths import router as kernels
 from fgo_geo.weights import grouping, norms
 from fgo_geo.weights.grouping import Collection, collection

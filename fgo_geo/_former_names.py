@@ -34,6 +34,7 @@ FORMER_NAMES = {
 FORMER_ATTRIBUTES = {
     "models.choose": {"PlanEntry": "models.entry"},
     "models.constrain": dict.fromkeys(("_store", "_restore", "_attach_again", "_guard"), "models.plan"),
+    "optim.channel_directed": dict.fromkeys(("channel_directed_gradient", "channel_inner"), "optim.channel_metrics"),
     "weights.components": {"_Band": "weights.blocks"},
 }
 """What a moved module held under its former name: pickled models name functions (their hooks) and classes."""

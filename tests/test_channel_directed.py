@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fgo_geo.optim.channel_directed import channel_directed_gradient, channel_inner
+from fgo_geo.optim.channel_metrics import channel_directed_gradient, channel_inner
 
 
 def green_gradient(g: Tensor, metric: str, lam: float, ends: str, channels: np.ndarray) -> np.ndarray:

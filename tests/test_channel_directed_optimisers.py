@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fgo_geo
-from fgo_geo.optim.channel_directed import channel_directed, channel_directed_gradient
+from fgo_geo.optim.channel_directed import channel_directed
+from fgo_geo.optim.channel_metrics import channel_directed_gradient
 
 # -- optimiser by optimiser --------------------------------------------------------------------------------------------
 

@@ -70,6 +70,20 @@ def assert_the_batched_step(weights: list[Any], steps: int, scale: float, **opti
 
 
 @on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("radii", [3.0, 1e4, 1e7, 1e9])
+def test_a_step_of_any_length_ends_on_the_manifold(radii: float, dtype: torch.dtype):
+    manifold = ProductOfGroups(collection(4, 5, "pio", KINDS, "random", 0), (4, 5, 5, 5), 0.5)
+    weight = placed(manifold, dtype)
+    generator = torch.Generator().manual_seed(1)
+    direction = torch.randn(weight.shape, dtype=torch.float64, generator=generator)
+    weight.grad = (direction / direction.norm(dim=(-2, -1), keepdim=True)).to(weight)
+    with kernels.use_path("fused"):
+        RiemannianFGSGD([weight], lr=0.5 * radii, step_size="constant").step()
+    assert float(manifold.violation(weight.detach()).max()) <= 20 * torch.finfo(dtype).eps
+
+
+@on_device
 @settings(max_examples=15 if INTERPRETED else 100)
 @given(
     data=st.data(),

@@ -34,7 +34,7 @@ NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again wher
 
 _ABI = 7  # of fused.cpp and lines.cpp; a file built from another version is left alone
 _FUNCTIONS = ("fgo_limit", "fgo_norms", "fgo_update", "fgo_large", "fgo_step")
-_FUNCTIONS += ("fgo_line_norms", "fgo_line_update", "fgo_take", "fgo_put")
+_FUNCTIONS += ("fgo_line_norms", "fgo_line_update", "fgo_take", "fgo_put", "fgo_direct")
 _INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")
 _PER_THREAD = 2**16  # entries below which another thread costs more than it saves
 

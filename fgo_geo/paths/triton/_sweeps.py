@@ -304,30 +304,26 @@ def _series(e, B: constexpr):
 
 @_jit
 def _newton_schulz(y, shared, own, across, A: constexpr, B: constexpr):
-    """Retraction y (I + E)^(-1/2) in double precision.
+    """Retraction y (I + E)^(-1/2) in double precision, of constrained components.
 
-    By the scaled iteration of :func:`fgo_geo.linalg.polar_newton_schulz`.
+    By the scaled iteration of :func:`fgo_geo.linalg.polar_newton_schulz` on ``y`` itself: of a long step, a product of
+    Gram matrices would lose the digits of the small singular values.
     """
     e = _excess(y, shared, own, across, A, B)
     length = e[0]  # bound on the eigenvalues of E = uᵀu / r², u the step: its trace, or the multiple of I that it is
     for k in tl.static_range(1, B):
         length += tl.where(shared > 0, 0.0, e[k * (B + 1)])
-    top = 1.05 * (1 + length)  # head room for points that have drifted off the manifold
-    low = tl.sqrt(1 / top)
+    low = tl.sqrt(1 / (1.05 * (1 + length)))  # head room for points that have drifted off the manifold
     y = _scaled(low, y, A * B)
-    gram = _scaled(1 / top, _plus(e, 1.0, B), B * B)
-    root = _plus(_scaled(0.0, gram, B * B), 1.0, B)
     rounds = 0
     going = 1
     while going > 0:
+        e = _excess(y, shared, own, across, A, B)
         rho = tl.sqrt(3 / (1 + low + low * low))
-        factor = _plus(_scaled(-0.5 * rho * rho * rho, gram, B * B), 1.5 * rho, B)
-        root = _commuting(root, factor, B)
-        gram = _commuting(_commuting(gram, factor, B), factor, B)
+        y = _times(y, _plus(_scaled(-0.5 * rho * rho * rho, e, B * B), rho * (1.5 - 0.5 * rho * rho), B), A, B)
         low = 0.5 * rho * low * (3 - rho * rho * low * low)
         rounds += 1
-        going = tl.max((1 - low > 2.0**-50).to(tl.int32)) * (rounds < 50).to(tl.int32)
-    y = _times(y, root, A, B)
+        going = tl.max((_squared(e, B * B) > 1e-12).to(tl.int32)) * (rounds < 150).to(tl.int32)
     return _times(y, _series(_excess(y, shared, own, across, A, B), B), A, B)  # what rounding has left
 
 

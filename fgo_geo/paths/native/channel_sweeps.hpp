@@ -1,0 +1,133 @@
+// The sweeps of channels.cpp, compiled once per instruction set: FGO_NAMESPACE holds them, FGO_TARGET is its attribute, and
+// FGO_BYTES the size of its vectors. A row of a block has `lanes` numbers, which are a few vectors in double precision.
+
+namespace {
+namespace FGO_NAMESPACE {
+
+#define FGO_INLINE FGO_TARGET __attribute__((always_inline)) static inline
+#define FGO_PARTS for (int part = 0; part < parts; ++part)
+
+typedef double vec __attribute__((vector_size(FGO_BYTES)));
+constexpr int in_part = FGO_BYTES / sizeof(double), parts = lanes / in_part;
+
+typedef float narrow __attribute__((vector_size(FGO_BYTES / 2)));
+
+FGO_INLINE vec load(const double *p) {
+  vec v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+FGO_INLINE vec load(const float *p) {
+  narrow v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, vec);
+}
+
+FGO_INLINE void store(double *p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
+
+FGO_INLINE void store(float *p, vec v) {
+  const narrow converted = __builtin_convertvector(v, narrow);
+  __builtin_memcpy(p, &converted, sizeof converted);
+}
+
+// g <- m + (g - m) / lam.
+FGO_TARGET static void damp(float *g, int64_t length, int64_t stride, const vec *mean, double lam) {
+  const double share = 1 / lam;
+  for (int64_t i = 0; i < length; ++i, g += stride)
+    FGO_PARTS store(g + part * in_part, (1 - share) * mean[part] + share * load(g + part * in_part));
+}
+
+// g <- (I + lam D'D)^(-1) g. On a ring the matrix is c (1 - r S)(1 - r S'), S the shift by one: a sum that forgets by r,
+// forwards, and another one backwards. Free ends are a ring of twice the length, on which the numbers return in the opposite
+// order. `powers` are those of r, and `v` is memory for the first sum.
+template <bool PERIODIC>
+FGO_TARGET void smooth(float *g, int64_t length, int64_t stride, const vec *mean, double *v, const recursion &k, const double *powers) {
+  vec y[parts] = {}, x[parts], sum[parts] = {}, past[parts];
+  for (int64_t i = 0; i < length; ++i, g += stride, v += lanes)
+    FGO_PARTS {
+      const vec d = load(g + part * in_part) - mean[part];
+      y[part] = k.decay * y[part] + d;
+      sum[part] += powers[i] * (PERIODIC ? y[part] : d);
+      store(v + part * in_part, y[part]);
+    }
+  FGO_PARTS {
+    past[part] = (PERIODIC ? y[part] : sum[part] + powers[length] * y[part]) / k.gap;  // the sum before the first number
+    x[part] = PERIODIC ? (sum[part] + past[part] * k.overlap) / k.gap : (y[part] + powers[length] * past[part]) / k.forgotten;
+  }
+  for (int64_t i = length - 1; i >= 0; --i) {
+    g -= stride, v -= lanes;
+    FGO_PARTS {
+      x[part] = k.decay * x[part] + (load(v + part * in_part) + powers[i + 1] * past[part]);
+      store(g + part * in_part, mean[part] + k.scale * x[part]);
+    }
+  }
+}
+
+// g <- m + pinv(D'D) (g - m) / lam: sums forwards and backwards, each with a start that makes the mean of the result zero.
+FGO_TARGET static void smooth_deviations(float *g, int64_t length, int64_t stride, const vec *mean, double *v, bool periodic, double lam) {
+  vec y[parts] = {}, x[parts], sum[parts] = {}, moment[parts] = {}, level[parts];
+  const double share = 1 / lam;
+  for (int64_t i = 0; i < length; ++i, g += stride, v += lanes)
+    FGO_PARTS {
+      y[part] += load(g + part * in_part) - mean[part];
+      sum[part] += y[part];
+      moment[part] += double(i + 1) * y[part];
+      store(v + part * in_part, y[part]);
+    }
+  FGO_PARTS {
+    level[part] = periodic ? sum[part] / double(length) : vec{};
+    x[part] = level[part] * (0.5 * (length + 1)) - moment[part] / double(length);
+  }
+  for (int64_t i = length - 1; i >= 0; --i) {
+    g -= stride, v -= lanes;
+    FGO_PARTS {
+      x[part] += load(v + part * in_part) - level[part];
+      store(g + part * in_part, mean[part] + share * x[part]);
+    }
+  }
+}
+
+// Overwrites a block of columns, whose rows are `stride` numbers apart.
+FGO_TARGET static void direct_block(const fgo_channel &t, float *g, int64_t stride, double *v, const recursion &k, const double *powers) {
+  vec mean[parts] = {};
+  for (int64_t i = 0; i < t.length; ++i) {
+    FGO_PARTS mean[part] += load(g + i * stride + part * in_part);
+    __builtin_prefetch(g + i * stride + lanes, 1);  // what the next block begins with
+  }
+  FGO_PARTS mean[part] /= double(t.length);
+  if (t.metric == h0)
+    damp(g, t.length, stride, mean, t.lam);
+  else if (t.metric == h1t)
+    smooth_deviations(g, t.length, stride, mean, v, t.periodic, t.lam);
+  else if (t.periodic)
+    smooth<true>(g, t.length, stride, mean, v, k, powers);
+  else
+    smooth<false>(g, t.length, stride, mean, v, k, powers);
+}
+
+// Overwrites some blocks of columns. Columns that are not `lanes` numbers side by side are copied to `copy` and back.
+FGO_TARGET static void direct(const fgo_channel &t, int64_t begin, int64_t end, float *copy, double *v, const recursion &k, const double *powers) {
+  const int64_t n = t.length, inner = t.inner;
+  float *const g = t.gradient;
+  for (int64_t block = begin; block < end; ++block) {
+    const int64_t first = block * lanes, count = t.columns - first < lanes ? t.columns - first : lanes;
+    int64_t place[lanes];
+    for (int j = 0; j < count; ++j) place[j] = (first + j) / inner * (n * inner) + (first + j) % inner;
+    if (count == lanes && place[lanes - 1] - place[0] == lanes - 1) {
+      direct_block(t, g + place[0], inner, v, k, powers);
+      continue;
+    }
+    for (int64_t i = 0; i < n; ++i)
+      for (int j = 0; j < lanes; ++j) copy[i * lanes + j] = j < count ? g[i * inner + place[j]] : 0.0f;
+    direct_block(t, copy, lanes, v, k, powers);
+    for (int64_t i = 0; i < n; ++i)
+      for (int j = 0; j < count; ++j) g[i * inner + place[j]] = copy[i * lanes + j];
+  }
+}
+
+#undef FGO_INLINE
+#undef FGO_PARTS
+
+}  // namespace FGO_NAMESPACE
+}  // namespace

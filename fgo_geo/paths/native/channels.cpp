@@ -1,0 +1,129 @@
+// Channel-directed gradients for the CPU: fgo_geo.optim.channel_directed, in place.
+//
+// The metrics couple the channels of a layer, which are `length` numbers with a constant distance in memory, and act on all
+// such columns alike. Their matrices have constant coefficients: a solution is two first-order recursions along a column, of
+// any length. A block of columns is read once, goes through the recursions in double precision while it is in the cache, and
+// is written once. Plain C ABI, as in fused.cpp.
+
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#ifdef _WIN32
+#define FGO_API __declspec(dllexport)
+#else
+#define FGO_API
+#endif
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(FGO_PORTABLE)
+#define FGO_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,lzcnt,popcnt,tune=haswell")))
+#define FGO_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,bmi,bmi2,lzcnt,popcnt,tune=skylake-avx512")))
+#endif
+
+extern "C" {
+
+// One gradient, shape (columns / inner, length, inner), the numbers of which fill a range of memory.
+struct fgo_channel {
+  float *gradient;
+  int64_t columns, length, inner;
+  double lam;
+  int32_t metric, periodic;
+};
+
+int64_t fgo_limit(int);  // see fused.cpp
+
+}  // extern "C"
+
+namespace {
+
+enum metric { h0, h1, h1t };
+constexpr int lanes = 16;  // columns of a block, a cache line of single precision
+
+// The coefficients of the metric h1: r is the smaller root of lam r² - (1 + 2 lam) r + lam.
+struct recursion {
+  double decay;      // r
+  double forgotten;  // 1 - r
+  double scale;      // (1 - r)², which is 1 / c
+  double gap;        // 1 - r^(length of the ring)
+  double overlap;    // sum of r^k r^(k + 1) once around the ring
+};
+
+recursion recursion_of(const fgo_channel &t) {
+  const double root = std::sqrt(1 + 4 * t.lam), forgotten = 2 / (root + 1), log_decay = std::log1p(-forgotten);
+  const double ring = double(t.periodic ? t.length : 2 * t.length);
+  recursion k;
+  k.decay = (root - 1) / (root + 1), k.forgotten = forgotten, k.scale = forgotten * forgotten;
+  k.gap = -std::expm1(ring * log_decay);
+  k.overlap = k.decay * std::expm1(2 * ring * log_decay) / std::expm1(2 * log_decay);
+  return k;
+}
+
+// r^0, ..., r^length; those that are nothing beside one are zero, and cost no time as denormal numbers.
+void fill_powers(std::vector<double> &powers, int64_t length, double decay) {
+  powers.assign(length + 1, 0.0);
+  double power = 1;
+  for (int64_t i = 0; i <= length && power > 1e-200; ++i, power *= decay) powers[i] = power;
+}
+
+}  // namespace
+
+#define FGO_NAMESPACE portable
+#define FGO_TARGET
+#define FGO_BYTES 16
+#include "channel_sweeps.hpp"
+#undef FGO_NAMESPACE
+#undef FGO_TARGET
+#undef FGO_BYTES
+
+#ifdef FGO_AVX2
+#define FGO_NAMESPACE avx2
+#define FGO_TARGET FGO_AVX2
+#define FGO_BYTES 32
+#include "channel_sweeps.hpp"
+#undef FGO_NAMESPACE
+#undef FGO_TARGET
+#undef FGO_BYTES
+#define FGO_NAMESPACE avx512
+#define FGO_TARGET FGO_AVX512
+#define FGO_BYTES 64
+#include "channel_sweeps.hpp"
+#endif
+
+namespace {
+
+using sweep = void (*)(const fgo_channel &, int64_t, int64_t, float *, double *, const recursion &, const double *);
+
+sweep choose() {
+#ifdef FGO_AVX2
+  if (fgo_limit(-1) == 2) return avx512::direct;
+  if (fgo_limit(-1) == 1) return avx2::direct;
+#endif
+  return portable::direct;
+}
+
+}  // namespace
+
+extern "C" {
+
+FGO_API int64_t fgo_direct(const fgo_channel *tasks, int64_t count, int threads) {
+  const sweep run = choose();
+#pragma omp parallel num_threads(threads)
+  {
+    std::vector<double> sums, powers;
+    std::vector<float> copy;
+    for (int64_t k = 0; k < count; ++k) {
+      const fgo_channel &t = tasks[k];
+      const int64_t blocks = (t.columns + lanes - 1) / lanes, shares = 8 * threads, step = (blocks + shares - 1) / shares;
+      const recursion own = recursion_of(t);
+      if (int64_t(sums.size()) < lanes * t.length) sums.resize(lanes * t.length), copy.resize(lanes * t.length);
+      if (t.metric == h1) fill_powers(powers, t.length, own.decay);
+#pragma omp for schedule(static) nowait
+      for (int64_t begin = 0; begin < blocks; begin += step) {
+        const int64_t end = begin + step < blocks ? begin + step : blocks;
+        run(t, begin, end, copy.data(), sums.data(), own, powers.data());
+      }
+    }
+  }
+  return 0;
+}
+}

@@ -1,0 +1,78 @@
+"""Channel-directed gradients on the CPU: ``channels.cpp``, called on memory addresses.
+
+The inner products and the torch code that stands in elsewhere are in :mod:`fgo_geo.optim.channel_metrics`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fgo_geo.linalg import reads_for_free
+from fgo_geo.paths.native.kernels import library, threads_for
+
+__all__ = ["direct", "takes"]
+
+_METRICS = ("h0", "h1", "h1t")
+
+
+class _Channel(ctypes.Structure):
+    """``fgo_channel`` of channels.cpp."""
+
+    _fields_ = (
+        ("gradient", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("columns", "length", "inner")),
+        ("lam", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("metric", "periodic")),
+    )
+
+
+def takes(g: Tensor) -> bool:
+    """Whether :func:`direct` takes a gradient: on the CPU, in single precision, and without gaps in memory.
+
+    Args:
+        g: A gradient.
+
+    Returns:
+        A bool.
+    """
+    known = g.dtype == torch.float32 and g.layout == torch.strided
+    return known and reads_for_free(g) and _has_no_gaps(g) and library() is not None
+
+
+def _has_no_gaps(g: Tensor) -> bool:
+    """Whether the numbers of a tensor fill a range of memory, in any order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(g.stride(), g.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def direct(gradients: Sequence[Tensor], directions: Sequence[tuple[str, float, int, str, int]]) -> None:
+    """Overwrite gradients with the channel-directed ones.
+
+    Args:
+        gradients: Tensors that :func:`takes` accepts.
+        directions: Metric, ``λ``, axis (from the front), ends and groups for each of them.
+    """
+    pairs = [(g, d) for g, d in zip(gradients, directions, strict=True) if g.numel() > 0]
+    loaded = library()
+    if not pairs or loaded is None:
+        return
+    entries = (_Channel * len(pairs))(*(_entry(*pair) for pair in pairs))
+    threads = threads_for(sum(g.numel() for g, _ in pairs))
+    with torch.profiler.record_function("fgo_direct"):
+        loaded.fgo_direct(entries, ctypes.c_int64(len(pairs)), ctypes.c_int(threads))
+    torch.autograd.graph.increment_version([g for g, _ in pairs])
+
+
+def _entry(g: Tensor, direction: tuple[str, float, int, str, int]) -> _Channel:
+    metric, lam, axis, ends, groups = direction
+    length = g.shape[axis] // groups
+    inner = g.stride(axis) if g.shape[axis] > 1 else 1
+    return _Channel(g.data_ptr(), g.numel() // length, length, inner, lam, _METRICS.index(metric), ends == "periodic")

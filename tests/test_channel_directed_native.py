@@ -1,0 +1,80 @@
+"""Channel-directed gradients by the compiled sweeps, and by the torch code that stands in for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from channel_directions import ENDS, METRICS, drawn, slow_gradient
+from hypothesis import given
+from hypothesis import strategies as st
+from test_kernels import INSTRUCTION_SETS, built, limited_to
+from torch import Tensor
+
+from fgo_geo.optim.channel_metrics import Direction, channel_directed_gradient, direct_gradients
+from fgo_geo.paths.native import channels
+
+
+def permuted(shape: list[int], order: list[int], seed: int) -> Tensor:
+    """A tensor without gaps, whose dimensions lie in memory in a given order."""
+    stored = drawn(tuple(shape[k] for k in order), seed, torch.float32)
+    return stored.permute(*(order.index(k) for k in range(len(shape))))
+
+
+@built
+@given(st.data())
+def test_many_gradients_of_any_layout_at_once(data: st.DataObject) -> None:
+    draw = data.draw
+    gradients: list[Tensor] = []
+    directions: list[Direction] = []
+    for seed in range(draw(st.integers(1, 3))):
+        shape = draw(st.lists(st.sampled_from([1, 2, 3, 5, 16, 33]), min_size=1, max_size=3))
+        axis, groups = draw(st.integers(0, len(shape) - 1)), draw(st.integers(1, 2))
+        shape[axis] *= groups
+        gradients.append(permuted(shape, draw(st.permutations(range(len(shape)))), seed))
+        metric, ends = draw(st.sampled_from(METRICS)), draw(st.sampled_from(ENDS))
+        directions.append(Direction(metric, draw(st.floats(1e-2, 1e3)), axis, ends, groups))
+    assert all(channels.takes(g) for g in gradients)
+    expected = [slow_gradient(g, *direction) for g, direction in zip(gradients, directions, strict=True)]
+    versions = [g._version for g in gradients]
+    with limited_to(draw(st.sampled_from(INSTRUCTION_SETS))):
+        direct_gradients(gradients, directions)
+    for g, wanted, version in zip(gradients, expected, versions, strict=True):
+        size = max(1.0, float(wanted.abs().max()))
+        torch.testing.assert_close(g.double() / size, wanted / size, rtol=0, atol=1.2e-7)  # rounded once
+        assert g._version > version
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("ends", ENDS)
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 33])
+def test_the_torch_code_stands_in(monkeypatch: pytest.MonkeyPatch, metric: Any, ends: Any, length: int) -> None:
+    monkeypatch.setattr(channels, "takes", lambda g: False)
+    g = drawn((length, 3, 2))
+    wanted = slow_gradient(g, metric, 2.0, 0, ends)
+    torch.testing.assert_close(channel_directed_gradient(g, metric, 2.0, ends=ends), wanted, rtol=1e-9, atol=1e-9)
+    direct_gradients([g], [Direction(metric, 2.0, 0, ends, 1)])
+    torch.testing.assert_close(g, wanted, rtol=1e-9, atol=1e-9)
+
+
+@built
+def test_awkward_lengths_take_no_longer() -> None:
+    """A Fourier transform of this prime number plus two takes as long as several."""
+    g = drawn((65537, 4), dtype=torch.float32)
+    with torch.profiler.profile() as profiled:
+        result = channel_directed_gradient(g, "h1", 5.0)
+    names = {event.key for event in profiled.key_averages()}
+    assert "fgo_direct" in names
+    assert not any("fft" in name for name in names)
+    torch.testing.assert_close(result.double().mean(0), g.double().mean(0), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "g",
+    [torch.zeros(4, 3, dtype=torch.float64), torch.zeros(4, 6)[:, ::2], torch.zeros(3).expand(4, 3)],
+    ids=["double precision", "gaps", "repeated"],
+)
+def test_what_the_sweeps_cannot_take_goes_the_other_way(g: Tensor) -> None:
+    assert not channels.takes(g)
+    assert channel_directed_gradient(g, "h1").shape == g.shape
