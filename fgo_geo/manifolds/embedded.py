@@ -391,7 +391,6 @@ class ComponentManifold(EmbeddedManifold):
         return self.radius**-2
 
     @__scaling__(ScalingInfo.NotCompatible)  # the bound would have to shrink with the wrapper's scale
-    @takes_real_tensors
     def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None, scale: float = 1.0) -> Tensor:
         """The retraction along a multiple of ``u``, given a bound on the length of the step relative to the radius.
 
@@ -406,6 +405,7 @@ class ComponentManifold(EmbeddedManifold):
         Returns:
             ``retr(x, scale u)`` up to rounding.
         """
+        require_real(u.dtype, f"an argument of {self.name}.retract_bounded")  # before the product makes it real
         return self.retr(x, scale * u)
 
     def extra_repr(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -30,7 +30,6 @@ from fgo_geo.linalg import (
     gram_excess,
     inner_sum,
     inverse_root_gap,
-    matrix_exponential,
     newton_schulz_schedule,
     polar_factor,
     polar_newton_schulz,
@@ -46,6 +45,7 @@ from fgo_geo.linalg import (
     takes_real_tensors,
     unrefined_precision,
 )
+from fgo_geo.manifolds import sphere, stiefel_geodesics
 from fgo_geo.manifolds.embedded import ComponentManifold
 from fgo_geo.weights.kinds import Kind, register
 
@@ -61,75 +61,6 @@ def project_tangent(x: Tensor, u: Tensor, radius: float | Tensor = 1.0) -> Tenso
     if isinstance(radius, Tensor):
         return subtract_product(u, x, twice / (2 * radius**2))
     return subtract_product(u, x, twice, alpha=0.5 / radius**2)
-
-
-def exponential(q: Tensor, v: Tensor) -> Tensor:
-    """Exponential map on the unit manifold: the end of the geodesic."""
-    return geodesic(q, v, 1)[-1]
-
-
-def geodesic(q: Tensor, v: Tensor, steps: int) -> list[Tensor]:
-    r"""Points of the geodesic from ``q`` in direction ``v`` at the times ``1/steps, 2/steps, ..., 1``.
-
-    ``[q, v] expm(t [[A, -S], [I, A]]) [I; 0] expm(-t A)`` with ``A = qᵀv`` (skew) and ``S = vᵀv`` ([Edelman1998]_,
-    eq. 2.7), polished so that rounding does not add up over many steps.
-    """
-    size = v.shape[-1]
-    identity = torch.eye(size, dtype=q.dtype, device=q.device)
-    a, s, identity = torch.broadcast_tensors(q.mT @ v, v.mT @ v, identity)
-    block = torch.cat((torch.cat((a, -s), -1), torch.cat((identity, a), -1)), -2)
-    forth = matrix_exponential(block / steps)
-    back = matrix_exponential(-a / steps)
-    columns, turn = forth[..., :size], back
-    points: list[Tensor] = []
-    for step in range(steps):
-        if step > 0:
-            columns, turn = forth @ columns, turn @ back
-        along, across = columns.split(size, -2)
-        points.append(polish((q @ along + v @ across) @ turn))
-    return points
-
-
-_GEODESIC_STEPS = 4  # points along the geodesic at which the shooting error is projected on its way back
-
-
-def logarithm(q: Tensor, y: Tensor, max_rounds: int = 500) -> Tensor:
-    """Inverse of the exponential map on the unit manifold, by shooting.
-
-    The error of the end point, ``y - exp_q(v)``, is carried back to ``q`` along the geodesic by projections that
-    keep its length and added to ``v`` (Bryner 2017; Zimmermann and Hüper 2022, algorithm 1 with the Euclidean
-    metric). On a sphere the error shrinks by ``1 - sin(t)/t`` per round, for the distance ``t``.
-
-    Raises:
-        RuntimeError: If the rounds do not converge: the points lie farther apart than the injectivity radius, or, for
-            square matrices, in different components (determinants of opposite sign).
-    """
-    tolerance = 8 * torch.finfo(q.dtype).eps * (q.shape[-2] * q.shape[-1]) ** 0.5
-    v = _with_norm_of(project_tangent(q, y - q), y - q)
-    points = geodesic(q, v, _GEODESIC_STEPS)
-    for _ in range(max_rounds):
-        gap = y - points[-1]
-        if bool((torch.linalg.matrix_norm(gap) <= tolerance).all()):
-            return v
-        for point in (*reversed(points), q):
-            gap = _with_norm_of(project_tangent(point, gap), gap)
-        v = v + gap
-        points = geodesic(q, v, _GEODESIC_STEPS)
-    error = torch.linalg.matrix_norm(y - points[-1]).detach().max()
-    if bool(error <= 4 * tolerance):  # as near as rounding lets it come
-        return v
-    raise RuntimeError(
-        f"Stiefel.logmap: no geodesic found after {max_rounds} rounds (largest error of the end point "
-        f"{float(error):.3g} radii); the points lie farther apart than the injectivity "
-        "radius or in different components, so go through an intermediate point"
-    )
-
-
-def _with_norm_of(v: Tensor, reference: Tensor) -> Tensor:
-    """``v`` with the length of ``reference``; at ``v = 0`` the factor is one, for the sake of the derivative."""
-    length = torch.linalg.matrix_norm(v, keepdim=True)
-    wanted = torch.linalg.matrix_norm(reference, keepdim=True)
-    return v * torch.where(length > 0, wanted / torch.where(length > 0, length, 1), 1)
 
 
 # Rounding in the Gram matrix of y grows with the square of the bound.
@@ -151,6 +82,11 @@ def _rung(squared: float) -> float:
         if squared <= rung:
             return rung
     return math.inf
+
+
+def wide_type(x: Tensor) -> torch.dtype:
+    """Double precision, on devices that have it."""
+    return x.dtype if x.device.type == "mps" else torch.float64
 
 
 def _put(x: Tensor, out: Tensor | None) -> Tensor:
@@ -333,27 +269,37 @@ class Stiefel(ComponentManifold):
     @takes_real_tensors
     @takes_full_products
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
-        """Exponential map, in closed form through a ``2B x 2B`` matrix exponential."""
-        radius = self.radius_for(x)
-        return radius * exponential(x / radius, u / radius)
+        """Exponential map, in closed form through a ``2B x 2B`` matrix exponential, in double precision.
+
+        Vectors longer than 1e6 radii are shortened to that: there rounding of single precision leaves nothing of where
+        the geodesic ends.
+        """
+        radius, wide = self.radius_for(x), wide_type(x)
+        return radius * stiefel_geodesics.exponential(x.to(wide) / radius, u.to(wide) / radius).to(x.dtype)
 
     @takes_real_tensors
     @takes_full_products
     def logmap(self, x: Tensor, y: Tensor) -> Tensor:
-        """Inverse of the exponential map, by shooting in double precision.
+        """Inverse of the exponential map, by shooting in double precision; in closed form if ``B`` is one or ``A``.
 
         Args:
             x: Points.
-            y: Points nearer to ``x`` than the injectivity radius.
+            y: Points.
 
         Returns:
-            Tangent vectors at ``x``.
+            Tangent vectors at ``x``. Up to a distance of ``π r`` they are the shortest; beyond, there are several
+            geodesics, and it is the one that the search has found.
 
         Raises:
-            RuntimeError: If no geodesic is found, see the message.
+            RuntimeError: If there is no geodesic (square matrices with determinants of opposite signs), or the search
+                has not converged. The message names the pairs.
         """
-        q, target = polar_factor(x.double()), polar_factor(y.double())
-        return self.radius_for(x) * logarithm(q, target).to(x.dtype)
+        radius = self.radius_for(x)
+        if x.shape[-1] == 1:
+            return sphere.logarithm(x, y, radius, (-2, -1))
+        wide = wide_type(x)
+        q, target = polar_factor(x.to(wide)), polar_factor(y.to(wide))
+        return radius * stiefel_geodesics.logarithm(q, target).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Radius and retraction."""
