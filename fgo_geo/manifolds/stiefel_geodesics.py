@@ -249,8 +249,9 @@ def _conjugate_gradients(q: Tensor, v: Tensor, b: Tensor, transposed: bool, prec
 def _find_velocity(q: Tensor, y: Tensor) -> Tensor:
     shape, columns = q.shape, q.shape[-1]
     q, y = q.reshape(-1, *shape[-2:]), y.reshape(-1, *shape[-2:])
-    if len(q) == 0:
-        return q.reshape(shape)
+    same = (q == y).all(-1, keepdim=True).all(-2, keepdim=True)  # exactly zero there, where the distance has a kink
+    if bool(same.all()):
+        return torch.zeros(shape, dtype=q.dtype, device=q.device)
     if shape[-2] == columns:
         turn = q.mT @ y
         apart = torch.linalg.det(turn) < 0
@@ -262,12 +263,14 @@ def _find_velocity(q: Tensor, y: Tensor) -> Tensor:
         identity = torch.eye(columns, dtype=q.dtype, device=q.device).expand_as(q)
         velocity = _rotation_logarithm(turn)
         error = torch.linalg.matrix_norm(turn - exponential(identity, velocity))
-        return (q @ _refined(identity, turn, velocity, error, _tolerance(turn))[0]).reshape(shape)
+        velocity = q @ _refined(identity, turn, velocity, error, _tolerance(turn))[0]
+        return torch.where(same, 0, velocity).reshape(shape)
     basis = torch.linalg.qr(torch.cat((q, y), -1)).Q[..., columns:]  # the columns of q are the first vectors
     target = torch.cat((q.mT @ y, basis.mT @ y), -2)
     start = torch.eye(target.shape[-2], columns, dtype=q.dtype, device=q.device).expand_as(target)
     velocity = _shoot(start, target, shape[:-2])
-    return (q @ velocity[..., :columns, :] + basis @ velocity[..., columns:, :]).reshape(shape)
+    velocity = q @ velocity[..., :columns, :] + basis @ velocity[..., columns:, :]
+    return torch.where(same, 0, velocity).reshape(shape)
 
 
 def _pairs(failed: Tensor, batch: torch.Size) -> str:
