@@ -17,6 +17,7 @@ from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.models.entry import PlanEntry
 from fgo_geo.models.feature_stats import LambdaRule
 from fgo_geo.models.sites import Pattern, Site, output_heads
+from fgo_geo.models.start import Initial
 from fgo_geo.weights.grouping import Collection, collection
 from fgo_geo.weights.kinds import KindLike
 from fgo_geo.weights.layout import WeightLayout, has_own_forward
@@ -25,7 +26,6 @@ from fgo_geo.weights.words import few
 
 __all__ = [
     "Components",
-    "Initial",
     "Settings",
     "Wanted",
     "check_patterns",
@@ -35,7 +35,6 @@ __all__ = [
 ]
 
 Components = Literal["auto", "kernel", "block", "filter"]
-Initial = Literal["project", "uniform"]
 
 
 # -- which parameters are meant -------------------------------------------------------------------------------

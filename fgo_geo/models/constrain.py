@@ -12,6 +12,7 @@ What a parameter gets is decided in :mod:`fgo_geo.models.choose`; :mod:`fgo_geo.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import geoopt
@@ -30,11 +31,9 @@ from fgo_geo.models.choose import (
 from fgo_geo.models.feature_stats import LambdaRule
 from fgo_geo.models.plan import Plan, plans_of
 from fgo_geo.models.sites import Pattern, sites_of
+from fgo_geo.models.start import Initial, initial_point, moved_to
 from fgo_geo.models.surgery import (
-    Initial,
     Target,
-    initial_point,
-    moved_to,
     plain_parameter,
     put_on_manifolds,
     replace_parameter,
@@ -91,8 +90,9 @@ def constrain(
         components: ``"auto"`` (kernels of spatial convolutions, blocks of the matrix of all other layers), or
             ``"kernel"``, ``"block"`` or ``"filter"`` for all layers. A filter is all weights of one output channel:
             ``constrain(model, "po", "sphere", components="filter")`` fixes the norm of every row.
-        initial: ``"project"`` moves every weight to the nearest point; ``"uniform"`` draws a random one, by torch's
-            global generator.
+        initial: ``"project"`` moves every weight to the nearest point, and draws by ``seed`` where there is no nearest
+            one (zero kernels, zero columns, too low a rank); the plan says so. ``"uniform"`` draws a random one, by
+            torch's global generator.
         include: Constrain only these: parameter or module names, globs, or module types. What is named here is
             constrained even if it is the first convolution or the classifier.
         exclude: Leave these alone.
@@ -144,12 +144,15 @@ def constrain(
         )
     targets: list[Target] = []
     points: list[Tensor | None] = []
-    for site, s, (entry, manifold) in zip(sites, settings, decided, strict=True):
+    for number, (site, s, (entry, manifold)) in enumerate(zip(sites, settings, decided, strict=True)):
         if manifold is not None:
             if not site.param.is_meta:
                 require_finite(site.param.detach(), f"constrain: {entry.name!r}")
-            targets.append((entry, site.param, moved_to(manifold, site.param)))
-            points.append(initial_point(site.param.detach(), manifold, s.initial))
+            manifold = moved_to(manifold, site.param)
+            point, notes = initial_point(site.param.detach(), manifold, s.initial, s.seed, entry.name)
+            entries[number] = replace(entry, notes=(*entry.notes, *notes))
+            targets.append((entry, site.param, manifold))
+            points.append(point)
     write_points(targets, points)
     put_on_manifolds(model, targets)
     return Plan(tuple(entries)).settle(model)

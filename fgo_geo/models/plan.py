@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from fgo_geo.manifolds import ProductOfGroups, mark_replaced
 from fgo_geo.models.entry import PlanEntry, table_of
 from fgo_geo.models.feature_stats import is_tracked, track, untrack
+from fgo_geo.models.start import nearest_point
 from fgo_geo.models.surgery import (
     dilate,
     is_lost,
     layers_of,
     measured_scales,
-    nearest_point,
     parameter_of,
     put_on_manifolds,
     require_ties,

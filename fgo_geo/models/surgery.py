@@ -7,28 +7,25 @@ anything.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import geoopt
 import torch
 from torch import Tensor, nn
 
-from fgo_geo.linalg import computes_in_float32, require_finite
+from fgo_geo.linalg import require_finite
 from fgo_geo.manifolds import ProductOfGroups, mark_replaced
 from fgo_geo.models.entry import PlanEntry
 from fgo_geo.models.feature_stats import LambdaRule, TrackingHandle, rescaling_lambda
+from fgo_geo.models.start import moved_to
 from fgo_geo.weights.layout import CONVOLUTIONS
 
 __all__ = [
-    "Initial",
     "Target",
     "dilate",
-    "initial_point",
     "is_lost",
     "layers_of",
     "measured_scales",
-    "moved_to",
-    "nearest_point",
     "parameter_of",
     "plain_parameter",
     "put_on_manifolds",
@@ -37,8 +34,6 @@ __all__ = [
     "targets_of",
     "write_points",
 ]
-
-Initial = Literal["project", "uniform"]
 
 
 def layers_of(model: nn.Module, entry: PlanEntry) -> dict[str, nn.Module]:
@@ -108,33 +103,6 @@ def require_ties(model: nn.Module, entry: PlanEntry) -> None:
                 f"the plan expects {entry.name!r} and {name!r} to be one tied weight, the model has different values "
                 "there; attach the plan to the architecture that it was made for"
             )
-
-
-def moved_to(manifold: ProductOfGroups, like: Tensor) -> ProductOfGroups:
-    """The manifold on a parameter's device, its radii in the type that the parameter is computed in."""
-    if like.is_meta:
-        return manifold
-    return manifold.to(device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-
-def initial_point(value: Tensor, manifold: ProductOfGroups, initial: Initial) -> Tensor | None:
-    """Where a parameter starts; None on the meta device, where there are no values."""
-    if value.is_meta:
-        return None
-    if initial == "project":
-        return nearest_point(manifold, value)
-    drawn = manifold.random(*value.shape, dtype=value.dtype, device=value.device)
-    return manifold.where_constrained(drawn.as_subclass(Tensor), value)
-
-
-@computes_in_float32
-def _projected(value: Tensor, manifold: ProductOfGroups) -> Tensor:
-    return manifold.projx(value)
-
-
-def nearest_point(manifold: ProductOfGroups, value: Tensor) -> Tensor:
-    """The nearest point, computed in single precision at least: half-precision products are slow on the CPU."""
-    return _projected(value.as_subclass(Tensor), moved_to(manifold, value))
 
 
 def write_points(targets: Sequence[Target], points: Sequence[Tensor | None]) -> None:

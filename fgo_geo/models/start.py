@@ -1,0 +1,145 @@
+r"""Where a weight starts on its manifold: the nearest point, or a random one where no point is nearest.
+
+The projection of a zero kernel onto a sphere is not unique, nor is that of a zero column onto an oblique manifold, nor
+that of a matrix of less than full rank onto a Stiefel manifold. Layers are initialised like that (zeros, constants,
+pruned filters), and one point for all of them would make equal what should differ: :func:`initial_point` draws what
+the weight leaves open, uniformly and from a seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Literal
+
+import geoopt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fgo_geo.linalg import computes_in_float32
+from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, Stiefel
+
+__all__ = ["Initial", "initial_point", "moved_to", "nearest_point"]
+
+Initial = Literal["project", "uniform"]
+
+
+def moved_to(manifold: ProductOfGroups, like: Tensor) -> ProductOfGroups:
+    """The manifold on a parameter's device, its radii in the type that the parameter is computed in."""
+    if like.is_meta:
+        return manifold
+    return manifold.to(device=like.device, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+@computes_in_float32
+def _projected(value: Tensor, manifold: ProductOfGroups) -> Tensor:
+    return manifold.projx(value)
+
+
+def nearest_point(manifold: ProductOfGroups, value: Tensor) -> Tensor:
+    """The nearest point, computed in single precision at least: half-precision products are slow on the CPU."""
+    return _projected(value.as_subclass(Tensor), moved_to(manifold, value))
+
+
+def initial_point(
+    value: Tensor, manifold: ProductOfGroups, initial: Initial, seed: int, name: str
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """Where a parameter starts.
+
+    Args:
+        value: Its values.
+        manifold: Its manifold.
+        initial: ``"project"``, or ``"uniform"`` by torch's global generator.
+        seed: Seed of what the projection leaves open.
+        name: Name of the parameter, on which the draw depends too.
+
+    Returns:
+        A point (None on the meta device, where there are no values), and what to note of it.
+
+    Example:
+        >>> from fgo_geo import collection
+        >>> manifold = ProductOfGroups(collection(2, 3, "layer", "sphere"), (2, 3, 3, 3))
+        >>> point, notes = initial_point(torch.zeros(2, 3, 3, 3), manifold, "project", 0, "weight")
+        >>> notes, torch.equal(point[0], point[1])
+        (('6 of 6 components have no unique nearest point and were drawn at random (seed 0)',), False)
+    """
+    value = value.as_subclass(Tensor)
+    if value.is_meta:
+        return None, ()
+    if initial == "uniform":
+        drawn = manifold.random(*value.shape, dtype=value.dtype, device=value.device)
+        return manifold.where_constrained(drawn.as_subclass(Tensor), value), ()
+    exact = value if value.dtype == torch.float64 else value.float()
+    least, largest = map(float, torch.aminmax(exact.abs()))
+    smallest, manifolds = torch.finfo(value.dtype).eps * largest, [each for each, _ in manifold.parts]
+    can_be_open = [isinstance(each, Stiefel if least > smallest else ComponentManifold) for each in manifolds]
+    if not any(can_be_open):
+        return nearest_point(manifold, exact).to(value.dtype), ()
+    parts = manifold.partition.split(exact)
+    masks = [
+        _is_open(each, part, smallest) if possible else torch.zeros(len(part), dtype=torch.bool, device=part.device)
+        for each, part, possible in zip(manifolds, parts, can_be_open, strict=True)
+    ]
+    count, notes = sum(int(mask.sum()) for mask in masks), ()
+    if count:
+        of = f"{count} of {sum(map(len, parts))} components"
+        notes = (f"{of} have no unique nearest point and were drawn at random (seed {seed})",)
+        key = hashlib.sha256(json.dumps([seed, name, "initial"]).encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
+        parts = [part.clone() for part in parts]
+        for each, part, mask in zip(manifolds, parts, masks, strict=True):
+            part[mask] = _completed(each, part[mask], smallest, generator)
+        exact = manifold.partition.merge(parts, exact)
+    return nearest_point(manifold, exact).to(value.dtype), notes
+
+
+def _is_open(manifold: geoopt.Manifold, part: Tensor, smallest: float) -> Tensor:
+    """Which components have no unique nearest point, up to the rounding of the largest component of the weight."""
+    if isinstance(manifold, Oblique):
+        return torch.linalg.vector_norm(part, dim=-2).amin(-1) <= smallest
+    if not isinstance(manifold, Stiefel):
+        return torch.linalg.matrix_norm(part) <= smallest
+    is_open = _independence(part) <= _SUSPECT
+    if bool(is_open.any()):
+        values = torch.linalg.svdvals(part[is_open].double())
+        is_open[is_open.clone()] = ~_is_kept(part, values, smallest)[:, -1]
+    return is_open
+
+
+def _is_kept(part: Tensor, values: Tensor, smallest: float) -> Tensor:
+    """Which singular values of matrices are more than rounding."""
+    rounding = torch.finfo(part.dtype).eps * part.shape[-2]
+    return values > (rounding * values[:, :1]).clamp(min=smallest)
+
+
+_SUSPECT = 1e-6  # of :func:`_independence`: far above what rounding leaves of zero, and seldom drawn at random
+
+
+def _independence(part: Tensor) -> Tensor:
+    """How far the columns are from dependent, cheaply: determinant or smallest pivot of the Gram matrix, scaled."""
+    if part.shape[-2:] == (3, 3):
+        a, b, c, d, e, f, g, h, i = part.flatten(1).unbind(1)
+        determinant = a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g)
+        scale = a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h + i * i
+        return torch.where(scale > 0, determinant.square() / (scale / 3) ** 3, 0)
+    gram = part.mT.double() @ part.double()
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float64).tiny)
+    factor, info = torch.linalg.cholesky_ex(gram / scale[:, None, None])
+    return torch.where(info == 0, factor.diagonal(dim1=-2, dim2=-1).square().amin(-1), 0)
+
+
+def _completed(manifold: geoopt.Manifold, part: Tensor, smallest: float, generator: torch.Generator) -> Tensor:
+    """Components whose nearest point is unique: what was open is Gaussian, which projects to uniform."""
+    gaussian = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.device)
+    if isinstance(manifold, Oblique):
+        is_zero = torch.linalg.vector_norm(part, dim=-2, keepdim=True) <= smallest
+        return torch.where(is_zero, gaussian.to(part.dtype), part)
+    if not isinstance(manifold, Stiefel):
+        return gaussian.to(part.dtype)
+    left, values, right = torch.linalg.svd(part.double(), full_matrices=True)
+    is_kept = _is_kept(part, values, smallest)
+    kept_rows = functional.pad(is_kept, (0, part.shape[-2] - part.shape[-1]))
+    identity = torch.eye(*part.shape[-2:], dtype=torch.float64, device=part.device)
+    is_free = ~(kept_rows[:, :, None] | is_kept[:, None, :])
+    return (left @ (identity * is_kept[:, None, :] + gaussian * is_free) @ right).to(part.dtype)
