@@ -31,7 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with processes.group(settings.run.device or "cpu"), folder.opened(settings) as here:
             return run(settings, here, display)
-    except (FileNotFoundError, ValueError, folder.FolderError, checkpoints.WriteError) as error:
+    except checkpoints.WriteError as error:
+        print(f"error: {error}: the checkpoint before it is kept; make room, then --resume", file=sys.stderr)
+        return 2
+    except (FileNotFoundError, ValueError, folder.FolderError) as error:
         if processes.is_first():
             print(f"error: {error}", file=sys.stderr)
         return 2

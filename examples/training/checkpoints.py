@@ -26,7 +26,7 @@ _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
 _UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError)
 
 
-class WriteError(OSError):
+class WriteError(RuntimeError):
     """A file that could not be written; what was there before is as it was."""
 
 
@@ -54,7 +54,7 @@ def write(path: Path, content: bytes) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise WriteError(error.errno, f"cannot write {path} ({error.strerror})") from error
+        raise WriteError(f"cannot write {path} ({error.strerror})") from error
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:

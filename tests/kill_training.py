@@ -1,0 +1,154 @@
+"""Kill a training run at many moments, resume it, and compare it to the bit with a run that nobody killed.
+
+    python tests/kill_training.py                              # 20 moments, one and two processes
+    python tests/kill_training.py --moments 5 --processes 2
+
+A moment is a call of something that matters: gradients, an evaluation, or, while a checkpoint is written, the flush to
+the disk and the renaming, before and after each. ``SIGKILL`` leaves no time for anything there. The processes are
+forked from a server that has imported everything, so that a moment takes a second or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import trainer
+from trainer import bits, load
+
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+CONTEXT = get_context("forkserver")
+CONTEXT.set_forkserver_preload(["trainer"])
+RUN = ("--fraction", "0.1", "--batch-size", "16", "--epochs", "2", "--checkpoint-steps", "4", "--evaluate-every", "1")
+
+
+def child(arguments: Sequence[str], environment: dict[str, str], log: Path, prepare: Callable[[], None] | None) -> None:
+    """Train, in a process of its own, with output into a file."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    trainer.modules["reporting"].draw_curves = lambda path, history: None  # half a second
+    if prepare is not None:
+        prepare()
+    status = trainer.train.main(list(arguments))
+    sys.stdout.flush()
+    os._exit(status)  # at once: nothing of this process is to be waited for
+
+
+def start(
+    arguments: Sequence[str], log: Path, world: int = 1, prepare: Mapping[int, Callable[[], None]] | None = None
+) -> list[BaseProcess]:
+    """Start a run on one or many processes, after preparing some of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = []
+    for number in range(world):
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+        environment |= {"RANK": str(number), "LOCAL_RANK": str(number)}
+        log_of = log.with_suffix(f".{number}.log")
+        arguments_of = (arguments, environment, log_of, (prepare or {}).get(number))
+        processes.append(CONTEXT.Process(target=child, args=arguments_of))
+        processes[-1].start()
+    return processes
+
+
+def finish(processes: Sequence[BaseProcess]) -> list[int | None]:
+    """Wait until all have ended, or one has died, which ends the others, as torchrun would; return exit codes."""
+    running = list(processes)
+    while running:
+        ended = wait([process.sentinel for process in running], timeout=120)
+        if not ended or any(process.exitcode not in (0, None) for process in processes):
+            for process in processes:
+                process.kill()
+        running = [process for process in running if process.is_alive()]
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+class Moments:
+    """Count the moments of a run, and kill its process at one of them (0: at none)."""
+
+    def __init__(self, at: int, count_into: Path | None = None) -> None:
+        self.at, self.count_into, self.count = at, count_into, 0
+
+    def __call__(self) -> None:
+        """Watch what matters."""
+        engine = trainer.modules["engine"]
+        engine.accumulate_gradients = self._watched(engine.accumulate_gradients)
+        engine.evaluate = self._watched(engine.evaluate)
+        os.fsync = self._watched(os.fsync)
+        Path.replace = self._watched(Path.replace)  # pyright: ignore
+
+    def _watched(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*args: Any) -> Any:
+            self._pass()
+            result = function(*args)
+            self._pass()
+            return result
+
+        return watched
+
+    def _pass(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.count_into is not None:
+            self.count_into.write_text(str(self.count))
+
+
+def kill_and_resume(folder: Path, moments: int, world: int, flags: Sequence[str] = ()) -> list[tuple[int, int, bool]]:
+    """Kill a run at evenly spread moments; return (moment, process killed, whether the result was the same)."""
+    straight, counts = folder / "straight", [folder / f"count{rank}" for rank in range(world)]
+    arguments = (*RUN, *flags)
+    log = folder / "log"
+    counting = {rank: Moments(0, count) for rank, count in enumerate(counts)}
+    codes = finish(start([*arguments, "--output", str(straight)], log, world, counting))
+    assert codes == [0] * world, log.with_suffix(".0.log").read_text()
+    expected = bits(load(straight))
+    outcomes = []
+    for number in range(moments):
+        victim = number % world
+        at = 1 + int(int(counts[victim].read_text()) * (number + 0.5) / moments)
+        output = folder / "killed"
+        shutil.rmtree(output, ignore_errors=True)
+        codes = finish(start([*arguments, "--output", str(output)], log, world, {victim: Moments(at)}))
+        killed = codes[victim] == -signal.SIGKILL
+        codes = finish(start([*arguments, "--resume", "--output", str(output)], log, world))
+        same = codes == [0] * world and bits(load(output)) == expected
+        outcomes.append((at, victim, killed and same))
+    return outcomes
+
+
+def main() -> int:
+    """Print the outcome of every moment; return the exit status."""
+    parser = argparse.ArgumentParser(description="Kill a training run at many moments, and resume it.")
+    parser.add_argument("--moments", type=int, default=20)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    settings = parser.parse_args()
+    good = True
+    for world in settings.processes:
+        with tempfile.TemporaryDirectory() as folder:
+            outcomes = kill_and_resume(Path(folder), settings.moments, world)
+        for at, victim, same in outcomes:
+            print(f"{world} process(es), killed process {victim} at moment {at}: {'identical' if same else 'DIFFERS'}")
+        print(f"{world} process(es): {sum(same for *_, same in outcomes)} of {len(outcomes)} identical")
+        good &= all(same for *_, same in outcomes)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
