@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 import torchvision
 from training import checkpoints, data, engine
+from training.command_line import make
 from training.folder import RunFolder
-from training.settings import make
 
 import fgo_geo
 from fgo_geo.measures.report import Report, report

@@ -18,15 +18,14 @@ import json
 import shlex
 import sys
 
-from training import checkpoints, engine, folder, processes, reporting
-from training import settings as flags
+from training import checkpoints, command_line, engine, folder, processes, reporting
 from training.settings import Settings
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Train as the command line says; return the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    settings = flags.parse(words, "train.py", flags.words_of(folder.recorded(words)))
+    settings = command_line.parse(words, "train.py", command_line.words_of(folder.recorded(words)))
     display = reporting.Display()
     try:
         with processes.group(settings.run.device or "cpu"), folder.opened(settings) as here:

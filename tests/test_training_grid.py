@@ -16,7 +16,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-engine, grid, settings = (trainer.modules[name] for name in ("engine", "grid", "settings"))
+command_line, engine, grid, settings = (
+    trainer.modules[name] for name in ("command_line", "engine", "grid", "settings")
+)
 program = trainer.importlib.import_module("grid")
 
 SPEC = {
@@ -125,7 +127,7 @@ def test_keys_tell_settings_apart_that_change_the_figures_and_no_others():
 def test_a_run_in_a_grid_is_the_run_of_its_command(tmp_path):
     cell = grid.Cell(grid.from_dict(SPEC).rows[1], "final", (("lr", 0.1),), 4)
     figures = grid.train(cell.flags)
-    flags = settings.words_of({k: v for k, v in cell.settings.differing().items() if k != "evaluate_every"})
+    flags = command_line.words_of({k: v for k, v in cell.settings.differing().items() if k != "evaluate_every"})
     results = trainer.run(tmp_path, *flags)
     for name in ("train_loss", "test_loss", "test_accuracy", "calibrated_loss"):
         assert figures[name] == results["final"][name], name

@@ -16,9 +16,19 @@ import torch
 import trainer
 from trainer import EXAMPLES, bits, load, run, train
 
-checkpoints, data, engine, folder, measures, models, reporting, settings = (
+checkpoints, command_line, data, engine, folder, measures, models, reporting, settings = (
     trainer.modules[name]
-    for name in ("checkpoints", "data", "engine", "folder", "measures", "models", "reporting", "settings")
+    for name in (
+        "checkpoints",
+        "command_line",
+        "data",
+        "engine",
+        "folder",
+        "measures",
+        "models",
+        "reporting",
+        "settings",
+    )
 )
 QUICK = ("--fraction", "0.3", "--batch-size", "32")  # 14 steps an epoch
 
@@ -152,7 +162,7 @@ def test_an_interrupted_run_is_neither_overwritten_nor_forgotten(tmp_path, monke
 
 
 def test_two_processes_never_share_a_folder(tmp_path, capsys):
-    made = settings.make({"epochs": 1}).with_(output=tmp_path)
+    made = command_line.make({"epochs": 1}).with_(output=tmp_path)
     with folder.opened(made):
         assert train.main(["--epochs", "1", "--output", str(tmp_path)]) == 2
     assert f"another process is at work in {tmp_path}: wait for it, or choose another" in capsys.readouterr().err

@@ -24,9 +24,19 @@ from trainer import bits, load, run, train
 
 import fgo_geo
 
-checkpoints, data, engine, folder, measures, models, reporting, settings = (
+checkpoints, command_line, data, engine, folder, measures, models, reporting, settings = (
     trainer.modules[name]
-    for name in ("checkpoints", "data", "engine", "folder", "measures", "models", "reporting", "settings")
+    for name in (
+        "checkpoints",
+        "command_line",
+        "data",
+        "engine",
+        "folder",
+        "measures",
+        "models",
+        "reporting",
+        "settings",
+    )
 )
 QUICK = ("--fraction", "0.3", "--batch-size", "32")  # 14 steps an epoch
 
@@ -168,7 +178,7 @@ def test_linear_layers_can_be_constrained_and_the_step_size_be_constant(tmp_path
     assert [e["lr"] for e in results["epochs"]] == [0.2, 0.2]
 
 
-@pytest.mark.parametrize("method", settings.METHODS)
+@pytest.mark.parametrize("method", command_line.METHODS)
 def test_every_row_of_table_3_trains(tmp_path, method):
     if method == "pio-adamw" and not hasattr(fgo_geo, "on_manifolds"):
         pytest.skip("on_manifolds is not there yet")
@@ -186,7 +196,7 @@ def test_scales_are_refreshed_and_norms_are_bounded(tmp_path):
     plan = folder.RunFolder(tmp_path / "scales").finished()["plan"]
     assert any(entry["channel_scales"] for entry in plan["entries"])
     run(tmp_path / "norms", "--method", "pio-renorm", "--bound", "0.7", "--epochs", "1", *QUICK)
-    made = settings.make({"method": "pio-renorm", "bound": 0.7, "fraction": 0.3, "batch_size": 32})
+    made = command_line.make({"method": "pio-renorm", "bound": 0.7, "fraction": 0.3, "batch_size": 32})
     built = engine.build(made)
     built.model.load_state_dict(torch.load(tmp_path / "norms" / "model.pt"))
     for number in (0, 2, 5):
@@ -257,7 +267,9 @@ def test_on_a_terminal_a_progress_bar_is_shown_and_removed(tmp_path, monkeypatch
 
 def trained(**flags):
     """A run after one epoch, without files."""
-    made = engine.build(settings.make({"fraction": 0.3, "batch_size": 32, "epochs": 1, "evaluate_every": 0, **flags}))
+    made = engine.build(
+        command_line.make({"fraction": 0.3, "batch_size": 32, "epochs": 1, "evaluate_every": 0, **flags})
+    )
     engine.fit(made)
     return made
 
@@ -322,7 +334,7 @@ SCHEDULES = {
 @pytest.mark.parametrize(("schedule", "warmup"), SCHEDULES)
 def test_learning_rates_follow_their_formula(schedule, warmup):
     flags = {"schedule": schedule, "warmup": warmup, "lr": 0.4, "epochs": 6}
-    made = settings.make({**flags, "time_constant": 2})
+    made = command_line.make({**flags, "time_constant": 2})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
     scheduler = trainer.importlib.import_module("training.optimisers").schedule(made.optim, optimizer, 14)
     for t in range(84):

@@ -7,11 +7,13 @@ import trainer
 import yaml
 from trainer import train
 
-engine, processes, settings = (trainer.modules[name] for name in ("engine", "processes", "settings"))
+command_line, engine, processes, settings = (
+    trainer.modules[name] for name in ("command_line", "engine", "processes", "settings")
+)
 
 
 def parse(*words):
-    return settings.parse(words)
+    return command_line.parse(words)
 
 
 def test_flags_come_after_files_and_files_after_methods(tmp_path):
@@ -25,10 +27,10 @@ def test_flags_come_after_files_and_files_after_methods(tmp_path):
 
 
 def test_the_files_of_a_run_repeat_its_settings():
-    for method in settings.METHODS:
+    for method in command_line.METHODS:
         if method != "pio-adamw":
-            made = settings.make({"method": method, "seed": 3, "lr": 0.123})
-            assert settings.make(yaml.safe_load(yaml.safe_dump(made.plain()))) == made
+            made = command_line.make({"method": method, "seed": 3, "lr": 0.123})
+            assert command_line.make(yaml.safe_load(yaml.safe_dump(made.plain()))) == made
 
 
 @pytest.mark.parametrize(

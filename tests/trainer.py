@@ -18,7 +18,19 @@ from torchvision import datasets
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-NAMES = ("checkpoints", "data", "engine", "folder", "grid", "measures", "models", "processes", "reporting", "settings")
+NAMES = (
+    "checkpoints",
+    "command_line",
+    "data",
+    "engine",
+    "folder",
+    "grid",
+    "measures",
+    "models",
+    "processes",
+    "reporting",
+    "settings",
+)
 modules = {name: importlib.import_module(f"training.{name}") for name in NAMES}
 train = importlib.import_module("train")
 

@@ -37,7 +37,8 @@ import scipy.stats
 import yaml
 
 from training import engine, reporting
-from training.settings import MAY_CHANGE_ON_RESUME, Settings, SettingsError, make
+from training.command_line import make
+from training.settings import MAY_CHANGE_ON_RESUME, Settings, SettingsError
 
 Flags: TypeAlias = dict[str, Any]
 Record: TypeAlias = dict[str, Any]
