@@ -56,6 +56,7 @@ FIGURES = (
 )
 COLUMNS = ("key", "row", "variant", "phase", "choice", "seed", "status", *FIGURES, "flags")
 DEFAULT_TUNING_SEEDS = (1000, 1001)
+_WITHOUT_EFFECT = MAY_CHANGE_ON_RESUME - {"epochs"} | {"evaluate_every", "checkpoint_steps"}
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,8 @@ class Cell:
     @property
     def flags(self) -> Flags:
         """Its settings by name."""
-        return {
-            **self.row.flags,
-            **dict(self.choice),
-            "seed": self.seed,
-            "validation": self.phase == "tune",
-            "evaluate_every": 0,
-        }
+        own = {"seed": self.seed, "validation": self.phase == "tune"}
+        return {"evaluate_every": 0, **self.row.flags, **dict(self.choice), **own}
 
     @property
     def settings(self) -> Settings:
@@ -107,7 +103,7 @@ class Cell:
     @cached_property
     def key(self) -> str:
         """What the record is found by: a checksum of the settings that decide about its figures."""
-        plain = {k: v for k, v in self.settings.plain().items() if k not in MAY_CHANGE_ON_RESUME - {"epochs"}}
+        plain = {k: v for k, v in self.settings.plain().items() if k not in _WITHOUT_EFFECT}
         text = json.dumps(plain, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -251,6 +247,14 @@ def train(flags: Flags) -> Record:
     except engine.Diverged:
         pass
     return engine.chance(run.splits.classes) | {"skipped_steps": run.progress.skipped, "status": "diverged"}
+
+
+def figures_of(results: Mapping[str, Any] | None, settings: Settings) -> Record:
+    """The figures in the results of a run in a folder; None for one that has diverged."""
+    if results is None:
+        classes = {"imagefolder": 1000, "cifar100": 100}.get(settings.data.data, 10)
+        return engine.chance(classes) | {"status": "diverged"}
+    return results["final"] | {"status": "finished"}
 
 
 def record(cell: Cell, figures: Mapping[str, Any]) -> Record:

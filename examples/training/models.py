@@ -138,12 +138,12 @@ class SEBottleneck(Bottleneck):
 
 
 def residual_network(name: str, channels: int, classes: int, size: int) -> ResNet:
-    """Return a ResNet or SE-ResNet of torchvision, with a stem that does not shrink images of up to 64 pixels."""
+    """Return a ResNet or SE-ResNet of torchvision, with a stem that does not shrink images of less than 64 pixels."""
     if name.startswith("se"):
         model = ResNet(SEBottleneck, [3, 4, {"50": 6, "101": 23}[name.removeprefix("seresnet")], 3], classes)
     else:
         model = torchvision.models.get_model(name, num_classes=classes)
-    if size <= 64:
+    if size < 64:
         model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         model.maxpool = nn.Identity()
     elif channels != 3:

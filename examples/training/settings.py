@@ -184,6 +184,8 @@ class Running:
     """Of first weights, groups, order of the images, --fraction and --label-noise."""
     device: Annotated[str | None, flag(device_name, "DEVICE")] = None
     """Where to train (auto: cuda if there is one; with torchrun one per process)."""
+    parallel: Annotated[str, choice("ddp", "fsdp2")] = "ddp"
+    """How the processes of torchrun share the work."""
     threads: CountOrAuto = None
     """Of the CPU (auto: 1 for small images, which is fastest; else all cores)."""
     runs: Annotated[Path, flag(Path, "FOLDER")] = Path("runs")
@@ -293,6 +295,11 @@ def resolve(s: Settings) -> Settings:
         raise SettingsError(
             f"--batch-size {optim.batch_size} is less than one image for each of {optim.accumulate} accumulated "
             f"parts on {processes.count()} processes"
+        )
+    if s.run.parallel == "fsdp2":
+        raise SettingsError(
+            "--parallel fsdp2: fgo_geo cannot shard weights on manifolds yet, their steps would be plain SGD's. Take ddp, "
+            "with --recompute and --accumulate to save memory"
         )
     if optim.warmup >= optim.epochs:
         raise SettingsError(f"--warmup {optim.warmup} leaves nothing of --epochs {optim.epochs}")
