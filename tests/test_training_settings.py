@@ -26,6 +26,14 @@ def test_flags_come_after_files_and_files_after_methods(tmp_path):
     assert (found.geometry.strategy, found.geometry.manifolds, found.data.download) == ("layer", ("oblique",), False)
 
 
+def test_off_is_a_word_in_files_too(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("amp: off\nskips: on\nmodel: plain\n")
+    found = command_line.parse(["--config", str(path)])
+    assert (found.optim.amp, found.model.skips) == ("off", True)
+    assert command_line.make(yaml.safe_load(path.read_text())) == found
+
+
 def test_the_files_of_a_run_repeat_its_settings():
     for method in command_line.METHODS:
         if method != "pio-adamw":

@@ -90,7 +90,9 @@ def words_of(flags: Mapping[str, Any]) -> list[str]:
             near = difflib.get_close_matches(name, [*FLAGS, "method"], 1)
             raise SettingsError(f"unknown setting {key!r}" + (f": did you mean {near[0]}?" if near else ""))
         flag = "--" + name.replace("_", "-")
-        if isinstance(value, bool):
+        if isinstance(value, bool) and name in _SPECS:
+            words += [flag, "on" if value else "off"]  # what YAML takes `amp: off` for
+        elif isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(value, list | tuple):
             words += [flag, ",".join(map(str, value))]
