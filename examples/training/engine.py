@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -75,7 +76,9 @@ class Signals:
                 raise KeyboardInterrupt
             self.received = signal.Signals(number)
 
-        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        ours = threading.current_thread() is threading.main_thread()
+        taken = (signal.SIGINT, signal.SIGTERM) if ours else ()
+        before = {number: signal.signal(number, remember) for number in taken}
         try:
             yield self
         finally:
