@@ -30,7 +30,7 @@ def batch(step: int) -> Tensor:
 
 
 def train(net: nn.Module, share: slice) -> dict[str, Any]:
-    """Three epochs of two steps on a share of every batch, with statistics in between."""
+    """Three epochs of two steps on a share of every batch, with statistics, if any, in between."""
     optimizer = RiemannianFGSGD(net.parameters(), lr=0.3, momentum=0.9, weight_decay=1e-3)
     for step in range(6):
         optimizer.zero_grad()
@@ -46,11 +46,11 @@ def train(net: nn.Module, share: slice) -> dict[str, Any]:
     }
 
 
-def worker(rank: int, world_size: int, folder: str) -> None:
+def worker(rank: int, world_size: int, folder: str, statistics: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     net = model()
-    constrain(net, first_layer=True, statistics="std", radius=0.5)
+    constrain(net, first_layer=True, statistics=statistics, radius=0.5)
     size = 4 // world_size
     result = train(DistributedDataParallel(net), slice(rank * size, (rank + 1) * size))
     torch.save(result, f"{folder}/{rank}.pt")

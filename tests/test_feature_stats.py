@@ -13,6 +13,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fgo_geo.grouping import collection
 from fgo_geo.models.feature_stats import (
@@ -128,29 +129,70 @@ def test_an_input_of_other_channels_is_refused(shape: tuple[int, ...], dim: int)
 
 # -- several processes -------------------------------------------------------------------------------------------
 
-SHARES = [[3, 1], [0, 4], [1, 0]]  # how many samples each of two processes sees, batch by batch
 
-
-def _shares(batch: int) -> list[Tensor]:
-    return list((normal(batch, 4, 3, 2) * 2 + 100).split(SHARES[batch] + [4 - sum(SHARES[batch])])[:2])
+def _batch(rank: int, batch: int) -> Tensor:
+    """Batches of another mean, and another number of them, on each process."""
+    return normal(10 * batch + rank, 200, 3) * torch.tensor([1.0, 2.0, 0.5]) + 3 * rank
 
 
 def _process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    statistics = FeatureStatistics(3)
-    for batch in range(len(SHARES)):
-        statistics(_shares(batch)[rank][..., : 1 if batch == 2 else 2], channel_dim=1)
-    torch.save(statistics.state_dict(), f"{folder}/{rank}")
+    statistics, unseen = FeatureStatistics(3, momentum=None), FeatureStatistics(3)
+    for batch in range(1 + 2 * rank):
+        statistics(_batch(rank, batch), channel_dim=1)
+    own = dist.new_group([rank], use_local_synchronization=True)
+    found = {
+        "all": statistics.variance(),
+        "own": statistics.variance(own),
+        "running": statistics.running_var,
+        "unseen": unseen.variance(),
+        "lambda": rescaling_lambda(statistics, "std"),
+    }
+    torch.save(found, f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
-def test_processes_agree_on_the_statistics_of_the_union_of_their_batches(tmp_path: Path):
+def test_processes_agree_on_the_variance_of_all_their_batches(tmp_path: Path):
     torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
-    alone = FeatureStatistics(3)
-    for batch in range(len(SHARES) - 1):  # of the last batch only one value per channel is left: it is skipped
-        alone(torch.cat(_shares(batch)), channel_dim=1)
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / str(rank)), dict(alone.state_dict()))
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert torch.equal(first["all"], second["all"])
+    batches = [_batch(0, 0), *(_batch(1, batch) for batch in range(3))]
+    torch.testing.assert_close(first["all"], torch.cat(batches).var(0), rtol=2e-2, atol=0)
+    torch.testing.assert_close(first["lambda"], first["all"].sqrt())
+    for each in (first, second):
+        torch.testing.assert_close(each["own"], each["running"])
+        assert each["unseen"].tolist() == [1.0, 1.0, 1.0]
+
+
+def _alone(rank: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    if rank == 0:  # would wait for the other if a forward pass talked to it
+        layer = nn.Linear(3, 3)
+        track(layer)
+        layer(_batch(0, 0))
+    dist.destroy_process_group()
+
+
+def test_a_forward_pass_waits_for_no_other_process(tmp_path: Path):
+    torch.multiprocessing.spawn(_alone, args=(str(tmp_path),), nprocs=2)
+
+
+# -- activation checkpointing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_counts_each_forward_pass_once(use_reentrant: bool):
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    checkpointed = copy.deepcopy(plain)
+    for model in (plain, checkpointed):
+        track(model[0]), track(model[2])
+    for step in range(5):
+        x = normal(step, 20, 3).requires_grad_()
+        plain(x).sum().backward()
+        checkpoint(checkpointed, x, use_reentrant=use_reentrant).sum().backward()
+    assert int(checkpointed[2].fgo_geo_statistics.num_batches_tracked) == 5
+    for name, value in plain.state_dict().items():
+        assert torch.equal(checkpointed.state_dict()[name], value), name
 
 
 # -- layers ------------------------------------------------------------------------------------------------------

@@ -73,20 +73,27 @@ def assert_same(model: nn.Module, other: nn.Module, **tolerance: float) -> None:
         torch.testing.assert_close(a.detach(), b.detach(), **tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_two_processes_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:
-    """The same trajectory on both ranks and in one process: groups, step sizes, momentum and feature statistics."""
-    mp.spawn(ddp.worker, args=(2, str(tmp_path)), nprocs=2)
+@pytest.mark.parametrize("statistics", [None, "std"])
+def test_two_processes_train_as_one_with_the_joint_batch(tmp_path: Path, statistics: Any) -> None:
+    """The same trajectory on both ranks and in one process: groups, step sizes and momentum.
+
+    Statistics are those of each process's own batches until the radii are updated. Then both take the same radii, near
+    those of the joint batch.
+    """
+    mp.spawn(ddp.worker, args=(2, str(tmp_path), statistics), nprocs=2)
     one = ddp.model()
-    constrain(one, first_layer=True, statistics="std", radius=0.5)
+    constrain(one, first_layer=True, statistics=statistics, radius=0.5)
     expected = ddp.train(one, slice(None))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first["scales"] == second["scales"]
     for a, b, joint in zip(first["weights"], second["weights"], expected["weights"], strict=True):
         assert torch.equal(a, b)
-        torch.testing.assert_close(a, joint, rtol=0, atol=1e-9)
+        if statistics is None:
+            torch.testing.assert_close(a, joint, rtol=0, atol=1e-9)
     for a, joint in zip(first["scales"], expected["scales"], strict=True):
-        assert a == pytest.approx(joint, rel=1e-9)
-    assert any(s != pytest.approx(1.0, abs=1e-2) for scales in expected["scales"] for s in scales)
+        assert a == pytest.approx(joint, rel=0.5)
+    if statistics is not None:
+        assert any(s != pytest.approx(1.0, abs=1e-2) for scales in expected["scales"] for s in scales)
 
 
 def test_accumulated_gradients_are_those_of_the_joint_batch() -> None:

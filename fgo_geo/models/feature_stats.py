@@ -8,7 +8,8 @@ to ([Ozay2019]_; "Mathematics", section 5). Three pieces follow each other:
 2. :func:`rescaling_lambda` turns them into one ``λ`` per input channel;
 3. :func:`kernel_lambda` and :func:`component_lambda` carry it to the components of a weight.
 
-Statistics change in every forward pass of training, ``λ`` only when somebody asks for it: once per epoch.
+Statistics change in every forward pass of training, ``λ`` only when somebody asks for it: once per epoch. Only then do
+processes talk to each other.
 """
 
 from __future__ import annotations
@@ -63,8 +64,8 @@ class FeatureStatistics(FullPrecisionBuffers):
 
     The conventions are those of :class:`torch.nn.BatchNorm2d`: a batch's mean and unbiased variance enter with weight
     ``momentum``; nothing changes in evaluation mode; the variance starts at one. Inputs in half precision are summed in
-    single precision. Where ``torch.distributed`` is initialised, a batch is the union of those of all processes.
-    A batch with fewer than two values per channel has no variance and is skipped.
+    single precision. A batch with fewer than two values per channel has no variance and is skipped. Every process has
+    statistics of its own batches; :meth:`variance` is that of all processes.
 
     Args:
         channels: Number of channels.
@@ -129,8 +130,6 @@ class FeatureStatistics(FullPrecisionBuffers):
                 f"got an input of shape {tuple(input.shape)}"
             )
         count, mean, var = _moments(input, channel_dim % input.ndim)
-        if dist.is_available() and dist.is_initialized():
-            count, mean, var = _of_all_processes(count, mean, var)
         usable = count > 1
         self.num_batches_tracked.add_(usable)
         weight = 1 / self.num_batches_tracked.clamp(min=1) if self.momentum is None else self.momentum
@@ -142,6 +141,26 @@ class FeatureStatistics(FullPrecisionBuffers):
     def std(self) -> Tensor:
         """Running standard deviation per channel, shape ``(channels,)``; one before the first batch."""
         return self.running_var.sqrt()
+
+    def variance(self, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Running variance per channel over all processes: the mean of theirs, and the variance of their means.
+
+        Where ``torch.distributed`` is initialised, all processes of the group have to call this. A process counts as
+        often as it has seen batches.
+
+        Args:
+            group: The processes that see different data; None for all.
+
+        Returns:
+            The same on every process, shape ``(channels,)``; one before the first batch.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return self.running_var
+        count, mean, var = self.num_batches_tracked.double(), self.running_mean.double(), self.running_var.double()
+        sums = torch.cat((count.unsqueeze(0), count * mean, count * (var + mean.square())))
+        dist.all_reduce(sums, group=group)
+        mean, square = (sums[1:] / sums[0].clamp(min=1)).chunk(2)
+        return torch.where(sums[0] > 0, (square - mean.square()).clamp(min=0), 1).to(self.running_var.dtype)
 
     def extra_repr(self) -> str:
         """Number of channels and momentum."""
@@ -160,16 +179,6 @@ def _moments(input: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
     mean = x.mean(others, keepdim=True)
     deviation = torch.linalg.vector_norm(x - mean, dim=others)  # on CPU several times faster than torch.var_mean
     return count, mean.flatten(), deviation.square() / count
-
-
-def _of_all_processes(count: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The moments of the union of all processes' batches, from sums in double precision."""
-    count, mean, var = count.double(), mean.double(), var.double()
-    sums = torch.cat((count.unsqueeze(0), count * mean, count * (var + mean.square())))
-    dist.all_reduce(sums)
-    count = sums[0]
-    mean, square = (sums[1:] / count.clamp(min=1)).chunk(2)
-    return count, mean, (square - mean.square()).clamp(min=0)
 
 
 # -- layers ------------------------------------------------------------------------------------------------------
@@ -269,7 +278,12 @@ def untrack(module: nn.Module) -> None:
 
 
 def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook: a function of the module, so that models can be copied and pickled."""
+    """Forward pre-hook: a function of the module, so that models can be copied and pickled.
+
+    Activation checkpointing runs a forward pass again inside the backward pass; it is not counted again.
+    """
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # pyright: ignore
+        return
     features = args[0] if args else kwargs["input"]
     channel_dim = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)  # pyright: ignore
     getattr(module, _ATTRIBUTE)(features, channel_dim)
@@ -278,7 +292,7 @@ def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 # -- λ -----------------------------------------------------------------------------------------------------------
 
 
-def rescaling_lambda(statistics: FeatureStatistics, rule: LambdaRule) -> Tensor:
+def rescaling_lambda(statistics: FeatureStatistics, rule: LambdaRule, group: dist.ProcessGroup | None = None) -> Tensor:
     """``λ`` per channel: ``max(1, std)`` for ``"max1"``, ``std`` for ``"std"`` ("Mathematics", section 5).
 
     Dividing by ``max(1, std)`` can only shrink norms, so a norm bound ``β`` survives; with the plain ``std`` of the
@@ -288,6 +302,7 @@ def rescaling_lambda(statistics: FeatureStatistics, rule: LambdaRule) -> Tensor:
     Args:
         statistics: Of the input channels.
         rule: ``"max1"`` or ``"std"``.
+        group: The processes that see different data, see :meth:`FeatureStatistics.variance`.
 
     Returns:
         Positive numbers, shape ``(channels,)``.
@@ -304,7 +319,7 @@ def rescaling_lambda(statistics: FeatureStatistics, rule: LambdaRule) -> Tensor:
     """
     if rule not in get_args(LambdaRule):
         raise ValueError(f"the rule for λ must be one of {get_args(LambdaRule)}, got {rule!r}")
-    return statistics.std().clamp(min=1.0 if rule == "max1" else _SMALLEST_STD)
+    return statistics.variance(group).sqrt().clamp(min=1.0 if rule == "max1" else _SMALLEST_STD)
 
 
 def kernel_lambda(lam: Tensor, layout: WeightLayout) -> Tensor:

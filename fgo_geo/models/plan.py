@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import geoopt
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgo_geo.manifolds import ProductOfGroups, mark_replaced
@@ -187,7 +188,9 @@ class Plan:
         return result
 
     @torch.no_grad()
-    def update_scales(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def update_scales(
+        self, optimizer: torch.optim.Optimizer | None = None, group: dist.ProcessGroup | None = None
+    ) -> None:
         """Refresh the statistical factor ``λ`` of the radii ``γ / λ``, once per epoch ([Ozay2019]_, algorithm 1).
 
         Takes the running statistics of the features that the layers saw in training. Points move to the new radii, and
@@ -195,15 +198,18 @@ class Plan:
         not called themselves keep ``λ = 1``: the packed and the output projection of attention. A tied weight takes
         the root mean square over its layers.
 
+        Where ``torch.distributed`` is initialised, all processes of the group have to call this, and get equal radii.
+
         Args:
             optimizer: The optimiser, for the sake of its ``momentum_buffer``. Without it momentum keeps its length.
+            group: The processes that see different data; None for all.
 
         Raises:
             ValueError: If features were not finite. Nothing has changed then.
         """
         model, params = self._require_model(), self.parameters()
         entries = tuple(
-            replace(e, channel_scales=measured_scales(model, e)) if e.statistics else e for e in self.entries
+            replace(e, channel_scales=measured_scales(model, e, group)) if e.statistics else e for e in self.entries
         )
         changed = [new for new, old in zip(entries, self.entries, strict=True) if new != old]
         radii = [entry.radii(cast(Any, params[entry.name]).manifold.partition) for entry in changed]

@@ -31,6 +31,7 @@ from typing import Any, cast, get_args
 import geoopt
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -420,13 +421,14 @@ def _renormalizations(module: nn.Module) -> Iterator[tuple[str, Renormalization]
 
 
 @torch.no_grad()
-def update_scales(model: nn.Module) -> int:
+def update_scales(model: nn.Module, group: dist.ProcessGroup | None = None) -> int:
     """Refresh ``λ`` of all renormalised layers from the statistics of their inputs: once per epoch.
 
     Weights change by the change of ``λ``; raw weights and the optimiser's state stay as they are.
 
     Args:
         model: A model, wrapped or not.
+        group: The processes that see different data, all of which have to call this; None for all there are.
 
     Returns:
         How many weights got new scales: all that were renormalised with statistics.
@@ -439,7 +441,7 @@ def update_scales(model: nn.Module) -> int:
         for _, renormalization in _renormalizations(module):
             rule = renormalization.statistics
             if renormalization.lam is not None and rule is not None:
-                channels = rescaling_lambda(TrackingHandle(module).statistics, rule)
+                channels = rescaling_lambda(TrackingHandle(module).statistics, rule, group)
                 require_finite(channels, f"the standard deviation of the input of {layer_name!r}")
                 new = torch.cat(component_lambda(channels, renormalization.partition))
                 changes.append((renormalization.lam, new))

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import geoopt
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fgo_geo.linalg import require_finite
@@ -45,13 +46,13 @@ def layers_of(model: nn.Module, entry: PlanEntry) -> dict[str, nn.Module]:
     return {path: layer for layer, path in layers.items() if isinstance(layer, (nn.Linear, *CONVOLUTIONS))}
 
 
-def measured_scales(model: nn.Module, entry: PlanEntry) -> tuple[float, ...]:
+def measured_scales(model: nn.Module, entry: PlanEntry, group: dist.ProcessGroup | None = None) -> tuple[float, ...]:
     """``λ`` of every input channel of a parameter, by the running statistics."""
     layers = layers_of(model, entry).values()
     if not layers:
         return ()
     rule = cast(LambdaRule, entry.statistics)
-    scales = [rescaling_lambda(TrackingHandle(layer).statistics, rule).double() for layer in layers]
+    scales = [rescaling_lambda(TrackingHandle(layer).statistics, rule, group).double() for layer in layers]
     scale = torch.stack(scales).square().mean(0).sqrt()
     require_finite(scale, f"the standard deviation of the input of {entry.name!r}")
     return tuple(scale.tolist())
