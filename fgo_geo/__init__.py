@@ -1,7 +1,7 @@
 """Network weights on products of manifolds: FG-SGD and channel-directed gradients on PyTorch and Geoopt."""
 
 from fgo_geo import _former_names, optim
-from fgo_geo.manifolds import Oblique, ProductOfGroups, ScaledSphere, Stiefel
+from fgo_geo.manifolds import Ball, Oblique, ProductOfGroups, ScaledSphere, SpectralBall, SpectralSphere, Stiefel
 from fgo_geo.measures import bounds
 from fgo_geo.measures.report import report
 from fgo_geo.models.constrain import constrain, unconstrain
@@ -19,9 +19,12 @@ from fgo_geo.weights.layout import WeightLayout, register_layout
 
 __all__ = [  # noqa: RUF022  in groups, for readers
     # manifolds
+    "Ball",
     "Oblique",
     "ProductOfGroups",
     "ScaledSphere",
+    "SpectralBall",
+    "SpectralSphere",
     "Stiefel",
     # groups, and models on them
     "Collection",

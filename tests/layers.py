@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,7 +68,7 @@ class Grouped:
             for group in groups.groups:
                 kernels = [[positions[self.cell(d + section * rows, c)] for c in group.columns] for d in group.rows]
                 rows_of = [np.concatenate([k.ravel() for k in row]) for row in kernels]
-                if groups.components == "filter" and group.manifold != "stiefel":  # which takes all of them together
+                if groups.components == "filter" and group.manifold not in ("stiefel", "spectral_ball"):
                     matrices = [row[:, None] for row in rows_of]
                 elif groups.components == "kernel":
                     matrices = [
@@ -80,13 +81,13 @@ class Grouped:
 
 
 @st.composite
-def grouped_weights(draw: st.DrawFn, movable: bool = False) -> Grouped:
+def grouped_weights(draw: st.DrawFn, movable: bool = False, of_kinds: Sequence[str] = MANIFOLD_KINDS) -> Grouped:
     """A layer's weight with groups; ``movable``: every component has room to move on its manifold."""
     module, name = draw(layers())
     layout = layout_of(module, name)
     assert isinstance(layout, WeightLayout)
     strategy = draw(st.sampled_from(["pio", "pi", "po", "layer"]))
-    kinds = draw(st.lists(st.sampled_from(MANIFOLD_KINDS), min_size=1, max_size=1 if strategy == "layer" else 4))
+    kinds = draw(st.lists(st.sampled_from(of_kinds), min_size=1, max_size=1 if strategy == "layer" else 4))
     single_numbers = math.prod(layout.kernel) == 1
     components = draw(
         st.sampled_from(["block"] * 3 + ["filter"] if single_numbers else ["kernel"] * 3 + ["block", "filter"])
@@ -117,8 +118,7 @@ def can_move(kind: str, shape: tuple[int, ...]) -> bool:
         "sphere": rows * columns - 1,
         "oblique": (rows - 1) * columns,
         "stiefel": rows * columns - columns * (columns + 1) // 2,
-        "euclidean": rows * columns,
-    }
+    } | dict.fromkeys(("euclidean", "ball", "spectral_ball"), rows * columns)
     return dimension[kind] > 0
 
 

@@ -584,7 +584,7 @@ def test_weights_that_something_else_governs_are_refused():
     [
         (
             {"manifold": "cube"},
-            r"manifold holds 'cube'; expected one of \('sphere', 'oblique', 'stiefel', 'spectral'\)",
+            r"manifold holds 'cube'; expected one of \('sphere', 'oblique', 'stiefel', 'ball', .*\)",
         ),
         ({"manifold": "euclidean"}, r"groups of kind 'euclidean' have no bounded norm; use one of \('sphere'"),
         ({"manifold": ("sphere", "stiefel")}, "strategy 'layer' puts the whole layer on one manifold"),
@@ -597,7 +597,7 @@ def test_weights_that_something_else_governs_are_refused():
         ({"statistics": "max"}, r"statistics must be None or one of \('max1', 'std'\), got 'max'"),
         ({"groups": 3}, "groups is 3; expected a strategy such as 'pio', a Collection, or a sequence of them"),
         ({"groups": ["pi"]}, r"groups is \['pi'\]; expected a strategy"),
-        ({"manifold": 3}, r"manifold is 3; expected one of \('sphere', 'oblique', 'stiefel', 'spectral'\), or several"),
+        ({"manifold": 3}, r"manifold is 3; expected one of \('sphere', 'oblique', 'stiefel', 'ball', .*\), or several"),
         ({"manifold": ("sphere", 3)}, r"manifold is \('sphere', 3\); expected one of"),
         ({"manifold": ()}, "manifolds must name at least one of"),
         ({"norms": 3}, "norms must be some of .*, got 3"),
@@ -669,6 +669,6 @@ def test_removing_what_is_not_there():
 def test_printing_says_what_is_bounded():
     layer = renormalize(nn.Conv2d(4, 6, 3), manifold=("spectral", "sphere"), groups="pio", bound=2, statistics="std")
     assert repr(renormalization_of(layer)).count(
-        "PIO over 4 -> 6 channels: 10 groups, 5 spectral + 5 sphere, sizes 2-3; frobenius, spectral, 2->1 "
+        "PIO over 4 -> 6 channels: 10 groups, 5 spectral_ball + 5 sphere, sizes 2-3; frobenius, spectral, 2->1 "
         "of the group <= 2, λ by 'std'"
     )

@@ -9,14 +9,25 @@ from fgo_geo.manifolds.product import ProductOfGroups
 from fgo_geo.manifolds.replaced import mark_replaced, was_replaced
 from fgo_geo.manifolds.sphere import ScaledSphere
 from fgo_geo.manifolds.stiefel import Stiefel
+
+from fgo_geo.manifolds.balls import (  # isort: skip  (kinds are in the order in which they register)
+    Ball,
+    ConvexBall,
+    SpectralBall,
+    SpectralSphere,
+)
 from fgo_geo.weights.kinds import Kind, register
 
 __all__ = [
+    "Ball",
     "ComponentManifold",
+    "ConvexBall",
     "EmbeddedManifold",
     "Oblique",
     "ProductOfGroups",
     "ScaledSphere",
+    "SpectralBall",
+    "SpectralSphere",
     "Stiefel",
     "mark_replaced",
     "was_replaced",

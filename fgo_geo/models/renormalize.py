@@ -25,7 +25,6 @@ weight decay usually are made for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, cast, get_args
 
 import geoopt
@@ -35,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fgo_geo.linalg import computes_in_float32, has_closed_form, require_finite, spectral_norm_3
+from fgo_geo.linalg import computes_in_float32, require_finite
 from fgo_geo.models.choose import Components, collections_of
 from fgo_geo.models.feature_stats import (
     FullPrecisionBuffers,
@@ -70,8 +69,8 @@ _NORMS: tuple[Norm, ...] = get_args(Norm)
 
 
 def _kinds() -> tuple[str, ...]:
-    """The kinds that a weight can be renormalised to: those with norms, and the ball of the spectral norm."""
-    return (*(record.name for record in kinds.kinds() if record.carry is not None), "spectral")
+    """The kinds that a weight can be renormalised to: those with a radius and norms that it bounds."""
+    return tuple(record.name for record in kinds.kinds() if record.carry is not None)
 
 
 def _carry(kind: str, x: Tensor, source: float | Tensor, target: float | Tensor) -> Tensor:
@@ -79,14 +78,8 @@ def _carry(kind: str, x: Tensor, source: float | Tensor, target: float | Tensor)
 
     NaN stays NaN, except that the decomposition inside the polar factor may raise.
     """
-    if kind == "spectral":
-        return x * (target / _spectral_norm(x)[:, None, None].clamp(min=source))
     carry = kinds.kind(kind).carry
     return x if carry is None else carry(x, source, target)
-
-
-def _spectral_norm(x: Tensor) -> Tensor:
-    return spectral_norm_3(x) if has_closed_form(x) else matrix_norms(x).spectral
 
 
 # -- one weight --------------------------------------------------------------------------------------------------
@@ -96,7 +89,7 @@ class Renormalization(FullPrecisionBuffers):
     r"""The parametrization that :func:`renormalize` registers: raw weight to weight, and back.
 
     It computes in single precision at least, whatever the type of the weight and under autocast. A zero component of
-    the raw weight gives the manifold's canonical point (of the spectral ball: zero), NaN gives NaN or an error.
+    the raw weight gives the manifold's canonical point (of a ball: zero), NaN gives NaN or an error.
 
     Args:
         collections: The groups; one collection per section of the layout.
@@ -228,11 +221,9 @@ def _require_room(kind: str, size: tuple[int, int]) -> None:
     """Raise if components of this size are isolated points."""
     if kind not in _kinds():
         raise ValueError(
-            f"renormalize: groups of kind {kind!r} have no bounded norm; use one of {_kinds()}, e.g. the last for "
-            "groups that are to be free up to a bound"
+            f"renormalize: groups of kind {kind!r} have no bounded norm; use one of {_kinds()}, e.g. 'spectral_ball' "
+            "for groups that are to be free up to a bound"
         )
-    if kind == "spectral":
-        return
     fits, reason = kinds.kind(kind).build(1.0)._check_shape(size, "component")  # pyright: ignore
     if not fits:
         raise ValueError(f"renormalize: {kind} cannot hold components of size {size}: {reason}")
@@ -269,7 +260,7 @@ def renormalize(
     Args:
         module: A convolution, transposed convolution, linear layer or attention layer.
         name: Name of its weight.
-        manifold: ``"sphere"`` (the default), ``"oblique"``, ``"stiefel"``, ``"spectral"`` (the ball), or several of
+        manifold: ``"sphere"`` (the default), ``"oblique"``, ``"stiefel"``, ``"spectral_ball"``, or several of
             them for groups by ``"pi"``, ``"po"`` or ``"pio"``. Left out if ``groups`` is a collection, which has its
             own.
         norms: The norms to bound, of ``"frobenius"``, ``"spectral"``, ``"2->1"``.
@@ -360,7 +351,7 @@ def _collections(
     seed: int,
     components: Components,
 ) -> tuple[Collection, ...]:
-    """The groups that :func:`renormalize` is asked for; grouping doesn't know the spectral ball."""
+    """The groups that :func:`renormalize` is asked for."""
     if not isinstance(groups, str):
         if manifold is not None:
             raise ValueError(
@@ -380,16 +371,10 @@ def _collections(
     if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in cast("Sequence[Any]", words)):
         raise ValueError(f"renormalize: manifold is {manifold!r}; expected one of {_kinds()}, or several of them")
     words = tuple(cast("Sequence[str]", words))
-    known = {"spectral"}.union(*((record.name, *record.aliases) for record in kinds.kinds()))
-    unknown = [word for word in words if word.casefold() not in known]  # kinds without norms are refused later
+    unknown = [word for word in words if kinds.find(word) is None]  # kinds without norms are refused later
     if unknown:
         raise ValueError(f"renormalize: manifold holds {unknown[0]!r}; expected one of {_kinds()}, or several of them")
-    balls = [word.casefold() == "spectral" for word in words]
-    stand_ins = ["euclidean" if ball else word for word, ball in zip(words, balls, strict=True)]
-    return tuple(
-        replace(made, kinds=tuple("spectral" if ball else k for k, ball in zip(made.kinds, balls, strict=True)))
-        for made in collections_of(layout, groups, stand_ins, selection, seed, components, name)
-    )
+    return collections_of(layout, groups, words, selection, seed, components, name)
 
 
 def renormalization_of(module: nn.Module, name: str = "weight") -> Renormalization:

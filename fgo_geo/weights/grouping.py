@@ -46,7 +46,7 @@ import geoopt
 import numpy as np
 from numpy.typing import NDArray
 
-from fgo_geo.weights.kinds import KindLike, UnregisteredKindError, find, kind, names
+from fgo_geo.weights.kinds import KindLike, UnregisteredKindError, find, kind, kinds, names
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,9 +60,9 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> tuple[str, ...]:
-    """``MANIFOLD_KINDS``: the names of all kinds that are registered now, see :mod:`fgo_geo.weights.kinds`."""
+    """``MANIFOLD_KINDS``: the names of the kinds of [Ozay2019]_, which are those that the fused sweeps know."""
     if name == "MANIFOLD_KINDS":
-        return names()
+        return tuple(record.name for record in kinds() if record.code is not None)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

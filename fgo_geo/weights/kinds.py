@@ -60,9 +60,9 @@ class Kind:
         build: The manifold of given radius (a number, or a tensor with one per component) over the last two dimensions.
         norms: From ``(A, B)``, upper bounds of the Frobenius and the spectral norm at radius one; None if its points
             have no such bounds.
-        carry: ``carry(x, source, target)``: the nearest points of radius ``source``, multiplied by ``target / source``,
-            with radii of shape ``(n, 1, 1)``. It is differentiable and does not check ``x``. None without ``norms`` or
-            without a radius.
+        carry: ``carry(x, source, target)``: a map onto the points of radius ``source`` that leaves those where they
+            are, multiplied by ``target / source``, with radii of shape ``(n, 1, 1)``. It is differentiable and does not
+            check ``x``. None without ``norms`` or without a radius.
         colour: Colour in plots.
         code: The number by which the fused sweeps know it; None if no fused sweep does.
         options: Attributes, besides the radius and ``ndim``, in which two manifolds of this kind can differ.
@@ -119,8 +119,8 @@ def names() -> tuple[str, ...]:
     """The names of all kinds, in the order of registration.
 
     Example:
-        >>> names()[:4]
-        ('sphere', 'oblique', 'stiefel', 'euclidean')
+        >>> names()[:3]
+        ('sphere', 'oblique', 'stiefel')
     """
     return tuple(_kinds)
 

@@ -217,22 +217,24 @@ def norms_of_groups(cut: Partition, weight: Tensor) -> MatrixNorms:
 def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
     r"""The smallest upper bounds of the three norms at radius 1; at radius r they are r times these.
 
-    ========  ===========  ===========  ======
-    kind      Frobenius    spectral     2→1
-    ========  ===========  ===========  ======
-    sphere    1 (always)   1            √A
-    oblique   √B (always)  √B           √(AB)
-    stiefel   √B (always)  1 (always)   √(AB)
-    spectral  √B           1            √(AB)
-    ========  ===========  ===========  ======
+    ===============  ===========  ===========  ======
+    kind             Frobenius    spectral     2→1
+    ===============  ===========  ===========  ======
+    sphere           1 (always)   1            √A
+    oblique          √B (always)  √B           √(AB)
+    stiefel          √B (always)  1 (always)   √(AB)
+    ball             1            1            √A
+    spectral_ball    √B           1            √(AB)
+    spectral_sphere  √B           1 (always)   √(AB)
+    ===============  ===========  ===========  ======
 
-    "Always": every point has this norm. ``"spectral"`` is the ball of the spectral norm, the convex hull of the Stiefel
-    manifold; norms are convex, so its bounds are the same. The 2→1 bounds are attained where all rows have the same
+    "Always": every point has this norm. Balls are convex hulls (of the sphere, and of the Stiefel manifold), and norms
+    are convex, so their bounds are the same. The 2→1 bounds are attained where all rows have the same
     norm, e.g. on square orthogonal matrices. [Ozay2019]_, Table 2, prints 1, B^¼, B^¼ there (sphere, oblique, Stiefel),
     which contradicts its caption's definition: the 3 x 3 identity has 2→1 norm 3 (Mathematics, section 5, errata).
 
     Args:
-        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"``, ``"spectral"``, or a kind that was registered with its norms.
+        kind: One of the table, or a kind that was registered with its norms.
         rows: A, the component's rows.
         columns: B, its columns.
 
@@ -241,7 +243,7 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
 
     Raises:
         ValueError: For another kind (a Euclidean component has no bound), sizes below 1, or ``rows < columns`` on
-            the Stiefel manifold and in its hull.
+            the Stiefel manifold.
 
     Example:
         >>> bounds = manifold_norm_bounds("stiefel", rows=3, columns=3)
@@ -250,13 +252,11 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
     """
     if rows < 1 or columns < 1:
         raise ValueError(f"the component is {rows} x {columns}; expected at least 1 x 1")
-    bounded = {record.name: record.norms for record in kinds.kinds() if record.norms is not None}
-    bounded["spectral"] = bounded["stiefel"]
-    if kind not in bounded:
-        raise ValueError(
-            f"kind is {kind!r}; expected one of {', '.join(map(repr, bounded))}: other kinds bound no norm"
-        )
-    frobenius, spectral = bounded[kind](rows, columns)
+    record = kinds.find(kind)
+    if record is None or record.norms is None or kind not in (record.name, *record.aliases):
+        bounded = ", ".join(repr(known.name) for known in kinds.kinds() if known.norms is not None)
+        raise ValueError(f"kind is {kind!r}; expected one of {bounded}: other kinds bound no norm")
+    frobenius, spectral = record.norms(rows, columns)
     # A row is at most as long as the matrix, so that A rows are at most √A times as long together.
     bounds = (frobenius, spectral, math.sqrt(rows) * frobenius)
     return MatrixNorms(*(torch.tensor(bound, dtype=torch.float64) for bound in bounds))

@@ -67,8 +67,9 @@ def kaiming_radius(kind: str, rows: int, columns: int, fan_in: int) -> float:
         >>> kaiming_radius("sphere", 3, 3, fan_in=8 * 9)
         0.5
     """
-    if kind in kinds.names() and kinds.kind(kind).has_radius:
-        norm = kinds.kind(kind).typical_norm(rows, columns)
+    record = kinds.find(kind)
+    if record is not None and record.norms is None and record.has_radius:
+        norm = record.typical_norm(rows, columns)
     else:
         norm = float(manifold_norm_bounds(kind, rows, columns).frobenius)
     return math.sqrt(2 * rows * columns / fan_in) / norm
@@ -84,7 +85,7 @@ def bounding_radius(
     the 2->1 norm, ``b = √A F`` for components of Frobenius norm ``F``: ``γ = β / sqrt(A Σ F²)``.
 
     Args:
-        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"``, or ``"spectral"`` for the ball of the spectral norm.
+        kind: ``"sphere"``, ``"oblique"``, ``"stiefel"``, ``"spectral_ball"``, or another kind with norms.
         rows: Rows ``A`` of a component.
         columns: Columns ``B`` of a component.
         count: Number ``n`` of components of the group.
@@ -218,7 +219,7 @@ def group_radii(
     for kind, groups, counts, (rows, columns) in zip(cut.kinds, cut.groups, cut.group_sizes, cut.sizes, strict=True):
         if rule == "unit" or kind == "euclidean":
             continue
-        if kind in kinds.names() and not kinds.kind(kind).has_radius:
+        if not kinds.kind(kind).has_radius:
             _require_no_radius(kind, rule)
             continue
         if rule == "kaiming":
