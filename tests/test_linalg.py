@@ -28,6 +28,7 @@ from fgo_geo.linalg import (
     small_product,
     subtract_product,
     sym,
+    unrefined_precision,
 )
 
 HALF = [torch.float16, torch.bfloat16]
@@ -317,6 +318,14 @@ def test_schedule_is_no_longer_than_needed() -> None:
         for rho in schedule[:-1]:
             value = rho * value * (3 - (rho * value) ** 2) / 2
         assert 1 - value > 2.0**-23
+
+
+@pytest.mark.parametrize("precision", [2.0**-23, 2.0**-52])
+@pytest.mark.parametrize("side", [-1, 1])
+def test_the_last_step_takes_what_the_schedule_leaves_to_the_precision(precision: float, side: int) -> None:
+    with mpmath.workdps(40):
+        value = 1 + side * mpmath.mpf(unrefined_precision(precision))
+        assert float(1 - value * (3 - value**2) / 2) == pytest.approx(precision, rel=1e-3)
 
 
 @given(seed=seeds, size=sizes, bound=st.floats(0.01, 4), dtype=st.sampled_from([torch.float32, torch.float64]))
