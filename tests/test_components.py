@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fgo_geo.grouping import MANIFOLD_KINDS, Collection, collection
-from fgo_geo.weights.components import KernelPartition, Partition, Segments, partition
+from fgo_geo.weights.components import FilterPartition, KernelPartition, Partition, Segments, partition
 from fgo_geo.weights.layout import WeightLayout, layout_of
 
 
@@ -471,6 +471,20 @@ def test_filters_that_keep_their_places_are_views(shape: tuple[int, ...]) -> Non
         assert part.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
         for component, own in zip(part, rows, strict=True):
             assert torch.equal(component, weight[own.long()].flatten(1).mT)
+
+
+@pytest.mark.parametrize("filters", [2, 3, 4])
+def test_the_rectangle_of_a_groups_filters(filters: int) -> None:
+    """As of a block: filters are columns of the component unless it would be wide then."""
+    cut = partition([collection(filters, 3, "layer", "stiefel", components="filter")], WeightLayout((filters, 3)))
+    assert isinstance(cut, FilterPartition)
+    ((rows, columns),) = [cut.rectangles(0)]
+    weight = numbered((filters, 3))
+    block = weight[rows[0].long()][:, columns[0].long()]
+    (component,) = cut.split(weight)[0]
+    assert torch.equal(component, block.mT if filters < 3 else block)
+    assert torch.equal(cut.merge([component[None]]), weight)
+    assert cut.rectangles(0)[1].data_ptr() == columns.data_ptr()  # compiled code is given the address
 
 
 # -- segments ----------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ class FilterPartition(Partition):
 
     The latter holds for kinds whose constraint couples the columns of a matrix (``Kind.joins_filters``; Stiefel: the
     filters of a group are orthogonal to each other). Filters are the columns of the component then. Where a group has
-    more filters than a filter has entries, they are its rows, because components are tall.
+    at least as many filters as a filter has entries, they are its rows, because components are tall.
 
     The rows are sorted once, part by part, such that every part is a view of the sorted matrix, and of the matrix
     itself where no row changes its place. Costs two 32-bit indices per row.
@@ -56,6 +56,7 @@ class FilterPartition(Partition):
         self.groups = tuple(np.array([number for number, _ in groups]) for groups in found.values())
         length = layout.in_channels * math.prod(layout.kernel)
         self.sizes = tuple((max(length, width), min(length, width)) for _, width in found)
+        self._columns: dict[int, Tensor] = {}
         self.rows = tuple(torch.from_numpy(rows.astype(np.int32)) for rows, _ in parts)
         order = np.concatenate([rows.ravel() for rows, _ in parts])
         in_order = bool((order == np.arange(len(order))).all())
@@ -68,16 +69,24 @@ class FilterPartition(Partition):
         matrix = sorted_rows(self.layout.channels(weight).flatten(1), self.order)
         strips = matrix.split_with_sizes([rows.numel() for rows in self.rows])
         blocks = [strip.unflatten(0, tuple(rows.shape)) for strip, rows in zip(strips, self.rows, strict=True)]
-        return [block.mT if block.shape[1] <= block.shape[2] else block for block in blocks]
+        return [block.mT if block.shape[1] < block.shape[2] else block for block in blocks]
 
     def merge(self, parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
         """Inverse of :meth:`split`."""
         layout = self.layout
         length = layout.in_channels * math.prod(layout.kernel)
-        blocks = [part.mT if rows.shape[1] <= length else part for part, rows in zip(parts, self.rows, strict=True)]
+        blocks = [part.mT if rows.shape[1] < length else part for part, rows in zip(parts, self.rows, strict=True)]
         strips = [block.flatten(0, 1) for block in blocks]
         matrix = sorted_rows(strips[0] if len(strips) == 1 else torch.cat(strips), self.inverse)
         return layout.weight(matrix.reshape(layout.out_channels, layout.in_channels, *layout.kernel))
+
+    def rectangles(self, part: int) -> tuple[Tensor, Tensor]:
+        """Rows ``(n, filters of a component)`` and columns ``(n, C K)`` of a part's components, in ``(D, C K)``."""
+        rows = self.rows[part]
+        if part not in self._columns:  # kept: compiled code is given their address
+            length = self.layout.in_channels * math.prod(self.layout.kernel)
+            self._columns[part] = torch.arange(length, dtype=torch.int32).expand(len(rows), -1).contiguous()
+        return rows, self._columns[part]
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)`` in the order of the components; a filter has no number per kernel."""
