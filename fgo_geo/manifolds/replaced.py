@@ -1,16 +1,24 @@
 """Parameters that a model no longer has, so that an optimiser that still holds them can say so.
 
-To put a weight on a manifold, or to take it off, makes a new parameter. An optimiser that was built before would go on
-with the old one, whose gradient never comes, and train nothing of it without a word.
+To put a weight on a manifold, or to take it off, makes a new parameter, and so does ``load_state_dict(assign=True)``.
+An optimiser that was built before would go on with the old one, whose gradient never comes, and train nothing of it
+without a word. From the first replacement on, the step of every torch optimiser looks for such parameters, once after
+each replacement.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 __all__ = ["mark_replaced", "was_replaced"]
 
 _MARK = "_fgo_geo_replaced"
+_CHECKED = "_fgo_geo_checked"
+_replacements = 0
 
 
 def mark_replaced(param: Tensor) -> None:
@@ -19,7 +27,11 @@ def mark_replaced(param: Tensor) -> None:
     Args:
         param: The old parameter.
     """
+    global _replacements
     setattr(param, _MARK, True)
+    if _replacements == 0:
+        register_optimizer_step_pre_hook(_refuse_replaced)
+    _replacements += 1
 
 
 def was_replaced(param: Tensor) -> bool:
@@ -41,3 +53,21 @@ def was_replaced(param: Tensor) -> bool:
         (True, False)
     """
     return getattr(param, _MARK, False)
+
+
+def _refuse_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Before a step of any optimiser: raise if it holds a parameter that was replaced and gets no gradient."""
+    if torch.compiler.is_compiling() or optimizer.__dict__.get(_CHECKED) == _replacements:
+        return
+    for number, group in enumerate(optimizer.param_groups):
+        for index, param in enumerate(group["params"]):
+            if param.grad is None and was_replaced(param):
+                names = group.get("param_names")
+                name = repr(names[index]) if names else f"param_groups[{number}]['params'][{index}]"
+                raise RuntimeError(
+                    f"{type(optimizer).__name__}: {name}, of shape {tuple(param.shape)}, is no parameter of its model "
+                    "any more: constrain, unconstrain or load_state_dict(assign=True) has put another in its place; "
+                    "no parameter was changed. Build the optimiser after that, from what model.named_parameters() "
+                    "gives now"
+                )
+    optimizer.__dict__[_CHECKED] = _replacements
