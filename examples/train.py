@@ -49,8 +49,10 @@ def run(settings: Settings, here: folder.RunFolder, display: reporting.Display) 
     run = engine.build(settings)
     if processes.is_first():
         folder.require_room(here, engine.bytes_of_state(run.model))
-    restored = restore(run, here, display)
-    if settings.run.resume and not restored and here.begun():
+    try:
+        restored = restore(run, here, display)
+    except checkpoints.DamageError as error:
+        display.say(str(error))
         return 2
     size = f"{len(run.splits.train):,} training images, {len(run.splits.test):,} {run.splits.held_out}"
     display.say(reporting.describe(settings, run.plan, run.model, size))
@@ -82,17 +84,20 @@ def run(settings: Settings, here: folder.RunFolder, display: reporting.Display) 
 
 
 def restore(run: engine.Run, here: folder.RunFolder, display: reporting.Display) -> bool:
-    """Continue from the newest checkpoint that is whole; return whether there is one."""
+    """Continue from the newest checkpoint that is whole; return whether there is one.
+
+    Raises:
+        DamageError: If all of them are damaged.
+    """
     if not run.settings.run.resume:
         return False
     found = checkpoints.load(here.checkpoints)
     for line in found.damage:
         display.say(line)
+    if found.state is None and found.damage:
+        raise checkpoints.DamageError(f"No checkpoint in {here.checkpoints} can be read: start again with --overwrite")
     if found.state is None:
-        if here.begun():
-            display.say(f"No checkpoint in {here.checkpoints} can be read: start again with --overwrite")
-        else:
-            display.say(f"Nothing to resume in {here.path}: starting")
+        display.say(f"Nothing to resume in {here.path}: starting")
         return False
     run.restore(found.state)
     progress = run.progress
@@ -142,7 +147,7 @@ def verdict(results: dict[str, object], here: folder.RunFolder) -> str:
     return (
         f"Final accuracy: {final['test_accuracy']:.2%} of {results['held_out']} ({final['seconds']:.0f} s)\n"
         f"Largest constraint violation: {worst}{skipped}\n"
-        f"Files in {here.path}: results.json, epochs.csv, curves.png, model.pt"
+        f"Files: {here.path}\n       results.json, epochs.csv, curves.png, model.pt"
     )
 
 

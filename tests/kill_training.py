@@ -110,8 +110,8 @@ class Moments:
             self.count_into.write_text(str(self.count))
 
 
-def kill_and_resume(folder: Path, moments: int, world: int, flags: Sequence[str] = ()) -> list[tuple[int, int, bool]]:
-    """Kill a run at evenly spread moments; return (moment, process killed, whether the result was the same)."""
+def kill_and_resume(folder: Path, moments: int, world: int, flags: Sequence[str] = ()) -> list[tuple[int, int, str]]:
+    """Kill a run at evenly spread moments; return (moment, process killed, "identical" or what else came of it)."""
     straight, counts = folder / "straight", [folder / f"count{rank}" for rank in range(world)]
     arguments = (*RUN, *flags)
     log = folder / "log"
@@ -128,8 +128,13 @@ def kill_and_resume(folder: Path, moments: int, world: int, flags: Sequence[str]
         codes = finish(start([*arguments, "--output", str(output)], log, world, {victim: Moments(at)}))
         killed = codes[victim] == -signal.SIGKILL
         codes = finish(start([*arguments, "--resume", "--output", str(output)], log, world))
-        same = codes == [0] * world and bits(load(output)) == expected
-        outcomes.append((at, victim, killed and same))
+        if not killed:
+            outcome = "NOT KILLED"
+        elif codes != [0] * world:
+            outcome = f"NOT RESUMED, status {codes}: {log.with_suffix('.0.log').read_text()[-300:]!r}"
+        else:
+            outcome = "identical" if bits(load(output)) == expected else "DIFFERS"
+        outcomes.append((at, victim, outcome))
     return outcomes
 
 
@@ -143,10 +148,11 @@ def main() -> int:
     for world in settings.processes:
         with tempfile.TemporaryDirectory() as folder:
             outcomes = kill_and_resume(Path(folder), settings.moments, world)
-        for at, victim, same in outcomes:
-            print(f"{world} process(es), killed process {victim} at moment {at}: {'identical' if same else 'DIFFERS'}")
-        print(f"{world} process(es): {sum(same for *_, same in outcomes)} of {len(outcomes)} identical")
-        good &= all(same for *_, same in outcomes)
+        for at, victim, outcome in outcomes:
+            print(f"{world} process(es), killed process {victim} at moment {at}: {outcome}")
+        same = sum(outcome == "identical" for *_, outcome in outcomes)
+        print(f"{world} process(es): {same} of {len(outcomes)} identical", flush=True)
+        good &= same == len(outcomes)
     return 0 if good else 1
 
 

@@ -89,7 +89,9 @@ def test_comparing_shows_what_is_divided_by_the_margin():
 
 def test_two_reports_are_compared_under_two_names():
     before, after = reports()
-    with pytest.raises(TypeError, match=r"labels is Report\(.{,40}; expected two .*\. A report is compared with one"):
+    with pytest.raises(
+        TypeError, match=r"labels is <Report of .{,40}; expected two .*\. A report is compared with one"
+    ):
         before.compare(after, after)
     for labels in ("ab", ("before",), ("a", 1), None, ("a", "b", "c"), {"a": 1, "b": 2}):
         with pytest.raises(TypeError, match=rf"compare: labels is {re.escape(repr(labels))}; expected two words"):

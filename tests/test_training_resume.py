@@ -168,9 +168,15 @@ def test_two_processes_never_share_a_folder(tmp_path, capsys):
     assert f"another process is at work in {tmp_path}: wait for it, or choose another" in capsys.readouterr().err
 
 
-def test_resume_starts_a_run_that_is_not_there(tmp_path, capsys):
+def test_resume_starts_a_run_that_is_not_there_or_had_no_time_for_a_checkpoint(tmp_path, capsys):
     run(tmp_path, "--resume", "--epochs", "1", *QUICK)
     assert f"Nothing to resume in {tmp_path}: starting" in capsys.readouterr().out
+    first = bits(load(tmp_path))
+    for name in ("results.json", "checkpoints"):
+        path = tmp_path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run(tmp_path, "--resume")
+    assert bits(load(tmp_path)) == first
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, capsys, monkeypatch):

@@ -30,6 +30,10 @@ class WriteError(RuntimeError):
     """A file that could not be written; what was there before is as it was."""
 
 
+class DamageError(RuntimeError):
+    """Checkpoints of which none is whole."""
+
+
 class Found(NamedTuple):
     """The newest checkpoint that is whole (None if there is none), and a line for each damaged one."""
 

@@ -171,8 +171,12 @@ def draw_curves(path: Path, history: Sequence[Epoch]) -> None:
     panels = ["loss", "error"]
     panels += ["violation"] if history[0]["largest_violation"] is not None else []
     panels += ["tau"] if any((e["share_tau_above_1"] or 0) > 0 for e in history) else []
-    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    rows = (len(panels) + 1) // 2
+    figure = Figure(figsize=(9, 3.6 * rows), layout="constrained")
+    places = figure.subplots(rows, 2, squeeze=False).flatten()
+    for unused in places[len(panels) :]:
+        unused.remove()
+    for axes, panel in zip(places, panels, strict=False):
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
@@ -200,12 +204,12 @@ def draw_curves(path: Path, history: Sequence[Epoch]) -> None:
             axes.legend()
         else:
             draw("share_tau_above_1", "groups with τ > 1")
-            axes.set(title="Shortened steps")
+            axes.set(title="Steps that the theorem shortens, by τ")
             axes.set_ylim(bottom=0)
             axes.yaxis.set_major_formatter(PercentFormatter(1))
-            axes.legend(loc="upper left")
             other = axes.twinx()
             other.plot(epochs, [e["largest_tau"] for e in history], ".-", color="tab:orange", label="largest τ")
-            other.set_yscale("log")
-            other.legend(loc="upper right")
+            other.set_ylabel("largest τ")
+            other.set_ylim(bottom=1)
+            axes.legend(handles=[*axes.lines, *other.lines], loc="upper right")
     figure.savefig(path, dpi=120)

@@ -22,6 +22,7 @@ from fgo_geo.weights.components import Partition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.layout import Storage, WeightLayout
 from fgo_geo.weights.radius import BoundOf, RadiusRule, check_bound, check_bound_of, check_rule, group_radii
+from fgo_geo.weights.words import line_width
 
 __all__ = ["PlanEntry", "table_of"]
 
@@ -165,14 +166,19 @@ def table_of(entries: Sequence[PlanEntry], manifold_of: Callable[[PlanEntry], Pr
             rows.append(_row(entry, manifold_of(entry)))
         else:
             reasons.setdefault(entry.reason, []).extend(entry.names)
-    remarks = [*_remarks("Notes:", notes), *_remarks("Left alone:", reasons)]
-    return "\n".join([*_table(rows), "", *remarks, _summary(entries)])
+    width = line_width()
+    remarks = [*_remarks("Notes:", notes, width), *_remarks("Left alone:", reasons, width)]
+    table = _table(rows)
+    if max(map(len, table)) > width:
+        table = [line for row in rows for line in _paragraph(row, int(width))]
+    return "\n".join([*table, "", *remarks, textwrap.fill(_summary(entries), int(min(width, 160)))])
 
 
-def _remarks(title: str, remarks: dict[str, list[str]]) -> list[str]:
+def _remarks(title: str, remarks: dict[str, list[str]], width: float) -> list[str]:
     """Lines of what is said of some parameters."""
+    columns = int(min(width, 160))
     lines = [
-        textwrap.fill(f"{', '.join(names)}: {remark}", 160, initial_indent="  ", subsequent_indent="    ")
+        textwrap.fill(f"{', '.join(names)}: {remark}", columns, initial_indent="  ", subsequent_indent="    ")
         for remark, names in remarks.items()
     ]
     return [title, *lines, ""] if lines else []
@@ -191,6 +197,20 @@ def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     rule = tuple("-" * width for width in widths)
     cells = ([cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in (_HEADER, rule, *rows))
     return ["  ".join(row).rstrip() for row in cells]
+
+
+def _paragraph(row: tuple[str, ...], width: int) -> list[str]:
+    """A row of the table for a terminal that is too narrow for it."""
+    name, shape, layer, components, groups, kinds, radius = row
+    return [
+        *textwrap.wrap(f"{name}: {layer} {shape}", width, subsequent_indent="    "),
+        *textwrap.wrap(
+            f"{components} in {groups} groups: {kinds}; radius {radius}",
+            width,
+            initial_indent="    ",
+            subsequent_indent="    ",
+        ),
+    ]
 
 
 def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:

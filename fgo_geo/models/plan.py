@@ -250,6 +250,11 @@ class Plan:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this plan is damaged ({error!r}): restore it from another copy") from error
 
+    def __repr__(self) -> str:
+        """How much is constrained, in a line."""
+        attached = "no model" if self.model is None else type(self.model).__name__
+        return f"<Plan of {attached}: {len(self.constrained)} of {len(self.entries)} parameters constrained>"
+
     def __str__(self) -> str:
         """A table of what is constrained, the others by reason, and a sum."""
         return table_of(self.entries, self._manifold_of)

@@ -29,6 +29,11 @@ __all__ = ["Report"]
 class Report(Record):
     """The norms, feasibility and measures of a model. ``print(report)`` shows them as a table."""
 
+    def __repr__(self) -> str:
+        """What was measured, in a line."""
+        state = "feasible" if self.feasible else "NOT FEASIBLE"
+        return f"<Report of {len(self.layers)} layers, {state}; {len(self.measures)} measures>"
+
     def __str__(self) -> str:
         """Tables of the layers and of the measures, and what is left out."""
         return tables(self)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from typing import cast
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fgo_geo.measures.report.record import LayerReport, Record
-from fgo_geo.weights.words import few
+from fgo_geo.weights.words import few, line_width
 
 __all__ = ["comparison", "tables"]
 
@@ -24,9 +25,13 @@ def tables(report: Record) -> str:
         report: A report.
 
     Returns:
-        Text of several lines, as wide as it takes.
+        Text of several lines, as wide as it takes; on a terminal that is too narrow with fewer columns.
     """
-    parts = [_render(_layer_table(report))]
+    width = line_width()
+    table = _layer_table(report)
+    if Console(width=10_000).measure(table).maximum > width:
+        table = _narrow_layer_table(report)
+    parts = [_render(table)]
     if report.measures:
         parts.append(_render(_measure_table(report)))
     reasons: dict[str, list[str]] = {}
@@ -34,11 +39,13 @@ def tables(report: Record) -> str:
         reasons.setdefault(reason, []).append(name)
     if reasons:
         lines = [
-            textwrap.fill(f"{few(names)}: {reason}", 160, initial_indent="  ", subsequent_indent="    ")
+            textwrap.fill(
+                f"{few(names)}: {reason}", int(min(width, 160)), initial_indent="  ", subsequent_indent="    "
+            )
             for reason, names in reasons.items()
         ]
         parts.append("\n".join(["Not measured:", *lines]))
-    return "\n\n".join([*parts, _summary(report)])
+    return "\n\n".join([*parts, _filled(_summary(report), width)])
 
 
 def comparison(first: Record, second: Record, labels: tuple[str, str]) -> str:
@@ -107,6 +114,23 @@ def _layer_table(report: Record) -> Table:
     return table
 
 
+def _narrow_layer_table(report: Record) -> Table:
+    table = Table("layer", "groups", *(f"worst {symbol}" for symbol in _SYMBOLS.values()), "off by", box=box.SIMPLE)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for layer in report.layers:
+        worst = (_number(layer.worst(norm)) for norm in _SYMBOLS)
+        table.add_row(layer.name, str(layer.n_groups), *worst, _off_by(layer))
+    return table
+
+
+def _filled(text: str, width: float) -> str:
+    """Lines that fit a width, sentence by sentence as they were."""
+    if width == math.inf:
+        return text
+    return "\n".join(textwrap.fill(line, int(width), subsequent_indent="  ") for line in text.splitlines())
+
+
 def _measure_table(report: Record) -> Table:
     columns = list(dict.fromkeys(measure.heading for measure in report.measures))
     if report.margin is not None and report.margin > 0:
@@ -152,7 +176,7 @@ def _summary(report: Record) -> str:
 
 
 def _render(table: Table) -> str:
-    console = Console(width=10_000, color_system=None, force_terminal=False)
+    console = Console(width=int(min(line_width(), 10_000)), color_system=None, force_terminal=False)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines() if line.strip())
