@@ -43,7 +43,10 @@ EXPECTED = {
     ]
     * 2,
     "channel_directed": [list(SCRIPTS["channel_directed"].VARIANTS)] * 2,
-    "renormalize": [list(SCRIPTS["renormalize"].VARIANTS)],
+    "renormalize": [
+        list(SCRIPTS["renormalize"].VARIANTS),
+        [*SCRIPTS["renormalize"].VARIANTS, *SCRIPTS["renormalize"].PEERS],
+    ],
 }
 KEYS = {
     "step": {"milliseconds", "ratio", "rounds", "gigabytes_per_second", "violation"},
@@ -180,7 +183,7 @@ def test_the_variants_are_attached_and_removed(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("variant", SCRIPTS["renormalize"].VARIANTS)
 def test_which_weights_are_renormalised(variant):
     script = SCRIPTS["renormalize"]
-    layer = script.renormalized(nn.Conv2d(4, 4, 3), script.VARIANTS[variant])
+    layer = script.renormalized(nn.Conv2d(4, 4, 3), variant)
     assert nn.utils.parametrize.is_parametrized(layer, "weight") == (variant != "plain")
 
 

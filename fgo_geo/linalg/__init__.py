@@ -1,9 +1,10 @@
 """Batched tensor algebra: the few matrix functions that the manifolds are built from.
 
-Nothing here knows what a manifold is. There are ten rooms, and each uses only those above it:
+Nothing here knows what a manifold is. There are eleven rooms, and each uses only those above it:
 
 * :mod:`~fgo_geo.linalg.precision`: what happens to half precision, and to products in TF32 and bfloat16;
 * :mod:`~fgo_geo.linalg.values`: whether values can be read, and whether they are finite;
+* :mod:`~fgo_geo.linalg.memory`: results that are kept while their inputs stay the same;
 * :mod:`~fgo_geo.linalg.matmul`: who multiplies two large matrices, torch's BLAS or oneDNN;
 * :mod:`~fgo_geo.linalg.workspace`: memory for temporaries, kept from step to step;
 * :mod:`~fgo_geo.linalg.products`: products and sums, as long loops over the batch where that runs fastest in memory;
@@ -19,6 +20,7 @@ All functions act on the last two dimensions and batch over the rest. The rest o
 
 from fgo_geo.linalg.closed_forms import has_closed_form, spectral_norm_3
 from fgo_geo.linalg.factors import matrix_exponential, polar_factor, qr_factor
+from fgo_geo.linalg.memory import Memory
 from fgo_geo.linalg.newton_schulz import (
     REFINED,
     inverse_root_gap,
@@ -56,6 +58,7 @@ from fgo_geo.linalg.workspace import Workspace
 
 __all__ = [
     "REFINED",
+    "Memory",
     "Workspace",
     "arctangent",
     "computes_in_float32",

@@ -34,7 +34,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fgo_geo.linalg import computes_in_float32, require_finite
+from fgo_geo.linalg import Memory, computes_in_float32, polar_factor, reads_for_free, require_finite
+from fgo_geo.linalg.values import is_differentiated
 from fgo_geo.models.choose import Components, collections_of
 from fgo_geo.models.feature_stats import (
     FullPrecisionBuffers,
@@ -73,11 +74,13 @@ def _kinds() -> tuple[str, ...]:
     return tuple(record.name for record in kinds.kinds() if record.carry is not None)
 
 
-def _carry(kind: str, x: Tensor, source: float | Tensor, target: float | Tensor) -> Tensor:
+def _carry(kind: str, x: Tensor, source: float | Tensor, target: float | Tensor, memory: Memory | None) -> Tensor:
     """Nearest points of a kind's manifold of radius ``source``, carried to radius ``target``, per component.
 
     NaN stays NaN, except that the decomposition inside the polar factor may raise.
     """
+    if kind == "stiefel":
+        return target * polar_factor(x, memory)
     carry = kinds.kind(kind).carry
     return x if carry is None else carry(x, source, target)
 
@@ -137,6 +140,8 @@ class Renormalization(FullPrecisionBuffers):
         self.statistics = statistics
         self.owns_statistics = False  # whether removing this ends the tracking of the layer's input
         cut = self.partition
+        self._weights = Memory()
+        self._factors = [Memory() for _ in cut.kinds]
         parts = list(zip(cut.kinds, cut.sizes, strict=True))
         for kind, size in parts:
             _require_room(kind, size)
@@ -150,8 +155,22 @@ class Renormalization(FullPrecisionBuffers):
 
     @computes_in_float32
     def forward(self, raw: Tensor) -> Tensor:
-        """The weight that belongs to a raw weight: differentiable, of the same shape and type."""
-        return self._map(raw, self._raw_radius, self._radius(raw.dtype))
+        """The weight that belongs to a raw weight: differentiable, of the same shape and type.
+
+        On the CPU, factorisations are kept for the next forward pass, and so is the weight itself where torch takes no
+        derivatives: both serve while the raw weight stays the same.
+        """
+        target = self._radius(raw.dtype)
+        if not reads_for_free(raw) or {"sphere", "oblique"}.issuperset(self.partition.kinds):  # as fast as comparing
+            return self._map(raw, self._raw_radius, target)
+        inputs = [raw, self.gamma, *([] if self.lam is None else [self.lam])]
+        known = None if is_differentiated(raw) else self._weights.recall(inputs)
+        if known is not None:
+            return known[0]
+        weight = self._map(raw, self._raw_radius, target, self._factors)
+        if not is_differentiated(raw):
+            self._weights.keep(inputs, [weight])
+        return weight
 
     @computes_in_float32
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -163,9 +182,15 @@ class Renormalization(FullPrecisionBuffers):
         require_finite(weight, "the weight to renormalise")
         return self._map(weight, self._radius(weight.dtype), self._raw_radius)
 
-    def _map(self, x: Tensor, source: Sequence[float | Tensor], target: Sequence[float | Tensor]) -> Tensor:
+    def _map(
+        self,
+        x: Tensor,
+        source: Sequence[float | Tensor],
+        target: Sequence[float | Tensor],
+        memories: Sequence[Memory] | None = None,
+    ) -> Tensor:
         cut = self.partition
-        parts = zip(cut.kinds, cut.split(x), source, target, strict=True)
+        parts = zip(cut.kinds, cut.split(x), source, target, memories or [None] * len(cut.kinds), strict=True)
         result = cut.merge([_carry(*part) for part in parts])
         # Transposed blocks come back transposed; some optimisers and kernels want the strides that they know.
         return result if result.stride() == x.stride() else torch.empty_like(x).copy_(result)
