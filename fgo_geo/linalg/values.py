@@ -6,6 +6,8 @@ What is written here looks at tensors and changes none. In which precision they 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import (
@@ -36,6 +38,8 @@ def require_finite(x: Tensor, what: str) -> None:
     """
     if traces() and not torch.compiler.is_compiling():
         return
+    if not torch.compiler.is_compiling() and x.is_floating_point() and math.isfinite(float(x.detach().sum())):
+        return  # NaN and infinity reach every sum; that a sum overflows is no more than a reason to look closer
     finite = torch.isfinite(x)
     if torch.compiler.is_compiling():
         message = f"{what} has non-finite entries"
