@@ -198,6 +198,7 @@ MUTANTS = [
         ("return along * velocity + manifold.proju(y, v - along * u)", "return manifold.proju(y, v)"),
         ("return before.index_copy(0, order, values)", "return values"),
     ),
+    *in_file("manifolds/balls.py", "renormalize", ("(target / _spectral_norm(x).clamp(min=source))", "(target / _spectral_norm(x))")),
     # -- optim -------------------------------------------------------------------------------------
     *in_file(
         "optim/step_size.py",
@@ -271,7 +272,7 @@ MUTANTS = [
         ("update = running + weight * (batch.to(running.dtype) - running)", "update = running + weight * batch.to(running.dtype)"),
         ("return self.running_var.sqrt()", "return self.running_var"),
         ("count * (var + mean.square())", "count * var"),
-        ("statistics.std().clamp(min=1.0 if", "statistics.std().clamp(max=1.0 if"),
+        ("sqrt().clamp(min=1.0 if rule", "sqrt().clamp(max=1.0 if rule"),
         ("repeat_interleave(layout.out_channels // groups, dim=0)", "repeat(layout.out_channels // groups, 1)"),
         ("part.mean((-2, -1)).sqrt()", "part.mean((-2, -1))"),
     ),
@@ -287,7 +288,6 @@ MUTANTS = [
     *in_file(
         "models/renormalize.py",
         "renormalize",
-        ("x * (target / _spectral_norm(x)[:, None, None].clamp(min=source))", "x * (target / _spectral_norm(x)[:, None, None])"),
         ("radius = self.gamma if self.lam is None else self.gamma / self.lam", "radius = self.gamma if self.lam is None else self.gamma * self.lam"),
         ("return self.bound * torch.empty_like(worst)", "return torch.empty_like(worst)"),
         ("return (worst / self.guarantee().to(worst) - 1).clamp(min=0)", "return (worst - self.guarantee().to(worst)).clamp(min=0)"),
