@@ -74,12 +74,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="resnet50", help="untrained torchvision network (%(default)s)")
     parser.add_argument("--strategy", default="pio", choices=("pi", "po", "pio", "layer"), help="groups (%(default)s)")
     kinds = ["sphere", "oblique", "stiefel"]
-    parser.add_argument("--manifolds", nargs="+", default=kinds, metavar="KIND", help=f"manifolds ({' '.join(kinds)})")
+    parser.add_argument(
+        "--manifolds",
+        nargs="+",
+        default=kinds,
+        metavar="KIND",
+        help=f"manifolds, with commas or spaces ({' '.join(kinds)})",
+    )
     parser.add_argument("--samples", type=int, default=1_281_167, help="training samples of the network (%(default)s)")
     parser.add_argument("--fold", action="store_true", help="fold batch normalisations into their layers first")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and groups (%(default)s)")
     parser.add_argument("--output", type=Path, help="folder for JSON and pictures (none)")
-    return parser.parse_args(arguments)
+    settings = parser.parse_args(arguments)
+    settings.manifolds = " ".join(settings.manifolds).replace(",", " ").split()
+    return settings
 
 
 def main(arguments: list[str] | None = None) -> int:

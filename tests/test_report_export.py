@@ -221,7 +221,7 @@ def example(name: str):
 
 def test_the_example_reports_a_network_and_a_checkpoint(tmp_path, capsys):
     program = example("report")
-    settings = ["--model", "squeezenet1_1", "--strategy", "layer", "--manifolds", "sphere", "--fold"]
+    settings = ["--model", "squeezenet1_1", "--strategy", "layer", "--manifolds", "sphere,", "--fold"]
     assert program.main([*settings, "--output", str(tmp_path / "reports")]) == 0
     assert "plain and renormalised" in capsys.readouterr().out
     for name in ("plain", "constrained", "renormalised"):

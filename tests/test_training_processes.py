@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import resource
 
+import kill_training
 import pytest
 import torch
 import trainer
 from kill_training import finish, kill_and_resume, start
 from trainer import bits, load
 
+RunFolder = trainer.modules["folder"].RunFolder
 QUICK = ("--fraction", "0.1", "--batch-size", "16", "--epochs", "2")
 
 
@@ -52,7 +54,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_checkpoint_before(tm
 
 @pytest.mark.parametrize(
     ("method", "worlds"),
-    [(("--method", "pio-scales"), (1, 3)), (("--method", "pio", "--accumulate", "2", "--clip", "0.5"), (1, 2))],
+    [(("--method", "st"), (1, 3)), (("--method", "pio", "--accumulate", "2", "--clip", "0.5"), (1, 2))],
 )
 def test_many_processes_train_as_one_does(tmp_path, method, worlds):
     """Without normalisation layers a step depends on the batch as a whole, not on how it is shared."""
@@ -67,6 +69,18 @@ def test_many_processes_train_as_one_does(tmp_path, method, worlds):
             for name in ("train_loss", "test_loss", "train_accuracy"):
                 assert theirs[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-6), name
             assert (360 * theirs["test_accuracy"]) % 1 == pytest.approx(0, abs=1e-9)
+
+
+def test_radii_follow_the_features_of_all_processes_and_survive_a_kill(tmp_path):
+    common = ("--method", "pio-scales", "--norm", "batch")
+    outcomes = kill_and_resume(tmp_path, 1, 2, common)
+    assert [outcome for *_, outcome in outcomes] == ["identical"]
+    arguments = [*kill_training.RUN, *common, "--output", str(tmp_path / "one")]
+    assert finish(start(arguments, tmp_path / "log")) == [0]
+    one, two = (RunFolder(tmp_path / name).finished() for name in ("one", "straight"))
+    for mine, other in zip(one["plan"]["entries"], two["plan"]["entries"], strict=True):
+        assert other["channel_scales"] == pytest.approx(mine["channel_scales"], rel=0.05)
+    assert any(entry["channel_scales"] for entry in one["plan"]["entries"])
 
 
 def test_errors_are_said_once_and_end_all_processes(tmp_path):

@@ -108,7 +108,9 @@ class Run:
     def state(self) -> dict[str, Any]:
         """Everything that decides what the run will do next; to be called on all processes at once."""
         parts = {name: getattr(self, name) for name in STATEFUL}
-        of_process = {"random": checkpoints.random_state(), "sums": self.progress.sums}
+        of_process: dict[str, Any] = {"random": checkpoints.random_state(), "sums": self.progress.sums}
+        if processes.count() > 1:  # statistics of what this process has seen
+            of_process["buffers"] = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
         return {
             "settings": self.settings.plain(),
             "progress": vars(self.progress),
@@ -129,6 +131,9 @@ class Run:
         own = state["processes"][min(processes.rank(), len(state["processes"]) - 1)]
         self.progress.sums = list(own["sums"])
         checkpoints.restore_random_state(own["random"])
+        for name, buffer in self.model.named_buffers() if processes.count() > 1 else ():
+            if name in own.get("buffers", {}):
+                buffer.copy_(own["buffers"][name])
 
     @property
     def trained(self) -> nn.Module:
@@ -175,7 +180,8 @@ def build(settings: Settings) -> Run:
         model.compile()
     net = model
     if processes.count() > 1:
-        net = DistributedDataParallel(model, device_ids=[device] if device.startswith("cuda") else None)
+        devices = [device] if device.startswith("cuda") else None
+        net = DistributedDataParallel(model, devices, broadcast_buffers=False)
     return Run(
         settings,
         splits,

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fgo_geo.models.feature_stats import FeatureStatistics
+
 
 def count() -> int:
     """Number of processes."""
@@ -87,7 +89,13 @@ def from_first(value: Any) -> Any:
 
 
 def share_buffers(model: nn.Module) -> None:
-    """Give all processes the buffers of the first, such as the statistics of batch normalisation."""
-    if count() > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    """Give all processes the buffers of the first, such as the statistics of batch normalisation.
+
+    Feature statistics stay what each process has seen: all of them are taken together when radii follow from them.
+    """
+    if count() == 1:
+        return
+    for module in model.modules():
+        if not isinstance(module, FeatureStatistics):
+            for buffer in module.buffers(recurse=False):
+                dist.broadcast(buffer, 0)
