@@ -49,7 +49,11 @@ __all__ = [
 ]
 
 Metric = Literal["h0", "h1", "h1t"]
+"""The inner products."""
+
 Ends = Literal["periodic", "free"]
+"""Whether the last channel is a neighbour of the first."""
+
 _METRICS, _ENDS = get_args(Metric), get_args(Ends)
 
 # Gradients are cut and joined into pieces of about this number of entries: on a processor what fits its cache, on an
@@ -314,7 +318,7 @@ def check_dense(x: Tensor, what: str) -> None:
         raise TypeError(f"{what} has type {x.dtype}, expected a real floating-point type")
 
 
-def check_axis(shape: torch.Size, axis: int, groups: int, what: str = "the tensor") -> int:
+def check_axis(shape: Sequence[int], axis: int, groups: int, what: str = "the tensor") -> int:
     """The axis counted from the front."""
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
