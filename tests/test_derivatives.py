@@ -17,7 +17,8 @@ from strategies import METHODS, SPHERICAL, Case, Entry, arguments, every_entry, 
 from torch import Tensor
 from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 
-from fgo_geo import Oblique, ScaledSphere, Stiefel
+from fgo_geo import Oblique, ProductOfGroups, ScaledSphere, Stiefel
+from fgo_geo.grouping import collection
 from fgo_geo.linalg import arctangent, cosine, polar_factor, sinc
 
 # -- the table -----------------------------------------------------------------------------------------------------
@@ -100,6 +101,28 @@ def test_every_cell_of_the_table(entry: Entry, method: str, column: str) -> None
     case = fixed(entry, *((3,) if entry.name == "sphere" else (3, 2)), radius=0.7)
     call, args = function_of(case, method)
     assert CHECKS[column](call, tuple(arg.requires_grad_() for arg in args))
+
+
+@every_entry
+def test_random_points_under_vmap(entry: Entry) -> None:
+    case = fixed(entry, *((4,) if entry.name == "sphere" else (4, 2)), radius=0.7)
+    gaussian = torch.stack([case.gaussian() for _ in range(5)])
+    torch.testing.assert_close(vmap(case.manifold.uniform)(gaussian), case.manifold.uniform(gaussian))
+    for draw in (case.manifold.random, case.manifold.random_uniform):
+        points = vmap(lambda _: draw(*case.shape), randomness="different")(torch.zeros(5))  # noqa: B023
+        assert bool(case.manifold.check_point_on_manifold(points))
+        assert not torch.equal(points[0], points[1])
+
+
+def test_products_under_vmap_are_a_loop() -> None:
+    product = ProductOfGroups(collection(6, 4, "pio", ("sphere", "oblique", "stiefel")), (6, 4, 3, 3))
+    generator = torch.Generator().manual_seed(0)
+    z, w = torch.randn(2, 3, 6, 4, 3, 3, dtype=torch.float64, generator=generator)
+    x = torch.stack([product.projx(one) for one in z])
+    torch.testing.assert_close(vmap(product.projx)(z), x)
+    for method in (product.proju, product.retr, product.component_inner, product.expmap):
+        expected = torch.stack([method(a, b) for a, b in zip(x, 0.1 * w, strict=True)])
+        torch.testing.assert_close(vmap(method)(x, 0.1 * w), expected)
 
 
 # -- where torch's own formulas divide by zero ---------------------------------------------------------------------

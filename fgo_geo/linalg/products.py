@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fgo_geo.linalg.matmul import add_matmul_2d, goes_to_onednn, matmul_2d
 from fgo_geo.linalg.precision import multiplies_bfloat16
-from fgo_geo.linalg.values import is_differentiated, reads_for_free
+from fgo_geo.linalg.values import is_differentiated, reads_for_free, traces
 from fgo_geo.linalg.workspace import Workspace
 
 __all__ = [
@@ -48,7 +48,9 @@ def _is_struct_of_arrays(x: Tensor) -> bool:
 
 def _unrolled(terms: int, *operands: Tensor) -> bool:
     """Whether a sum of so many products of operands is one of long vectors."""
-    return terms <= _UNROLLED and any(_is_struct_of_arrays(x) for x in operands)
+    if terms > _UNROLLED or not any(_is_struct_of_arrays(x) for x in operands):
+        return False
+    return torch.compiler.is_compiling() or not traces()  # vmap has no rule for adding in place
 
 
 def _terms(a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import abc
 import math
 from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import geoopt
 import torch
@@ -144,7 +144,7 @@ class EmbeddedManifold(geoopt.Manifold):
             generator: Source of randomness; the global one if left out.
 
         Returns:
-            A :class:`geoopt.ManifoldTensor` of points.
+            A :class:`geoopt.ManifoldTensor` of points; a plain tensor inside a transform of ``torch.func``.
 
         Raises:
             ValueError: If the shape does not fit the manifold.
@@ -196,6 +196,8 @@ class EmbeddedManifold(geoopt.Manifold):
 
     def _tensor(self, point: Tensor) -> geoopt.ManifoldTensor:
         build: Any = geoopt.ManifoldTensor  # its constructor has no usable annotation
+        if torch._C._functorch.is_functorch_wrapped_tensor(point):  # pyright: ignore
+            return cast(geoopt.ManifoldTensor, point)
         return build(point, manifold=self)
 
     # -- checks ----------------------------------------------------------------------------------------------
@@ -405,7 +407,8 @@ class ComponentManifold(EmbeddedManifold):
         Returns:
             ``retr(x, scale u)`` up to rounding.
         """
-        require_real(u.dtype, f"an argument of {self.name}.retract_bounded")  # before the product makes it real
+        if not u.is_floating_point():  # the product would be
+            require_real(u.dtype, f"an argument of {self.name}.retract_bounded")
         return self.retr(x, scale * u)
 
     def extra_repr(self) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
