@@ -2,10 +2,11 @@ r"""
 The step size
 =============
 
-Figures for :doc:`/guides/step-size`: what the bound :math:`\rho` on the distance does to a step, and what the radius of
-a manifold does to it under each option of :class:`fgo_geo.RiemannianFGSGD`.
+Figures for :doc:`/guides/step-size`: what the bound :math:`\rho` on the distance does to a step, what the radius of a
+manifold does to it, and where noisy gradients lead, under each option of :class:`fgo_geo.RiemannianFGSGD`.
 """
 
+import geoopt
 import matplotlib.pyplot as plt
 import torch
 
@@ -63,3 +64,42 @@ for label, step in steps.items():
     ax.loglog(radius, step.amax(0) / radius, label=label)
 ax.set(xlabel="radius $r$", ylabel="longest step / ($r$ · learning rate)")
 ax.legend(loc="lower left")
+
+# %%
+# Noisy gradients
+# ---------------
+#
+# On the unit circle let the loss be the mean of :math:`-\langle (0.2, z), x \rangle`, where :math:`z` is 3 once in ten
+# times and :math:`-1/3` otherwise. Its mean is 0, so the minimum is at angle 0. With ``norm="batch"``, as in the paper,
+# the rare large gradients are shortened and the frequent small ones are not: the iterates settle at another angle. With
+# ``norm="running"`` the divisor knows only earlier steps, and steps point to the minimum on average, as constant steps
+# do.
+
+
+def angles(seed: int, **options: str) -> list[float]:
+    """Return the angle, in degrees, after each step of one run."""
+    generator = torch.Generator().manual_seed(seed)
+    x = geoopt.ManifoldParameter(torch.tensor([1.0, 1.0]) / 2**0.5, manifold=fgo_geo.ScaledSphere())
+    optimizer = fgo_geo.RiemannianFGSGD([x], lr=0.3, **options)
+    schedule = fgo_geo.optim.RobbinsMonroLR(optimizer, time_constant=100, exponent=0.75)
+    path = []
+    for draw in torch.rand(1500, generator=generator) < 0.1:
+        x.grad = -torch.tensor([0.2, 3.0 if draw else -1 / 3])
+        optimizer.step()
+        schedule.step()
+        path.append(float(torch.rad2deg(torch.atan2(x[1], x[0]))))
+    return path
+
+
+figure, ax = plt.subplots(figsize=(5.5, 3.8))
+ways = {
+    'norm="batch"': {"norm": "batch"},
+    'norm="running"': {"norm": "running"},
+    'step_size="constant"': {"step_size": "constant"},
+}
+for number, (label, options) in enumerate(ways.items()):
+    for seed in range(3):
+        ax.plot(angles(seed, **options), color=f"C{number}", alpha=0.7, linewidth=1, label=None if seed else label)
+ax.axhline(0, color="0.4", linestyle=":")
+ax.set(xlabel="step", ylabel="angle (degrees)")
+ax.legend(loc="upper right")

@@ -248,3 +248,10 @@ def test_what_is_no_module_is_refused(model):
     )
     with pytest.raises(TypeError, match=message):
         fold_batchnorm(model)
+
+
+def test_the_norm_of_a_kept_normalisation_is_its_largest_factor_whatever_the_sign():
+    model = nn.Sequential(nn.ReLU(), nn.BatchNorm1d(2, eps=0.0), nn.ReLU())
+    nn.init.constant_(model[1].weight, -3.0)
+    _, (record,) = fold_batchnorm(model)
+    assert record.norm == pytest.approx(3.0)
