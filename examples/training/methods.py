@@ -35,6 +35,6 @@ METHODS = {
     "pio-renorm": Method("PIO (Sp+Ob+St), renormalised", {**_PIO, "optimizer": "sgd", "renormalize": True}),
     "adamw": Method("AdamW", {"optimizer": "adamw"}),
     "pio-adamw": Method(
-        "PIO (Sp+Ob+St), AdamW on manifolds", {**_PIO, "optimizer": "adamw", "on_manifolds": "theorem"}
+        "PIO (Sp+Ob+St), AdamW on manifolds", {**_PIO, "optimizer": "adamw", "on_manifolds": "constant"}
     ),
 }

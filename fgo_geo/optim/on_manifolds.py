@@ -1,0 +1,268 @@
+r"""Any torch optimiser on the manifolds of its parameters.
+
+:func:`on_manifolds` attaches to an optimiser in place. In a step, the optimiser moves its parameters as it likes; what
+that is of a weight on a manifold, its displacement, is taken for the negative of a gradient times the learning rate::
+
+    d = w_new - w                     what the optimiser proposes
+    g = P_w(-d / lr)                  its tangent part, per unit of learning rate
+    w <- retract_w(-(lr / τ) g)       τ per group: from R = ‖g_G‖, one, or R / (angle ‖w_G‖)
+
+That is FG-SGD without momentum, with another gradient, so every execution path takes it: the optimiser's own moments
+do the rest. With ``step_size="theorem"`` no group moves farther than ``(√2 - 1) lr``, whatever the optimiser does.
+
+Adaptive optimisers propose entries near one, whatever the gradient. A group of ``n`` entries then has ``R`` near
+``√n``, and the theorem's step is shorter than theirs by about ``n``: give it a larger learning rate, or take
+``"angle"``, whose unit is the same for every optimiser.
+
+The part of a displacement along the normal has no effect, and with it weight decay: it is radial on manifolds of fixed
+norm. The moments live in the ambient space and are not transported. The memory is one copy of the constrained weights.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+from torch.optim import LBFGS, Optimizer
+
+from fgo_geo.linalg import reads_for_free
+from fgo_geo.manifolds import REPLACED
+from fgo_geo.optim.base import Stepper, Work, manifold_of
+from fgo_geo.optim.points import check_point, name_in
+from fgo_geo.optim.step_size import longest_step
+from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
+
+__all__ = ["OnManifolds", "on_manifolds"]
+
+_foreach: Any = types.SimpleNamespace(  # torch's multi-tensor functions, which have no public names
+    copy_=torch._foreach_copy_,  # pyright: ignore
+    sub_=torch._foreach_sub_,  # pyright: ignore
+    mul_=torch._foreach_mul_,  # pyright: ignore
+)
+_MARK = "_fgo_geo_on_manifolds"
+
+
+def on_manifolds(
+    optimizer: Optimizer,
+    step_size: StepSize = "theorem",
+    angle: float | None = None,
+    *,
+    rho: float = 1.0,
+    curvature: float | str | None = None,
+    radius_invariant: bool = False,
+    update: Update = "retraction",
+    check_finite: bool | None = None,
+) -> OnManifolds:
+    """Keep the parameters of an optimiser on their manifolds, with a step size of their own for every group.
+
+    Args:
+        optimizer: Any torch optimiser that takes one step per call of ``step``. It is changed in place, and stays of
+            its class; its state dict, schedulers and closures stay as they are.
+        step_size: ``"theorem"`` divides the step of every group by its ``τ``; ``"constant"`` takes the optimiser's own
+            length; ``"angle"`` turns every group by ``angle`` radians per unit of learning rate.
+        angle: The angle, for ``step_size="angle"``; one if left out.
+        rho: Bound ``ρ`` on the geodesic distance to the minimum.
+        curvature: Bound ``c`` on the sectional curvature; None for eq. 7, ``"manifold"`` for the manifolds' own.
+        radius_invariant: Measure ``R`` on the manifold of radius one, see :class:`~fgo_geo.RiemannianFGSGD`.
+        update: ``"retraction"`` or ``"exponential"`` (map).
+        check_finite: Raise on a displacement that is not finite, with all weights as they were. None checks where
+            reading the answer is free: on the CPU. Elsewhere such a group does not move, and is counted.
+
+    Returns:
+        A handle. ``handle.remove()`` gives the optimiser back as it was.
+
+    Raises:
+        TypeError: If the optimiser evaluates inside its step (``torch.optim.LBFGS``), or knows manifolds already.
+        ValueError: If no parameter has a manifold, one is off its manifold, an option is out of range, or the optimiser
+            is attached already.
+
+    Example:
+        >>> import fgo_geo
+        >>> w = geoopt.ManifoldParameter(fgo_geo.Stiefel().random(6, 3))
+        >>> optimizer = torch.optim.AdamW([w], lr=0.1)
+        >>> handle = on_manifolds(optimizer)
+        >>> w.grad = torch.ones(6, 3)
+        >>> optimizer.step()
+        >>> bool(w.manifold.violation(w.detach()) < 1e-6)
+        True
+    """
+    if isinstance(optimizer, LBFGS):
+        raise TypeError(
+            "on_manifolds: LBFGS evaluates the model inside its step, off the manifolds; use "
+            "geoopt.optim.RiemannianLineSearch, or an optimiser that takes one step per gradient"
+        )
+    if isinstance(optimizer, geoopt.optim.mixin.OptimMixin):
+        raise TypeError(
+            f"on_manifolds: {type(optimizer).__name__} knows manifolds already; use it as it is, or give on_manifolds "
+            "an optimiser of torch"
+        )
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"on_manifolds: expected a torch optimiser, got {type(optimizer).__name__}")
+    if getattr(optimizer, _MARK, False):
+        raise ValueError("on_manifolds: the optimiser is attached already; call remove() of that handle first")
+    if step_size not in ("theorem", "constant", "angle"):
+        raise ValueError(f"on_manifolds: step_size must be 'theorem', 'constant' or 'angle', got {step_size!r}")
+    if angle is not None and (step_size != "angle" or not 0 <= angle < torch.inf):
+        raise ValueError(
+            f"on_manifolds: angle is a finite number of at least 0 for step_size='angle', got {angle!r} with "
+            f"step_size={step_size!r}"
+        )
+    options = StepOptions(
+        lr=1.0,
+        step_size=step_size,
+        angle=1.0 if angle is None else angle,
+        rho=rho,
+        curvature=1.0 if curvature is None else None if curvature == "manifold" else float(curvature),
+        radius_invariant=radius_invariant,
+        update=update,
+    )
+    return OnManifolds(optimizer, options, check_finite)
+
+
+class OnManifolds:
+    """What :func:`on_manifolds` returns: the way back, and what the latest step did.
+
+    Args:
+        optimizer: The optimiser.
+        options: Hyper-parameters of a step; the learning rate is the optimiser's.
+        check_finite: As in :func:`on_manifolds`.
+
+    Attributes:
+        optimizer: The optimiser.
+    """
+
+    def __init__(self, optimizer: Optimizer, options: StepOptions, check_finite: bool | None) -> None:
+        self.optimizer = optimizer
+        self._options = options
+        self._check_finite = check_finite
+        self._points: dict[Tensor, Tensor] = {}
+        self._checked: set[Tensor] = set()
+        self._stepper = Stepper("on_manifolds", self._name_of, {})
+        self._is_active = True
+        for group in optimizer.param_groups:
+            self._check(group)
+        if not self._checked:
+            raise ValueError(
+                "on_manifolds: no parameter of the optimiser has a manifold; call fgo_geo.constrain(model) first, and "
+                "build the optimiser from what model.parameters() gives then"
+            )
+        self._attach(optimizer.step)
+
+    def _attach(self, inner: Callable[..., Any]) -> None:
+        @functools.wraps(inner)
+        def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
+            return self._step(inner, closure) if self._is_active else _call(inner, closure)
+
+        # A bound method, as schedulers expect; torch.compile runs it between its graphs.
+        between_graphs: Any = torch._disable_dynamo(step)  # pyright: ignore
+        self.optimizer.step = types.MethodType(between_graphs, self.optimizer)
+        setattr(self.optimizer, _MARK, True)
+
+    def remove(self) -> None:
+        """Give the optimiser back as it was. Its parameters stay where they are."""
+        self._is_active = False
+        self._points.clear()
+        setattr(self.optimizer, _MARK, False)
+
+    def step_scales(self) -> dict[Tensor, Tensor]:
+        """The divisors ``τ`` of the latest step: for every parameter on a manifold, one per group."""
+        scales = self._stepper.step_scales()
+        params = (param for group in self.optimizer.param_groups for param in group["params"])
+        return {param: scales[param] for param in params if param in scales}
+
+    def skipped_groups(self) -> int:
+        """How many group steps were left out because the displacement was not finite (synchronises)."""
+        return self._stepper.left_out()
+
+    def __repr__(self) -> str:
+        name, o = type(self.optimizer).__name__, self._options
+        return f"OnManifolds({name}, step_size={o.step_size!r}, {len(self._checked)} parameters on manifolds)"
+
+    # -- the step --------------------------------------------------------------------------------------------
+
+    def _step(self, inner: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
+        """Let the optimiser move, and move along the manifolds instead; on any error, all weights are as they were."""
+        constrained = [[p for p in group["params"] if manifold_of(p) is not None] for group in self._groups()]
+        params = [p for own in constrained for p in own]
+        for param in params:
+            if param not in self._points or self._points[param].shape != param.shape:
+                self._points[param] = torch.empty_like(param.detach())
+        points = [self._points[p] for p in params]
+        with torch.no_grad():
+            _foreach.copy_(points, params)
+        try:
+            loss = _call(inner, None if closure is None else self._evaluated_once(closure, params))
+            with torch.no_grad():
+                work = [self._work(*own) for own in zip(self._groups(), constrained, strict=True)]
+                self._stepper.step([own for own in work if own is not None])
+        except BaseException:
+            with torch.no_grad():
+                _foreach.copy_(params, points)
+            raise
+        return loss
+
+    def _groups(self) -> list[dict[str, Any]]:
+        groups = self.optimizer.param_groups
+        for group in groups:
+            self._check(group)
+        return groups
+
+    def _check(self, group: dict[str, Any]) -> None:
+        """Raise if a parameter cannot be stepped; points are checked once."""
+        for param in group["params"]:
+            if getattr(param, REPLACED, False):
+                raise RuntimeError(
+                    f"on_manifolds: {self._name_of(param)} is no parameter of its model any more: constrain or "
+                    "unconstrain has put another in its place; no parameter was changed. Build the optimiser after "
+                    "that, from what model.named_parameters() gives now"
+                )
+            if manifold_of(param) is None or param in self._checked:
+                continue
+            if "lr" not in group:
+                raise ValueError(
+                    f"on_manifolds: a step is measured per unit of learning rate, and {type(self.optimizer).__name__} "
+                    "has none in its param_groups"
+                )
+            check_point(param, f"on_manifolds: {self._name_of(param)}", self._options.step_size)
+            self._checked.add(param)
+
+    def _evaluated_once(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> Callable[[], Any]:
+        """The closure, which raises if it is evaluated while the parameters are between two points."""
+
+        def evaluate() -> Any:
+            if any(not torch.equal(p.detach(), self._points[p]) for p in params):
+                raise RuntimeError(
+                    f"on_manifolds: {type(self.optimizer).__name__} evaluates the model inside its step, off the "
+                    "manifolds; no parameter was changed. Use an optimiser that takes one step per gradient"
+                )
+            return closure()
+
+        return evaluate
+
+    def _work(self, group: dict[str, Any], params: Sequence[Tensor]) -> Work | None:
+        """The displacements of a group as gradients, which take the place of the weights that they moved."""
+        moved = [p for p in params if p.grad is not None and p.numel()]
+        points = [self._points[p] for p in moved]
+        lr = group["lr"]
+        lr = lr if isinstance(lr, Tensor) and not reads_for_free(lr) else float(lr)
+        if not moved or lr == 0:
+            return None
+        _foreach.sub_(moved, points)
+        _foreach.mul_(moved, -1 / lr)
+        options = replace(self._options, lr=lr)
+        options = replace(options, longest_step=longest_step(options))
+        weights = [Weight(self._points[p], p, manifold_of(p), p.detach()) for p in moved]
+        return Work(options, weights, self._check_finite)
+
+    def _name_of(self, param: Tensor) -> str:
+        return name_in(self.optimizer, param)
+
+
+def _call(inner: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
+    return inner() if closure is None else inner(closure)
