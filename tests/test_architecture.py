@@ -30,6 +30,119 @@ MAY_IMPORT = {
 }
 
 
+# Every file of every room, so that a missing one and one that nobody placed are noticed.
+FILES = {
+    "": ["__init__.py", "_former_names.py"],
+    "distributed": ["__init__.py"],
+    "linalg": [
+        "__init__.py",
+        "closed_forms.py",
+        "factors.py",
+        "matmul.py",
+        "memory.py",
+        "newton_schulz.py",
+        "polar_derivative.py",
+        "precision.py",
+        "products.py",
+        "smooth.py",
+        "values.py",
+        "workspace.py",
+    ],
+    "manifolds": [
+        "__init__.py",
+        "balls.py",
+        "embedded.py",
+        "oblique.py",
+        "product.py",
+        "replaced.py",
+        "sphere.py",
+        "stiefel.py",
+        "stiefel_geodesics.py",
+    ],
+    "measures": [
+        "__init__.py",
+        "bounds.py",
+        "report/__init__.py",
+        "report/data.py",
+        "report/plot.py",
+        "report/presentation.py",
+        "report/reading.py",
+        "report/record.py",
+        "report/table.py",
+        "report/weights.py",
+    ],
+    "models": [
+        "__init__.py",
+        "choose.py",
+        "constrain.py",
+        "entry.py",
+        "feature_stats.py",
+        "folding.py",
+        "plan.py",
+        "renormalize.py",
+        "sites.py",
+        "start.py",
+        "surgery.py",
+    ],
+    "optim": [
+        "__init__.py",
+        "base.py",
+        "channel_directed.py",
+        "channel_metrics.py",
+        "fgsgd.py",
+        "finite.py",
+        "groups.py",
+        "on_manifolds.py",
+        "options.py",
+        "points.py",
+        "schedules.py",
+        "step_size.py",
+    ],
+    "paths": [
+        "__init__.py",
+        "kept.py",
+        "kernel_tables.py",
+        "native/__init__.py",
+        "native/blocks.py",
+        "native/channels.py",
+        "native/kernels.py",
+        "native/library.py",
+        "native/line_tables.py",
+        "native/lines.py",
+        "pieces.py",
+        "protocol.py",
+        "reference.py",
+        "router.py",
+        "rules.py",
+        "shared_products.py",
+        "torch_sgd.py",
+        "triton/__init__.py",
+        "triton/_sweeps.py",
+        "triton/launches.py",
+    ],
+    "weights": [
+        "__init__.py",
+        "blocks.py",
+        "components.py",
+        "filters.py",
+        "grouping.py",
+        "kernels.py",
+        "kinds.py",
+        "layout.py",
+        "norms.py",
+        "parts.py",
+        "radius.py",
+        "words.py",
+    ],
+}
+
+# Files of more than 500 lines, each with the reason why it is one room and not several.
+LONGER = {
+    "fgo_geo.weights.grouping": "the strategies, the collection that they make and its JSON, which share encoders",
+    "fgo_geo.weights.norms": "the norms of matrices, groups and convolutions, each with its docstring and example",
+}
+
+
 def name_of(path: Path) -> str:
     """The dotted name of a module file."""
     parts = path.relative_to(ROOT).with_suffix("").parts
@@ -83,6 +196,22 @@ def test_imports_point_one_way(path):
     package = name_of(path) if path.name == "__init__.py" else name_of(path).rpartition(".")[0]
     unwanted = parts_imported(path.read_text(encoding="utf-8"), package) - MAY_IMPORT[part] - {part}
     assert not unwanted, f"{name_of(path)} may not import {sorted(unwanted)}"
+
+
+def test_every_file_is_listed_and_every_listed_file_exists():
+    found = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    listed = {f"{room}/{name}".lstrip("/") for room, names in FILES.items() for name in names}
+    assert found - listed == set(), "say in FILES which room they are in"
+    assert listed - found == set(), "these are missing"
+    assert set(FILES) - {""} == set(MAY_IMPORT) - {"_former_names"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_no_file_is_longer_than_one_can_read_at_once(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= 500 or LONGER.get(name_of(path)), (
+        f"{name_of(path)} has {lines} lines: split it, or say why in LONGER"
+    )
 
 
 def test_the_table_has_no_cycle():

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import fgo_geo
-from fgo_geo import kernels
+from fgo_geo.paths.native.library import library
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 NAMES = ("step", "train_step", "retractions", "channel_directed", "renormalize")
@@ -103,7 +103,7 @@ def test_the_parts_of_a_step_add_up(tmp_path, capsys):
         assert all(part["share"] > 0 and part["name"] in printed for part in parts)
         largest = [part["milliseconds"] for part in parts[:-1]]
         assert largest == sorted(largest, reverse=True)
-    if kernels.cpu.library() is not None:
+    if library() is not None:
         assert {"fgo_norms", "fgo_update"} <= set(names_in(record["tables"][0]))
 
 

@@ -9,7 +9,7 @@ import torch
 from channel_directions import ENDS, METRICS, drawn, slow_gradient
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kernels import INSTRUCTION_SETS, built, limited_to
+from path_helpers import INSTRUCTION_SETS, built, limited_to
 from torch import Tensor
 
 from fgo_geo.optim.channel_metrics import Direction, channel_directed_gradient, direct_gradients

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
+import geoopt
 import pytest
 import torch
 from parameters import KNEE, assert_same, normal, on, plain, run, set_gradients, values
@@ -12,8 +14,9 @@ from torch import Tensor, nn
 from fgo_geo import Oblique, RiemannianFGSGD, ScaledSphere, Stiefel, kernels
 from fgo_geo.grouping import collection
 from fgo_geo.manifolds import ProductOfGroups
-from fgo_geo.optim.fgsgd import fgsgd_update
 from fgo_geo.optim.step_size import momentum_gain
+from fgo_geo.paths.protocol import StepOptions
+from fgo_geo.paths.reference import fgsgd_update
 
 # -- half precision and mixed precision ------------------------------------------------------------------------------
 
@@ -40,7 +43,8 @@ def small_network(dtype: torch.dtype) -> list[Tensor]:
 def test_a_step_in_half_precision_is_the_float32_step_rounded_once(dtype, update):
     half, single = small_network(dtype), small_network(torch.float32)
     options = {"lr": 0.3, "momentum": 0.9, "nesterov": True, "update": update}
-    optimizer, twin = RiemannianFGSGD(half, **options), RiemannianFGSGD(single, **options)
+    optimizer = RiemannianFGSGD(half, **options, master_weights=False)
+    twin = RiemannianFGSGD(single, **options)
     for step in range(3):
         set_gradients(half, step)
         for a, b in zip(half, single, strict=True):
@@ -59,9 +63,57 @@ def test_a_step_in_half_precision_is_the_float32_step_rounded_once(dtype, update
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_does_not_drift(dtype):
+def test_master_weights_take_the_steps_of_single_precision(dtype):
+    """Steps of less than a rounding unit add up: without a master copy hardly an entry would ever change."""
+    half, single = small_network(dtype), small_network(dtype)
+    single = [geoopt.ManifoldParameter(p.manifold.projx(p.detach().float()), manifold=p.manifold) for p in single]
+    optimizers = [RiemannianFGSGD(params, lr=1e-4, momentum=0.5) for params in (half, single)]
+    for step in range(40):
+        set_gradients(half, step % 2)
+        for a, b in zip(half, single, strict=True):
+            b.grad = a.grad.float()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(half, single, strict=True):
+        torch.testing.assert_close(optimizers[0].state[a]["master"], b.detach(), rtol=0, atol=1e-6)
+        torch.testing.assert_close(a.detach(), b.detach().to(dtype), rtol=0, atol=0)
+        assert a.manifold.violation(optimizers[0].state[a]["master"]).max() < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weight_that_somebody_wrote_to_is_where_the_next_step_begins(dtype):
+    params, twins = small_network(dtype), small_network(dtype)
+    optimizer = RiemannianFGSGD(params, lr=0.1)
+    run(optimizer, 2)
+    with torch.no_grad():
+        for param, twin in zip(params, twins, strict=True):
+            param.copy_(twin)
+    fresh = RiemannianFGSGD(twins, lr=0.1)
+    for some in (optimizer, fresh):
+        run(some, 1, first_seed=5)
+    assert_same(params, twins)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_master_weights_survive_a_checkpoint_bit_for_bit(dtype):
     params = small_network(dtype)
-    optimizer = RiemannianFGSGD(params, lr=0.1, momentum=0.9)
+    optimizer = RiemannianFGSGD(params, lr=0.01, momentum=0.9)
+    run(optimizer, 3)
+    twins = copy.deepcopy(params)
+    resumed = RiemannianFGSGD(twins, lr=0.01, momentum=0.9)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for some in (optimizer, resumed):
+        run(some, 3, first_seed=7)
+    assert_same(params, twins)
+    for param, twin in zip(params, twins, strict=True):
+        assert_same([optimizer.state[param]["master"]], [resumed.state[twin]["master"]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("master_weights", [True, False])
+def test_half_precision_does_not_drift(dtype, master_weights):
+    params = small_network(dtype)
+    optimizer = RiemannianFGSGD(params, lr=0.1, momentum=0.9, master_weights=master_weights)
     for step in range(200):
         set_gradients(params, step)
         optimizer.step()
@@ -135,7 +187,8 @@ def test_ten_thousand_float32_steps_do_not_drift(manifold, shape):
     gradients = [normal(shape, seed, torch.float32) for seed in range(16)]
     gradients = [g * (KNEE / g.norm()) for g in gradients]
     gain = momentum_gain(0.9, dampening=0.0, nesterov=False)
+    options = StepOptions(lr=0.1, momentum=0.9)
     for step in range(10_000):
         grad = manifold.egrad2rgrad(x, gradients[step * 7 % 16])
-        x, buffer = fgsgd_update(manifold, x, grad, buffer, lr=0.1, momentum=0.9, bound=0.1 * KNEE * gain)
+        x, buffer = fgsgd_update(manifold, x, grad, buffer, options, bound=0.1 * KNEE * gain)
     assert manifold.violation(x).max().item() < 1e-5

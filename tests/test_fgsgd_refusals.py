@@ -35,7 +35,7 @@ from fgo_geo.manifolds import ProductOfGroups
             {"nesterov": True, "momentum": 0.9, "dampening": 0.1},
             "nesterov needs momentum > 0 and dampening = 0, got momentum=0.9, dampening=0.1",
         ),
-        ({"step_size": "eq7"}, "step_size must be one of ('theorem', 'constant'), got 'eq7'"),
+        ({"step_size": "eq7"}, "step_size must be one of ('theorem', 'constant', 'angle'), got 'eq7'"),
         ({"update": "cayley"}, "update must be one of ('retraction', 'exponential'), got 'cayley'"),
         ({"curvature": "own"}, "curvature must be None, \"manifold\" or a finite number of at least 0, got 'own'"),
         ({"curvature": -2.0}, 'curvature must be None, "manifold" or a finite number of at least 0, got -2.0'),
@@ -144,15 +144,40 @@ def test_a_gradient_that_is_not_finite_is_refused_before_anything_changes(value,
     )
 
 
-def test_a_squared_norm_that_overflows_is_refused_too():
-    param = on(Stiefel(), 5, 3, dtype=torch.float32)
-    param.grad = torch.full((5, 3), 1e25)
-    with pytest.raises(FloatingPointError, match="or its squared norm overflows"):
-        RiemannianFGSGD([param], lr=0.1).step()
+@pytest.mark.parametrize("magnitude", [1e-44, 1e-40, 1e-25, 1e18, 1e25, 1e30, 3e38])
+@pytest.mark.parametrize("step_size", ["theorem", "constant", "angle"])
+@pytest.mark.parametrize(
+    ("manifold", "shape"),
+    [
+        (Stiefel(), (5, 3)),
+        (Stiefel(), (160, 128)),
+        (Oblique(0.5), (2, 3, 3, 3)),
+        (ScaledSphere(2.0), (20,)),
+        (ProductOfGroups(collection(4, 3, "pio", ("sphere", "stiefel")), (4, 3, 3, 3)), (4, 3, 3, 3)),
+        (ProductOfGroups(collection(16, 16, "pio", ("sphere", "stiefel"), components="block"), (16, 16)), (16, 16)),
+    ],
+)
+def test_a_finite_gradient_of_any_magnitude_takes_the_step_of_double_precision(manifold, shape, step_size, magnitude):
+    if step_size == "constant" and magnitude > 1e37:
+        magnitude = 1e37  # two of these fit into a momentum buffer
+    start = on(manifold, *shape)
+    entries = torch.rand(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) - 0.5
+    grad = (entries * magnitude).float()
+    moved: list[Tensor] = []
+    for dtype in (torch.float64, torch.float32):
+        param = geoopt.ManifoldParameter(start.detach().to(dtype, copy=True), manifold=copy.deepcopy(manifold))
+        lr = min(0.3, 1 / magnitude) if step_size == "constant" else 0.3
+        optimizer = RiemannianFGSGD([param], lr=lr, momentum=0.9, step_size=step_size)
+        for _ in range(2):
+            param.grad = grad.to(dtype)
+            optimizer.step()
+        moved.append(param.detach().double())
+        assert optimizer.skipped_groups() == 0
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
-@pytest.mark.parametrize("step_size", ["theorem", "constant"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("step_size", ["theorem", "constant", "angle"])
 def test_without_the_check_a_bad_group_is_left_out_and_counted(value, step_size):
     params = [on(m, 5, 3, dtype=torch.float32) for m in (Stiefel(), Oblique(), Stiefel())]
     optimizer = RiemannianFGSGD(params, lr=0.1, check_finite=False, step_size=step_size)
@@ -202,19 +227,37 @@ def test_gradients_of_plain_parameters_are_as_free_as_in_torch():
     torch.testing.assert_close(param, twin, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("lr", [float("inf"), float("nan"), -0.1, "0.1"])
-def test_a_learning_rate_that_was_changed_is_checked_before_anything_changes(lr):
+@pytest.mark.parametrize(
+    ("option", "value", "error"),
+    [
+        ("lr", math.inf, ValueError),
+        ("lr", math.nan, ValueError),
+        ("lr", -0.1, ValueError),
+        ("lr", "0.1", TypeError),
+        ("lr", None, TypeError),
+        ("momentum", math.nan, ValueError),
+        ("momentum", -0.5, ValueError),
+        ("momentum", 2.0, ValueError),
+        ("dampening", math.nan, ValueError),
+        ("weight_decay", math.inf, ValueError),
+        ("nesterov", True, ValueError),
+        ("step_size", "fixed", ValueError),
+        ("norm", "mean", ValueError),
+        ("angle", -1.0, ValueError),
+        ("rho", math.nan, ValueError),
+        ("stabilize", 0, ValueError),
+    ],
+)
+def test_an_option_that_was_changed_is_checked_before_anything_changes(option, value, error):
     weights = [geoopt.ManifoldParameter(torch.eye(20)[:, :16], manifold=Stiefel()), torch.nn.Parameter(torch.ones(3))]
-    optimizer = RiemannianFGSGD(weights, lr=0.1, momentum=0.9)
+    optimizer = RiemannianFGSGD(weights, lr=0.1)
     before = [weight.detach().clone() for weight in weights]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    optimizer.param_groups[0]["lr"] = lr
-    with pytest.raises(ValueError, match=r"lr must be a finite number of at least 0, got .*; no parameter was changed"):
+    optimizer.param_groups[0][option] = value
+    with pytest.raises(error, match=rf"{option} .*; no parameter was changed. Look at what has set it"):
         optimizer.step()
     assert all(torch.equal(weight.detach(), old) for weight, old in zip(weights, before, strict=True))
-    optimizer.param_groups[0]["lr"] = np.float32(0.1)
-    optimizer.step()
 
 
 def test_a_weight_that_is_not_finite_is_blamed_and_not_the_gradients_that_follow():

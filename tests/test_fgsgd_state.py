@@ -134,7 +134,8 @@ def test_momentum_follows_weights_that_are_converted(before, after, momentum):
     run(fresh, 3, first_seed=5)
     assert_same(*models)
     for param in models[0]:
-        assert optimizers[0].state[param]["momentum_buffer"].dtype == param.dtype == after
+        has_master = after == torch.float16
+        assert optimizers[0].state[param]["momentum_buffer"].dtype == (torch.float32 if has_master else after)
         if isinstance(param.manifold, EmbeddedManifold):
             assert param.manifold.violation(param.detach()).max() <= 64 * torch.finfo(after).eps
 

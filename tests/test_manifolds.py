@@ -270,7 +270,8 @@ def test_metric_is_the_euclidean_one_per_component(entry: Entry, data: st.DataOb
     case.close(manifold.inner(x, u), manifold.norm(x, u) ** 2, degree=2)
     case.close(manifold.norm(x, v), 2 * case.r.reshape(case.batch))
     of_factors = manifold.component_inner(x, u, v)  # a column is a factor of an oblique manifold
-    expected = (u * v).sum(-2, keepdim=True) if entry.name == "oblique" else manifold.inner(x, u, v, keepdim=True)
+    along = {"oblique": -2, "rows": -1}.get(entry.name)  # a line is a factor, and has a number of its own
+    expected = manifold.inner(x, u, v, keepdim=True) if along is None else (u * v).sum(along, keepdim=True)
     case.close(of_factors, expected, degree=2)
 
 

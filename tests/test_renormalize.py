@@ -518,11 +518,12 @@ def test_compiled_models_compute_the_same_without_graph_breaks():
         torch.testing.assert_close(other.grad, mine.grad)
 
 
-def _process(rank: int, folder: str) -> None:
+def _process(rank: int, folder: str, statistics: str | None) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = DistributedDataParallel(renormalized_network(manifold="stiefel", statistics="std"))
+    model = DistributedDataParallel(renormalized_network(manifold="stiefel", statistics=statistics))
     _train(model, lambda step: normal(step, 8, 2, 3, 3)[4 * rank : 4 * rank + 4])
-    torch.save(model.module.state_dict(), f"{folder}/{rank}")
+    weights = [layer.weight.detach() for layer in model.module if hasattr(layer, "weight")]
+    torch.save((model.module.state_dict(), weights), f"{folder}/{rank}")
     dist.destroy_process_group()
 
 
@@ -536,11 +537,20 @@ def _train(model: nn.Module, batch: Callable[[int], Tensor]) -> None:
 
 
 def test_two_processes_train_like_one_on_the_union_of_their_batches(tmp_path: Path):
-    torch.multiprocessing.spawn(_process, args=(str(tmp_path),), nprocs=2)
-    alone = renormalized_network(manifold="stiefel", statistics="std")
+    torch.multiprocessing.spawn(_process, args=(str(tmp_path), None), nprocs=2)
+    alone = renormalized_network(manifold="stiefel", statistics=None)
     _train(alone, lambda step: normal(step, 8, 2, 3, 3))
     for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / str(rank)), dict(alone.state_dict()))
+        torch.testing.assert_close(torch.load(tmp_path / str(rank))[0], dict(alone.state_dict()))
+
+
+def test_two_processes_with_statistics_have_equal_weights(tmp_path: Path):
+    """Each gathers its own statistics, and they are pooled when the scales are updated."""
+    torch.multiprocessing.spawn(_process, args=(str(tmp_path), "std"), nprocs=2)
+    (_, first), (_, second) = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert first
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
 # -- errors --------------------------------------------------------------------------------------------------------

@@ -401,6 +401,11 @@ def test_margin_normalised_measures_are_divided_by_the_margin():
     assert "The margin is -4.8" in str(wrong)
 
 
+def test_the_width_counts_the_input_channels_of_all_convolution_groups():
+    found = report(nn.Conv2d(8, 4, 3, groups=2), n_samples=1)
+    assert found.measure("neyshabur2018").scale == pytest.approx(math.log(8) / 2)
+
+
 def test_the_group_form_is_no_bound_of_the_layer_and_the_report_says_so():
     model = nn.Sequential(nn.Linear(2, 2, bias=False))
     fgo_geo.constrain(model, "po", ("sphere", "oblique"), first_layer=True, classifier=True, radius=0.1)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 
+import geoopt
 import mpmath
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fgo_geo.optim import theorem_step_bound, theorem_step_scale
+from fgo_geo import ProductOfGroups, RiemannianFGSGD, ScaledSphere
+from fgo_geo.grouping import collection
+from fgo_geo.optim import RobbinsMonroLR, theorem_step_bound, theorem_step_scale
+from fgo_geo.optim.base import SPIKE
 from fgo_geo.optim.step_size import momentum_gain
 
 KNEE = math.sqrt(2) - 1
@@ -207,3 +211,91 @@ def test_bad_rho_and_curvature_are_refused(value):
         theorem_step_scale(torch.ones(1), curvature=value)
     with pytest.raises(ValueError, match=r"rho must be a non-negative finite number, got"):
         theorem_step_bound(value)
+
+
+# -- which norm τ is computed from -----------------------------------------------------------------------------------
+
+
+def noisy_circle(norm: str, seed: int, steps: int = 2_500) -> float:
+    """The angle, in degrees, at which steps on the unit circle end. The minimum of the expected loss is at angle 0.
+
+    The loss is ``E_z[-<(0.2, z), x>]`` with ``z = 3`` with probability 0.1, else ``-1/3``, which has mean zero.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = geoopt.ManifoldParameter(torch.tensor([0.5, 0.5], dtype=torch.float64).sqrt(), manifold=ScaledSphere())
+    options = {"step_size": "constant"} if norm == "constant" else {"norm": norm}
+    optimizer = RiemannianFGSGD([x], lr=0.3, **options)
+    scheduler = RobbinsMonroLR(optimizer)
+    for draw in torch.rand(steps, generator=generator).tolist():
+        x.grad = torch.tensor([-0.2, -3.0 if draw < 0.1 else 1 / 3], dtype=torch.float64)
+        optimizer.step()
+        scheduler.step()
+    return math.degrees(math.atan2(*x.detach().flip(0).tolist()))
+
+
+def test_the_norm_of_the_batch_biases_a_noisy_step_and_that_of_earlier_batches_does_not():
+    """The counterexample of the mathematics: τ(batch) shortens the rare large gradients more than the small ones."""
+    ends = {norm: [noisy_circle(norm, seed) for seed in range(4)] for norm in ("batch", "constant", "running")}
+    assert max(ends["batch"]) < -40
+    for norm in ("constant", "running"):
+        assert min(ends[norm]) > -20
+        assert abs(sum(ends[norm])) < 4 * 15
+
+
+def test_a_spike_is_shortened_to_the_bound_and_counted():
+    x = geoopt.ManifoldParameter(torch.tensor([1.0, 0.0], dtype=torch.float64), manifold=ScaledSphere())
+    optimizer = RiemannianFGSGD([x], lr=0.01, norm="running")
+    for _ in range(20):
+        x.grad = 0.1 * x.detach().flip(0) * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+        optimizer.step()
+    assert optimizer.shortened_gradients() == 0
+    mean = optimizer.state[x]["norm_squared"].clone()
+    torch.testing.assert_close(mean.sqrt(), torch.tensor([0.1], dtype=torch.float64))
+    before = x.detach().clone()
+    x.grad = 1e4 * x.detach().flip(0) * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    optimizer.step()
+    turned = 2 * math.asin(float((x.detach() - before).norm()) / 2)
+    assert math.tan(turned) == pytest.approx(SPIKE * theorem_step_bound() * 0.01, rel=1e-9)
+    assert optimizer.shortened_gradients() == 1
+    assert float(optimizer.state[x]["norm_squared"]) < 2.0  # what was shortened, not 1e8, enters the mean
+
+
+def test_the_running_norm_is_kept_per_group_and_in_checkpoints():
+    weights = [on_product(seed) for seed in (1, 1)]
+    optimizers = [RiemannianFGSGD([w], lr=0.1, momentum=0.9, norm="running") for w in weights]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(6):
+        grad = torch.randn(weights[0].shape, generator=generator, dtype=torch.float64)
+        if step == 3:
+            again = RiemannianFGSGD([weights[1]], lr=0.1, momentum=0.9, norm="running")
+            again.load_state_dict(optimizers[1].state_dict())
+            optimizers[1] = again
+        for weight, optimizer in zip(weights, optimizers, strict=True):
+            weight.grad = grad.clone()
+            optimizer.step()
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    mean = optimizers[0].state[weights[0]]["norm_squared"]
+    assert mean.shape == (weights[0].manifold.n_groups,)
+    assert bool((mean > 0).all())
+
+
+@pytest.mark.parametrize("angle", [0.01, 0.2])
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
+def test_an_angle_turns_every_group_by_it(angle, magnitude):
+    weight = on_product(3)
+    manifold = weight.manifold
+    before = weight.detach().clone()
+    optimizer = RiemannianFGSGD([weight], lr=0.5, step_size="angle", angle=angle)
+    grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    weight.grad = magnitude * grad
+    optimizer.step()
+    # The length of the tangent step is angle * lr * ‖w_G‖; retractions agree with it to second order.
+    tangent = manifold.proju(before, weight.detach() - before)
+    turned = manifold.group_norm(before, tangent) / manifold.group_norm(before, before)
+    torch.testing.assert_close(turned, torch.full_like(turned, 0.5 * angle), rtol=2 * angle**2 + 1e-6, atol=0)
+
+
+def on_product(seed: int) -> geoopt.ManifoldParameter:
+    manifold = ProductOfGroups(collection(4, 3, "pio", ("sphere", "oblique", "stiefel")), (4, 3, 3, 3), 0.7)
+    generator = torch.Generator().manual_seed(seed)
+    return geoopt.ManifoldParameter(manifold.random(4, 3, 3, 3, dtype=torch.float64, generator=generator))

@@ -6,7 +6,7 @@ from torch import Tensor
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold
 from fgo_geo.manifolds.oblique import Oblique
 from fgo_geo.manifolds.product import ProductOfGroups
-from fgo_geo.manifolds.replaced import mark_replaced, was_replaced
+from fgo_geo.manifolds.replaced import REPLACED, mark_replaced, was_replaced
 from fgo_geo.manifolds.sphere import ScaledSphere
 from fgo_geo.manifolds.stiefel import Stiefel
 
@@ -19,6 +19,7 @@ from fgo_geo.manifolds.balls import (  # isort: skip  (kinds are in the order in
 from fgo_geo.weights.kinds import Kind, register
 
 __all__ = [
+    "REPLACED",
     "Ball",
     "ComponentManifold",
     "ConvexBall",

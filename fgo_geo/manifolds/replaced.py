@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["mark_replaced", "was_replaced"]
+__all__ = ["REPLACED", "mark_replaced", "was_replaced"]
 
-_MARK = "_fgo_geo_replaced"
+REPLACED = "_fgo_geo_replaced"
+"""Name of the attribute that marks such a parameter."""
+
 _CHECKED = "_fgo_geo_checked"
 _replacements = 0
 
@@ -28,7 +30,7 @@ def mark_replaced(param: Tensor) -> None:
         param: The old parameter.
     """
     global _replacements
-    setattr(param, _MARK, True)
+    setattr(param, REPLACED, True)
     if _replacements == 0:
         register_optimizer_step_pre_hook(_refuse_replaced)
     _replacements += 1
@@ -52,7 +54,7 @@ def was_replaced(param: Tensor) -> bool:
         >>> was_replaced(weight), was_replaced(layer.weight)
         (True, False)
     """
-    return getattr(param, _MARK, False)
+    return getattr(param, REPLACED, False)
 
 
 def _refuse_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import computes_in_float32
+from fgo_geo.paths.protocol import StepOptions
 
-__all__ = ["momentum_gain", "theorem_step_bound", "theorem_step_scale"]
+__all__ = ["longest_step", "momentum_gain", "step_scale", "theorem_step_bound", "theorem_step_scale"]
 
 
 @computes_in_float32
@@ -50,10 +51,58 @@ def theorem_step_scale(
     _check_non_negative("rho", rho)
     if not isinstance(curvature, Tensor):
         _check_non_negative("curvature", curvature)
-    norm = torch.as_tensor(R)
+    return _tau(torch.as_tensor(R), rho, curvature)
+
+
+def _tau(norm: Tensor, rho: float, curvature: float | Tensor) -> Tensor:
     second = 1 + curvature * (rho + norm)
     root = torch.maximum(2 * rho + norm, second.sqrt())
     return (norm * root).clamp_min(1)
+
+
+def step_scale(norm: Tensor, options: StepOptions, curvatures: Tensor | None, norms: Tensor | None) -> Tensor | None:
+    """The divisors ``τ`` of the learning rate for the chosen step size.
+
+    Args:
+        norm: Norms ``R`` of the groups' Riemannian gradients, float64.
+        options: Hyper-parameters.
+        curvatures: Bound on the curvature of every group, if ``options.curvature`` is None.
+        norms: Norm of every group's point, for ``step_size="angle"``; not a number where it is not fixed.
+
+    Returns:
+        ``τ`` of every group, float64; None if all are one. For ``"angle"`` it is ``R / (angle ‖w‖)``, so that a group
+        moves by ``angle`` radians per unit of learning rate, to second order.
+
+    Example:
+        >>> step_scale(torch.tensor([1.0, 4.0]), StepOptions(lr=0.1, step_size="angle", angle=0.5), None, torch.ones(2))
+        tensor([2., 8.])
+    """
+    if options.step_size == "constant":
+        return None
+    if options.step_size == "theorem":
+        bound = options.curvature if curvatures is None else curvatures
+        return _tau(norm, options.rho, 1.0 if bound is None else bound)
+    if norms is None:
+        raise ValueError("step_scale: step_size='angle' needs the norms of the groups, got None")
+    tau = norm / (options.angle * norms)
+    return torch.where((tau > 0) & torch.isfinite(tau), tau, 1.0)
+
+
+def longest_step(options: StepOptions, spike: float = 1.0) -> float:
+    """Bound on the length of a step per unit of learning rate, infinite if there is none.
+
+    Args:
+        options: Hyper-parameters.
+        spike: How many times longer than the theorem's a step may be, of ``norm="running"``.
+
+    Example:
+        >>> round(longest_step(StepOptions(lr=0.1, momentum=0.9, step_size="theorem")), 4)
+        4.1421
+    """
+    if options.step_size != "theorem":
+        return math.inf
+    gain = momentum_gain(options.momentum, options.dampening, options.nesterov)
+    return spike * theorem_step_bound(options.rho) * gain
 
 
 def theorem_step_bound(rho: float = 1.0) -> float:

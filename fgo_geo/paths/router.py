@@ -1,87 +1,49 @@
-"""Fused steps: the map of the batched torch code, in two sweeps over memory.
+"""Which path takes which weight, and the work that is kept from step to step.
 
-A network has millions of 3 x 3 kernels, and arithmetic on so small matrices costs little beside reading them. The
-batched torch code of :mod:`fgo_geo.optim.fgsgd` reads and writes them some hundred times in a step. A fused path takes
-two sweeps, *norms* and *update*, which every path implements as a module with the same functions:
-
-* ``description()`` says what the path is, ``reason(task)`` why it cannot take a parameter, or None;
-* ``squared_norms(batch)`` returns the squared gradient norm of every group, and changes nothing;
-* ``update(batch, scales, skips)`` then takes the step, given ``1 / τ`` of every group.
-
-Where no group has kernels of two rows (PO), a row can be measured and moved while it is in the cache, if nothing has to
-be known of the other rows first. A path says with ``goes_by_rows(task)`` whether it does that; it then has
-``step_by_rows(batch)``, the whole step, and ``gradients_are_moderate(batch)``, which tells by the gradients alone that
-no norm is to be refused.
-
-There are three paths. Kernels, of any mix of manifolds, take :mod:`~fgo_geo.paths.native.kernels`, a compiled
-extension, or :mod:`~fgo_geo.paths.triton.launches`, Triton. Spheres and oblique manifolds of any size take
-:mod:`~fgo_geo.paths.native.lines`, of the same extension; of a matrix whose blocks were dealt to several manifolds it
-takes all but the Stiefel blocks, which are handed to the batched code by ``take_blocks`` and come back by
-``put_blocks_``. Inside ``torch.compile`` both sweeps are operators, which the graph calls. Where no path applies
-(Stiefel matrices, other manifolds, half precision) the batched torch code does the work: it is the reference, and the
-only place where the formulas are meant to be read. This module is where a path is chosen; nothing else knows that there
-are several.
+A :class:`Router` asks the paths in the order of ``_PATHS``: each takes the parts of a weight that it knows, and the
+reference path takes the rest. The batches that come of it are kept until one of these changes, which is the one rule of
+staleness: the kind of the step, the chosen path, the current CUDA device, the weights, their radii, shapes, strides,
+types and devices, or that a buffer holds something. Small weights cost more to be looked at than to be moved.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
-import geoopt
 import torch
-from torch import Tensor
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+)
 
-from fgo_geo.linalg import traces
-from fgo_geo.paths._operators import TracedBatch, TracedBatches, register
-from fgo_geo.paths.native import kernels as cpu
-from fgo_geo.paths.native import lines
-from fgo_geo.paths.native.line_tables import LineTable
-from fgo_geo.paths.native.lines import put_ as put_blocks_
-from fgo_geo.paths.native.lines import take as take_blocks
-from fgo_geo.paths.task import Batch, StepOptions, Task, no_kernels
-from fgo_geo.paths.task import task_of as kernel_task_of
-from fgo_geo.paths.triton import launches as gpu
+from fgo_geo.manifolds import ProductOfGroups
+from fgo_geo.paths.native.kernels import NativeKernels
+from fgo_geo.paths.native.library import instruction_set, library
+from fgo_geo.paths.native.lines import NativeLines
+from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight, configuration_of
+from fgo_geo.paths.reference import Reference
+from fgo_geo.paths.shared_products import SharedProducts
+from fgo_geo.paths.torch_sgd import TorchSGD
+from fgo_geo.paths.triton.launches import TritonKernels
 
-__all__ = [
-    "Batch",
-    "Path",
-    "StepOptions",
-    "Task",
-    "TracedBatch",
-    "TracedBatches",
-    "circumstances",
-    "curvature",
-    "fused_path",
-    "gradients_are_moderate",
-    "path_of",
-    "put_blocks_",
-    "register",
-    "say_unfused",
-    "say_unfused_weight",
-    "squared_norms",
-    "step_by_rows",
-    "take_blocks",
-    "task_of",
-    "update",
-    "use_path",
-]
+__all__ = ["PathName", "Router", "use_path"]
 
-Path = Literal["auto", "fused", "reference"]
+PathName = Literal["auto", "fused", "reference"]
+
+_PLAIN: Path = TorchSGD()
+_FUSED: tuple[Path, ...] = (TritonKernels(), NativeKernels(), NativeLines())
+_UNFUSED: tuple[Path, ...] = (SharedProducts(), Reference())
 
 _logger = logging.getLogger("fgo_geo")
 _said: set[str] = set()
-_path: Path = "auto"
-_LINES = "lines are those of float32 weights on the CPU, on spheres or an oblique manifold, of four numbers or more"
-_PATHS: dict[str, ModuleType] = {"cpu": cpu, "cuda": gpu}  # by device
+_path: PathName = "auto"
 
 
 @contextmanager
-def use_path(path: Path) -> Generator[None]:
+def use_path(path: PathName) -> Generator[None]:
     """Force a path, for measuring or for finding out whether a difference comes from it.
 
     The environment variable ``FGO_GEO_PATH`` does the same for a whole program.
@@ -98,7 +60,7 @@ def use_path(path: Path) -> Generator[None]:
     Example:
         >>> import geoopt
         >>> from fgo_geo import ProductOfGroups, RiemannianFGSGD
-        >>> from fgo_geo.weights.grouping import collection
+        >>> from fgo_geo.grouping import collection
         >>> manifold = ProductOfGroups(collection(4, 2, "po", ("sphere",)), (4, 2, 3, 3))
         >>> weight = geoopt.ManifoldParameter(manifold.random(4, 2, 3, 3).detach(), manifold=manifold)
         >>> weight.grad = torch.ones_like(weight)
@@ -113,98 +75,164 @@ def use_path(path: Path) -> Generator[None]:
         _path = before
 
 
-def _checked(path: str, what: str) -> Path:
-    if path not in get_args(Path):
-        raise ValueError(f"{what}: the path must be one of {get_args(Path)}, got {path!r}")
-    return cast(Path, path)
+def _checked(path: str, what: str) -> PathName:
+    if path not in get_args(PathName):
+        raise ValueError(f"{what}: the path must be one of {get_args(PathName)}, got {path!r}")
+    return cast(PathName, path)
 
 
 _path = _checked(os.environ.get("FGO_GEO_PATH", "auto"), "FGO_GEO_PATH")
 
 
-def circumstances() -> object:
-    """What the choice of a path depends on beside the parameter; the same choice holds while it compares equal.
+class Router:
+    """The batches of one parameter group, kept from step to step.
 
-    Returns:
-        An object, or None if no fused path is to be asked at all.
+    Attributes:
+        is_recorded: Whether the operations of the latest step are recorded, by a mode or a transform, and not run.
     """
-    if _path == "reference":
-        return None
-    if torch.compiler.is_compiling():
-        return _path
-    if traces():
-        return None
-    return _path, *_PATHS.values(), lines, torch.cuda.current_device() if torch.cuda.is_initialized() else None
+
+    def __init__(self) -> None:
+        self.is_recorded = False
+        self._circumstances: tuple[object, ...] = ()
+        self._weights: list[Weight] = []
+        self._stamps: list[tuple[object, ...]] = []
+        self._batches: list[Batch] = []
+
+    def route(self, weights: Sequence[Weight], options: StepOptions) -> list[Batch]:
+        """The batches that step these weights.
+
+        Args:
+            weights: The parameters of a group that have gradients, in this step.
+            options: Hyper-parameters of the step.
+
+        Returns:
+            Batches that hold every part of every weight once; those that stage parts for others come first.
+
+        Raises:
+            RuntimeError: If the path ``"fused"`` is forced and a weight of kernels has none, with the reason.
+        """
+        circumstances = _circumstances(options)
+        self.is_recorded = bool(circumstances[0])
+        stamps = [_stamp(weight) for weight in weights]
+        if not (circumstances == self._circumstances and self._renew(weights, stamps)):
+            self._batches = _batches(weights, options, self.is_recorded)
+            self._circumstances, self._weights, self._stamps = circumstances, list(weights), stamps
+        return self._batches
+
+    def _renew(self, weights: Sequence[Weight], stamps: Sequence[tuple[object, ...]]) -> bool:
+        """Take over gradients and buffers of this step, if nothing else has changed."""
+        if len(weights) != len(self._weights):
+            return False
+        for old, new, before, now in zip(self._weights, weights, self._stamps, stamps, strict=True):
+            if old.param is not new.param or old.manifold is not new.manifold:
+                return False
+            if before is not now and (before[0] is not now[0] or before[1:] != now[1:]):
+                return False
+        for old, new in zip(self._weights, weights, strict=True):
+            old.grad, old.buffer = new.grad, new.buffer
+        return True
 
 
-def path_of(task: Task[Any]) -> ModuleType:
-    """The fused path for components like those of a task, on its device; it may not take every weight."""
-    return lines if isinstance(task.table, LineTable) else _PATHS.get(task.weight.device.type, cpu)
+def _circumstances(options: StepOptions) -> tuple[object, ...]:
+    """What the choice of paths depends on besides the weights; first whether operations are recorded, not run."""
+    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
+    is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return (
+        transform is not None or _get_current_dispatch_mode() is not None or is_tracing,
+        _path,
+        options.update,
+        options.rule,
+        options.momentum != 0,
+        options.nesterov,
+        isinstance(options.lr, torch.Tensor),
+        torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+    )
 
 
-def task_of(
-    param: Tensor, manifold: geoopt.Manifold, buffer: Tensor | None, grad: Tensor | None = None
-) -> Task[Any] | None:
-    """The task of a parameter for a fused path, or None if its components are neither kernels nor lines.
-
-    Args:
-        param: A parameter with a gradient.
-        manifold: Its manifold.
-        buffer: Its momentum, if there is any yet.
-        grad: Its gradient, if that is not ``param.grad``.
-
-    Returns:
-        A task.
-    """
-    return kernel_task_of(param, manifold, buffer, grad) or lines.task_of(param, manifold, buffer, grad)
+_OF_PLAIN: tuple[object, ...] = (None,)
 
 
-def fused_path(task: Task[Any]) -> ModuleType | None:
-    """The fused path for a parameter, or None if the batched torch code has to do it.
+def _stamp(weight: Weight) -> tuple[object, ...]:
+    """What kept work depends on besides the weight itself; the first entry is compared by identity."""
+    if weight.manifold is None:
+        return _OF_PLAIN
+    is_product = isinstance(weight.manifold, ProductOfGroups)
+    radii, version = (weight.manifold.manifolds, 0) if is_product else configuration_of(weight.manifold)
+    param, grad = weight.param, cast(torch.Tensor, weight.grad)
+    return radii, version, param.shape, param.stride(), param.dtype, param.device, grad.dtype, weight.first
 
-    Args:
-        task: What :func:`task_of` has made of a parameter with its gradient.
 
-    Returns:
-        A module with ``squared_norms`` and ``update``.
+def _batches(weights: Sequence[Weight], options: StepOptions, is_recorded: bool) -> list[Batch]:
+    """Deal weights to paths, and make batches of what each path has on one device."""
+    claims: dict[tuple[Path, torch.device | None], list[Claim]] = {}
+    for weight in weights:
+        if weight.manifold is None:
+            claims.setdefault((_PLAIN, None), []).append(Claim(weight, (0,), is_whole=True))
+            continue
+        for path, parts in _dealt(weight, options, is_recorded):
+            claim = Claim(weight, parts, is_whole=len(parts) == weight.n_parts)
+            claims.setdefault((path, weight.param.device), []).append(claim)
+    batches = [path.batch(own) for (path, _), own in claims.items()]
+    return sorted(batches, key=lambda batch: not batch.stages)
 
-    Raises:
-        RuntimeError: If the path ``"fused"`` is forced and there is none, with the reason.
-    """
-    module = path_of(task)
-    reason = module.reason(task)
-    if reason is None:
-        _say_once(f"fused step: {module.description()}", logging.INFO)
-        return module
-    if _path == "fused":
+
+def _dealt(weight: Weight, options: StepOptions, is_recorded: bool) -> list[tuple[Path, tuple[int, ...]]]:
+    """The paths that take parts of a weight, and which."""
+    taken: list[tuple[Path, tuple[int, ...]]] = []
+    left = tuple(range(weight.n_parts))
+    refusals: list[Refusal] = []
+    if is_recorded:
+        _say_unfused("a step", "operations are recorded, by a mode or a transform of torch")
+    elif _path != "reference":
+        for path in _FUSED:
+            answer = path.accepts(weight, left, options) if left else ()
+            if isinstance(answer, Refusal):
+                refusals.append(answer)
+            elif answer:
+                _say_once(f"fused step: {path.name}{_details(path)}", logging.INFO)
+                taken.append((path, answer))
+                left = tuple(part for part in left if part not in answer)
+        if left:
+            _say_left(weight, bool(taken), refusals)
+    for path in _UNFUSED:
+        answer = path.accepts(weight, left, options) if left else ()
+        if not isinstance(answer, Refusal) and answer:
+            taken.append((path, answer))
+            left = tuple(part for part in left if part not in answer)
+    return taken
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+_FAILURES = (Reason.SIZE, Reason.DTYPE, Reason.LAYOUT, Reason.MISSING)  # of weights that are meant for fused paths
+
+
+def _say_left(weight: Weight, is_partly: bool, refusals: Sequence[Refusal]) -> None:
+    """Say, as the chosen path asks for, that the batched torch code takes a weight, or the rest of one."""
+    shape = tuple(weight.param.shape)
+    failure = next((refusal for refusal in refusals if refusal.reason in _FAILURES), None)
+    if is_partly:
+        _say_unfused(f"the Stiefel blocks of a weight of shape {shape}", "Stiefel blocks are no lines")
+    elif failure is None:
+        others = [refusal.detail for refusal in refusals if refusal.reason is not Reason.DEVICE]
+        reasons = list(dict.fromkeys(others or [refusal.detail for refusal in refusals]))
+        _say_unfused(f"a weight of shape {shape} on {weight.manifold}", "; ".join(reasons))
+    elif _path == "fused":
         raise RuntimeError(
-            f"no fused path for a weight of shape {tuple(task.weight.shape)}: {reason}; use_path('auto') takes the "
-            "batched torch code instead"
+            f"no fused path for a weight of shape {shape}: {failure.detail}; use_path('auto') takes the batched torch "
+            "code instead"
         )
-    if reason is cpu.NOT_BUILT or reason.startswith("Triton "):  # an installation lacks it, not a weight
-        _say_once(f"step by the batched torch code: {reason}", logging.WARNING)
-    return None
+    elif failure.reason is Reason.MISSING:  # an installation lacks it, not a weight
+        _say_once(f"step by the batched torch code: {failure.detail}", logging.WARNING)
 
 
-def say_unfused_weight(weight: Tensor, manifold: object) -> None:
-    """Say, if the path ``"fused"`` is forced, why there is none for a weight.
-
-    Args:
-        weight: A parameter whose components are neither kernels nor lines.
-        manifold: Its manifold.
-    """
-    if _path == "fused":
-        reason = f"{no_kernels(manifold, weight.shape)}; {_LINES}"
-        say_unfused(f"a weight of shape {tuple(weight.shape)} on {manifold}", reason)
+def _details(path: Path) -> str:
+    native = isinstance(path, (NativeKernels, NativeLines)) and library() is not None
+    return f" ({instruction_set()})" if native else ""
 
 
-def say_unfused(what: str, reason: str) -> None:
-    """Say, if the path ``"fused"`` is forced, that the batched torch code does something; once per reason.
-
-    Args:
-        what: What has no fused path.
-        reason: Why.
-    """
+def _say_unfused(what: str, reason: str) -> None:
+    """Say, if the path ``"fused"`` is forced, that the batched torch code does something; once per reason."""
     if _path == "fused":
         _say_once(f"path 'fused': {what} takes the batched torch code: {reason}", logging.WARNING, reason)
 
@@ -213,58 +241,3 @@ def _say_once(message: str, level: int, key: str | None = None) -> None:
     if (key or message) not in _said:
         _said.add(key or message)
         _logger.log(level, message)
-
-
-def squared_norms(batch: Batch | TracedBatch) -> Tensor:
-    """Squared norms of the Riemannian gradients of all groups of all tasks, one behind the other, in float64."""
-    return batch.squared_norms() if isinstance(batch, TracedBatch) else batch.path.squared_norms(batch)
-
-
-def update(batch: Batch | TracedBatch, scales: Tensor, skips: bool) -> None:
-    """Take the step of all tasks: momentum, move, retraction, in place.
-
-    Args:
-        batch: Parameters with gradients and momentum.
-        scales: ``1 / τ`` of all groups, in the order of :func:`squared_norms`; zero leaves a group's gradient out.
-        skips: Whether gradients that are not finite are to be left out.
-    """
-    if isinstance(batch, TracedBatch):
-        batch.update(scales)
-    else:
-        torch.autograd.graph.increment_version(batch.weights)
-        batch.path.update(batch, scales, skips)
-
-
-def gradients_are_moderate(batch: Batch) -> bool:
-    """Whether the gradients of a batch that goes by rows show that the norms of all groups are finite."""
-    return batch.path.gradients_are_moderate(batch)
-
-
-def step_by_rows(batch: Batch) -> tuple[Tensor, int]:
-    """Take the whole step of a batch that goes by rows, with the step sizes of its options.
-
-    Args:
-        batch: Parameters with gradients and momentum.
-
-    Returns:
-        ``τ`` of all groups, in the order of :func:`squared_norms`, in float64, and how many groups were left out
-        because their norm is not finite.
-    """
-    torch.autograd.graph.increment_version(batch.weights)
-    return batch.path.step_by_rows(batch)
-
-
-def curvature(batch: Batch | TracedBatch, like: Tensor, radius_invariant: bool) -> Tensor:
-    """Bounds on the sectional curvature of all groups, in the order of :func:`squared_norms`.
-
-    Args:
-        batch: Parameters.
-        like: A tensor of the result's shape, type and device.
-        radius_invariant: Whether they are measured on the manifolds of radius one.
-
-    Returns:
-        One number per group.
-    """
-    if isinstance(batch, TracedBatch):
-        return batch.curvature(like, radius_invariant)
-    return torch.cat([task.table.curvature_bound(radius_invariant) for task in batch.tasks]).to(like.dtype)

@@ -1,151 +1,122 @@
-r"""The momentum step on large Stiefel matrices, with every product of the long side taken once.
-
-It is taken on the CPU, outside of ``torch.compile``, by matrices with 16 columns or more under the polar retraction,
-with momentum, but not Nesterov's. Elsewhere :func:`~fgo_geo.optim.fgsgd.fgsgd_update` is the step.
+r"""The path of large Stiefel matrices on the CPU: every product of the long side is taken once.
 
 What a step on an ``n x p`` matrix costs is its products with the long side, ``2np²`` operations each. Projection,
 transport and retraction, one after the other, take six of them. With ``x`` at radius ``r``, momentum ``m``, factor
-``μ``, rate ``η`` and a gradient ``g`` that is divided by ``τ`` already, four are enough ("Mathematics", section A.2)::
+``μ``, rate ``η`` and a gradient ``g``, five are enough, and fewer passes over memory ("Mathematics", section 2.2)::
 
     A = xᵀg                     the norm of the gradient is that of g less sym(A) / r, known before anything moves
-    C = A + μ B                 with B = xᵀm from the step before
-    m <- g + μ m - x sym(C)/r²  the projection of gradient and momentum; now xᵀm = skew(C)
-    P = mᵀm                     so that y = x - η m has yᵀy = r² (I + E), E = η² P / r²
-    x <- y Z,  Z = (I + E)^(-1/2)
-    B <- Z (skew(C) - η P)      which is xᵀm for the next step
+    C = A / τ + μ xᵀm
+    m <- g / τ + μ m - x sym(C)/r²    the projection of gradient and momentum
+    y = x - η m
+    x <- r y (yᵀy)^(-1/2)
 
-``P`` is symmetric: ``k`` blocks of its columns, :func:`~fgo_geo.linalg.gram_blocks`, save ``(k - 1) / 2k`` of its
-product. With four of them the step takes ``7.25 np²`` operations, and ``2p³`` for every product of the short side: one
-for ``B`` and, unless the step is tiny, one or more for ``Z``. Where ``I - Z`` is small, as it is in training, and the
-processor multiplies bfloat16 in hardware, ``y (I - Z)`` and the product for ``B`` are taken so, which costs float32
-nothing (:func:`~fgo_geo.linalg.subtract_part`). The ``n x p`` matrices are passed over some twenty times, ``80 np``
-bytes in single precision, which takes ``64/p`` of the products' time where six operations are done in the time of
-moving a byte. Temporaries lie in memory that is kept from step to step. What is measured is in "Speed".
-
-``E`` does not see how far rounding has taken ``x`` from its manifold, and a step that pushes outward, with a large
-``S = sym(C)/r²``, makes that grow by a factor of up to ``1 + 2η‖S‖``. So in the first step, and before what has
-gathered can be more than the rounding of eight steps, the retraction measures ``yᵀy`` itself. It leaves no ``B``: the
-next step takes that as a product, for another ``2 np²``.
-
-Where torch may round the factors of products (``torch.set_float32_matmul_precision``), ``A``, ``B`` and ``x sym(C)``
-do so, and ``yᵀy`` is measured in full in every step. Nothing is carried then: what follows from rounded products is off
-by a thousandth, and a point would drift by it.
-
-What was carried is used for the points and the momentum that the step has left, and for no others. Whether somebody has
-written to them is seen by torch's counters and, behind their back, by some of their numbers.
+Where ``I - (yᵀy / r²)^(-1/2)`` is small, as it is in training, and the processor multiplies bfloat16 in hardware, the
+last product is taken so, which costs float32 nothing (:func:`~fgo_geo.linalg.subtract_part`). Temporaries are in memory
+that is kept from step to step.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import (
-    Workspace,
-    frobenius_norm,
-    gram_matrix,
-    inverse_root_gap,
-    lowers_products,
-    small_product,
-    subtract_part,
-    subtract_product,
-)
-from fgo_geo.manifolds import Stiefel
+from fgo_geo.linalg import Workspace, frobenius_norm, reads_for_free, small_product, subtract_product
+from fgo_geo.manifolds import ProductOfGroups, Stiefel
+from fgo_geo.paths.pieces import Job
+from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
+from fgo_geo.paths.reference import JobBatch, measure
+from fgo_geo.paths.rules import momentum_sgd
 
-__all__ = ["Carried", "over_components", "shared_products_step", "tangent_square"]
+__all__ = ["SharedProducts", "shared_products_step", "tangent_square"]
 
-_MOST_DRIFT = 9.0  # in units of what rounding adds to xᵀx / r² in one step, some 1e-8 in single precision
-_LONGEST = 1.0  # ‖E‖; beyond, its rounding is no longer that of x
+# Time of a step with shared products over that of the reference, two cores of a Zen 4 processor, single precision:
+#
+#     64 x 16   64 x 32   128 x 64   576 x 64   128 x 96   512 x 96   512 x 128   1152 x 128   512 x 256   2304 x 256
+#      1.9       1.3        1.1        1.05       1.2        1.0        1.0          0.92         0.75        0.5
+_FEWEST_COLUMNS = 128
 _CANCELLATION = 0.01  # of a gradient's square is tangent at least, or it is projected before it is measured
-_LINES = 16  # rows, and numbers of every row, by which a matrix is known again
 
 
-@dataclass(frozen=True)
-class Carried:
-    """What a step leaves for the next one.
+class SharedProducts(Path):
+    """The path of large Stiefel matrices under the polar retraction with momentum, where reading values is free."""
 
-    Attributes:
-        along: ``xᵀm``, shape ``(..., p, p)``; None after a step that measured.
-        drift: Bound on the distance of ``xᵀx / r²`` from the identity, in units of what rounding adds in one step.
-        slip: Bound on the error of ``xᵀm / r²``, in the same units.
-        radius: The radius of the points.
-        lines: Some numbers of the points, and of their momentum if there is an ``along``, see :meth:`belongs_to`.
-    """
+    name = "shared products"
 
-    along: Tensor | None
-    drift: float
-    slip: float
-    radius: float | Tensor
-    lines: tuple[Tensor, ...]
+    def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...] | Refusal:
+        """The parts that are large Stiefel matrices."""
+        if options.momentum == 0 or options.nesterov or options.update != "retraction":
+            return Refusal(Reason.STEP, "products are shared under the retraction, with momentum other than Nesterov's")
+        if options.rule is not momentum_sgd:
+            return Refusal(Reason.STEP, "products are shared in the step of momentum SGD alone")
+        if not reads_for_free(weight.param) or isinstance(options.lr, Tensor):
+            return Refusal(Reason.DEVICE, "products are shared on the CPU, outside of transforms and tracing")
+        if not isinstance(weight.manifold, ProductOfGroups):
+            taken = parts if _is_large(weight.manifold, weight.param.shape) else ()
+        else:
+            sizes = weight.manifold.partition.sizes
+            manifolds = list(weight.manifold.manifolds)
+            taken = tuple(part for part in parts if _is_large(manifolds[part], sizes[part]))
+        if not taken:
+            return Refusal(Reason.KIND, f"products are shared by Stiefel matrices of {_FEWEST_COLUMNS} columns or more")
+        return taken
 
-    @classmethod
-    def of(
-        cls, x: Tensor, buffer: Tensor, radius: float | Tensor, along: Tensor | None, drift: float, slip: float
-    ) -> Carried:
-        """What is left at points, for these points and their momentum.
-
-        Args:
-            x: Points, shape ``(..., n, p)``.
-            buffer: Momentum ``m``, shape ``(..., n, p)``.
-            radius: Radius of the points, a number or a tensor that multiplies them.
-            along: As the attribute.
-            drift: As the attribute.
-            slip: As the attribute.
-        """
-        lines = (*_lines(x), *(() if along is None else _lines(buffer)))
-        radius = radius.clone() if isinstance(radius, Tensor) else radius
-        return cls(along, drift, slip, radius, tuple(line.clone() for line in lines))
-
-    def belongs_to(self, x: Tensor, buffer: Tensor, radius: float | Tensor = 1.0) -> bool:
-        """Whether points, radius and, if their product is carried, momentum are those that the step has left.
-
-        Compares some rows, and sixteen numbers of every row, of every other one farther to the right: nothing has to be
-        passed over once more.
-
-        Args:
-            x: Points, shape ``(..., n, p)``.
-            buffer: Momentum ``m``, shape ``(..., n, p)``.
-            radius: Radius of the points, a number or a tensor that multiplies them.
-
-        Returns:
-            False if somebody has changed one of them. A change passes that avoids all of these, as one of a few numbers
-            can, or of a narrow block; a step that measures, one of the next eight, mends what it did to a point.
-
-        Example:
-            >>> x, m = torch.eye(3, 2), torch.ones(3, 2)
-            >>> carried = Carried.of(x, m, 1.0, x.mT @ m, drift=1.0, slip=1.0)
-            >>> carried.belongs_to(x, m), carried.belongs_to(x, 2 * m), carried.belongs_to(x, m, 2.0)
-            (True, False, False)
-        """
-        lines = (*_lines(x), *(() if self.along is None else _lines(buffer)))
-        return _equal(radius, self.radius) and all(map(_equal, lines, self.lines))
+    def batch(self, claims: Sequence[Claim]) -> Batch:
+        """A batch with memory of its own."""
+        return _SharedBatch(claims)
 
 
-def _lines(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Some numbers of matrices, of few lines of the cache; of their transposes where columns lie together.
-
-    Rows from top to bottom; 16 numbers of each of the first rows, from the left to the right, again and again; and the
-    first 16 of the rows that remain.
-    """
-    rows = x.mT if x.stride(-2) == 1 else x
-    count, length = rows.shape[-2:]
-    period = max(1, min(count, length // _LINES))
-    stride, whole = length // period, count - count % period
-    slanting = rows[..., :whole, : period * stride].unflatten(-2, (-1, period)).unflatten(-1, (period, stride))
-    return (
-        rows[..., :: max(1, count // _LINES), :],
-        slanting[..., :_LINES].diagonal(dim1=-3, dim2=-2),
-        rows[..., whole:, :_LINES],
-    )
+def _is_large(manifold: object, shape: Sequence[int]) -> bool:
+    return type(manifold) is Stiefel and manifold.retraction == "polar" and shape[-1] >= _FEWEST_COLUMNS
 
 
-def _equal(a: float | Tensor, b: float | Tensor) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+class _SharedBatch(JobBatch):
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        super().__init__(claims)
+        self._workspace = Workspace()
+        self._along: dict[Job, Tensor | None] = {}  # xᵀ grad; None if the gradient is projected
+
+    def measure_job(self, job: Job, options: StepOptions) -> Tensor:
+        """The squared norm of every group, from ``xᵀ grad``; the gradients are not projected unless that cancels."""
+        manifold = cast(Stiefel, job.manifold)
+        grad = job.grad
+        along = small_product(job.x.mT, grad)
+        radius = manifold.radius_for(job.x)
+        inner = tangent_square(grad, along, radius, self._workspace)
+        if inner is None:  # little is left of the gradient, and much rounding
+            self._along[job] = None
+            return measure(job, options)
+        self._along[job] = along
+        if options.radius_invariant:
+            inner = inner * _over_components(radius) ** 2
+        return job.sum(inner.double())
+
+    def move_job(self, job: Job, options: StepOptions, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """New points and momentum."""
+        manifold, along = cast(Stiefel, job.manifold), self._along.pop(job)
+        if along is None:
+            return super().move_job(job, options, scale)
+        factor: float | Tensor = 1.0 if job.buffer is None else 1 - options.dampening
+        factor = -factor if options.maximize else factor
+        if scale is not None:
+            along = torch.where(job.spread(scale) > 0, along, 0)  # what is left out may not be finite
+            factor = factor * (float(scale) if scale.numel() == 1 else job.spread(scale))
+        if options.radius_invariant:
+            factor = factor * manifold.radius_for(job.x) ** 2
+        return shared_products_step(
+            manifold,
+            job.x,
+            job.grad,
+            along,
+            job.buffer,
+            scale=factor,
+            lr=cast(float, options.lr),
+            momentum=options.momentum,
+            workspace=self._workspace if job.is_whole else None,
+            out=job.x if job.is_view else None,
+        )
 
 
 def tangent_square(
@@ -169,25 +140,14 @@ def tangent_square(
         (tensor(16.), None)
     """
     twice = torch.add(along, along.mT, out=None if workspace is None else workspace.square(grad, "gap"))
-    normal = frobenius_norm(twice) / (2 * over_components(radius))
+    normal = frobenius_norm(twice) / (2 * _over_components(radius))
     whole = frobenius_norm(grad).square()
     tangent = whole - normal.square()
     return None if bool((tangent < _CANCELLATION * whole).any()) else tangent
 
 
-def over_components(radius: float | Tensor) -> float | Tensor:
-    """A radius that multiplies points, as one that multiplies a number of every component.
-
-    Args:
-        radius: A number, or a tensor of shape ``(..., 1, 1)``.
-
-    Returns:
-        The number, or a tensor of shape ``(...)``.
-
-    Example:
-        >>> over_components(torch.tensor([[[2.0]], [[3.0]]])), over_components(0.5)
-        (tensor([2., 3.]), 0.5)
-    """
+def _over_components(radius: float | Tensor) -> float | Tensor:
+    """A radius that multiplies points, as one that multiplies a number of every component."""
     return radius.squeeze((-2, -1)) if isinstance(radius, Tensor) else radius
 
 
@@ -197,14 +157,13 @@ def shared_products_step(
     grad: Tensor,
     along: Tensor,
     buffer: Tensor | None,
-    carried: Carried | None,
     *,
     scale: float | Tensor,
     lr: float,
     momentum: float,
     workspace: Workspace | None = None,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Carried | None]:
+) -> tuple[Tensor, Tensor]:
     """Project gradient and momentum, add them, and move along the polar retraction.
 
     Args:
@@ -213,7 +172,6 @@ def shared_products_step(
         grad: Gradients, shape ``(..., n, p)``, projected or not; read only.
         along: ``xᵀ grad``, shape ``(..., p, p)``; overwritten.
         buffer: Momentum of the step before, shape ``(..., n, p)``, or None in the first one.
-        carried: What the step before has left, if anything.
         scale: Factor of the gradients, ``1/τ``; a tensor broadcasts against them.
         lr: Learning rate ``η``.
         momentum: Momentum factor ``μ``.
@@ -222,60 +180,34 @@ def shared_products_step(
         out: Where to put the new points, at the very end; it may be ``x``.
 
     Returns:
-        The new points, the new momentum, and what to carry to the next step, if anything.
+        The new points and the new momentum.
 
     Example:
         >>> x, g = torch.tensor([[1.0], [0.0]]), torch.tensor([[5.0], [-0.75]])
-        >>> x, m, carried = shared_products_step(Stiefel(), x, g, x.mT @ g, None, None, scale=1, lr=1, momentum=0.9)
-        >>> x, m, carried.drift
+        >>> shared_products_step(Stiefel(), x, g, x.mT @ g, None, scale=1, lr=1, momentum=0.9)
         (tensor([[0.8000],
                 [0.6000]]), tensor([[ 0.0000],
-                [-0.7500]]), 1.0)
+                [-0.7500]]))
     """
     workspace = Workspace() if workspace is None else workspace
     radius = manifold.radius_for(x)
-    drift, slip = math.inf, 0.0
     along.mul_(scale)
     if buffer is not None:
-        before = None
-        if carried is not None and carried.belongs_to(x, buffer, radius):
-            before, drift, slip = carried.along, carried.drift, carried.slip
-        if before is None:
-            before, slip = small_product(x.mT, buffer, out=workspace.square(x, "excess")), 0.0
-        along.add_(before, alpha=momentum)
+        along.add_(small_product(x.mT, buffer, out=workspace.square(x, "excess")), alpha=momentum)
     normal = torch.add(along, along.mT, out=workspace.square(x, "gap")).div_(2 * radius**2)
     total, factor = _weighted_sum(grad, scale, buffer, momentum, workspace.like(x, "momentum"))
     m = subtract_product(total, x, normal, beta=factor, out=workspace.like(x, "momentum"))
-    if lowers_products():
-        drift = math.inf
-    else:
-        # With xᵀx = r² (I + D) and an error βr² of B, a step leaves the error β' = μβ + D S of B, and D + 2η sym(β').
-        slip = momentum * slip + drift * float(frobenius_norm(normal).amax())
-        drift += 2 * abs(lr) * slip + 1
     y = torch.add(x, m, alpha=-lr, out=workspace.like(x, "point"))
+    explained = (lr * frobenius_norm(m) / _over_components(radius)).square()
     out = torch.empty_like(x) if out is None else out
-    if drift <= _MOST_DRIFT:
-        products = gram_matrix(m, out=workspace.square(x, "products"))
-        excess = torch.mul(products, (lr / radius) ** 2, out=workspace.square(x, "excess"))
-        norm = float(frobenius_norm(excess).amax())
-        if norm <= _LONGEST:
-            gap = inverse_root_gap(excess, norm, out=workspace.square(x, "gap"))
-            rest = torch.sub(along, along.mT, out=excess).mul_(0.5).add_(products, alpha=-lr)
-            along = subtract_part(rest, gap, workspace, from_left=True, out=along)
-            squared_length = products.diagonal(dim1=-2, dim2=-1).sum(-1) / over_components(radius) ** 2
-            slip += float(squared_length.amax()) ** 0.5  # rounding
-            moved = subtract_part(y, gap, workspace, out=out)
-            return moved, m, Carried.of(moved, m, radius, along, drift, slip)
-    explained = (lr * frobenius_norm(m) / over_components(radius)).square()
-    moved = manifold.retract_measured(y, explained, memory=(workspace, out))
-    return moved, m, None if lowers_products() else Carried.of(moved, m, radius, None, drift=1.0, slip=0.0)
+    return manifold.retract_measured(y, explained, memory=(workspace, out)), m
 
 
 def _weighted_sum(
     grad: Tensor, scale: float | Tensor, buffer: Tensor | None, momentum: float, out: Tensor
 ) -> tuple[Tensor, float]:
     """``scale g + μ m`` but for a common factor, which saves a pass over them: the sum and the factor."""
-    if isinstance(scale, Tensor):
+    if isinstance(scale, Tensor) or scale == 0:
         total = torch.mul(grad, scale, out=out)
         return (total if buffer is None else total.add_(buffer, alpha=momentum)), 1.0
     if buffer is None:

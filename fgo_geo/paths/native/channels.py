@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import reads_for_free
-from fgo_geo.paths.native.kernels import library, threads_for
+from fgo_geo.paths.native.library import library, threads_for
 
 __all__ = ["direct", "takes"]
 

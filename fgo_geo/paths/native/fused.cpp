@@ -5,11 +5,7 @@
 //                lazy transport, step, retraction.
 //
 // Between the two the caller turns norms into step sizes and may refuse to go on. That is seven passes over memory, and
-// nothing is allocated per component. Where the groups of a row of kernels are its own (PO), both can be done while the row
-// is in the cache, in five passes; a sixth one before them tells whether the caller would have refused:
-//
-//   fgo_large    reads the gradient: whether a norm can be too large for its type, or not a number;
-//   fgo_step     both sweeps, row by row.
+// nothing is allocated per component.
 //
 // Kernels are handled `lanes` at a time, one per lane of a vector register ("struct of arrays"): entry (i, j) of all of
 // them is one vector. All manifold kinds go through the same instructions, and masks choose between them:
@@ -55,8 +51,6 @@ struct fgo_task {
   const void *radii;       // per kernel, or null: radius[kind]
   double *squared_norms;   // per group: added to by fgo_norms
   const void *scales;      // per group: 1 / tau, read by fgo_update; zero leaves the gradient out
-  const double *curvature; // per group, read by fgo_step; or null: that of the options
-  double *taus;            // per group: written by fgo_step
   double radius[4];
   int64_t rows, columns, row_stride, column_stride;
   int32_t a, b, i_stride, j_stride;
@@ -65,8 +59,8 @@ struct fgo_task {
 };
 
 struct fgo_options {
-  double lr, momentum, dampening, weight_decay, rho, curvature;
-  int32_t nesterov, maximize, radius_invariant, constant;  // constant: tau is one
+  double lr, momentum, dampening, weight_decay;
+  int32_t nesterov, maximize, radius_invariant;
 };
 
 // The instruction set in use: 2 AVX-512, 1 AVX2, 0 what every processor has. It is the best that the processor has up to
@@ -107,12 +101,6 @@ template <class T> constexpr T repeat_limit = T(0.9);
 constexpr int most_rounds = 30;  // of Jacobi rotations, several times as many as columns need
 
 int64_t chunks_per_row(const fgo_task &t) { return (t.columns + chunk - 1) / chunk; }
-
-// The divisor of the learning rate, fgo_geo.optim.theorem_step_scale: algorithm 1 and eq. 7 of the FG-SGD paper.
-double step_scale(double norm, double rho, double curvature) {
-  const double root = std::fmax(2 * rho + norm, std::sqrt(1 + curvature * (rho + norm)));
-  return std::fmax(1.0, norm * root);
-}
 
 }  // namespace
 
@@ -179,15 +167,11 @@ namespace {
 using sweep = int64_t (*)(const fgo_task *, const fgo_options *, double *, int64_t, int64_t);
 
 template <class T> struct sweeps {
-  sweep norms, update, step;
-  double (*squares)(const T *, int64_t);
+  sweep norms, update;
 };
 
-#define FGO_SWEEPS(set)                                                                                                  \
-  sweeps<T> {                                                                                                            \
-    set::run_sweep<set::norms_sweep, T>, set::run_sweep<set::update_sweep, T>, set::run_sweep<set::whole_step, T>,       \
-        set::squares_of_run<T>                                                                                           \
-  }
+#define FGO_SWEEPS(set) \
+  sweeps<T> { set::run_sweep<set::norms_sweep, T>, set::run_sweep<set::update_sweep, T> }
 
 // The sweeps for this processor.
 template <class T> sweeps<T> choose() {
@@ -223,30 +207,11 @@ void share(const fgo_task *tasks, int64_t count, int threads, Units units, Run r
 
 int64_t all_chunks(const fgo_task &t) { return t.rows * chunks_per_row(t); }
 
-// How many tasks have gradients whose squares add up to half the largest number of their type or more, or to none: then a
-// group's norm may be too large, or not a number. Otherwise no group's is, as long as weights are finite and of a sane size:
-// projections shorten, and weight decay adds little.
-template <class T> int64_t large_gradients(const fgo_task *tasks, int64_t count, const fgo_options &options, int threads) {
-  std::vector<std::vector<double>> partial(threads, std::vector<double>(count, 0.0));
-  share(tasks, count, threads, [](const fgo_task &t) { return t.rows * t.columns * t.a * t.b; },
-        [&](int64_t k, int64_t begin, int64_t end, int number) {
-          partial[number][k] = choose<T>().squares(static_cast<const T *>(tasks[k].grad) + begin, end - begin);
-        });
-  int64_t large = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    double sum = 0, radius = 1;
-    for (const auto &of_thread : partial) sum += of_thread[k];
-    for (int kind = 0; options.radius_invariant && kind < 4; ++kind) radius = std::fmax(radius, tasks[k].radius[kind]);
-    large += !(sum * radius * radius < std::numeric_limits<T>::max() / 2) || (options.radius_invariant && tasks[k].radii);
-  }
-  return large;
-}
-
 }  // namespace
 
 extern "C" {
 
-FGO_API int fgo_abi() { return 7; }  // of this file and of lines.cpp
+FGO_API int fgo_abi() { return 8; }  // of this file and of lines.cpp
 
 // Sums of a thread go to a buffer of its own and are added up in the order of the threads: the result depends on their
 // number, not on their timing.
@@ -273,23 +238,5 @@ FGO_API int64_t fgo_update(const fgo_task *tasks, int64_t count, const fgo_optio
   share(tasks, count, threads, all_chunks,
         [&](int64_t k, int64_t begin, int64_t end, int) { run(tasks + k, options, nullptr, begin, end); });
   return 0;
-}
-
-// Returns the number of weights whose gradients alone do not show that the norms of all groups are finite.
-FGO_API int64_t fgo_large(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
-  return (is_double ? large_gradients<double> : large_gradients<float>)(tasks, count, *options, threads);
-}
-
-// Returns the number of groups that were left out because their norm was not finite.
-FGO_API int64_t fgo_step(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
-  const sweep run = is_double ? choose<double>().step : choose<float>().step;
-  std::vector<int64_t> left_out(threads, 0);
-  share(tasks, count, threads, [](const fgo_task &t) { return t.rows; },
-        [&](int64_t k, int64_t begin, int64_t end, int number) {
-          left_out[number] += run(tasks + k, options, nullptr, begin, end);
-        });
-  int64_t sum = 0;
-  for (int64_t number : left_out) sum += number;
-  return sum;
 }
 }

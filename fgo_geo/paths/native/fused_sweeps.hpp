@@ -97,9 +97,9 @@ template <class T> FGO_INLINE void transpose(vec<T> *v) {
 
 // -- memory ------------------------------------------------------------------------------------------------------
 
-// How the kernels of a vector lie: an entry of all of them side by side, one kernel behind the other, or anyhow. Anyhow, there
-// may be fewer of them than lanes.
-enum class lie { beside, behind, apart };
+// Where the kernels of a vector are: planar (an entry of all kernels is contiguous), interleaved (each kernel is
+// contiguous, and the next one follows), or at any strides, where there is a table of the entries' offsets.
+enum class layout { planar, interleaved, strided };
 
 // An address that the compiler has to take as it is: it would work out one per entry, more than there are registers for.
 template <class T> FGO_INLINE T *at(T *base, int64_t start) {
@@ -182,21 +182,21 @@ FGO_TARGET __attribute__((noinline, noclone)) void scatter(T *p, const int64_t *
 }
 
 // Entries of the kernels from p on.
-template <class T, int K, lie P>
+template <class T, int K, layout P>
 FGO_INLINE void read(const T *p, const int64_t *offset, int64_t kernel_stride, int count, int size, vec<T> *v) {
-  if constexpr (P == lie::beside)
+  if constexpr (P == layout::planar)
     for (int e = 0; e < K; ++e) v[e] = load<T>(p + offset[e]);
-  else if constexpr (P == lie::behind)
+  else if constexpr (P == layout::interleaved)
     read_blocks<T, K, 0>(p, v);
   else
     gather<T>(p, offset, kernel_stride, count, size, v);
 }
 
-template <class T, int K, lie P>
+template <class T, int K, layout P>
 FGO_INLINE void write(T *p, const int64_t *offset, int64_t kernel_stride, int count, int size, const vec<T> *v) {
-  if constexpr (P == lie::beside)
+  if constexpr (P == layout::planar)
     for (int e = 0; e < K; ++e) store<T>(p + offset[e], v[e]);
-  else if constexpr (P == lie::behind)
+  else if constexpr (P == layout::interleaved)
     write_blocks<T, K, 0>(p, v);
   else
     scatter<T>(p, offset, kernel_stride, count, size, v);
@@ -496,7 +496,7 @@ template <class T> FGO_INLINE stretch stretch_at(const setting<T> &s, int64_t ro
   return {row * s.columns + column, row * s.row_stride + column * s.column_stride, left < lanes<T> ? int(left) : lanes<T>};
 }
 
-template <class T, lie P> FGO_INLINE lane_facts<T> learn(const setting<T> &s, const stretch &v) {
+template <class T, layout P> FGO_INLINE lane_facts<T> learn(const setting<T> &s, const stretch &v) {
   constexpr int L = lanes<T>;
   const int32_t *codes = s.codes + v.kernel;
   lane_facts<T> f;
@@ -506,7 +506,7 @@ template <class T, lie P> FGO_INLINE lane_facts<T> learn(const setting<T> &s, co
   } else {
     for (int l = 0; l < L; ++l) f.kind[l] = codes[l < v.count ? l : 0] & 3;
   }
-  if (P == lie::apart && s.radii) {
+  if (P == layout::strided && s.radii) {
     for (int l = 0; l < L; ++l) {
       const T radius = s.radii[v.kernel + (l < v.count ? l : 0)];
       f.inverse_square[l] = 1 / (radius * radius);
@@ -519,7 +519,7 @@ template <class T, lie P> FGO_INLINE lane_facts<T> learn(const setting<T> &s, co
 }
 
 // Weight and gradient, weight decay included, of `count` kernels, the first of which begins at `start`.
-template <class T, int A, int B, lie P>
+template <class T, int A, int B, layout P>
 FGO_INLINE void read_both(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> *w, vec<T> *h) {
   read<T, A * B, P>(at(s.weight, start), s.offset, s.column_stride, count, s.n, w);
   read<T, A * B, P>(at(s.grad, start), s.offset, s.column_stride, count, s.n, h);
@@ -530,7 +530,7 @@ FGO_INLINE void read_both(const setting<T> &s, int64_t start, int count, const l
 }
 
 // Squared norms of the Riemannian gradients of `count` kernels.
-template <class T, int A, int B, lie P, bool FULL>
+template <class T, int A, int B, layout P, bool FULL>
 FGO_INLINE vec<T> squares_of(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f) {
   constexpr int entries = A ? A * B : max_a * max_b;
   const int a = A ? A : s.a, b = B ? B : s.b;
@@ -553,7 +553,7 @@ FGO_TARGET __attribute__((noinline)) void look_ahead(const setting<T> &s, int64_
                                                      const vec<T> &rate, vec<T> *w, vec<T> *u) {
   vec<T> h[max_a * max_b];
   const vec<T> none = {};
-  read_both<T, 0, 0, lie::apart>(s, start, count, f, w, h);
+  read_both<T, 0, 0, layout::strided>(s, start, count, f, w, h);
   if (s.skips)
     for (int k = 0; k < s.n; ++k) h[k] = rate == none ? none : h[k];
   project<T, 0, B, true>(w, h, f, s.a, s.b);
@@ -561,7 +561,7 @@ FGO_TARGET __attribute__((noinline)) void look_ahead(const setting<T> &s, int64_
 }
 
 // The step of `count` kernels.
-template <class T, int A, int B, lie P, bool FULL>
+template <class T, int A, int B, layout P, bool FULL>
 FGO_INLINE void step_of(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> rate) {
   constexpr int entries = A ? A * B : max_a * max_b, size = B ? B * B : max_b * max_b;
   const int n = A ? A * B : s.n, a = A ? A : s.a, b = B ? B : s.b;
@@ -615,21 +615,20 @@ template <class T> FGO_INLINE vec<T> rates_of(const T *scales, const int32_t *co
 }
 
 // Where the parts of a step ask for memory ahead of time.
-enum class ahead { nothing, own_momentum, next_row };
+enum class prefetched { nothing, next_row };
 
 // Side by side, the memory of the same columns one row on: nine or more streams, each a few cache lines long, are beyond
 // what the processor foresees by itself, but all of them together are one stream, which is what is asked for here. One
 // behind the other, kernels are streams that it does foresee, but not over the borders of pages.
-template <class T, int K, lie P>
-FGO_INLINE void prefetch_vector(const setting<T> &s, int64_t row, int64_t column, bool momentum, ahead what) {
+template <class T, int K, layout P>
+FGO_INLINE void prefetch_vector(const setting<T> &s, int64_t row, int64_t column, bool momentum, prefetched what) {
   const int64_t place = column * s.n + row * s.row_stride;
-  if constexpr (P == lie::behind) {
+  if constexpr (P == layout::interleaved) {
     prefetch<T, K, 1>(s.weight + place + near);
     prefetch<T, K, 1>(s.grad + place + near);
     if (momentum) prefetch<T, K, 1>(s.buffer + place + near);
-  } else if constexpr (P == lie::beside) {
-    if (what == ahead::own_momentum) prefetch<T, K, 2>(s.buffer + place);
-    if (what != ahead::next_row || row + 1 >= s.rows) return;
+  } else if constexpr (P == layout::planar) {
+    if (what != prefetched::next_row || row + 1 >= s.rows) return;
     prefetch<T, K, 2>(s.weight + place + s.row_stride);
     prefetch<T, K, 2>(s.grad + place + s.row_stride);
     if (momentum) prefetch<T, K, 2>(s.buffer + place + s.row_stride);
@@ -681,19 +680,19 @@ template <class T, int K> struct rest {
 };
 
 // Adds the squared norms of the kernels of a row's columns to the sums of their groups, or to `row_sums` per kind.
-template <class T, int A, int B, lie P>
+template <class T, int A, int B, layout P>
 FGO_TARGET __attribute__((noinline, noclone)) void sum_columns(const setting<T> &s, int64_t row, int64_t first, int64_t last, double *sums,
-                                                      double *row_sums, ahead what) {
+                                                      double *row_sums, prefetched what) {
   constexpr int L = lanes<T>;
   const vec<T> none = {};
   vec<T> by_kind[4] = {};
   for (int64_t column = first; column < last; column += L) {
     const stretch v = stretch_at(s, row, column, last);
     prefetch_vector<T, A * B, P>(s, row, column, false, what);
-    if constexpr (P != lie::apart)
+    if constexpr (P != layout::strided)
       if (v.count < L) {
         const rest<T, A * B> left(s, v);
-        sum_columns<T, A, B, lie::beside>(left.own, 0, 0, L, sums, row_sums, ahead::nothing);
+        sum_columns<T, A, B, layout::planar>(left.own, 0, 0, L, sums, row_sums, prefetched::nothing);
         break;
       }
     const lane_facts<T> f = learn<T, P>(s, v);
@@ -701,7 +700,7 @@ FGO_TARGET __attribute__((noinline, noclone)) void sum_columns(const setting<T> 
                                      : squares_of<T, A, B, P, false>(s, v.start, v.count, f);
     if (!row_sums)
       for (int l = 0; l < v.count; ++l) sums[(s.codes[v.kernel + l] >> 2) * 2 + (l & 1)] += sum[l];
-    else if (P == lie::apart)
+    else if (P == layout::strided)
       for (int l = 0; l < v.count; ++l) row_sums[f.kind[l]] += sum[l];
     else
       for (int k = 0; k < 4; ++k) by_kind[k] += f.kind == k ? sum : none;
@@ -712,17 +711,17 @@ FGO_TARGET __attribute__((noinline, noclone)) void sum_columns(const setting<T> 
 }
 
 // Takes the step of the kernels of a row's columns, at the rates of their groups or at `row_scales` per kind.
-template <class T, int A, int B, lie P>
+template <class T, int A, int B, layout P>
 FGO_TARGET __attribute__((noinline, noclone)) void step_columns(const setting<T> &s, int64_t row, int64_t first, int64_t last,
-                                                       const T *row_scales, ahead what) {
+                                                       const T *row_scales, prefetched what) {
   constexpr int L = lanes<T>;
   for (int64_t column = first; column < last; column += L) {
     const stretch v = stretch_at(s, row, column, last);
     prefetch_vector<T, A * B, P>(s, row, column, s.old, what);
-    if constexpr (P != lie::apart)
+    if constexpr (P != layout::strided)
       if (v.count < L) {
         const rest<T, A * B> left(s, v);
-        step_columns<T, A, B, lie::beside>(left.own, 0, 0, L, row_scales, ahead::nothing);
+        step_columns<T, A, B, layout::planar>(left.own, 0, 0, L, row_scales, prefetched::nothing);
         left.put_back(s, v);
         break;
       }
@@ -746,26 +745,9 @@ template <class T> FGO_INLINE piece piece_of(const setting<T> &s, int64_t row, i
   return {row, first, last, s.row_groups ? s.row_groups + 4 * row : nullptr};
 }
 
-// Sum of the squares of numbers that lie together.
-template <class T> FGO_TARGET double squares_of_run(const T *p, int64_t count) {
-  constexpr int L = lanes<T>, streams = 4;  // sums that don't wait for each other
-  vec<T> sums[streams] = {};
-  int64_t k = 0;
-  for (; k + streams * L <= count; k += streams * L)
-    for (int s = 0; s < streams; ++s) {
-      const vec<T> v = load<T>(p + k + s * L);
-      sums[s] += v * v;
-    }
-  double total = 0;
-  for (; k < count; ++k) total += double(p[k]) * p[k];
-  for (const vec<T> &sum : sums)
-    for (int l = 0; l < L; ++l) total += sum[l];
-  return total;
-}
-
 // The first sweep: rows in chunks, the norms of whose groups are added to `sums`, two places each.
 struct norms_sweep {
-  template <class T, int A, int B, lie P>
+  template <class T, int A, int B, layout P>
   FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *sums, int64_t begin, int64_t end) {
     int64_t offset[max_a * max_b];
     const setting<T> s = setting_of<T>(*task, *options, offset);
@@ -773,7 +755,7 @@ struct norms_sweep {
     for (int64_t number = begin; number < end; ++number) {
       const piece p = piece_of(s, number / per_row, number % per_row * chunk);
       double row_sums[4] = {};
-      sum_columns<T, A, B, P>(s, p.row, p.first, p.last, sums, p.groups ? row_sums : nullptr, ahead::next_row);
+      sum_columns<T, A, B, P>(s, p.row, p.first, p.last, sums, p.groups ? row_sums : nullptr, prefetched::next_row);
       for (int k = 0; p.groups && k < 4; ++k)
         if (p.groups[k] >= 0) sums[2 * p.groups[k]] += row_sums[k];
     }
@@ -783,7 +765,7 @@ struct norms_sweep {
 
 // The second sweep, at the given rates.
 struct update_sweep {
-  template <class T, int A, int B, lie P>
+  template <class T, int A, int B, layout P>
   FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
     int64_t offset[max_a * max_b];
     const setting<T> s = setting_of<T>(*task, *options, offset);
@@ -792,57 +774,19 @@ struct update_sweep {
       const piece p = piece_of(s, number / per_row, number % per_row * chunk);
       T row_scales[4] = {};
       for (int k = 0; p.groups && k < 4; ++k) row_scales[k] = p.groups[k] < 0 ? T(0) : s.scales[p.groups[k]];
-      step_columns<T, A, B, P>(s, p.row, p.first, p.last, p.groups ? row_scales : nullptr, ahead::next_row);
+      step_columns<T, A, B, P>(s, p.row, p.first, p.last, p.groups ? row_scales : nullptr, prefetched::next_row);
     }
     return 0;
   }
 };
 
-// Both at once, where the groups of a row are its own: what the norms have read is still in the cache for the step.
-struct whole_step {
-  template <class T, int A, int B, lie P>
-  FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
-    int64_t offset[max_a * max_b];
-    const setting<T> s = setting_of<T>(*task, *options, offset);
-    int64_t left_out = 0;
-    for (int64_t row = begin; row < end; ++row) {
-      const int32_t *groups = s.row_groups + 4 * row;
-      double row_sums[4] = {};
-      for (int64_t first = 0; first < s.columns; first += chunk) {
-        const piece p = piece_of(s, row, first);
-        sum_columns<T, A, B, P>(s, row, first, p.last, nullptr, row_sums, s.old ? ahead::own_momentum : ahead::nothing);
-      }
-      T row_scales[4] = {};
-      const int64_t before = left_out;
-      for (int k = 0; k < 4; ++k) {
-        if (groups[k] < 0) continue;
-        const bool finite = std::isfinite(T(row_sums[k]));  // as the type of the weights holds it
-        const double curvature = task->curvature ? task->curvature[groups[k]] : options->curvature;
-        const double tau = !finite || options->constant ? 1.0 : step_scale(std::sqrt(row_sums[k]), options->rho, curvature);
-        row_scales[k] = finite ? T(1 / tau) : T(0);
-        task->taus[groups[k]] = tau;
-        left_out += !finite;
-      }
-      if (left_out == before) {
-        step_columns<T, A, B, P>(s, row, 0, s.columns, row_scales, ahead::next_row);
-      } else {
-        setting<T> careful = s;
-        careful.skips = true;
-        step_columns<T, A, B, P>(careful, row, 0, s.columns, row_scales, ahead::next_row);
-      }
-    }
-    return left_out;
-  }
-};
-
 template <class SWEEP, class T, int A, int B>
 FGO_TARGET bool run_at_size(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end, int64_t *result) {
-  const bool beside = t->column_stride == 1;
-  const bool behind = t->column_stride == t->a * t->b && t->i_stride == t->b && t->j_stride == 1;
+  const bool is_planar = t->column_stride == 1;
+  const bool is_interleaved = t->column_stride == t->a * t->b && t->i_stride == t->b && t->j_stride == 1;
   if (t->a != A || t->b != B || t->radii) return false;
-  if (beside) return *result = SWEEP::template run<T, A, B, lie::beside>(t, o, sums, begin, end), true;
-  if constexpr (!std::is_same<SWEEP, whole_step>::value)  // see goes_by_rows in kernels.py
-    if (behind) return *result = SWEEP::template run<T, A, B, lie::behind>(t, o, sums, begin, end), true;
+  if (is_planar) return *result = SWEEP::template run<T, A, B, layout::planar>(t, o, sums, begin, end), true;
+  if (is_interleaved) return *result = SWEEP::template run<T, A, B, layout::interleaved>(t, o, sums, begin, end), true;
   return false;
 }
 
@@ -854,7 +798,7 @@ FGO_TARGET int64_t run_sweep(const fgo_task *t, const fgo_options *o, double *su
     if constexpr (sizeof(T) == 4)
       if (run_at_size<SWEEP, T, 5, 5>(t, o, sums, begin, end, &result)) return result;
   }
-  return SWEEP::template run<T, 0, 0, lie::apart>(t, o, sums, begin, end);
+  return SWEEP::template run<T, 0, 0, layout::strided>(t, o, sums, begin, end);
 }
 
 #undef FGO_INLINE

@@ -1,42 +1,42 @@
-"""The fused path on the CPU: a compiled extension, called on memory addresses.
-
-``fused.cpp`` is built when the package is installed, where there is a C++ compiler, and knows neither Python nor torch.
-Without it everything works, by the batched torch code.
-"""
+"""The compiled path of kernels on the CPU: two sweeps over memory for all weights of a parameter group."""
 
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import math
-from pathlib import Path
-from typing import cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fgo_geo.paths.task import LARGEST, Batch, KernelTable, StepOptions, Task, gradient_of, place_of, problem_of
+from fgo_geo.paths.kernel_tables import LARGEST, KernelTable, gradient_of, place_of, problem_of, table_of
+from fgo_geo.paths.native.library import NOT_BUILT, PER_THREAD, library
+from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
 
-__all__ = [
-    "NOT_BUILT",
-    "description",
-    "goes_by_rows",
-    "gradients_are_moderate",
-    "reason",
-    "squared_norms",
-    "step_by_rows",
-    "threads_for",
-    "update",
-]
+__all__ = ["NativeKernels"]
 
-NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
 
-_ABI = 7  # of fused.cpp and lines.cpp; a file built from another version is left alone
-_FUNCTIONS = ("fgo_limit", "fgo_norms", "fgo_update", "fgo_large", "fgo_step")
-_FUNCTIONS += ("fgo_line_norms", "fgo_line_update", "fgo_take", "fgo_put", "fgo_direct")
-_INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")
-_PER_THREAD = 2**16  # entries below which another thread costs more than it saves
+class NativeKernels(Path):
+    """The path of kernels in single and double precision on the CPU, of any mix of the four kinds."""
+
+    name = "compiled sweeps over kernels"
+
+    def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...] | Refusal:
+        """All parts of a weight of kernels, or none."""
+        if weight.param.device.type != "cpu":
+            return Refusal(Reason.DEVICE, f"the compiled sweeps run on the CPU, the weight is on {weight.param.device}")
+        problem = problem_of(weight, options)
+        if problem is not None:
+            return problem
+        size = table_of(weight).size
+        if size[0] > LARGEST[0] or size[1] > LARGEST[1]:  # which is what fused.cpp has room for
+            return Refusal(Reason.SIZE, f"components of {size} are larger than {LARGEST}")
+        return parts if library() is not None else Refusal(Reason.MISSING, NOT_BUILT)
+
+    def batch(self, claims: Sequence[Claim]) -> Batch:
+        """One call per sweep and type for all weights."""
+        return _KernelBatch(claims)
 
 
 class _Task(ctypes.Structure):
@@ -44,7 +44,7 @@ class _Task(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "codes", "row_groups", "radii")),
-        *((name, ctypes.c_void_p) for name in ("squared_norms", "scales", "curvature", "taus")),
+        *((name, ctypes.c_void_p) for name in ("squared_norms", "scales")),
         ("radius", ctypes.c_double * 4),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
         *((name, ctypes.c_int32) for name in ("a", "b", "i_stride", "j_stride", "first", "skips")),
@@ -56,218 +56,87 @@ class _Options(ctypes.Structure):
     """``fgo_options`` of fused.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay", "rho", "curvature")),
-        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant", "constant")),
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),
+        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant")),
     )
 
 
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled extension, or None if it was not built."""
-    folder = Path(__file__).parent
-    for path in folder.glob("libfgo_geo.*"):
-        try:
-            loaded = ctypes.CDLL(str(path))
-        except OSError:  # built for another machine
-            continue
-        if all(hasattr(loaded, name) for name in ("fgo_abi", *_FUNCTIONS)) and loaded.fgo_abi() == _ABI:
-            for name in _FUNCTIONS:
-                getattr(loaded, name).restype = ctypes.c_int64
-            return loaded
-    return None
+class _KernelBatch(Batch):
+    """The weights as the extension wants them, by type. From step to step only addresses differ."""
 
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        super().__init__(claims)
+        self._tables = [table_of(weight) for weight in self.weights]  # the extension reads their memory
+        self._radii: list[Tensor] = []
+        groups, first_groups = sum(self.counts), list(itertools.accumulate(self.counts, initial=0))
+        self._norms = torch.empty(groups, dtype=torch.float64)
+        self._entries: list[tuple[Weight, _Task]] = []
+        self._calls: list[tuple[ctypes.Array[_Task], int, int]] = []  # entries, their number of weights, whether double
+        self._scales: dict[torch.dtype, Tensor] = {}
+        for dtype in {weight.param.dtype for weight in self.weights}:
+            scales = self._scales[dtype] = torch.empty(groups, dtype=dtype)
+            members = [k for k, weight in enumerate(self.weights) if weight.param.dtype == dtype]
+            entries = (_Task * len(members))(*(self._entry(self.weights[k], self._tables[k]) for k in members))
+            for k, entry in zip(members, entries, strict=True):
+                entry.squared_norms = self._norms.data_ptr() + first_groups[k] * self._norms.itemsize
+                entry.scales = scales.data_ptr() + first_groups[k] * dtype.itemsize
+                self._entries.append((self.weights[k], entry))
+            work = sum(self.weights[k].param.numel() for k in members)
+            self._calls.append((entries, work, int(dtype == torch.float64)))
 
-def _instruction_set(limit: int = -1) -> int:
-    """Number of the instruction set in use: the best that the processor has, up to a limit if one is given."""
-    loaded = library()
-    assert loaded is not None
-    return loaded.fgo_limit(ctypes.c_int(limit))
-
-
-def description() -> str:
-    """What the path is, where it is there."""
-    return f"compiled sweeps on the CPU ({_INSTRUCTION_SETS[_instruction_set()]})"
-
-
-def threads_for(work: int) -> int:
-    """Number of threads for so many entries."""
-    return max(1, min(torch.get_num_threads(), work // _PER_THREAD))
-
-
-def reason(task: Task[KernelTable]) -> str | None:
-    """Why the path cannot take a parameter, None if it can.
-
-    Args:
-        task: The parameter with its gradient.
-
-    Returns:
-        A reason, or None.
-    """
-    weight = task.weight
-    if weight.device.type != "cpu":
-        return f"the compiled sweeps run on the CPU, the weight is on {weight.device}"
-    if task.table.size[0] > LARGEST[0] or task.table.size[1] > LARGEST[1]:  # which is what fused.cpp has room for
-        return f"components of {task.table.size} are larger than {LARGEST}"
-    return problem_of(task) or (NOT_BUILT if library() is None else None)
-
-
-def squared_norms(batch: Batch) -> Tensor:
-    """Squared norms of the Riemannian gradients of all groups, one behind the other, in float64.
-
-    The memory of the result is used again in the next step of the batch.
-    """
-    table = _begun(batch)
-    table.norms.zero_()
-    table.run("fgo_norms")
-    return table.norms
-
-
-def update(batch: Batch, scales: Tensor, skips: bool) -> None:
-    """Take the step of all tasks, given ``1 / τ`` of all groups; ``skips`` says that some are zero.
-
-    Addresses and options are those that :func:`squared_norms` was given, if it was called for this batch.
-    """
-    table = _begun(batch) if batch.prepared is None else cast(_Table, batch.prepared)
-    for own in table.scales.values():
-        own.copy_(scales)
-    table.set_skips(skips)
-    table.run("fgo_update")
-
-
-def goes_by_rows(task: Task[KernelTable]) -> bool:
-    """Whether :func:`step_by_rows` takes a parameter: no group has kernels of two rows, and it gains by it.
-
-    Where kernels are stored one behind the other (contiguous weights) two sweeps are as fast: to read what is in the
-    cache costs them less than to turn it over twice.
-    """
-    side_by_side = task.weight.stride(1) == 1
-    return side_by_side and task.table.rows_apart and min(task.weight.shape[:2]) > 1  # others are stored as one row
-
-
-def gradients_are_moderate(batch: Batch) -> bool:
-    """Whether gradients show by themselves that the norms of all groups are finite, for a batch that goes by rows.
-
-    They are read once, and nothing is changed. Where they are too large for that, :func:`squared_norms` knows.
-    """
-    return _begun(batch).run("fgo_large") == 0
-
-
-def step_by_rows(batch: Batch) -> tuple[Tensor, int]:
-    """Take the step of all tasks in one sweep: norms, step sizes and update of a row while it is in the cache.
-
-    Args:
-        batch: Tasks for which :func:`goes_by_rows`.
-
-    Returns:
-        ``τ`` of all groups in float64, and how many groups were left out because their norm is not finite.
-    """
-    table = _begun(batch)
-    return table.set_taus(batch), table.run("fgo_step")
-
-
-class _Table:
-    """The tasks of a batch as the extension wants them, by type. In the next step only addresses are different."""
-
-    def __init__(self, batch: Batch) -> None:
-        groups = sum(batch.counts)
-        first_groups = list(itertools.accumulate(batch.counts, initial=0))[:-1]
-        types = {task.weight.dtype for task in batch.tasks}
-        self.norms = torch.empty(groups, dtype=torch.float64)
-        self.scales = {dtype: torch.empty(groups, dtype=dtype) for dtype in types}
-        self.rows: list[tuple[Task[KernelTable], _Task, int]] = []  # with the number of the first group
-        self.calls: list[tuple[ctypes.Array[_Task], int, int]] = []  # entries, their number of weights, whether double
-        self.options = _Options()
-        self.skips = False
-        for dtype in types:
-            members = [
-                (task, first)
-                for task, first in zip(batch.tasks, first_groups, strict=True)
-                if task.weight.dtype == dtype
-            ]
-            entries = (_Task * len(members))(*(_entry(task) for task, _ in members))
-            for entry, (task, first) in zip(entries, members, strict=True):
-                entry.squared_norms = self.norms.data_ptr() + first * self.norms.itemsize
-                entry.scales = self.scales[dtype].data_ptr() + first * dtype.itemsize
-                self.rows.append((task, entry, first))
-            work = sum(task.weight.numel() for task, _ in members)
-            self.calls.append((entries, work, int(dtype == torch.float64)))
-
-    def begin(self, options: StepOptions) -> None:
-        """Write the addresses and options of a step."""
-        self.options = _Options(
-            float(options.lr),
-            options.momentum,
-            options.dampening,
-            options.weight_decay,
-            options.rho,
-            0.0 if options.curvature is None else options.curvature,
-            options.nesterov,
-            options.maximize,
-            options.radius_invariant,
-            options.constant,
+    def _entry(self, weight: Weight, table: KernelTable) -> _Task:
+        """The entry of a weight but for its addresses."""
+        place = place_of(weight, table, by_rows=table.row_groups is not None)
+        assert place is not None
+        row_groups = table.row_groups if place.rows > 1 else None
+        radii = None if table.radii is None else table.radii.to(weight.param.dtype)
+        if radii is not None:
+            self._radii.append(radii)
+        return _Task(
+            codes=table.codes.data_ptr(),
+            row_groups=None if row_groups is None else row_groups.data_ptr(),
+            radii=None if radii is None else radii.data_ptr(),
+            radius=(ctypes.c_double * 4)(*(1.0 if math.isnan(r) else r for r in table.radius)),
+            rows=place.rows,
+            columns=place.columns,
+            row_stride=place.row_stride,
+            column_stride=place.column_stride,
+            a=table.size[0],
+            b=table.size[1],
+            i_stride=place.i_stride,
+            j_stride=place.j_stride,
+            groups=table.groups,
         )
-        for task, entry, _ in self.rows:
-            entry.weight = task.weight.data_ptr()
-            entry.grad = gradient_of(task).data_ptr()
-            entry.buffer = None if task.buffer is None else task.buffer.data_ptr()
-            entry.first = task.first
 
-    def set_skips(self, skips: bool) -> None:
-        """Write whether some scales are zero, if it is not what was written."""
-        if skips != self.skips:
-            self.skips = skips
-            for _, entry, _ in self.rows:
-                entry.skips = skips
+    def measure(self, options: StepOptions) -> Tensor:
+        """``R²`` of all groups; the memory of the result is used again in the next step."""
+        for weight, entry in self._entries:
+            grad = weight.grad
+            if grad is None or grad.stride() != weight.param.stride() or grad.is_neg():
+                grad = gradient_of(weight)
+            entry.weight, entry.grad = weight.param.data_ptr(), grad.data_ptr()
+        self._norms.zero_()
+        self._run("fgo_norms", options)
+        return self._norms
 
-    def set_taus(self, batch: Batch) -> Tensor:
-        """Write where ``τ`` goes, and where the curvature of the groups is; returns the tensor that will hold ``τ``."""
-        taus = torch.empty_like(self.norms)
-        invariant, own = batch.options.radius_invariant, batch.options.curvature is None
-        for task, entry, first in self.rows:
-            entry.taus = taus.data_ptr() + first * taus.itemsize
-            bound = task.table.keep(("curvature", invariant), task.table.curvature_bound, invariant) if own else None
-            entry.curvature = None if bound is None else bound.data_ptr()
-        return taus
+    def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
+        """The step of all weights, in place."""
+        for own in self._scales.values():
+            own.fill_(1) if scale is None else own.copy_(scale)
+        for weight, entry in self._entries:
+            entry.buffer = None if weight.buffer is None else weight.buffer.data_ptr()
+            entry.first, entry.skips = weight.first, leaves_out
+        torch.autograd.graph.increment_version([weight.param for weight in self.weights])
+        self._run("fgo_update", options)
 
-    def run(self, name: str) -> int:
-        """Call a function of the extension, once for every type; returns the sum of what it returns."""
-        sweep, options = getattr(library(), name), ctypes.byref(self.options)
-        total = 0
+    def _run(self, name: str, options: StepOptions) -> None:
+        o = options
+        rates = (float(o.lr), o.momentum, o.dampening, o.weight_decay)
+        numbers = _Options(*rates, o.nesterov, o.maximize, o.radius_invariant)
         with torch.profiler.record_function(name):
-            for entries, work, is_double in self.calls:
-                threads = threads_for(work)
-                total += sweep(entries, ctypes.c_int64(len(entries)), options, is_double, ctypes.c_int(threads))
-        return total
-
-
-def _begun(batch: Batch) -> _Table:
-    """The table of a batch, at the beginning of a step."""
-    if batch.prepared is None:
-        batch.prepared = _Table(batch)
-    table = cast(_Table, batch.prepared)
-    table.begin(batch.options)
-    return table
-
-
-def _entry(task: Task[KernelTable]) -> _Task:
-    """The task but for its addresses."""
-    table, dtype = task.table, task.weight.dtype
-    place = place_of(task, by_rows=table.row_groups is not None)
-    assert place is not None
-    row_groups = table.row_groups if place.rows > 1 else None
-    radii = None if table.radii is None else table.keep(("radii", dtype), table.radii.to, dtype)
-    return _Task(
-        codes=table.codes.data_ptr(),
-        row_groups=None if row_groups is None else row_groups.data_ptr(),
-        radii=None if radii is None else radii.data_ptr(),
-        radius=(ctypes.c_double * 4)(*(1.0 if math.isnan(r) else r for r in table.radius)),
-        rows=place.rows,
-        columns=place.columns,
-        row_stride=place.row_stride,
-        column_stride=place.column_stride,
-        a=table.size[0],
-        b=table.size[1],
-        i_stride=place.i_stride,
-        j_stride=place.j_stride,
-        groups=table.groups,
-    )
+            most = torch.get_num_threads()
+            for entries, work, is_double in self._calls:
+                threads = ctypes.c_int(max(1, min(most, work // PER_THREAD)))
+                getattr(library(), name)(
+                    entries, ctypes.c_int64(len(entries)), ctypes.byref(numbers), is_double, threads
+                )

@@ -8,8 +8,7 @@ Nothing here touches values.
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import cast
@@ -19,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, ScaledSphere
-from fgo_geo.paths.task import Configuration, Table, configuration_of, same
-from fgo_geo.weights.components import BlockPartition, Segments
-from fgo_geo.weights.kinds import kind
+from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
+from fgo_geo.paths.kept import kept
+from fgo_geo.weights.components import BlockPartition, FilterPartition, Segments
+from fgo_geo.weights.kinds import kind, kind_of
 
 __all__ = ["Deal", "LineTable", "table_of"]
 
@@ -36,6 +35,9 @@ class _Owner(IntEnum):
     ONE_LINE = 1
     LINE_PER_ROW = 2
     LINE_PER_COLUMN = 3
+
+
+_EUCLIDEAN, _SPHERE, _OBLIQUE = 0, 1, 2  # codes of the kinds that consist of lines; blocks of other kinds are left
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +63,12 @@ class Deal:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LineTable(Table):
+class LineTable:
     """Where the lines of a weight lie, and what they are.
 
     Attributes:
+        groups: Number of groups.
+        left: Numbers of the parts of the weight that are no lines; empty if all are.
         lines: Number of lines.
         length: Numbers of a line; of a matrix that was dealt, its rows.
         width: One if a line is a run in memory; else lines are the columns of matrices with so many columns.
@@ -74,6 +78,7 @@ class LineTable(Table):
         deal: How a matrix was dealt to lines, None if they lie at equal distances.
     """
 
+    groups: int
     lines: int
     length: int
     width: int
@@ -81,10 +86,7 @@ class LineTable(Table):
     radius: float
     radii: Tensor | None
     deal: Deal | None = None
-
-
-_tables: weakref.WeakKeyDictionary[geoopt.Manifold, dict[Hashable, tuple[Configuration, LineTable | None]]]
-_tables = weakref.WeakKeyDictionary()
+    left: tuple[int, ...] = ()
 
 
 def table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
@@ -99,14 +101,7 @@ def table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
     """
     if not isinstance(manifold, (ProductOfGroups, ComponentManifold)):
         return None
-    of_manifold = _tables.get(manifold)
-    if of_manifold is None:
-        of_manifold = _tables[manifold] = {}
-    key = weight.shape, weight.stride()
-    kept = of_manifold.get(key)
-    if kept is None or not same(kept[0], configuration_of(manifold)):
-        kept = of_manifold[key] = (configuration_of(manifold), _build(manifold, weight))
-    return kept[1]
+    return kept(manifold, ("lines", weight.shape, weight.stride()), lambda: _build(manifold, weight.detach()))
 
 
 def _build(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
@@ -120,7 +115,7 @@ def _build(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
 def _build_alike(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
     if isinstance(manifold, ProductOfGroups):
         cut = manifold.partition
-        if not isinstance(cut, BlockPartition) or len(cut.kinds) > 1:
+        if not isinstance(cut, (BlockPartition, FilterPartition)) or len(cut.kinds) > 1:
             return None
         ((part, segments),) = manifold.parts
         (components,), (numbers,) = cut.split(weight), cut.groups
@@ -129,10 +124,11 @@ def _build_alike(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
     else:
         n = math.prod(weight.shape[: weight.ndim - manifold.ndim])
         part, segments, components, numbers = manifold, Segments(1, n), weight, np.zeros(1, int)
-    if type(part) not in (ScaledSphere, Oblique):
+    own = kind_of(part)
+    if own is None or own.code not in (_SPHERE, _OBLIQUE):
         return None
     part = cast(ComponentManifold, part)
-    found = _lie_of(type(part) is Oblique, components, part.ndim)
+    found = _strides_of(own.code == _OBLIQUE, components, part.ndim)
     if found is None or found[0] < _SHORTEST:
         return None
     length, width, per_component = found
@@ -142,13 +138,8 @@ def _build_alike(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
     batch = components.shape[: components.ndim - part.ndim]
     radius = part.radius
     radii = radius.detach().double().cpu().expand(batch).flatten() if isinstance(radius, Tensor) else None
-    curvature = torch.empty(segments.count, dtype=torch.float64)
-    own = torch.full((segments.total,), math.nan if isinstance(radius, Tensor) else radius, dtype=torch.float64)
-    curvature[torch.from_numpy(numbers)] = segments.max((own if radii is None else radii) ** -2)
     return LineTable(
         groups=segments.count,
-        curvature=curvature,
-        constrained=torch.ones(segments.count, dtype=torch.bool),
         lines=segments.total * per_component,
         length=length,
         width=width,
@@ -163,14 +154,16 @@ class _Block:
     """One block of a matrix.
 
     Attributes:
-        group: Its group.
+        group: Its group, or that of every line.
+        radius: Radius of its lines, or of every line; infinite without constraint.
         owner: Whose its entries are.
         rows: Its rows in the matrix.
         columns: Its columns.
         first_line: Number of its first line.
     """
 
-    group: int
+    group: int | np.ndarray
+    radius: float | np.ndarray
     owner: _Owner
     rows: np.ndarray
     columns: np.ndarray
@@ -186,45 +179,56 @@ class _Block:
 def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
     cut = manifold.partition
     matrix = manifold.layout.channels(weight).flatten(1)
-    if not isinstance(cut, BlockPartition) or set(cut.kinds) == {"stiefel"}:
-        return None
-    if any(kind(name).code is None for name in cut.kinds):
+    if not isinstance(cut, (BlockPartition, FilterPartition)) or not any(map(_has_lines, cut.kinds)):
         return None
     if matrix.data_ptr() != weight.data_ptr() or not matrix.is_contiguous():
         return None
-    radius_of = np.full(manifold.n_groups, math.inf)
-    blocks: list[_Block] = []
-    for part, (name, groups, own) in enumerate(zip(cut.kinds, cut.groups, manifold.manifolds, strict=True)):
-        if isinstance(own, ComponentManifold):
-            radius_of[groups] = own.radius.cpu().numpy() if isinstance(own.radius, Tensor) else own.radius
-        for group, rows, columns in zip(groups, *(lines.numpy() for lines in cut.rectangles(part)), strict=True):
-            blocks.append(_Block(int(group), _owner(name, len(rows), len(columns)), rows, columns))
+    blocks = [block for part in range(len(cut.kinds)) for block in _blocks_of(manifold, cut, part)]
     # Lines of which several rows have a part come first: threads add those up between them.
     blocks.sort(key=lambda block: block.owner is _Owner.LINE_PER_ROW)
     count = 0
     for block in blocks:
         block.first_line, count = count, count + block.lines
-    group_of = np.repeat(np.array([block.group for block in blocks], np.int32), [block.lines for block in blocks])
+    group_of = np.concatenate([np.broadcast_to(block.group, block.lines) for block in blocks]).astype(np.int32)
+    radii = np.concatenate([np.broadcast_to(block.radius, block.lines) for block in blocks]).astype(np.float64)
     return LineTable(
         groups=manifold.n_groups,
-        curvature=torch.from_numpy(radius_of**-2),
-        constrained=torch.from_numpy(np.isfinite(radius_of)),
-        left=tuple(part for part, name in enumerate(cut.kinds) if name == "stiefel"),
+        left=tuple(part for part, name in enumerate(cut.kinds) if not _has_lines(name)),
         lines=count,
         length=matrix.shape[0],
         width=matrix.shape[1],
         group_of=torch.from_numpy(group_of),
         radius=math.nan,
-        radii=torch.from_numpy(radius_of[group_of]),
+        radii=torch.from_numpy(radii),
         deal=_deal(blocks, matrix.shape[0]),
     )
 
 
-def _owner(kind: str, rows: int, columns: int) -> _Owner:
+def _blocks_of(manifold: ProductOfGroups, cut: BlockPartition | FilterPartition, part: int) -> list[_Block]:
+    """The blocks of a part; filters that are components are the lines of one block."""
+    name, (own, segments) = cut.kinds[part], manifold.parts[part]
+    groups = segments.spread(torch.from_numpy(cut.groups[part])).numpy()
+    radius = own.radius if isinstance(own, ComponentManifold) else math.inf
+    radii = np.broadcast_to(radius.cpu().numpy() if isinstance(radius, Tensor) else radius, groups.shape)
+    if isinstance(cut, FilterPartition) and cut.rows[part].shape[1] == 1 and _has_lines(name):
+        columns = np.arange(math.prod(cut.sizes[part]))
+        return [_Block(groups, radii, _Owner.LINE_PER_ROW, cut.rows[part][:, 0].numpy(), columns)]
+    rectangles = (lines.numpy() for lines in cut.rectangles(part))
+    return [
+        _Block(int(group), float(r), _owner(name, len(rows), len(columns)), rows, columns)
+        for group, r, rows, columns in zip(groups, radii, *rectangles, strict=True)
+    ]
+
+
+def _has_lines(name: str) -> bool:
+    return kind(name).code in (_EUCLIDEAN, _SPHERE, _OBLIQUE)
+
+
+def _owner(name: str, rows: int, columns: int) -> _Owner:
     """Whose the entries of a block are; the lines of an oblique one are its columns, or its rows if they are longer."""
-    if kind == "stiefel":
+    if not _has_lines(name):
         return _Owner.NOBODY
-    if kind != "oblique":
+    if kind(name).code != _OBLIQUE:
         return _Owner.ONE_LINE
     return _Owner.LINE_PER_ROW if rows < columns else _Owner.LINE_PER_COLUMN
 
@@ -259,7 +263,7 @@ def _deal(blocks: Sequence[_Block], rows: int) -> Deal:
     )
 
 
-def _lie_of(columns: bool, x: Tensor, ndim: int) -> tuple[int, int, int] | None:
+def _strides_of(columns: bool, x: Tensor, ndim: int) -> tuple[int, int, int] | None:
     """Length of the lines of components, their width (see :class:`LineTable`), and how many a component has.
 
     Args:

@@ -65,6 +65,15 @@ struct fgo_lines {
 
 int64_t fgo_limit(int);  // see fused.cpp
 
+// Blocks of one matrix, as fgo_put takes them.
+struct fgo_block {
+  float *matrix;
+  int64_t width;
+  const int32_t *rows, *columns;
+  int64_t n, a, b;
+  const float *blocks;
+};
+
 struct fgo_line_options {
   double lr, momentum, dampening, weight_decay;
   int32_t nesterov, maximize, radius_invariant;
@@ -324,6 +333,18 @@ FGO_API int64_t fgo_put(float *matrix, int64_t width, const int32_t *rows, const
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t i = 0; i < n * a; ++i)
     for (int64_t j = 0; j < b; ++j) matrix[rows[i] * width + columns[i / a * b + j]] = blocks[i * b + j];
+  return 0;
+}
+
+// The step of all lines, and then the blocks that were stepped elsewhere: one call, so that whoever is interrupted in
+// between finds every weight as it was before its step or after it.
+FGO_API int64_t fgo_line_commit(const fgo_lines *tasks, int64_t count, const fgo_line_options *options, int threads,
+                        const fgo_block *blocks, int64_t n_blocks) {
+  fgo_line_update(tasks, count, options, threads);
+  for (int64_t k = 0; k < n_blocks; ++k) {
+    const fgo_block &own = blocks[k];
+    fgo_put(own.matrix, own.width, own.rows, own.columns, own.n, own.a, own.b, own.blocks, threads);
+  }
   return 0;
 }
 }

@@ -37,9 +37,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgo_geo.paths.task import Batch, KernelTable, StepOptions, Task, gradient_of, place_of, problem_of
+from fgo_geo.paths.kernel_tables import KernelTable, gradient_of, place_of, problem_of, table_of
+from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
 
-__all__ = ["description", "goes_by_rows", "reason", "squared_norms", "update"]
+__all__ = ["TritonKernels"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs on the CPU
 _OLDEST = (3, 3)  # Triton without tuples before
@@ -48,6 +49,7 @@ _BLOCK = 128  # kernels per program, one per thread
 _SERIES_LIMIT = {torch.float32: 1.7e-3, torch.float64: 9.4e-7}  # of ‖E‖²: precision^(2/5), as for four terms
 _PIECE = 1024  # of the sum over a group
 _WIDTH = 16  # numbers per row of a table
+_MOST_COPIES = 8  # tables on the device that a batch keeps
 
 
 @functools.cache
@@ -79,72 +81,145 @@ def _missing(device: torch.device) -> str | None:
     return None
 
 
-def description() -> str:
-    """What the path is, where it is there."""
-    return "Triton sweeps on the GPU"
+class TritonKernels(Path):
+    """The path of kernels in single and double precision on the current CUDA device."""
+
+    name = "Triton sweeps over kernels"
+
+    def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...] | Refusal:
+        """All parts of a weight of kernels, or none."""
+        device = weight.param.device
+        if device.type != ("cpu" if _INTERPRETED else "cuda"):
+            runs_on = "the CPU in Triton's interpreter" if _INTERPRETED else "CUDA devices"
+            return Refusal(Reason.DEVICE, f"the Triton sweeps run on {runs_on}, the weight is on {device}")
+        if weight.param.is_cuda and device.index != torch.cuda.current_device():
+            current = torch.cuda.current_device()
+            return Refusal(Reason.DEVICE, f"the weight is on {device}, the current device is cuda:{current}")
+        problem = problem_of(weight, options)
+        if problem is not None:
+            return problem
+        a, b = table_of(weight).size
+        if a * b > _LARGEST:
+            return Refusal(Reason.SIZE, f"components of {a} x {b} are larger than {_LARGEST} entries")
+        missing = _missing(device)
+        return parts if missing is None else Refusal(Reason.MISSING, missing)
+
+    def batch(self, claims: Sequence[Claim]) -> Batch:
+        """One launch per sweep and component size for all weights."""
+        return _LaunchBatch(claims)
 
 
-def reason(task: Task[KernelTable]) -> str | None:
-    """Why the path cannot take a parameter, None if it can.
+class _LaunchBatch(Batch):
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        super().__init__(claims)
+        self._tables = [table_of(weight) for weight in self.weights]
+        self._segments = _segments(self._tables)
+        self._squares = [_inverse_squares(table) for table in self._tables]
+        self._copies: dict[object, Tensor] = {}  # tables on the device, by their contents and stream
 
-    Args:
-        task: The parameter with its gradient.
+    def measure(self, options: StepOptions) -> Tensor:
+        """``R²`` of all groups."""
+        squares = torch.empty(self._segments.kernels, dtype=torch.float64, device=self.device)
+        for launch in self._launches(options):
+            launch("norms", squares, MAXIMIZE=options.maximize, INVARIANT=options.radius_invariant)
+        for bounds in self._segments.bounds:
+            squares = _sums(squares, bounds)
+        return squares
 
-    Returns:
-        A reason, or None.
-    """
-    weight = task.weight
-    a, b = task.table.size
-    if weight.device.type != ("cpu" if _INTERPRETED else "cuda"):
-        runs_on = "the CPU in Triton's interpreter" if _INTERPRETED else "CUDA devices"
-        return f"the Triton sweeps run on {runs_on}, the weight is on {weight.device}"
-    if weight.is_cuda and weight.device.index != torch.cuda.current_device():
-        return f"the weight is on {weight.device}, the current device is cuda:{torch.cuda.current_device()}"
-    if a * b > _LARGEST:
-        return f"components of {a} x {b} are larger than {_LARGEST} entries"
-    return problem_of(task) or _missing(weight.device)
+    def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
+        """The step of all weights, in place; asking every scale whether it is zero costs a launch nothing."""
+        groups = sum(self.counts)
+        scale = torch.ones(groups, dtype=torch.float64, device=self.device) if scale is None else scale
+        rate = _rate_on(self.device, options)
+        torch.autograd.graph.increment_version([weight.param for weight in self.weights])
+        for launch in self._launches(options):
+            far = torch.empty(launch.grid, dtype=torch.int32, device=self.device)
+            launch(
+                "update",
+                scale,
+                scale if rate is None else rate,
+                far,
+                MAXIMIZE=options.maximize,
+                INVARIANT=options.radius_invariant,
+                MOMENTUM=launch.momentum,
+                NESTEROV=launch.momentum and options.nesterov,
+                RATE=rate is not None,
+                LIMIT=_SERIES_LIMIT[launch.dtype],
+            )
+            launch("retract_far", far)
 
+    def _launches(self, options: StepOptions) -> Iterator[_Launch]:
+        """One launch per component size, type and order in memory."""
+        classes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
+        for number, (weight, table) in enumerate(zip(self.weights, self._tables, strict=True)):
+            row, planar = self._row(number)
+            key = (weight.param.dtype, *table.size, planar, weight.buffer is not None)
+            rows = classes.setdefault(key, [])
+            tiles = rows[-1][-1] if rows else 0
+            rows.append((*row, tiles + math.ceil(row[8] / _BLOCK)))
+        tl = _sweeps().tl
+        lr = float(options.lr) if _rate_on(self.device, options) is None else 0.0
+        numbers = (lr, options.momentum, options.dampening, options.weight_decay)
+        header = tuple(map(_bits, numbers)) + (0,) * (_WIDTH - 4)
+        for (dtype, a, b, planar, momentum), ends in classes.items():
+            grid = ends[-1][-1]
+            count = 1 << (len(ends) - 1).bit_length()
+            rows = [(*row[:-1], first) for row, first in zip(ends, [0] + [row[-1] for row in ends], strict=False)]
+            rows += [(0,) * (_WIDTH - 1) + (grid,)] * (count - len(ends))
+            yield _Launch(
+                table=self._table((header, *rows)),
+                grid=grid,
+                constants={
+                    "DTYPE": tl.float32 if dtype == torch.float32 else tl.float64,
+                    "A": a,
+                    "B": b,
+                    "N": _BLOCK,
+                    "LEVELS": (a * b - 1).bit_length(),
+                    "PLANAR": planar,
+                    "TASKS": count,
+                },
+                dtype=dtype,
+                momentum=momentum,
+            )
 
-def goes_by_rows(task: Task[KernelTable]) -> bool:
-    """No: a launch has all rows at once."""
-    del task
-    return False
-
-
-def squared_norms(batch: Batch) -> Tensor:
-    """Squared norms of the Riemannian gradients of all groups, one behind the other, in float64."""
-    tasks, options = batch.tasks, batch.options
-    segments = _segments(tuple(task.table for task in tasks))
-    device = tasks[0].weight.device
-    squares = torch.empty(segments.kernels, dtype=torch.float64, device=device)
-    for launch in _launches(tasks, options, segments):
-        launch("norms", squares, MAXIMIZE=options.maximize, INVARIANT=options.radius_invariant)
-    for bounds in segments.bounds:
-        squares = _sums(squares, bounds)
-    return squares
-
-
-def update(batch: Batch, scales: Tensor, skips: bool) -> None:
-    """Take the step of all tasks, given ``1 / τ`` of all groups; zero leaves a group's gradient out."""
-    del skips  # asking every scale costs a launch nothing
-    tasks, options = batch.tasks, batch.options
-    scales = scales.double()
-    rate = _rate_on(scales.device, options)
-    for launch in _launches(tasks, options, _segments(tuple(task.table for task in tasks))):
-        far = torch.empty(launch.grid, dtype=torch.int32, device=scales.device)
-        launch(
-            "update",
-            scales,
-            scales if rate is None else rate,
-            far,
-            MAXIMIZE=options.maximize,
-            INVARIANT=options.radius_invariant,
-            MOMENTUM=launch.momentum,
-            NESTEROV=launch.momentum and options.nesterov,
-            RATE=rate is not None,
-            LIMIT=_SERIES_LIMIT[launch.dtype],
+    def _row(self, number: int) -> tuple[tuple[int, ...], bool]:
+        """The weight's row, but for its last entry, and whether the kernel number runs fastest in memory."""
+        weight, table, segments = self.weights[number], self._tables[number], self._segments
+        place = place_of(weight, table)
+        assert place is not None
+        row = (
+            weight.param.data_ptr(),
+            gradient_of(weight).data_ptr(),
+            0 if weight.buffer is None else weight.buffer.data_ptr(),
+            table.codes.data_ptr(),
+            self._squares[number].data_ptr(),
+            segments.positions[number].data_ptr(),
+            segments.first_group[number],
+            segments.first_kernel[number],
+            place.rows * place.columns,
+            place.columns,
+            place.row_stride,
+            place.column_stride,
+            place.i_stride,
+            place.j_stride,
+            int(weight.first) + 2 * int(table.radii is not None),
         )
-        launch("retract_far", far)
+        return row, place.column_stride == 1
+
+    def _table(self, rows: tuple[Sequence[int], ...]) -> Tensor:
+        """A table on the device; copied without waiting, and kept for steps that need the same one on its stream."""
+        stream: int | None = None
+        if self.device.type != "cpu":
+            if torch.cuda.is_current_stream_capturing():
+                return _written(rows, self.device)
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+        key = rows, stream
+        if key not in self._copies:
+            if len(self._copies) == _MOST_COPIES:
+                self._copies.pop(next(iter(self._copies)))
+            table = torch.tensor(rows, dtype=torch.int64)
+            self._copies[key] = table if stream is None else table.pin_memory().to(self.device, non_blocking=True)
+        return self._copies[key]
 
 
 # -- what stays the same from step to step ---------------------------------------------------------------------------
@@ -169,8 +244,7 @@ class _Segments:
     bounds: list[Tensor]
 
 
-@functools.lru_cache(maxsize=16)
-def _segments(tables: tuple[KernelTable, ...]) -> _Segments:
+def _segments(tables: Sequence[KernelTable]) -> _Segments:
     groups = [(table.codes >> 2).flatten().cpu() for table in tables]
     positions: list[Tensor] = []
     for table, numbers in zip(tables, groups, strict=True):
@@ -202,7 +276,6 @@ def _running(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
-@functools.lru_cache(maxsize=256)
 def _inverse_squares(table: KernelTable) -> Tensor:
     """``1 / r²`` per kind, or per kernel where the radius differs within a kind, float64."""
     if table.radii is not None:
@@ -242,84 +315,8 @@ class _Launch:
         )
 
 
-def _launches(tasks: Sequence[Task[KernelTable]], options: StepOptions, segments: _Segments) -> Iterator[_Launch]:
-    """One launch per component size, type and order in memory."""
-    classes: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
-    for number, task in enumerate(tasks):
-        row, planar = _row(task, number, segments)
-        key = (task.weight.dtype, *task.table.size, planar, task.buffer is not None)
-        rows = classes.setdefault(key, [])
-        tiles = rows[-1][-1] if rows else 0
-        rows.append((*row, tiles + math.ceil(row[8] / _BLOCK)))
-    tl = _sweeps().tl
-    device = tasks[0].weight.device
-    lr = float(options.lr) if _rate_on(device, options) is None else 0.0
-    header = tuple(map(_bits, (lr, options.momentum, options.dampening, options.weight_decay))) + (0,) * (_WIDTH - 4)
-    for (dtype, a, b, planar, momentum), ends in classes.items():
-        grid = ends[-1][-1]
-        count = 1 << (len(ends) - 1).bit_length()
-        rows = [(*row[:-1], first) for row, first in zip(ends, [0] + [row[-1] for row in ends], strict=False)]
-        rows += [(0,) * (_WIDTH - 1) + (grid,)] * (count - len(ends))
-        yield _Launch(
-            table=_table((header, *rows), device),
-            grid=grid,
-            constants={
-                "DTYPE": tl.float32 if dtype == torch.float32 else tl.float64,
-                "A": a,
-                "B": b,
-                "N": _BLOCK,
-                "LEVELS": (a * b - 1).bit_length(),
-                "PLANAR": planar,
-                "TASKS": count,
-            },
-            dtype=dtype,
-            momentum=momentum,
-        )
-
-
-def _row(task: Task[KernelTable], number: int, segments: _Segments) -> tuple[tuple[int, ...], bool]:
-    """The task's row, but for its last entry, and whether the kernel number runs fastest in memory."""
-    weight, table = task.weight, task.table
-    grad, place = gradient_of(task), place_of(task)
-    squares = _inverse_squares(table)
-    assert place is not None
-    row = (
-        weight.data_ptr(),
-        grad.data_ptr(),
-        0 if task.buffer is None else task.buffer.data_ptr(),
-        table.codes.data_ptr(),
-        squares.data_ptr(),
-        segments.positions[number].data_ptr(),
-        segments.first_group[number],
-        segments.first_kernel[number],
-        place.rows * place.columns,
-        place.columns,
-        place.row_stride,
-        place.column_stride,
-        place.i_stride,
-        place.j_stride,
-        int(task.first) + 2 * int(table.radii is not None),
-    )
-    return row, place.column_stride == 1
-
-
 def _bits(number: float) -> int:
     return struct.unpack("<q", struct.pack("<d", number))[0]
-
-
-def _table(rows: tuple[Sequence[int], ...], device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return _copied(rows, device, None)
-    if torch.cuda.is_current_stream_capturing():
-        return _written(rows, device)
-    return _copied(rows, device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@functools.lru_cache(maxsize=64)
-def _copied(rows: tuple[Sequence[int], ...], device: torch.device, stream: int | None) -> Tensor:
-    """A table, copied without waiting; of use on the stream that it was copied on."""
-    table = torch.tensor(rows, dtype=torch.int64)
-    return table if stream is None else table.pin_memory().to(device, non_blocking=True)
 
 
 def _written(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""The fused path on the GPU against the batched torch code.
+"""The Triton sweeps over kernels against the batched torch code.
 
 Where there is no GPU the sweeps run in Triton's interpreter, on the CPU. Triton decides between compiling and
 interpreting when it is imported, so :func:`test_in_the_interpreter` runs this file in a process of its own.
@@ -7,6 +7,7 @@ interpreting when it is imported, so :func:`test_in_the_interpreter` runs this f
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import subprocess
 import sys
@@ -19,15 +20,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import FORMATS, as_parameter, assert_close, option_sets, product, trained, weight_on
+from path_helpers import (
+    FORMATS,
+    KINDS,
+    answer,
+    as_parameter,
+    assert_close,
+    option_sets,
+    product,
+    takes,
+    trained,
+    weight_on,
+)
 from torch import Tensor
 from versions import needs_triton
 
 from fgo_geo import ProductOfGroups, RiemannianFGSGD, kernels
 from fgo_geo.grouping import collection
-from fgo_geo.paths.native import kernels as cpu
-from fgo_geo.paths.task import KINDS, StepOptions, table_of, task_of
+from fgo_geo.paths.native.kernels import NativeKernels
+from fgo_geo.paths.protocol import Claim, Reason, Refusal, StepOptions, Weight
 from fgo_geo.paths.triton import launches as gpu
+from fgo_geo.paths.triton.launches import TritonKernels
 from fgo_geo.weights.components import WeightLayout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -47,19 +60,13 @@ def test_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
 
 
-@pytest.fixture(autouse=True)
-def interpreted_path(monkeypatch):
-    """In the interpreter the GPU's path is the one of the CPU."""
-    if INTERPRETED:
-        monkeypatch.setitem(kernels._PATHS, "cpu", gpu)
-
-
 def placed(manifold: ProductOfGroups, dtype: torch.dtype, memory_format: Any = torch.contiguous_format) -> Any:
     weight = weight_on(manifold, dtype, memory_format, 0)
     return weight if DEVICE == "cpu" else as_parameter(weight.detach().to(DEVICE), manifold)
 
 
 def assert_the_batched_step(weights: list[Any], steps: int, scale: float, **options: Any) -> dict[str, Any]:
+    assert takes(TritonKernels(), *weights) == [True] * len(weights)
     fused = trained("fused", weights, steps, scale, **options)
     expected = trained("reference", weights, steps, scale, **options)
     assert_close(fused, expected, max(TOLERANCE[w.dtype] for w in weights))
@@ -119,18 +126,16 @@ def test_the_largest_components(memory_format: Any):
 
 
 @on_device
-def test_parameters_of_every_size_and_type_take_one_step_together(monkeypatch):
-    monkeypatch.setattr(gpu, "_PIECE", 50)  # groups of more than one piece
-    gpu._segments.cache_clear()
+def test_parameters_of_every_size_and_type_take_one_step_together():
+    """One of them has a group of more kernels than are added up in one piece."""
     weights = [placed(product("po", (20, 15, 3, 3)), torch.float32), placed(product("pi", (7, 5, 3, 3)), torch.float32)]
     weights += [
         placed(product("pio", (4, 60, 3, 1)), torch.float64),
         placed(product("po", (9, 4, 3, 3)), torch.float64),
     ]
-    layer = ProductOfGroups(collection(11, 13, "layer", ("stiefel",)), (11, 13, 3, 3), 0.3)
+    layer = ProductOfGroups(collection(33, 35, "layer", ("stiefel",)), (33, 35, 3, 3), 0.3)
     weights += [placed(layer, torch.float32, torch.channels_last)]
     assert_the_batched_step(weights, 2, 0.3, momentum=0.9, curvature="manifold")
-    gpu._segments.cache_clear()
 
 
 @on_device
@@ -249,20 +254,6 @@ def test_a_group_without_a_finite_gradient_is_left_out_and_counted(bad: float):
 
 
 @on_device
-def test_what_lies_in_a_new_buffer_does_not_matter(monkeypatch):
-    weight = placed(product(shape=(6, 5, 3, 3)), torch.float32)
-    expected = trained("reference", [weight], 1, 0.3, momentum=0.9)
-    empty_like = torch.empty_like
-
-    def filled(like: Tensor, **kwargs: Any) -> Tensor:
-        empty = empty_like(like, **kwargs)
-        return empty.fill_(float("nan")) if empty.is_floating_point() else empty
-
-    monkeypatch.setattr(torch, "empty_like", filled)
-    assert_close(trained("fused", [weight], 1, 0.3, momentum=0.9), expected, TOLERANCE[torch.float32])
-
-
-@on_device
 def test_new_radii_are_seen():
     weight = placed(product("po", (6, 5, 3, 3), radius=1.0), torch.float64)
     weight.grad = torch.ones_like(weight)
@@ -287,11 +278,10 @@ def test_the_same_step_gives_the_same_bits(strategy: str):
 
 
 @on_device
-def test_a_table_is_the_same_copied_and_written():
+def test_a_table_that_launches_write_is_the_table():
+    """As they do while a graph is captured."""
     rows = tuple(tuple(range(k, 2**40 * (k + 1), 2**36 * (k + 1)))[:16] for k in range(3))
-    device = torch.device(DEVICE)
-    copied = gpu._copied(rows, device, None)
-    torch.testing.assert_close(gpu._written(rows, device), copied.to(device), rtol=0, atol=0)
+    torch.testing.assert_close(gpu._written(rows, torch.device(DEVICE)).cpu(), torch.tensor(rows), rtol=0, atol=0)
 
 
 @on_gpu
@@ -309,13 +299,15 @@ def test_a_step_is_captured_and_replayed():
     graph = torch.cuda.CUDAGraph()
     with kernels.use_path("fused"), torch.cuda.graph(graph):
         optimizer.step()
-    gpu._copied.cache_clear()
     grads = [torch.randn_like(own) for _ in range(2)]
     reference = copy.deepcopy(own)
     reference.data = own.detach().clone()
     oracle = RiemannianFGSGD([reference], lr=0.1, momentum=0.9)
     oracle.load_state_dict(optimizer.state_dict())
     torch.testing.assert_close(own.detach(), expected, rtol=0, atol=1e-6)
+    momentum = optimizer.state[own]["momentum_buffer"]
+    del optimizer  # the graph outlives it, and the tables that it kept
+    gc.collect()
     for grad in grads:
         own.grad.copy_(grad)
         graph.replay()
@@ -323,6 +315,7 @@ def test_a_step_is_captured_and_replayed():
         with kernels.use_path("reference"):
             oracle.step()
     torch.testing.assert_close(own.detach(), reference.detach(), rtol=0, atol=2e-5)
+    torch.testing.assert_close(momentum, oracle.state[reference]["momentum_buffer"], rtol=0, atol=2e-5)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -336,9 +329,9 @@ def test_the_sweeps_compile_for_a_device_that_is_not_there(memory_format: Any, m
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     weight = weight_on(product(shape=(4, 4, 3, 3)), torch.float32, memory_format, 0)
     weight.grad = torch.zeros_like(weight)
-    task = task_of(weight, weight.manifold, torch.zeros_like(weight))
-    assert task is not None
-    (launch,) = gpu._launches([task], StepOptions(0.1, 0.9, 0.0, True, 0.1, True, True), gpu._segments((task.table,)))
+    own = Weight(weight, weight, weight.manifold, weight.grad, torch.zeros_like(weight))
+    batch = gpu._LaunchBatch([Claim(own, tuple(range(own.n_parts)), is_whole=True)])
+    (launch,) = batch._launches(StepOptions(lr=0.1, momentum=0.9, nesterov=True))
     options = {"MAXIMIZE": True, "INVARIANT": True}
     momentum = {"MOMENTUM": True, "NESTEROV": True, "RATE": True, "LIMIT": 1e-3}
     sweeps = {
@@ -364,34 +357,40 @@ def test_the_sweeps_compile_for_a_device_that_is_not_there(memory_format: Any, m
 # -- which path -------------------------------------------------------------------------------------------------------
 
 
-def task_on_cpu(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (4, 4, 3, 3)) -> Any:
-    weight = weight_on(product(shape=shape), dtype, torch.contiguous_format, 0)
-    weight.grad = torch.zeros_like(weight)
-    return task_of(weight, weight.manifold, None)
+def kernels_on_cpu(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (4, 4, 3, 3)) -> Any:
+    return weight_on(product(shape=shape), dtype, torch.contiguous_format, 0)
 
 
 def test_the_device_of_the_weight_chooses_the_path(monkeypatch):
-    monkeypatch.setattr(gpu, "reason", lambda task: None)
-    monkeypatch.setattr(cpu, "reason", lambda task: None)
-    monkeypatch.setitem(kernels._PATHS, "cpu", cpu)
-    for device, path in (("cpu", cpu), ("cuda:0", gpu)):
-        task: Any = SimpleNamespace(weight=SimpleNamespace(device=torch.device(device)), table=None)
-        assert kernels.fused_path(task) is path
+    monkeypatch.setattr(gpu, "_INTERPRETED", False)
+    weight = kernels_on_cpu()
+    assert answer(TritonKernels(), weight) == Refusal(
+        Reason.DEVICE, "the Triton sweeps run on CUDA devices, the weight is on cpu"
+    )
+    elsewhere = as_parameter(torch.empty(4, 4, 3, 3, device="meta"), weight.manifold)
+    assert answer(NativeKernels(), elsewhere) == Refusal(
+        Reason.DEVICE, "the compiled sweeps run on the CPU, the weight is on meta"
+    )
 
 
 def test_what_cannot_be_fused_says_why(monkeypatch):
-    monkeypatch.setattr(gpu, "_INTERPRETED", False)
-    assert gpu.reason(task_on_cpu()) == "the Triton sweeps run on CUDA devices, the weight is on cpu"
     monkeypatch.setattr(gpu, "_INTERPRETED", True)
     monkeypatch.setattr(gpu, "_missing", lambda device: None)
-    assert gpu.reason(task_on_cpu()) is None
-    assert gpu.reason(task_on_cpu(torch.bfloat16)) == "fused steps take float32 and float64, got torch.bfloat16"
-    assert gpu.reason(task_on_cpu(shape=(2, 2, 8, 7))) == "components of 8 x 7 are larger than 49 entries"
-    task = task_on_cpu(shape=(4, 4, 3, 3, 3))
-    weight = task.weight.transpose(2, 3)
-    strange = SimpleNamespace(weight=weight, grad=weight, buffer=None, table=task.table)
-    assert "the strides (432, 108, 9, 27, 1)" not in (gpu.reason(task) or "")
-    assert "of no memory format" in str(gpu.reason(strange))  # pyright: ignore[reportArgumentType]
+    path = TritonKernels()
+    assert takes(path, kernels_on_cpu(), kernels_on_cpu(shape=(4, 4, 3, 3, 3))) == [True, True]
+    assert answer(path, kernels_on_cpu(torch.bfloat16)) == Refusal(
+        Reason.DTYPE, "fused steps take float32 and float64, got torch.bfloat16"
+    )
+    assert answer(path, kernels_on_cpu(shape=(2, 2, 8, 7))) == Refusal(
+        Reason.SIZE, "components of 8 x 7 are larger than 49 entries"
+    )
+    strange = kernels_on_cpu(shape=(4, 4, 3, 3, 3))
+    strange.data = strange.data.transpose(2, 3).contiguous().transpose(2, 3)
+    reply = answer(path, strange)
+    assert isinstance(reply, Refusal)
+    assert reply.reason is Reason.LAYOUT
+    monkeypatch.setattr(gpu, "_missing", lambda device: "Triton is on holiday")
+    assert answer(path, kernels_on_cpu()) == Refusal(Reason.MISSING, "Triton is on holiday")
 
 
 @pytest.mark.parametrize(
@@ -419,8 +418,3 @@ def test_the_package_neither_needs_nor_imports_triton():
         "from fgo_geo.paths.triton import _sweeps; assert _sweeps.triton is None"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_tables_are_built_once():
-    table = table_of(product(shape=(4, 4, 3, 3)), torch.device("cpu"))
-    assert gpu._segments((table,)) is gpu._segments((table,))

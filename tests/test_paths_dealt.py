@@ -1,33 +1,41 @@
-"""The fused step on matrices whose blocks were dealt to several manifolds, against the batched torch code."""
+"""Matrices whose blocks were dealt to several manifolds: sweeps over lines, and Stiefel blocks by other paths."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import sys
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_kernels import assert_close, built, option_sets, trained
-from test_kernels_lines import (
+from path_helpers import (
     CLOSE,
-    DEALT,
     KINDS,
-    TRANSPOSED,
+    answer,
+    assert_close,
+    built,
     dealt,
     declared,
     in_double,
+    option_sets,
     scales,
-    taken,
+    sweeps_of,
+    takes,
+    trained,
 )
 from torch import Tensor
 
 from fgo_geo import ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel, kernels
 from fgo_geo.grouping import collection
-from fgo_geo.paths import jobs
-from fgo_geo.paths.native import lines
+from fgo_geo.paths import router
+from fgo_geo.paths.native import blocks
+from fgo_geo.paths.native.library import library
+from fgo_geo.paths.native.lines import NativeLines
+from fgo_geo.paths.protocol import StepOptions, Weight
+from fgo_geo.paths.shared_products import SharedProducts
 from fgo_geo.weights.components import WeightLayout
 
 
@@ -54,7 +62,7 @@ def test_a_matrix_that_was_dealt_is_the_batched_step(data: st.DataObject, scale:
         assume(False)
         raise
     weight = declared(manifold, *shape)
-    assert taken(weight) == [set(kinds) != {"stiefel"}]
+    assert takes(NativeLines(), weight) == [set(kinds) != {"stiefel"}]
     fused = trained("auto", [weight], 3, scale, **options)
     assert_close(fused, trained("reference", [in_double(weight)], 3, scale, **options), CLOSE)
     assert float(manifold.violation(fused["weights"][0]).max()) <= 5e-6
@@ -63,43 +71,63 @@ def test_a_matrix_that_was_dealt_is_the_batched_step(data: st.DataObject, scale:
 @built
 @pytest.mark.parametrize("selection", ["random", "deterministic"])
 @pytest.mark.parametrize("kernel", [(), (2, 2)])
-def test_blocks_are_taken_and_put_back(selection: str, kernel: tuple[int, ...]):
+def test_the_blocks_of_one_part_are_taken(selection: str, kernel: tuple[int, ...]):
     shape = (37, 29, *kernel)
     cut = dealt(shape, "pio", KINDS, selection).partition
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    again = torch.full(shape, torch.nan)
-    for part, blocks in enumerate(cut.split(weight)):
-        torch.testing.assert_close(lines.take(weight, cut, part), blocks, rtol=0, atol=0)
-        torch.testing.assert_close(lines.take(weight.mT.contiguous().mT, cut, part), blocks, rtol=0, atol=0)
-        version = again._version
-        lines.put_(again, cut, part, blocks)
-        assert again._version > version
-    torch.testing.assert_close(again, weight, rtol=0, atol=0)
+    for part, own in enumerate(cut.split(weight)):
+        torch.testing.assert_close(blocks.take(weight, cut, part), own, rtol=0, atol=0)
+        torch.testing.assert_close(blocks.take(weight.mT.contiguous().mT, cut, part), own, rtol=0, atol=0)
 
 
 @built
 @pytest.mark.parametrize("dims", [(0, 1, 2, 3), (1, 0, 2, 3)])
 def test_a_dealt_transposed_convolution_is_the_batched_step(dims: tuple[int, ...]):
-    weight = declared(TRANSPOSED, 40, 30, 1, 1, dims=dims)
+    groups = collection(30, 40, "po", ("sphere", "stiefel"), components="block")
+    transposed = ProductOfGroups(groups, WeightLayout((40, 30, 1, 1), "transposed"))
+    weight = declared(transposed, 40, 30, 1, 1, dims=dims)
     fused = trained("auto", [weight], 3, 0.3, momentum=0.9)
     assert_close(fused, trained("reference", [in_double(weight)], 3, 0.3, momentum=0.9), CLOSE)
 
 
 @built
-def test_only_the_stiefel_blocks_are_gathered(monkeypatch: pytest.MonkeyPatch):
-    """The step writes every number once: the sweeps those of lines, the batched code the others."""
-    put: list[tuple[int, ...]] = []
-    write = jobs.put_blocks_
-    monkeypatch.setattr(
-        jobs, "put_blocks_", lambda w, cut, part, x: (put.append((*x.shape,)), write(w, cut, part, x))[1]
-    )
-    manifold = dealt((48, 40), "po", ("sphere", "stiefel", "oblique"))
-    weight = declared(manifold, 48, 40)
+def test_only_the_stiefel_blocks_are_left_to_another_path():
+    manifold = dealt((432, 300), "po", ("sphere", "stiefel", "oblique", "euclidean"))
+    weight = declared(manifold, 432, 300)
+    stiefel = manifold.partition.kinds.index("stiefel")
+    others = tuple(part for part in range(4) if part != stiefel)
+    assert answer(NativeLines(), weight) == others
+    assert takes(SharedProducts(), weight, momentum=0.9) == [False]  # 108 columns are too few
+    own = Weight(weight, weight, manifold, torch.zeros(432, 300))
+    batches = router.Router().route([own], StepOptions(lr=0.1, momentum=0.9))
+    assert [(batch.stages, batch.claims[0].parts) for batch in batches] == [(True, (stiefel,)), (False, others)]
+
+
+@built
+def test_a_dealt_matrix_of_large_stiefel_blocks_shares_products():
+    manifold = dealt((600, 300), "po", ("sphere", "stiefel"))
+    weight = declared(manifold, 600, 300)
+    stiefel = manifold.partition.kinds.index("stiefel")
+    assert answer(SharedProducts(), weight, momentum=0.9) == (stiefel,)
+    fused = trained("auto", [weight], 3, 0.3, momentum=0.9)
+    assert_close(fused, trained("reference", [in_double(weight)], 3, 0.3, momentum=0.9), CLOSE)
+
+
+def test_large_stiefel_blocks_share_products_without_the_extension(monkeypatch: pytest.MonkeyPatch):
+    weight = declared(dealt((400, 140), "po", ("sphere", "stiefel")), 400, 140)
+    expected = trained("reference", [in_double(weight)], 2, 0.3, momentum=0.9)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fgo_geo.paths") and getattr(module, "library", None) is library:
+            monkeypatch.setattr(module, "library", lambda: None)
+    assert_close(trained("auto", [weight], 2, 0.3, momentum=0.9), expected, CLOSE)
+
+
+@built
+def test_lines_and_staged_blocks_are_written_in_one_call():
+    weight = declared(dealt((48, 40), "po", ("sphere", "stiefel", "oblique")), 48, 40)
     optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
-    for _ in range(2):
-        weight.grad = torch.ones_like(weight)
-        optimizer.step()
-    assert put == [(1, 40, 16)] * 4  # weight and momentum, twice
+    weight.grad = torch.ones_like(weight)
+    assert sweeps_of(optimizer.step) == {"fgo_line_norms": 1, "fgo_line_commit": 1}
 
 
 @built
@@ -142,7 +170,7 @@ def test_a_dealt_matrix_goes_on_from_a_checkpoint_on_either_path():
             fresh = RiemannianFGSGD([own], lr=0.1, momentum=0.9)
             fresh.load_state_dict(optimizer.state_dict())
             optimizer = fresh
-        with kernels.use_path(path):  # pyright: ignore
+        with kernels.use_path(path):
             optimizer.step()
     actual = {
         "weights": [own.detach()],
@@ -152,54 +180,62 @@ def test_a_dealt_matrix_goes_on_from_a_checkpoint_on_either_path():
     assert_close(actual, expected, CLOSE)
 
 
-@built
-def test_blocks_are_put_into_contiguous_matrices_only():
-    cut = dealt((12, 10, 2, 2), "po", ("sphere", "stiefel")).partition
-    weight = torch.zeros(12, 10, 2, 2).to(memory_format=torch.channels_last)
-    with pytest.raises(
-        ValueError, match=r"put_: the channels of a weight of shape \(12, 10, 2, 2\) and strides.*contiguous"
-    ):
-        lines.put_(weight, cut, 0, cut.split(weight)[0])
+def fail(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
-@built
-def test_nothing_has_changed_if_the_stiefel_blocks_fail(monkeypatch: pytest.MonkeyPatch):
-    weight = declared(dealt((48, 40), "po", ("sphere", "stiefel")), 48, 40)
+@pytest.mark.parametrize(
+    ("path", "manifold", "selection"),
+    [
+        pytest.param("auto", Stiefel, "random", marks=built),
+        ("reference", Stiefel, "random"),
+        ("reference", ScaledSphere, "deterministic"),  # where blocks are a part of the weight as it is stored
+    ],
+)
+def test_nothing_has_changed_if_some_blocks_fail(
+    path: Any, manifold: Any, selection: str, monkeypatch: pytest.MonkeyPatch
+):
+    weight = declared(dealt((80, 48), "po", ("stiefel", "sphere"), selection=selection), 80, 48)
     before = weight.detach().clone()
     weight.grad = torch.ones_like(weight)
     optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
+    monkeypatch.setattr(manifold, "retract_bounded", fail)
+    with kernels.use_path(path), pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert torch.equal(weight.detach(), before)
 
-    def fail(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Stiefel, "retract_measured", fail)
-        with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_a_step_after_a_failed_first_one_is_the_first(path: Any, monkeypatch: pytest.MonkeyPatch):
+    """Which dampening tells from others."""
+    weights = [declared(dealt((80, 48), "po", ("stiefel", "sphere")), 80, 48) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizers = [RiemannianFGSGD([weight], lr=0.1, momentum=0.9, dampening=0.5) for weight in weights]
+    with kernels.use_path(path):
+        with monkeypatch.context() as patch:
+            patch.setattr(Stiefel, "retract_bounded", fail)
+            with pytest.raises(KeyboardInterrupt):
+                optimizers[0].step()
+        for optimizer in optimizers:
             optimizer.step()
-    assert torch.equal(weight.detach(), before)
-    assert not optimizer.state
-    monkeypatch.setattr(RiemannianFGSGD, "_write", fail)
-    with pytest.raises(KeyboardInterrupt):  # too late: but what is found is zero, not what was in the memory before
-        optimizer.step()
-    (stiefel,) = (part for part, kind in enumerate(weight.manifold.partition.kinds) if kind == "stiefel")
-    assert not weight.manifold.partition.split(optimizer.state[weight]["momentum_buffer"])[stiefel].any()
+    assert torch.equal(weights[0].detach(), weights[1].detach())
 
 
-def test_blocks_are_written_together_with_the_rest_of_their_weight(monkeypatch: pytest.MonkeyPatch):
-    """Also where they lie in the weight as they are, so that a step could end in place."""
-    weight = declared(dealt((80, 48), "po", ("stiefel", "sphere"), selection="deterministic"), 80, 48)
-    before = weight.detach().clone()
-    weight.grad = torch.ones_like(weight)
-    optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
-
-    def fail(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(ScaledSphere, "retract_bounded", fail)
-    with kernels.use_path("reference"), pytest.raises(KeyboardInterrupt):
-        optimizer.step()
-    assert torch.equal(weight.detach(), before)
-    assert not optimizer.state
+@pytest.mark.parametrize("path", ["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kinds", [("sphere", "stiefel"), ("stiefel", "euclidean", "oblique")])
+def test_every_part_moves_whoever_takes_it(path: Any, dtype: torch.dtype, kinds: tuple[str, ...]):
+    """Large Stiefel blocks take another path than the others, and both may be batched torch code."""
+    manifold = dealt((480, 140), "po", kinds)
+    weight = declared(manifold, 480, 140, dtype=dtype)
+    before = manifold.partition.split(weight.detach())
+    after = trained(path, [weight], 1, 1e-2, momentum=0.9)
+    moved = [float((a - b).norm()) for a, b in zip(manifold.partition.split(after["weights"][0]), before, strict=True)]
+    momentum = [float(own.norm()) for own in manifold.partition.split(after["momentum"][0])]
+    assert min(moved) > 1e-4
+    assert min(momentum) > 1e-3
+    assert float(manifold.violation(after["weights"][0]).max()) <= 1e-5
 
 
 @pytest.mark.parametrize("path", ["auto", "reference"])
@@ -225,27 +261,9 @@ def test_blocks_of_several_weights_move_as_those_of_one(path: Any):
 
 @built
 def test_a_forced_path_says_what_it_leaves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setattr(kernels, "_said", set())
-    weight = declared(DEALT, 40, 30)
+    monkeypatch.setattr(router, "_said", set())
+    weight = declared(dealt((40, 30), "po", ("sphere", "stiefel")), 40, 30)
     with caplog.at_level(logging.WARNING, "fgo_geo"):
         trained("fused", [weight], 2, 0.3)
     (record,) = caplog.records
     assert "the Stiefel blocks of a weight of shape (40, 30)" in record.getMessage()
-
-
-@built
-def test_products_are_carried_from_step_to_step_in_a_dealt_matrix():
-    """What the sweeps write is not taken for a change of the Stiefel blocks by somebody else."""
-    weight = declared(dealt((96, 80), "po", ("sphere", "stiefel")), 96, 80)
-    optimizer = RiemannianFGSGD([weight], lr=1e-3, momentum=0.9)
-    carried: list[bool] = []
-    for seed in range(4):
-        weight.grad = torch.randn(96, 80, generator=torch.Generator().manual_seed(seed)) / 100
-        optimizer.step()
-        carried.append(any(left.along is not None for left, _ in optimizer._carried.values()))
-    assert carried == [False, True, True, True]
-    weight.grad = torch.zeros(96, 80)
-    with torch.no_grad():
-        weight.add_(0.0)
-    optimizer.step()
-    assert all(left.along is None for left, _ in optimizer._carried.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
 from typing import Any
 
 import geoopt
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel
 from fgo_geo.grouping import collection
-from fgo_geo.kernels import use_path
 from fgo_geo.optim import theorem_step_bound
-from fgo_geo.paths import jobs
-from fgo_geo.paths.jobs import LargeKernels, Piece, join, pieces_of, put_back
+from fgo_geo.paths import pieces
+from fgo_geo.paths.pieces import Job, cut, jobs_of, put_back
+from fgo_geo.paths.protocol import Claim, Weight
 from fgo_geo.weights.components import WeightLayout
 
 GEOMETRIES: dict[str, Any] = {
@@ -209,35 +208,48 @@ def test_ten_thousand_steps_in_single_precision_do_not_drift(update: str, steps:
 # -- pieces and jobs ---------------------------------------------------------------------------------------------
 
 
+def claim_of(param: Any) -> Claim:
+    """All of a weight, with a gradient and momentum."""
+    grad, buffer = normal(param.shape, 1, param.dtype), normal(param.shape, 2, param.dtype)
+    weight = Weight(param, param, param.manifold, grad, buffer)
+    return Claim(weight, tuple(range(weight.n_parts)), is_whole=True)
+
+
+def loaded(claims: list[Claim]) -> list[Job]:
+    """Jobs with points, gradients and momentum."""
+    jobs = jobs_of(claims)
+    parts = {c.weight: [cut(c, t) for t in (c.weight.param, c.weight.grad, c.weight.buffer)] for c in claims}
+    for job in jobs:
+        joined = [job.join([parts[piece.weight][k][piece.part] for piece in job.pieces]) for k in range(3)]
+        job.x, job.grad, job.buffer = joined
+    return jobs
+
+
 @given(grouped=st.lists(grouped_weights(movable=True), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_joining_loses_and_changes_nothing(grouped: list[Grouped], seed: int) -> None:
-    params = [parameter(g, 0.5, seed) for g in grouped]
-    for param in params:
-        param.grad = normal(param.shape, seed)
-    pieces = [piece for p in params for piece in pieces_of(p, p.manifold, None)]
-    found: dict[Any, tuple[Tensor, Tensor]] = {}
-    for job in join(pieces):
+    claims = [claim_of(parameter(g, 0.5, seed)) for g in grouped]
+    points: dict[Weight, dict[int, Tensor]] = {}
+    squares = torch.zeros(sum(claim.weight.n_groups for claim in claims), dtype=torch.float64)
+    for job in loaded(claims):
         norms = job.sum(job.grad.flatten(1).square().sum(1))
         assert job.spread(norms).shape == (*job.x.shape[:1], 1, 1) or job.groups.count == 1
-        parts = zip(job.pieces, job.split(job.x), job.split_groups(norms), strict=True)
-        found |= {piece: (x, squared) for piece, x, squared in parts}
-    assert set(found) == set(pieces)
-    for param in params:
-        own = sorted((p for p in pieces if p.param is param), key=lambda piece: piece.part)
-        again = torch.full_like(param.detach(), torch.nan)
-        put_back(again, param.manifold, {p.part: found[p][0] for p in own})
-        assert torch.equal(again, param.detach())
-        squared = param.manifold.in_collection_order([found[p][1] for p in own])
-        torch.testing.assert_close(squared, param.manifold.group_inner(param.detach(), param.grad))
+        squares[job.index] += norms
+        for piece, x in zip(job.pieces, job.split(job.x), strict=True):
+            points.setdefault(piece.weight, {})[piece.part] = x
+    expected: list[Tensor] = []
+    for claim in claims:
+        weight = claim.weight
+        again = torch.full_like(weight.param.detach(), torch.nan)
+        put_back(weight, again, points[weight])
+        assert torch.equal(again, weight.param.detach())
+        expected.append(weight.manifold.group_inner(weight.param.detach(), weight.grad))
+    torch.testing.assert_close(squares, torch.cat(expected))
 
 
 def test_equal_manifolds_of_many_layers_share_a_job() -> None:
     grouped = Grouped(WeightLayout((4, 3, 3, 3)), (collection(4, 3, "pio", ("sphere", "stiefel"), "random"),))
     params = [parameter(grouped, 0.5, seed) for seed in range(3)] + [parameter(grouped, 0.7)]
-    for param in params:
-        param.grad = normal(param.shape, 0)
-    pieces = [piece for p in params for piece in pieces_of(p, p.manifold, None)]
-    jobs = join(pieces)
+    jobs = jobs_of([claim_of(param) for param in params])
     assert sorted(len(job.pieces) for job in jobs) == [1, 1, 3, 3]
 
 
@@ -258,11 +270,9 @@ class Own(Stiefel):
 )
 def test_only_equal_manifolds_share_a_job(manifolds: list[geoopt.Manifold], sizes: list[int]) -> None:
     params = [geoopt.ManifoldParameter(m.origin(5, 3, dtype=torch.float64), manifold=m) for m in manifolds]
-    for param in params:
-        param.grad = normal(param.shape, 0)
-    found = join([piece for p in params for piece in pieces_of(p, p.manifold, None)])
+    found = jobs_of([claim_of(param) for param in params])
     assert [len(job.pieces) for job in found] == sizes
-    assert {id(piece.param) for job in found for piece in job.pieces} == {id(p) for p in params}
+    assert {id(piece.weight.param) for job in found for piece in job.pieces} == {id(p) for p in params}
 
 
 def test_layers_that_have_been_smaller_have_a_job_of_their_own() -> None:
@@ -272,9 +282,7 @@ def test_layers_that_have_been_smaller_have_a_job_of_their_own() -> None:
     params[1].manifold.set_radius(0.1)
     params[1].manifold.set_radius(0.5)
     assert params[1].manifold.smallest_radii == [0.1]
-    for param in params:
-        param.grad = normal(param.shape, 0)
-    jobs = join([piece for p in params for piece in pieces_of(p, p.manifold, None)])
+    jobs = jobs_of([claim_of(param) for param in params])
     assert [job.smallest_radius for job in jobs] == [0.5, 0.1, 0.1]
 
 
@@ -290,191 +298,10 @@ def test_layers_that_share_a_manifold_with_many_radii_are_kept_apart() -> None:
         assert float(manifold.violation(param.detach()).max()) < 1e-12
 
 
-def large_weight(
-    shape: tuple[int, ...], kinds: tuple[str, ...], dtype: torch.dtype = torch.float64, last: bool = False
-) -> geoopt.ManifoldParameter:
-    """A weight of several kinds, with a gradient."""
-    groups = collection(*shape[:2], "pio", kinds, "random")
-    param = parameter(Grouped(WeightLayout(shape), (groups,)), dtype=dtype)
-    if last:
-        param.data = param.data.movedim(1, -1).contiguous().movedim(-1, 1)
-    param.grad = normal(shape, 1, dtype)
-    return param
-
-
-@pytest.fixture
-def all_are_large(monkeypatch: pytest.MonkeyPatch) -> Generator[list[Tensor]]:
-    """Every part of every weight is large, and no path is fused; the weights that were stepped part by part."""
-    monkeypatch.setattr(jobs, "_JOIN_LIMIT", 1)
-    stepped: list[Tensor] = []
-    write = LargeKernels.write
-
-    def seen(self: LargeKernels, momentum: Tensor | None) -> None:
-        stepped.append(self._param)
-        write(self, momentum)
-
-    monkeypatch.setattr(LargeKernels, "write", seen)
-    with use_path("reference"):
-        yield stepped
-
-
-KINDS = ("sphere", "oblique", "stiefel", "euclidean")
-
-
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("kinds", [KINDS, ("oblique",), ("euclidean",)])
-@pytest.mark.parametrize(
-    "chosen",
-    [
-        {},
-        {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1},
-        {"momentum": 0.9, "maximize": True, "radius_invariant": True, "update": "exponential"},
-    ],
-)
-def test_large_kernels_step_part_by_part_to_where_all_at_once_goes(
-    chosen: dict[str, Any],
-    kinds: tuple[str, ...],
-    last: bool,
-    all_are_large: list[Tensor],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    results: list[list[Tensor]] = []
-    for by_parts in (True, False):
-        if not by_parts:
-            monkeypatch.setattr(LargeKernels, "takes", lambda *_: False)
-        params = [large_weight((6, 8, 3, 3), kinds, last=last), large_weight((7, 5, 2, 3), kinds, last=last)]
-        optimizer = RiemannianFGSGD(params, lr=0.1, **chosen)
-        for step in range(3):
-            for number, param in enumerate(params):
-                param.grad = normal(param.shape, 10 * step + number)
-            optimizer.step()
-        momentum = [optimizer.state[p]["momentum_buffer"] for p in params if p in optimizer.state]
-        assert len(momentum) == 2 * ("momentum" in chosen)
-        results.append([*params, *momentum, *optimizer.step_scales().values()])
-        assert [p.stride() for p in params] == [m.stride() for m in momentum or params]
-    assert len(all_are_large) == 6
-    for one, other in zip(*results, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.usefixtures("all_are_large")
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
-def test_a_gradient_of_large_kernels_that_is_not_finite_is_refused_before_anything_changes(value: float) -> None:
-    params = [large_weight((6, 8, 3, 3), KINDS, torch.float32) for _ in range(2)]
-    optimizer = RiemannianFGSGD(params, lr=0.1, momentum=0.9)
-    before = [param.detach().clone() for param in params]
-    params[1].grad[3, 2] = value
-    with pytest.raises(FloatingPointError, match=r"\['params'\]\[1\].* is not finite.*no parameter was changed"):
-        optimizer.step()
-    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
-    assert not optimizer.state
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, 1e25])
-def test_without_the_check_only_the_bad_group_of_large_kernels_is_left_out(
-    value: float, all_are_large: list[Tensor]
-) -> None:
-    param = large_weight((6, 8, 3, 3), KINDS, torch.float32)
-    optimizer = RiemannianFGSGD([param], lr=0.1, check_finite=False)
-    before = param.detach().clone()
-    param.grad[3, 2] = value
-    optimizer.step()
-    assert optimizer.skipped_groups() == 1
-    assert len(all_are_large) == 1
-    changed = (param.detach() - before).abs().amax((2, 3)) > 1e-4
-    assert not changed[3, 2]
-    assert changed.any()
-    assert param.isfinite().all()
-
-
-def test_large_kernels_that_are_not_finite_themselves_stay_and_the_others_step(all_are_large: list[Tensor]) -> None:
-    params = [large_weight((6, 8, 3, 3), KINDS) for _ in range(3)]
-    optimizer = RiemannianFGSGD(params, lr=0.1, momentum=0.9)
-    with torch.no_grad():
-        params[1][0, 0, 0, 0] = math.nan
-    before = [param.detach().clone() for param in params]
-    with pytest.raises(FloatingPointError, match=r"\['params'\]\[1\].* is not finite itself.*have taken their step"):
-        optimizer.step()
-    torch.testing.assert_close(params[1].detach(), before[1], rtol=0, atol=0, equal_nan=True)
-    assert not any(torch.equal(param, old) for param, old in zip(params[::2], before[::2], strict=True))
-    assert {id(param) for param in all_are_large} == {id(params[0]), id(params[2])}
-    assert params[1] not in optimizer.state
-
-
-def test_half_precision_and_momentum_with_gaps_are_not_stepped_in_place(all_are_large: list[Tensor]) -> None:
-    """Part by part is for what can be gathered and put back without a copy of another kind."""
-    half, gaps = (large_weight((6, 8, 3, 3), KINDS, dtype) for dtype in (torch.bfloat16, torch.float32))
-    optimizer = RiemannianFGSGD([half, gaps], lr=0.1, momentum=0.9)
-    optimizer.state[gaps]["momentum_buffer"] = torch.zeros(6, 8, 3, 6)[..., ::2]
-    before = gaps.detach().clone()
-    optimizer.step()
-    assert not all_are_large
-    assert optimizer.state[gaps]["momentum_buffer"].count_nonzero()
-    assert not torch.equal(gaps, before)
-
-
-def test_a_norm_that_overflows_by_its_radius_is_refused_before_anything_changes(all_are_large: list[Tensor]) -> None:
-    """On the manifold of radius one a gradient is longer by the radius."""
-    params = [large_weight((6, 8, 3, 3), ("oblique",), torch.float32) for _ in range(2)]
-    for param in params:
-        radii = torch.full((params[1].manifold.n_groups,), 1.0)
-        radii[0] = 1e12 if param is params[1] else 1.0
-        param.manifold.set_radius(radii)
-        param.data = param.manifold.projx(param.detach())
-    params[1].grad *= 1e15
-    optimizer = RiemannianFGSGD(params, lr=0.1, radius_invariant=True)
-    before = [param.detach().clone() for param in params]
-    with pytest.raises(FloatingPointError, match=r"\['params'\]\[1\].* is not finite.*no parameter was changed"):
-        optimizer.step()
-    assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
-    assert not all_are_large
-
-
-def test_weights_with_a_small_part_are_stepped_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    param = large_weight((6, 8, 3, 3), KINDS)
-    sizes = [count * 9 for count in param.manifold.partition.counts]
-    for limit, is_large in ((min(sizes) - 1, True), (min(sizes), False)):
-        monkeypatch.setattr(jobs, "_JOIN_LIMIT", limit)
-        assert LargeKernels.takes(param, param.manifold, None) == is_large
-
-
-@pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch has gradients of the weight's type only")
-def test_gradients_of_another_type_are_stepped_at_once(all_are_large: list[Tensor]) -> None:
-    param = large_weight((6, 8, 3, 3), KINDS, torch.float32)
-    before, grad = param.detach().clone(), param.grad
-    param.grad, param.grad_dtype = None, None
-    param.grad = grad.bfloat16()
-    RiemannianFGSGD([param], lr=0.1).step()
-    assert not all_are_large
-    assert not torch.equal(param, before)
-
-
-@pytest.mark.usefixtures("all_are_large")
-@pytest.mark.parametrize("inside", [(True, False), (False, True)])
-def test_memory_of_inference_mode_serves_outside_of_it(inside: tuple[bool, bool]) -> None:
-    kernels = large_weight((6, 8, 3, 3), KINDS)
-    matrix = geoopt.ManifoldParameter(Stiefel().random(40, 20).detach(), manifold=Stiefel())
-    matrix.grad = torch.ones(40, 20)
-    optimizer = RiemannianFGSGD([kernels, matrix], lr=0.01, momentum=0.0)
-    with_momentum = RiemannianFGSGD([kernels, matrix], lr=0.01, momentum=0.9)
-    for mode in inside:
-        with torch.inference_mode(mode):
-            optimizer.step()
-    with torch.inference_mode(inside[0]):
-        with_momentum.step()
-    if not inside[0]:
-        with_momentum.step()
-    for param in (kernels, matrix):
-        assert float(param.manifold.violation(param.detach().double()).max()) < 1e-5
-
-
-def pieces_of_layers(shape: tuple[int, ...], n: int, components: str, strategy: str = "layer") -> list[Piece]:
-    """Pieces of ``n`` equal layers, with momentum."""
+def claims_of_layers(shape: tuple[int, ...], n: int, components: str, strategy: str = "layer") -> list[Claim]:
+    """Equal layers."""
     groups = collection(*shape[:2], strategy, "oblique", "random", components=components)
-    params = [parameter(Grouped(WeightLayout(shape), (groups,)), seed=seed) for seed in range(n)]
-    for param in params:
-        param.grad = normal(param.shape, 1)
-    return [piece for p in params for piece in pieces_of(p, p.manifold, normal(p.shape, 2))]
+    return [claim_of(parameter(Grouped(WeightLayout(shape), (groups,)), seed=seed)) for seed in range(n)]
 
 
 @pytest.mark.parametrize(
@@ -496,7 +323,7 @@ def test_many_small_matrices_are_stored_as_planes(
     shape: tuple[int, ...], layers: int, components: str, storage: str
 ) -> None:
     """Entry by entry over all matrices if there are many small ones; matrix by matrix, as they lay, otherwise."""
-    (job,) = join(pieces_of_layers(shape, layers, components))
+    (job,) = loaded(claims_of_layers(shape, layers, components))
     assert len(job.pieces) == layers
     order = {"planes": (1, 2, 0), "rows": (0, 1, 2), "columns": (0, 2, 1)}[storage]
     assert job.buffer is not None
@@ -513,8 +340,8 @@ def test_how_matrices_are_stored_changes_nothing_but_rounding(
     groups = collection(*shape[:2], "pio", kinds, "random", components=components)
     results: list[list[Tensor]] = []
     for least in (1, 10**9):
-        monkeypatch.setattr(jobs, "_PLANES_MATRICES", least)
-        monkeypatch.setattr(jobs, "_PLANES_ENTRIES", 10**9)
+        monkeypatch.setattr(pieces, "_PLANES_MATRICES", least)
+        monkeypatch.setattr(pieces, "_PLANES_ENTRIES", 10**9)
         params = [parameter(Grouped(WeightLayout(shape), (groups,)), 0.5, seed) for seed in range(3)]
         optimizer = RiemannianFGSGD(params, lr=0.1, momentum=0.9, update="exponential")  # no fused path takes it
         for step in range(3):

@@ -1,4 +1,4 @@
-"""Fused steps on weights that were declared on one manifold by hand, ``(D, C, A, B)`` over the last two dimensions."""
+"""The compiled sweeps on kernels that were declared on one manifold, ``(D, C, A, B)`` over the last two dimensions."""
 
 from __future__ import annotations
 
@@ -11,13 +11,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_kernels import FORMATS, TOLERANCE, as_parameter, assert_close, built, option_sets, trained
+from path_helpers import (
+    FORMATS,
+    TOLERANCE,
+    as_parameter,
+    assert_close,
+    built,
+    option_sets,
+    scales,
+    sweeps_of,
+    takes,
+    trained,
+)
 from torch import Tensor
-from versions import TRACES_PARAMETERS
 
-from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, Stiefel, kernels
-from fgo_geo.paths.native import kernels as cpu
-from fgo_geo.paths.task import LARGEST, product_of
+from fgo_geo import Oblique, RiemannianFGSGD, ScaledSphere, Stiefel, kernels
+from fgo_geo.paths.kernel_tables import LARGEST, table_of
+from fgo_geo.paths.native.kernels import NativeKernels
+from fgo_geo.paths.protocol import Refusal, StepOptions, Weight
 
 MANIFOLDS: dict[str, Any] = {
     "sphere": lambda radius: ScaledSphere(radius, ndim=2),
@@ -45,7 +56,7 @@ def test_it_is_the_batched_step(data: st.DataObject, options: dict[str, Any]) ->
     manifold = MANIFOLDS[kind](radius)
     weight = declared(manifold, (out_channels, in_channels, rows, columns), dtype)
     weight.data = weight.data.to(memory_format=draw(st.sampled_from(FORMATS[4])))
-    scale = draw(st.sampled_from([0.0, 1e-3, 0.1, 1.0, 1e3]))
+    scale = draw(scales)
     fused = trained("fused", [weight], 3, scale, **options)
     assert_close(fused, trained("reference", [weight], 3, scale, **options), TOLERANCE[dtype])
     assert fused["weights"][0].stride() == weight.stride()
@@ -53,15 +64,12 @@ def test_it_is_the_batched_step(data: st.DataObject, options: dict[str, Any]) ->
 
 @built
 @pytest.mark.parametrize("kind", MANIFOLDS)
-def test_the_compiled_sweeps_take_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
-    update = cpu.update
-    monkeypatch.setattr(cpu, "update", lambda batch, *rest: (taken.append(len(batch.tasks)), update(batch, *rest)))
+def test_the_compiled_sweeps_take_it(kind: str) -> None:
     weights = [declared(MANIFOLDS[kind](1.5), shape) for shape in ((4, 6, 3, 3), (5, 6, 3, 3), (4, 6, 5, 2))]
+    assert takes(NativeKernels(), *weights) == [True] * 3
     for weight in weights:
         weight.grad = torch.ones_like(weight)
-    RiemannianFGSGD(weights, lr=0.1, momentum=0.9).step()
-    assert taken == [3]
+    assert sweeps_of(RiemannianFGSGD(weights, lr=0.1, momentum=0.9).step) == {"fgo_norms": 1, "fgo_update": 1}
 
 
 class OwnOblique(Oblique):
@@ -87,22 +95,24 @@ class OwnOblique(Oblique):
     ids=str,
 )
 def test_other_components_are_no_kernels(manifold: Any, shape: tuple[int, ...]) -> None:
-    assert product_of(manifold, shape) is None
+    point = torch.zeros(shape)  # on the manifold or not
+    reply = NativeKernels().accepts(Weight(point, point, manifold, point), (0,), StepOptions(lr=0.1))
+    assert isinstance(reply, Refusal)
+    assert reply.detail
 
 
-def test_the_product_is_kept_until_the_radius_changes() -> None:
+def test_the_table_is_kept_until_the_radius_changes() -> None:
     manifold = Oblique(2.0)
-    first, other = product_of(manifold, (4, 6, 3, 3)), product_of(manifold, (6, 4, 3, 3))
-    assert isinstance(first, ProductOfGroups)
-    assert other is not first
-    assert product_of(manifold, torch.Size((4, 6, 3, 3))) is first
+    weights = [declared(manifold, shape) for shape in ((4, 6, 3, 3), (6, 4, 3, 3))]
+    first, other = (Weight(w, w, manifold, None) for w in weights)
+    table = table_of(first)
+    assert table.radius[2] == 2.0
+    assert table_of(other) is not table
+    assert table_of(first) is table
     manifold.radius = 3.0
-    changed = product_of(manifold, (4, 6, 3, 3))
-    assert changed is not None
-    assert changed is not first
-    assert [part.radius for part in changed.manifolds] == [3.0]
-    gone = weakref.ref(changed)
-    del manifold, changed
+    assert table_of(first).radius[2] == 3.0
+    gone = weakref.ref(table_of(first))
+    del manifold, weights, first, other
     gc.collect()
     assert gone() is None
 
@@ -147,46 +157,6 @@ def test_a_radius_that_changes_between_steps(radius: Any, change: Any) -> None:
         results.append(weight.detach().as_subclass(Tensor))
     torch.testing.assert_close(*results, rtol=0, atol=1e-13)
     torch.testing.assert_close(results[0].norm(dim=-2), torch.ones(4, 6, 3, dtype=torch.float64))
-
-
-@built
-def test_inside_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    fused: list[int] = []
-    update = cpu.update
-    monkeypatch.setattr(cpu, "update", lambda batch, *rest: (fused.append(len(batch.tasks)), update(batch, *rest)))
-    manifold = Stiefel(0.5)
-    weights = [[declared(manifold, (5, 4, 3, 3)), declared(Oblique(), (5, 4, 3, 3))] for _ in range(2)]
-    optimizers = [RiemannianFGSGD(w, lr=torch.tensor(0.1), momentum=0.9, curvature="manifold") for w in weights]
-    step = torch.compile(lambda: optimizers[0].step(), backend="aot_eager", fullgraph=TRACES_PARAMETERS)
-    for number in range(3):
-        for a, b in zip(*weights, strict=True):
-            a.grad = torch.randn(a.shape, dtype=a.dtype, generator=torch.Generator().manual_seed(number))
-            b.grad = a.grad.clone()
-        fused.clear()
-        step()
-        assert fused == [2]
-        optimizers[1].step()
-    for a, b in zip(*weights, strict=True):
-        torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=1e-12)
-
-
-@built
-@radius_changes
-def test_a_radius_that_changes_after_compilation(radius: Any, change: Any) -> None:
-    torch._dynamo.reset()
-    weight = declared(Oblique(radius), (4, 6, 3, 3))
-    optimizer = RiemannianFGSGD([weight], lr=torch.tensor(0.1), curvature="manifold")
-    step = torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=TRACES_PARAMETERS)
-    for number in range(3):
-        if number == 2:
-            change(weight.manifold)
-            weight.data.copy_(weight.data / 2)
-        weight.grad = torch.cos(torch.arange(weight.numel(), dtype=weight.dtype)).view_as(weight)
-        step()
-        expected = 2.0 if number < 2 else 1.0
-        length = torch.linalg.vector_norm(weight.detach().as_subclass(Tensor), dim=-2)
-        torch.testing.assert_close(length, torch.full_like(length, expected))
 
 
 @built

@@ -1,0 +1,223 @@
+"""One step, for every optimiser, rule and path.
+
+A step is: route the weights to paths, measure ``R²`` of every group, refuse or leave out what is not finite, compute
+``τ`` once, move everything, and record. :class:`Stepper` does that for the weights that an optimiser collects; it knows
+no formula and no path.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import geoopt
+import torch
+from torch import Tensor
+
+from fgo_geo.optim.finite import Measured, is_tiny, settle
+from fgo_geo.optim.groups import group_curvatures, group_norms
+from fgo_geo.optim.step_size import step_scale, theorem_step_bound
+from fgo_geo.paths.protocol import Batch, StepOptions, Weight
+from fgo_geo.paths.router import Router
+
+__all__ = ["SPIKE", "Stepper", "Work", "manifold_of"]
+
+SPIKE = 10.0
+"""With ``norm="running"``, gradients longer than so many times the running norm are shortened to that."""
+
+_DECAY = 0.99  # of the running mean of R²
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a parameter group asks of a step.
+
+    Attributes:
+        options: Hyper-parameters.
+        weights: Weights with gradients.
+        check_finite: Raise on gradients that are not finite; None where reading is free.
+        running: Compute ``τ`` from a running mean of ``R²`` over earlier steps.
+    """
+
+    options: StepOptions
+    weights: Sequence[Weight]
+    check_finite: bool | None = None
+    running: bool = False
+
+
+@dataclass(frozen=True)
+class _Record:
+    """``τ`` of the groups of a batch, None if all are one."""
+
+    batch: Batch
+    owners: list[Tensor]
+    tau: Tensor | None
+
+
+class Stepper:
+    """Takes steps, and keeps what is of use for the next one.
+
+    Args:
+        optimizer: Name of the optimiser, for messages.
+        name_of: Says which parameter one is, for messages.
+        state: The optimiser's state by parameter; momentum and running norms are kept there.
+    """
+
+    def __init__(self, optimizer: str, name_of: Callable[[Tensor], str], state: dict[Tensor, Any]) -> None:
+        self._optimizer = optimizer
+        self._name_of = name_of
+        self._state = state
+        self._routers: dict[int, Router] = {}
+        self._records: list[_Record] = []
+        self._left_out: dict[torch.device, Tensor] = {}
+        self._shortened: dict[torch.device, Tensor] = {}
+        self._constants: weakref.WeakKeyDictionary[Batch, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+
+    def step(self, work: Sequence[Work]) -> None:
+        """Take one step.
+
+        Args:
+            work: What every parameter group asks for.
+
+        Raises:
+            FloatingPointError: If a gradient on a manifold is not finite and that is checked. Nothing has changed then.
+        """
+        self._routers = {n: self._routers.get(n) or Router() for n in range(len(work))}
+        batches: list[tuple[Work, Batch, bool]] = []
+        for own, router in zip(work, self._routers.values(), strict=True):
+            routed = router.route(own.weights, own.options)
+            batches += [(own, b, not router.is_recorded and b.device.type == "cpu") for b in routed]
+        try:
+            measured = [
+                (own, Measured(batch, own.options, is_free, own.check_finite, batch.measure(own.options)))
+                for own, batch, is_free in batches
+            ]
+            if not all(_is_finite(own) for _, own in measured):
+                for count in settle([own for _, own in measured], self._name_of, self._optimizer):
+                    self._count(self._left_out, count)
+            self._records.clear()
+            for own, state in measured:
+                self._move(own, state)
+            for own in work:
+                for weight in own.weights:
+                    if weight.owner is not weight.param:
+                        weight.owner.copy_(weight.param)
+        finally:
+            for _, batch, _ in batches:  # hold on to no gradient until the next step
+                for weight in batch.weights:
+                    weight.grad = weight.buffer = None
+                    weight.staged.clear()
+
+    def _move(self, work: Work, own: Measured) -> None:
+        """Compute ``τ`` of a batch, move it, and record."""
+        batch, options = own.batch, own.options
+        if options.momentum != 0:
+            for weight in batch.weights:
+                if weight.buffer is None and weight.manifold is not None:  # torch's SGD makes its own
+                    weight.buffer = torch.zeros_like(weight.param.detach())
+        scale = tau = None
+        if own.squared.numel():
+            norm = own.squared.sqrt() if own.unit is None else own.squared.sqrt() * own.unit
+            before = self._norm_before(batch, norm) if work.running else None
+            tau = step_scale(norm if before is None else before, options, *self._constants_of(batch, options))
+            if before is not None and tau is not None:
+                tau = self._shortening(batch, options, norm, before, tau)
+            if tau is not None and own.is_free and bool((tau == 1).all()):
+                tau = None
+            scale = None if tau is None else tau.reciprocal()
+            if own.unit is not None:
+                scale = own.unit if scale is None else own.unit * scale
+            if own.kept is not None:
+                scale = torch.where(own.kept, torch.ones_like(norm) if scale is None else scale, 0)
+        batch.move(options, scale, leaves_out=own.kept is not None)
+        if own.squared.numel():
+            self._records.append(_Record(batch, [weight.owner for weight in batch.weights], tau))
+        for weight in batch.weights:
+            if weight.buffer is not None and not weight.staged:
+                self._state[weight.owner]["momentum_buffer"] = weight.buffer
+
+    def _constants_of(self, batch: Batch, options: StepOptions) -> tuple[Tensor | None, Tensor | None]:
+        """Curvature bounds and norms of the groups, as far as the step size asks for them."""
+        wants_curvature = options.step_size == "theorem" and options.curvature is None
+        if not wants_curvature and options.step_size != "angle":
+            return None, None
+        if batch not in self._constants:
+            manifolds = [(weight.manifold, tuple(weight.param.shape)) for weight in batch.weights]
+            bounds = [group_curvatures(m, shape, options.radius_invariant) for m, shape in manifolds]
+            norms = [group_norms(m, shape) for m, shape in manifolds]
+            self._constants[batch] = torch.cat(bounds).to(batch.device), torch.cat(norms).to(batch.device)
+        bounds, norms = self._constants[batch]
+        return (bounds if wants_curvature else None), norms
+
+    def _norm_before(self, batch: Batch, norm: Tensor) -> Tensor:
+        """The running norm of earlier steps, which knows nothing of this gradient; this one's own in a first step."""
+        means = [self._state[weight.owner].get("norm_squared") for weight in batch.weights]
+        unknown = norm.new_full((), math.nan)
+        mean = torch.cat([
+            unknown.expand(count) if mean is None else mean.to(norm)
+            for mean, count in zip(means, batch.counts, strict=True)
+        ])  # fmt: skip
+        return torch.where(mean.isnan(), norm, mean.sqrt())
+
+    def _shortening(self, batch: Batch, options: StepOptions, norm: Tensor, before: Tensor, tau: Tensor) -> Tensor:
+        """``τ``, larger for gradients that would step ``SPIKE`` times the bound; updates the running norm."""
+        shortest = norm / (SPIKE * theorem_step_bound(options.rho))
+        is_spike = shortest > tau
+        self._count(self._shortened, is_spike.sum())
+        taken = torch.where(is_spike, norm * tau / shortest, norm)
+        mean = torch.lerp(taken.square(), before.square(), _DECAY)
+        owned = batch.owned
+        parts = (mean, torch.ones_like(mean, dtype=torch.bool) if owned is None else owned)
+        for weight, own, mask in zip(batch.weights, *(t.split(batch.counts) for t in parts), strict=True):
+            state = self._state[weight.owner]
+            other = state.get("norm_squared", own.new_full((), math.nan))
+            dtype = torch.promote_types(weight.owner.dtype, torch.float32)
+            state["norm_squared"] = torch.where(mask, own, other.to(own)).to(dtype)
+        return torch.maximum(tau, shortest)
+
+    def _count(self, counts: dict[torch.device, Tensor], more: Tensor) -> None:
+        before = counts.get(more.device)
+        counts[more.device] = more if before is None else before + more
+
+    # -- what became of it -----------------------------------------------------------------------------------
+
+    def step_scales(self) -> dict[Tensor, Tensor]:
+        """``τ`` of every group in the latest step, by parameter; in the order in which batches moved."""
+        scales: dict[Tensor, Tensor] = {}
+        for record in self._records:
+            batch, total = record.batch, sum(record.batch.counts)
+            tau = torch.ones(total, dtype=torch.float64, device=batch.device) if record.tau is None else record.tau
+            masks = [None] * len(batch.counts) if batch.owned is None else batch.owned.split(batch.counts)
+            for owner, own, mask in zip(record.owners, tau.split(batch.counts), masks, strict=True):
+                dtype = torch.promote_types(owner.dtype, torch.float32)
+                own = own.clamp_max(torch.finfo(dtype).max).to(dtype)
+                others = scales.get(owner)
+                scales[owner] = own.clone() if mask is None or others is None else torch.where(mask, own, others)
+        return scales
+
+    def left_out(self) -> int:
+        """How many group steps were left out because the gradient was not finite (synchronises)."""
+        return sum(int(count) for count in self._left_out.values())
+
+    def shortened(self) -> int:
+        """How many gradients of groups were shortened under ``norm="running"`` (synchronises)."""
+        return sum(int(count) for count in self._shortened.values())
+
+
+def _is_finite(own: Measured) -> bool:
+    """Whether it can be read for free that nothing is to be settled."""
+    if own.squared.numel() == 0:
+        return True
+    if not own.is_free or not math.isfinite(float(own.squared.sum())):
+        return False
+    return own.options.step_size != "angle" or not is_tiny(own)
+
+
+def manifold_of(param: Tensor) -> geoopt.Manifold | None:
+    """The manifold of a constrained parameter, None for a plain one (Geoopt's Euclidean manifold included)."""
+    manifold = getattr(param, "manifold", None)
+    constrained = isinstance(manifold, geoopt.Manifold) and not isinstance(manifold, geoopt.Euclidean)
+    return manifold if constrained else None

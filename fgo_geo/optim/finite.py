@@ -1,0 +1,144 @@
+"""What is done with gradients that are not finite: one policy, for every path.
+
+All ``R²`` are known before anything moves. Where they are all finite, nothing is done. Else:
+
+* A gradient that is finite itself, and only too large or too small to be squared in its type, is divided by a power of
+  two and measured again; the step is the same.
+* Where reading values is free, or ``check_finite=True`` asks for it, anything else is refused: nothing has changed.
+* Elsewhere such a group takes no gradient in this step, stays on its manifold, and is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from fgo_geo.paths.protocol import Batch, StepOptions, Weight
+
+__all__ = ["Measured", "is_tiny", "settle"]
+
+_SMALLEST = 1e-30  # of R² over a weight: below, its digits are lost in single precision
+
+
+@dataclass(eq=False, slots=True)
+class Measured:
+    """A batch in the middle of its step.
+
+    Attributes:
+        batch: The batch.
+        options: Hyper-parameters.
+        is_free: Whether reading values on the host waits for nothing.
+        check_finite: Raise on what is not finite; None where reading is free.
+        squared: ``R²`` of all groups, of the gradient divided by ``unit``.
+        kept: Which groups take their gradient; None if all do.
+        unit: What the gradients of all groups were divided by; None if by nothing.
+    """
+
+    batch: Batch
+    options: StepOptions
+    is_free: bool
+    check_finite: bool | None
+    squared: Tensor
+    kept: Tensor | None = None
+    unit: Tensor | None = None
+
+
+def settle(measured: Sequence[Measured], name_of: Callable[[Tensor], str], optimizer: str) -> list[Tensor]:
+    """Measure again, refuse or leave out what is not finite, before anything has moved.
+
+    Args:
+        measured: All batches of the step. Groups that are left out have ``R² = 0`` afterwards.
+        name_of: Says which parameter one is, for messages.
+        optimizer: Name of the optimiser, for messages.
+
+    Returns:
+        How many groups of each batch are left out, where any may be.
+
+    Raises:
+        FloatingPointError: If a gradient on a manifold, or a weight, is not finite and that is checked.
+    """
+    readable = [own for own in measured if own.squared.numel() and (own.is_free or own.check_finite)]
+    _rescale(readable)
+    left_out: list[Tensor] = []
+    for own in measured:
+        finite = torch.isfinite(own.squared)
+        if own in readable and bool(finite.all()):
+            continue
+        if own.is_free if own.check_finite is None else own.check_finite:
+            raise _refusal(own, finite, measured, name_of, optimizer)
+        own.kept = finite
+        own.squared = torch.where(finite, own.squared, 0)
+        left_out.append((~finite).sum())
+    return left_out
+
+
+def is_tiny(own: Measured) -> bool:
+    """Whether the gradient of a weight may be too small to be squared, where its length matters: for an angle."""
+    return own.options.step_size == "angle" and any(map(_is_tiny, own.squared.split(own.batch.counts)))
+
+
+def _is_tiny(squared: Tensor) -> bool:
+    return float(squared.sum()) < _SMALLEST
+
+
+def _rescale(measured: Sequence[Measured]) -> None:
+    """Divide gradients whose squares overflow or underflow by powers of two, and measure again.
+
+    A weight whose parts are in several batches is divided once, for all of them.
+    """
+    units: dict[Weight, float] = {}
+    for own in measured:
+        for weight, squared in zip(own.batch.weights, own.squared.split(own.batch.counts), strict=True):
+            is_tiny = own.options.step_size == "angle" and _is_tiny(squared)
+            if weight not in units and (is_tiny or not bool(torch.isfinite(squared).all())):
+                units[weight] = _unit_of(weight, own.options)
+    units = {weight: unit for weight, unit in units.items() if unit != 1}
+    for own in measured:
+        if any(weight in units for weight in own.batch.weights):
+            of_weights = torch.tensor([units.get(weight, 1.0) for weight in own.batch.weights], dtype=torch.float64)
+            own.unit = of_weights.repeat_interleave(torch.tensor(own.batch.counts)).to(own.squared.device)
+            first = own.squared.clone()  # right where it is finite and not tiny, whatever the other groups are
+            again = own.batch.measure(own.options)
+            own.squared = torch.where(torch.isfinite(first) & (first >= _SMALLEST), first / own.unit.square(), again)
+
+
+def _unit_of(weight: Weight, options: StepOptions) -> float:
+    """The power of two near the largest entry of a gradient, by which the weight's gradient is divided from now on."""
+    grad = cast(Tensor, weight.grad)
+    largest = float(torch.linalg.vector_norm(grad.detach(), math.inf)) if grad.numel() else 0.0
+    if not (0 < largest < math.inf) or not bool(torch.isfinite(weight.param).all()):
+        return 1.0
+    exponent = math.frexp(largest)[1]
+    scaled = torch.ldexp(grad.detach(), torch.tensor(-exponent, device=grad.device))
+    if options.weight_decay != 0:  # which acts on Euclidean components, and has to be divided too
+        decay = -options.weight_decay if options.maximize else options.weight_decay
+        scaled = scaled.add(weight.param.detach(), alpha=decay * (math.ldexp(1.0, -exponent) - 1))
+    weight.grad = scaled.to(grad.dtype)
+    return math.ldexp(1.0, exponent)
+
+
+def _refusal(
+    own: Measured,
+    finite: Tensor,
+    measured: Sequence[Measured],
+    name_of: Callable[[Tensor], str],
+    optimizer: str,
+) -> FloatingPointError:
+    weights = [weight for other in measured for weight in other.batch.weights]
+    for weight in weights:  # a weight that is not finite has such gradients, and so have all others
+        if not bool(torch.isfinite(weight.param).all()):
+            return FloatingPointError(
+                f"{optimizer}: {name_of(weight.owner)} is not finite itself; no parameter was changed. Go back to a "
+                "checkpoint"
+            )
+    per_weight = zip(own.batch.weights, finite.split(own.batch.counts), strict=True)
+    bad = next(weight for weight, ok in per_weight if not bool(ok.all()))
+    return FloatingPointError(
+        f"{optimizer}: the gradient of {name_of(bad.owner)} on {bad.manifold} is not finite; no parameter was changed. "
+        "Lower the learning rate, clip the gradient, or use a GradScaler in half precision"
+    )

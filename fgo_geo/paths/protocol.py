@@ -1,0 +1,263 @@
+r"""What an execution path is: a way to compute the step of some weights.
+
+Every way to compute a step (torch's own SGD for plain parameters, the batched reference, shared products, compiled
+sweeps, Triton) implements the same three verbs, and nothing else of a path is known outside of it:
+
+* :meth:`Path.accepts` looks at a weight and returns the numbers of the parts that the path takes, or a
+  :class:`Refusal`. Parts that are left go to the next path.
+* :meth:`Batch.measure` returns ``R²``, the squared norm of the Riemannian gradient of every group, in float64. It
+  changes nothing.
+* :meth:`Batch.move` takes the step, given the factor ``1/τ`` of every group's gradient.
+
+The step in between (:mod:`fgo_geo.optim.base`) is the same for all paths: measure everything, refuse or leave out what
+is not finite, compute ``τ``, move everything. Formulas are to be read in :mod:`~fgo_geo.paths.reference`; every other
+path is tested equal to it.
+
+A *part* of a weight is a batch of components on one manifold kind, see :class:`~fgo_geo.weights.components.Partition`;
+a weight without a partition is one part, number 0. ``R²`` and factors are given per weight in the order of its
+collection's groups, also by a path that takes only some parts: the other groups are zero then.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import geoopt
+import torch
+from torch import Tensor
+
+from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
+from fgo_geo.paths.rules import Rule, momentum_sgd
+
+__all__ = [
+    "Batch",
+    "Claim",
+    "Configuration",
+    "Path",
+    "Reason",
+    "Refusal",
+    "StepOptions",
+    "StepSize",
+    "Update",
+    "Weight",
+    "configuration_of",
+]
+
+StepSize = Literal["theorem", "constant", "angle"]
+Update = Literal["retraction", "exponential"]
+Configuration: TypeAlias = tuple[object, int]
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """The hyper-parameters of one step, of one parameter group.
+
+    Attributes:
+        lr: Learning rate; a tensor where reading it would wait for the device.
+        momentum: Momentum factor.
+        dampening: Dampening of the momentum.
+        nesterov: Nesterov momentum.
+        weight_decay: Weight decay of plain parameters and Euclidean components.
+        maximize: Ascend instead of descend.
+        step_size: How the factor ``1/τ`` follows from ``R``.
+        rho: Bound on the distance to the minimum.
+        curvature: Bound on the sectional curvature; None for the manifolds' own.
+        angle: With ``step_size="angle"``, radians per unit of learning rate.
+        radius_invariant: Measure ``R`` on the manifolds of radius one.
+        update: Move along the retraction or the exponential map.
+        longest_step: Bound on the length of a step per unit of learning rate; infinite if there is none.
+        foreach: For plain parameters, as in :class:`torch.optim.SGD`.
+        fused: For plain parameters, as in :class:`torch.optim.SGD`.
+        rule: How gradient and buffer become a direction.
+    """
+
+    lr: float | Tensor
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    maximize: bool = False
+    step_size: StepSize = "constant"
+    rho: float = 1.0
+    curvature: float | None = 1.0
+    angle: float = 1.0
+    radius_invariant: bool = False
+    update: Update = "retraction"
+    longest_step: float = math.inf
+    foreach: bool | None = None
+    fused: bool | None = None
+    rule: Rule = momentum_sgd
+
+
+@dataclass(eq=False, slots=True)
+class Weight:
+    """A parameter in one step.
+
+    Attributes:
+        param: What is moved, in place.
+        owner: The parameter of the model; ``param`` is a copy of it in single precision where it is half.
+        manifold: Its manifold; None for the step of torch's SGD.
+        grad: Its Euclidean gradient, which is read only; None between steps.
+        buffer: Its momentum, stored as the parameter is, written in place; None without momentum and between steps.
+        first: Whether the buffer holds nothing yet.
+        staged: What paths have computed of some parts, points and momentum by part. The path that has the rest of the
+            weight writes both at once, so that an interrupt finds the weight as it was before its step or after it.
+    """
+
+    param: Tensor
+    owner: Tensor
+    manifold: geoopt.Manifold | None
+    grad: Tensor | None
+    buffer: Tensor | None = None
+    first: bool = False
+    staged: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict[int, tuple[Tensor, "Tensor | None"]])
+
+    @property
+    def n_groups(self) -> int:
+        """How many groups have a step size of their own."""
+        return self.manifold.n_groups if isinstance(self.manifold, ProductOfGroups) else 1
+
+    @property
+    def n_parts(self) -> int:
+        """How many parts it has."""
+        return len(self.manifold.partition.kinds) if isinstance(self.manifold, ProductOfGroups) else 1
+
+
+@dataclass(frozen=True, eq=False)
+class Claim:
+    """What one path does of a weight.
+
+    Attributes:
+        weight: The weight.
+        parts: Numbers of its parts; all of them unless another path takes some.
+        is_whole: Whether the path takes all parts.
+    """
+
+    weight: Weight
+    parts: tuple[int, ...]
+    is_whole: bool
+
+
+class Reason(enum.Enum):
+    """Why a path refuses a weight."""
+
+    KIND = "its manifold"
+    STEP = "the kind of step"
+    COMPONENTS = "what its components are"
+    SIZE = "the size of its components"
+    LAYOUT = "how it is stored"
+    DTYPE = "its type"
+    DEVICE = "its device"
+    MISSING = "what is not installed"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A path's answer to a weight, or parts of it, that it does not take.
+
+    Attributes:
+        reason: Why.
+        detail: The same for people, as a clause.
+    """
+
+    reason: Reason
+    detail: str
+
+
+class Batch(abc.ABC):
+    """Weights that one path steps together; kept from step to step while nothing but values changes.
+
+    Args:
+        claims: What the path does of each weight.
+    """
+
+    stages = False  # whether parts of weights are left in `Weight.staged`, so that the batch has to move before others
+
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        self.claims = tuple(claims)
+        self.weights = [claim.weight for claim in claims]
+        self.counts = [claim.weight.n_groups for claim in claims]
+        self.device = claims[0].weight.param.device
+
+    @functools.cached_property
+    def owned(self) -> Tensor | None:
+        """Which groups of all weights are moved here; None if all are."""
+        if all(claim.is_whole for claim in self.claims):
+            return None
+        owned = [torch.zeros(count, dtype=torch.bool) for count in self.counts]
+        for claim, mask in zip(self.claims, owned, strict=True):
+            if claim.is_whole:
+                mask.fill_(True)
+            elif isinstance(claim.weight.manifold, ProductOfGroups):
+                for part in claim.parts:
+                    mask[torch.from_numpy(claim.weight.manifold.partition.groups[part])] = True
+        return torch.cat(owned).to(self.device)
+
+    @abc.abstractmethod
+    def measure(self, options: StepOptions) -> Tensor:
+        """``R²`` of all groups of all weights, one weight after the other, in float64. Changes no weight."""
+
+    @abc.abstractmethod
+    def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
+        """Take the step that was measured.
+
+        Args:
+            options: Those that :meth:`measure` was given.
+            scale: ``1/τ`` of all groups in the order of :meth:`measure`, float64; None if all are one. Zero leaves the
+                gradient of a group out.
+            leaves_out: Whether gradients that are not finite are to be left out.
+        """
+
+
+class Path(abc.ABC):
+    """A way to compute a step."""
+
+    name: str
+    """What the path is called in messages."""
+
+    @abc.abstractmethod
+    def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...] | Refusal:
+        """Which parts of a weight the path takes.
+
+        Args:
+            weight: A weight with its gradient.
+            parts: Numbers of the parts that no path has taken yet.
+            options: Hyper-parameters, for the kind of the step.
+
+        Returns:
+            Numbers among ``parts``, at least one, or a refusal. The answer holds while the kind of the step, the
+            manifold's radii and the shapes, strides, types and devices of the weight and its gradient stay the same.
+        """
+
+    @abc.abstractmethod
+    def batch(self, claims: Sequence[Claim]) -> Batch:
+        """The batch of claims that were accepted, all on one device."""
+
+
+def configuration_of(manifold: geoopt.Manifold | None) -> Configuration:
+    """What differs after a change of a manifold's radii: an object, compared by identity, and a version number.
+
+    Example:
+        >>> from fgo_geo import Oblique
+        >>> manifold = Oblique(torch.ones(3))
+        >>> before = configuration_of(manifold)
+        >>> manifold.radius.mul_(2)
+        tensor([2., 2., 2.])
+        >>> before[0] is configuration_of(manifold)[0], before == configuration_of(manifold)
+        (True, False)
+    """
+    if isinstance(manifold, ProductOfGroups):
+        return manifold.manifolds, 0  # every change of the radii makes a new list
+    if not isinstance(manifold, ComponentManifold):
+        return None, 0
+    radius = manifold.radius
+    if not isinstance(radius, Tensor):
+        return radius, 0
+    version = -1 if radius.is_inference() else radius._version  # pyright: ignore[reportPrivateUsage]
+    return radius, version

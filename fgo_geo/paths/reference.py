@@ -1,0 +1,204 @@
+r"""The reference path: the step in batched torch operations, for every manifold, type and device.
+
+This is where the formulas of a step are to be read; every other path is tested equal to it. One step is the composition
+of small pure functions on whole batches of components:
+
+1. :meth:`~geoopt.Manifold.egrad2rgrad` projects the gradient onto the tangent space;
+2. sums over groups of its squared norm are ``R²``;
+3. a rule (:func:`~fgo_geo.paths.rules.momentum_sgd`) makes a direction of the gradient, divided by ``τ``, and momentum;
+4. :func:`move_along` follows a retraction or the exponential map.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import geoopt
+import torch
+from torch import Tensor
+
+from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold
+from fgo_geo.paths.pieces import Job, cut, jobs_of, put_back
+from fgo_geo.paths.protocol import Batch, Claim, Path, StepOptions, Weight
+
+__all__ = ["JobBatch", "Reference", "fgsgd_update", "measure", "move_along", "step_bound"]
+
+_UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
+
+
+class Reference(Path):
+    """The path that takes everything."""
+
+    name = "reference"
+
+    def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...]:
+        """All parts of every weight."""
+        return parts
+
+    def batch(self, claims: Sequence[Claim]) -> JobBatch:
+        """The claims as joined jobs."""
+        return JobBatch(claims)
+
+
+class JobBatch(Batch):
+    """Weights cut into pieces and joined into jobs; subclasses compute the step of a job in another way."""
+
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        super().__init__(claims)
+        self.stages = not all(claim.is_whole for claim in claims)
+        self._jobs = jobs_of(claims)
+        self._order = torch.cat([job.index for job in self._jobs])
+
+    def measure(self, options: StepOptions) -> Tensor:
+        """Project all gradients; ``R²`` of all groups."""
+        points = self._cut([weight.param for weight in self.weights])
+        grads = self._cut([weight.grad for weight in self.weights])
+        for job in self._jobs:
+            job.x = job.join([points[piece.weight][piece.part] for piece in job.pieces])
+            job.grad = job.join([grads[piece.weight][piece.part] for piece in job.pieces])
+        del points, grads
+        sums = torch.cat([self.measure_job(job, options) for job in self._jobs])
+        return sums.new_zeros(sum(self.counts)).index_copy_(0, self._order, sums)
+
+    def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
+        """Move all jobs, then write every weight at once."""
+        momentum = self._cut([None if weight.first else weight.buffer for weight in self.weights])
+        held: dict[Weight, dict[int, tuple[Tensor, Tensor | None]]] = {}
+        for job in self._jobs:
+            if momentum[job.pieces[0].weight]:
+                job.buffer = job.join([momentum[piece.weight][piece.part] for piece in job.pieces])
+            factors = None if scale is None else scale.index_select(0, job.index).to(job.x.dtype)
+            if leaves_out and factors is not None:
+                job.grad = torch.where(job.spread(factors > 0), job.grad, 0)
+            x, buffer = self.move_job(job, options, factors)
+            buffers = [None] * len(job.pieces) if buffer is None else job.split(buffer)
+            for piece, own, own_buffer in zip(job.pieces, job.split(x), buffers, strict=True):
+                if job.is_whole:
+                    _write(piece.weight, {0: (own, own_buffer)})
+                else:
+                    held.setdefault(piece.weight, {})[piece.part] = (own, own_buffer)
+            job.release()
+        for weight, parts in held.items():
+            weight.staged.update(parts)
+            if len(weight.staged) == weight.n_parts:  # no other path writes the rest of it
+                _write(weight, weight.staged)
+                weight.staged.clear()
+
+    def measure_job(self, job: Job, options: StepOptions) -> Tensor:
+        """Make the gradients of a job Riemannian; the squared norm of every group, float64."""
+        return measure(job, options)
+
+    def move_job(self, job: Job, options: StepOptions, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """New points and momentum of a job, given ``1/τ`` of its groups (None if all are one)."""
+        grad = job.grad if scale is None else job.grad * job.spread(scale)
+        return fgsgd_update(job.manifold, job.x, grad, job.buffer, options, step_bound(options, job))
+
+    def _cut(self, tensors: Sequence[Tensor | None]) -> dict[Weight, dict[int, Tensor]]:
+        pairs = zip(self.claims, tensors, strict=True)
+        return {claim.weight: {} if tensor is None else cut(claim, tensor) for claim, tensor in pairs}
+
+
+def _write(weight: Weight, parts: dict[int, tuple[Tensor, Tensor | None]]) -> None:
+    """Write momentum and points of a weight, each in one operation."""
+    momentum = {part: buffer for part, (_, buffer) in parts.items() if buffer is not None}
+    if weight.buffer is not None and momentum:
+        put_back(weight, weight.buffer, momentum)
+    put_back(weight, weight.param, {part: x for part, (x, _) in parts.items()})
+
+
+def measure(job: Job, options: StepOptions) -> Tensor:
+    """Make the gradients of a job Riemannian; the squared norm of every group, float64.
+
+    With ``radius_invariant`` gradient and norm are those on the manifold of radius one: ``r² grad``, and ``r R``.
+    """
+    manifold = job.manifold
+    grad = -job.grad if options.maximize else job.grad
+    if not isinstance(manifold, EmbeddedManifold):
+        # Always a new tensor: Geoopt's Lorentz manifold writes into the gradient that it is given.
+        grad = grad.add(job.x, alpha=options.weight_decay)
+    job.grad = grad = manifold.egrad2rgrad(job.x, grad)
+    if options.radius_invariant and isinstance(manifold, ComponentManifold):
+        job.grad = grad * manifold.radius_for(job.x) ** 2
+    inner = manifold.inner(job.x, grad, job.grad)
+    squared = job.sum((inner.real if inner.is_complex() else inner).double())
+    return squared.clamp_min(0)  # Lorentz rounds below zero
+
+
+def fgsgd_update(
+    manifold: geoopt.Manifold,
+    x: Tensor,
+    grad: Tensor,
+    buffer: Tensor | None,
+    options: StepOptions,
+    bound: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One step of components: the direction of the rule, and a move against it.
+
+    Args:
+        manifold: Where ``x`` lives.
+        x: Points.
+        grad: Tangent vectors at ``x``: the Riemannian gradient divided by ``τ``.
+        buffer: Momentum of the step before, or None in the first one.
+        options: Hyper-parameters.
+        bound: Bound on the length of the step relative to the radius, if one is known.
+
+    Returns:
+        The new points and the new buffer (None without momentum).
+
+    Example:
+        >>> from fgo_geo import ScaledSphere
+        >>> x, grad = torch.tensor([1.0, 0.0]), torch.tensor([0.0, -1.0])
+        >>> options = StepOptions(lr=torch.pi / 2, update="exponential")
+        >>> fgsgd_update(ScaledSphere(), x, grad, None, options)[0].round(decimals=6)
+        tensor([-0.,  1.])
+    """
+    direction, buffer = options.rule(manifold, x, grad, buffer, options)
+    return move_along(manifold, x, direction, buffer, options, bound)
+
+
+def move_along(
+    manifold: geoopt.Manifold,
+    x: Tensor,
+    direction: Tensor,
+    buffer: Tensor | None,
+    options: StepOptions,
+    bound: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Points at ``-lr`` times the direction along a retraction or geodesics; momentum, transported where it has to be.
+
+    Args:
+        manifold: Where ``x`` lives.
+        x: Points.
+        direction: Tangent vectors at ``x``.
+        buffer: Momentum, which Geoopt's manifolds transport here, and ours at the start of the next step.
+        options: Hyper-parameters; ``lr`` and ``update`` are read.
+        bound: Bound on the length of the step relative to the radius, if one is known.
+
+    Returns:
+        The new points and the buffer.
+    """
+    lr = options.lr
+    if options.update == "retraction" and isinstance(manifold, ComponentManifold) and not isinstance(lr, Tensor):
+        return manifold.retract_bounded(x, direction, bound, -lr), buffer
+    rate = lr.reshape(()) if isinstance(lr, Tensor) else lr  # without dimensions it leaves the type alone
+    step = -rate * direction
+    is_ours = isinstance(manifold, EmbeddedManifold)
+    if options.update == "exponential":
+        if is_ours or buffer is None:
+            return manifold.expmap(x, step), buffer
+        return manifold.expmap_transp(x, step, buffer)
+    if isinstance(manifold, ComponentManifold):
+        return manifold.retract_bounded(x, step, bound), buffer
+    if is_ours or buffer is None:
+        return manifold.retr(x, step), buffer
+    return manifold.retr_transp(x, step, buffer)
+
+
+def step_bound(options: StepOptions, job: Job) -> float | None:
+    """Bound on the length of a step relative to the radius, None if there is none."""
+    if options.longest_step == math.inf or not isinstance(job.manifold, ComponentManifold):
+        return None
+    if isinstance(options.lr, Tensor):
+        return _UNKNOWN_LR_BOUND
+    return options.lr * options.longest_step / (1.0 if options.radius_invariant else job.smallest_radius)
