@@ -6,13 +6,14 @@ Figures for :doc:`/guides/step-size`: what the bound :math:`\rho` on the distanc
 manifold does to it, and where noisy gradients lead, under each option of :class:`fgo_geo.RiemannianFGSGD`.
 """
 
+import math
+
 import geoopt
 import matplotlib.pyplot as plt
 import torch
 
 import fgo_geo
 
-torch.set_default_dtype(torch.float64)
 plt.rcParams.update(
     {
         "axes.grid": True,
@@ -33,7 +34,7 @@ plt.rcParams.update(
 # :math:`\sqrt{1 + \rho^2} - \rho` times the learning rate, about :math:`1 / 2\rho`. Small gradients are not affected.
 
 figure, ax = plt.subplots(figsize=(5.5, 3.8))
-norm = torch.logspace(-2, 2, 400)
+norm = torch.logspace(-2, 2, 400, dtype=torch.float64)
 for rho in (0.25, 1.0, 4.0):
     ax.loglog(norm, norm / fgo_geo.optim.theorem_step_scale(norm, rho), label=rf"$\rho = {rho:g}$")
     ax.axhline(fgo_geo.optim.theorem_step_bound(rho), color="0.6", linestyle=":", zorder=0)
@@ -51,9 +52,9 @@ ax.legend(loc="upper left")
 # like :math:`1 / r`. With the manifold's own curvature it stays below one radius. In the radius-invariant form it is
 # the same for every radius.
 
-radius = torch.logspace(-1.3, 1, 200)
+radius = torch.logspace(-1.3, 1, 200, dtype=torch.float64)
 scale = fgo_geo.optim.theorem_step_scale
-norm = torch.logspace(-3, 3, 2000)[:, None]
+norm = torch.logspace(-3, 3, 2000, dtype=torch.float64)[:, None]
 steps = {
     "equation 7 (default)": norm / scale(norm),
     'curvature="manifold"': norm / scale(norm, curvature=radius**-2),
@@ -79,15 +80,15 @@ ax.legend(loc="lower left")
 def angles(seed: int, **options: str) -> list[float]:
     """Return the angle, in degrees, after each step of one run."""
     generator = torch.Generator().manual_seed(seed)
-    x = geoopt.ManifoldParameter(torch.tensor([1.0, 1.0]) / 2**0.5, manifold=fgo_geo.ScaledSphere())
+    x = geoopt.ManifoldParameter(torch.tensor([0.5, 0.5], dtype=torch.float64).sqrt(), manifold=fgo_geo.ScaledSphere())
     optimizer = fgo_geo.RiemannianFGSGD([x], lr=0.3, **options)
     schedule = fgo_geo.optim.RobbinsMonroLR(optimizer, time_constant=100, exponent=0.75)
     path = []
-    for draw in torch.rand(1500, generator=generator) < 0.1:
-        x.grad = -torch.tensor([0.2, 3.0 if draw else -1 / 3])
+    for draw in (torch.rand(1500, generator=generator) < 0.1).tolist():
+        x.grad = -torch.tensor([0.2, 3.0 if draw else -1 / 3], dtype=torch.float64)
         optimizer.step()
         schedule.step()
-        path.append(float(torch.rad2deg(torch.atan2(x[1], x[0]))))
+        path.append(math.degrees(math.atan2(*x.detach().flip(0).tolist())))
     return path
 
 
