@@ -302,3 +302,19 @@ def test_loading_weights_replaces_no_parameter():
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
+
+
+@pytest.mark.parametrize("first", ["plain", "constrained"])
+@pytest.mark.parametrize("value", [math.nan, 1e30])
+def test_plain_parameters_in_the_same_optimiser_change_nothing_about_it(first, value):
+    weight, bias = on(Stiefel(), 5, 3, dtype=torch.float32), plain(3)
+    optimizer = RiemannianFGSGD([bias, weight] if first == "plain" else [weight, bias], lr=0.1, momentum=0.9)
+    before = values([weight, bias])
+    weight.grad, bias.grad = torch.full_like(weight, value), torch.ones_like(bias)
+    if math.isnan(value):
+        with pytest.raises(FloatingPointError, match=r"is not finite; no parameter was changed"):
+            optimizer.step()
+        assert_same([weight, bias], before)
+    else:
+        optimizer.step()
+        assert float(weight.manifold.violation(weight.detach()).max()) < 1e-6

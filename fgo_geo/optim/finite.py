@@ -66,6 +66,8 @@ def settle(measured: Sequence[Measured], name_of: Callable[[Tensor], str], optim
     _rescale(readable)
     left_out: list[Tensor] = []
     for own in measured:
+        if own.squared.numel() == 0:  # plain parameters
+            continue
         finite = torch.isfinite(own.squared)
         if own in readable and bool(finite.all()):
             continue
