@@ -1,6 +1,12 @@
 """Network weights on products of manifolds: FG-SGD and channel-directed gradients on PyTorch and Geoopt."""
 
-from fgo_geo import _former_names, optim
+from typing import TYPE_CHECKING
+
+from fgo_geo import (
+    _former_names,
+    _geoopt,  # noqa: F401  # pyright: ignore  first: it imports Geoopt
+    optim,
+)
 from fgo_geo.manifolds import Ball, Oblique, ProductOfGroups, ScaledSphere, SpectralBall, SpectralSphere, Stiefel
 from fgo_geo.measures import bounds
 from fgo_geo.measures.report import report
@@ -16,6 +22,7 @@ from fgo_geo.weights import grouping, norms
 from fgo_geo.weights.grouping import Collection, collection
 from fgo_geo.weights.kinds import register_kind
 from fgo_geo.weights.layout import WeightLayout, register_layout
+from fgo_geo.weights.words import did_you_mean
 
 __all__ = [  # noqa: RUF022  in groups, for readers
     # manifolds
@@ -53,6 +60,11 @@ __all__ = [  # noqa: RUF022  in groups, for readers
     "report",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _former_names.register()
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        raise AttributeError(f"module 'fgo_geo' has no attribute {name!r}{did_you_mean(name, __all__)}")

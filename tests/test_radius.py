@@ -137,7 +137,7 @@ def test_unit_and_numbers_are_radii(grouped: Grouped) -> None:
     assert group_radii(cut, "kaiming").dtype == torch.float64
 
 
-@pytest.mark.parametrize("rule", ["Kaiming", "", 0, -1.0, math.inf, math.nan, True, None, torch.tensor(1.0)], ids=repr)
+@pytest.mark.parametrize("rule", ["kaimin", "", 0, -1.0, math.inf, math.nan, True, None, torch.tensor(1.0)], ids=repr)
 def test_rules_that_are_none(rule: object) -> None:
     with pytest.raises(ValueError, match='radius must be "kaiming", "unit", "bound" or a positive number, got'):
         check_rule(rule)

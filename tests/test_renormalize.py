@@ -565,7 +565,7 @@ def test_layers_that_have_no_layout_are_refused_with_the_reason():
         (nn.Linear(3, 2), "wait", r"Linear\.wait is no parameter; this module has \['weight', 'bias'\]"),
         (nn.LazyLinear(2), "weight", r"LazyLinear\.weight is not initialised yet: run a forward pass"),
         (nn.Linear(3, 2, device="meta"), "weight", r"Linear\.weight is on the meta device: give it values first"),
-        (nn.Sequential(nn.Linear(3, 2)), "weight", r"Sequential\.weight is no parameter; this module has \[\]"),
+        (nn.Sequential(nn.Linear(3, 2)), "weight", r"Sequential\.weight is no parameter; its layers have 0\.weight"),
         (nn.ParameterDict({"a": torch.eye(2)}), "a", r"ParameterDict\.a is 'a' of ParameterDict, of unknown layout"),
     ):
         with pytest.raises(ValueError, match=f"^renormalize: {message}"):

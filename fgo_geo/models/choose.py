@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 from fgo_geo.manifolds import ProductOfGroups
@@ -22,7 +23,7 @@ from fgo_geo.weights.grouping import Collection, collection
 from fgo_geo.weights.kinds import KindLike
 from fgo_geo.weights.layout import WeightLayout, has_own_forward
 from fgo_geo.weights.radius import BoundOf, RadiusRule, check_bound, check_bound_of, check_rule
-from fgo_geo.weights.words import few
+from fgo_geo.weights.words import did_you_mean, few, small
 
 __all__ = [
     "Components",
@@ -104,9 +105,20 @@ def check_patterns(argument: str, patterns: Iterable[Pattern], sites: Sequence[S
             raise ValueError(f"constrain: {argument} has {pattern!r}, expected a name, a glob or a module type")
         if not any(site.matches(pattern) for site in sites):
             raise ValueError(
-                f"constrain: {argument} has {pattern!r}, which matches no parameter; give a parameter name, a module "
-                f"name, a glob or a module type. The parameters are {few([site.names[0] for site in sites])}"
+                f"constrain: {argument} has {pattern!r}, which matches no parameter; {_meant(pattern, sites)}"
             )
+
+
+def _meant(pattern: Pattern, sites: Sequence[Site]) -> str:
+    """What to write in place of a pattern that matches nothing."""
+    types = {owner_type.__name__ for site in sites for owner in site.owners for owner_type in type(owner).__mro__}
+    if pattern in types:
+        return f"to name all layers of a type give the type, {pattern} without quotes, e.g. torch.nn.{pattern}"
+    names = [site.names[0] for site in sites]
+    return (
+        "give a parameter name, a module name, a glob or a module type. The parameters are "
+        f"{few(names)}{did_you_mean(pattern, [*names, *(name.rpartition('.')[0] for name in names)])}"
+    )
 
 
 def _patterns(patterns: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
@@ -141,9 +153,10 @@ class Settings:
     split: int = 1
 
     def __post_init__(self) -> None:
-        check_rule(self.radius)
+        put = partial(object.__setattr__, self)
+        put("radius", check_rule(self.radius))
         check_bound(self.bound)
-        check_bound_of(self.bound_of)
+        put("bound_of", check_bound_of(self.bound_of))
         if type(self.split) is not int or self.split < 1:
             raise ValueError(f"split must be a positive number of equal parts, got {self.split!r}")
         choices: dict[str, tuple[object, ...]] = {
@@ -152,9 +165,15 @@ class Settings:
             "statistics": (None, *get_args(LambdaRule)),
         }
         for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
+            given = getattr(self, name)
+            if small(given) not in known:
+                raise ValueError(f"{name} must be one of {known}, got {given!r}{did_you_mean(given, _words(known))}")
+            put(name, small(given))
         collection(1, 1, self.strategy, self.manifolds, self.selection, self.seed)  # raises on what it does not know
+
+
+def _words(known: Iterable[object]) -> list[str]:
+    return [word for word in known if isinstance(word, str)]
 
 
 def settings_of(

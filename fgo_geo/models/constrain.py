@@ -31,6 +31,7 @@ from fgo_geo.models.choose import (
 from fgo_geo.models.feature_stats import LambdaRule
 from fgo_geo.models.plan import Plan, plans_of
 from fgo_geo.models.sites import Pattern, sites_of
+from fgo_geo.models.slips import require_model
 from fgo_geo.models.start import Initial, initial_point, moved_to
 from fgo_geo.models.surgery import (
     Target,
@@ -109,6 +110,7 @@ def constrain(
         The plan.
 
     Raises:
+        TypeError: If the model is no module.
         ValueError: If the model is constrained or distributed already, a pattern matches nothing, a setting is
             unknown, a layer that was named cannot be constrained, or nothing is left to constrain. Nothing has changed
             then.
@@ -123,6 +125,7 @@ def constrain(
         >>> bool(model[2].weight.manifold.violation(model[2].weight).max() < 1e-5)
         True
     """
+    require_model(model, "constrain")
     _require_fresh(model)
     rules: Mapping[Pattern, RadiusRule] = radius if isinstance(radius, Mapping) else {}
     rule: RadiusRule = "kaiming" if isinstance(radius, Mapping) else radius
@@ -170,6 +173,7 @@ def unconstrain(model: nn.Module) -> nn.Module:
     Returns:
         The model, with no trace of the plan.
     """
+    require_model(model, "unconstrain")
     for site in sites_of(model):
         if isinstance(site.param, geoopt.ManifoldParameter):
             replace_parameter(model, site.names, plain_parameter(site.param))

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from fgo_geo.manifolds import ProductOfGroups, mark_replaced
 from fgo_geo.models.entry import PlanEntry, table_of
 from fgo_geo.models.feature_stats import is_tracked, track, untrack
+from fgo_geo.models.slips import NoModel
 from fgo_geo.models.start import nearest_point
 from fgo_geo.models.surgery import (
     dilate,
@@ -50,7 +51,7 @@ _JSON_VERSION = 1
 
 
 @dataclass(eq=False)
-class Plan:
+class Plan(NoModel):
     """What :func:`~fgo_geo.constrain` did to a model, parameter by parameter.
 
     ``print(plan)`` shows it as a table.

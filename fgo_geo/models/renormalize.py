@@ -48,12 +48,14 @@ from fgo_geo.models.feature_stats import (
     track,
     untrack,
 )
+from fgo_geo.models.slips import weights_inside
 from fgo_geo.weights import kinds
 from fgo_geo.weights.components import partition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.layout import WeightLayout, layout_of
 from fgo_geo.weights.norms import Norm, matrix_norms, norms_of_groups
 from fgo_geo.weights.radius import BoundOf, check_bound, check_bound_of, group_radii, kaiming_radius
+from fgo_geo.weights.words import small
 
 __all__ = [
     "Renormalization",
@@ -320,9 +322,8 @@ def renormalize(
         (True, True)
     """
     param, layout = _plain_weight(module, name)
-    norms = _checked_norms(norms)
+    norms, bound_of, statistics = _checked_norms(norms), check_bound_of(bound_of), small(statistics)
     check_bound(bound)
-    check_bound_of(bound_of)
     if statistics not in (None, *get_args(LambdaRule)):
         raise ValueError(f"renormalize: statistics must be None or one of {get_args(LambdaRule)}, got {statistics!r}")
     collections = _collections(layout, name, groups, manifold, selection, seed, components)
@@ -348,8 +349,7 @@ def _plain_weight(module: nn.Module, name: str) -> tuple[nn.Parameter, WeightLay
         raise ValueError(f"renormalize: {what} is re-parametrised already: remove the parametrization first")
     param = getattr(module, name, None)
     if not isinstance(param, nn.Parameter):
-        known = [n for n, _ in module.named_parameters(recurse=False)]
-        raise ValueError(f"renormalize: {what} is no parameter; this module has {known}")
+        raise ValueError(f"renormalize: {what} is no parameter; {weights_inside(module)}")
     if isinstance(param, geoopt.ManifoldParameter):
         raise ValueError(f"renormalize: {what} is constrained to a manifold already: unconstrain the model first")
     layout = layout_of(module, name)
@@ -361,7 +361,7 @@ def _plain_weight(module: nn.Module, name: str) -> tuple[nn.Parameter, WeightLay
 
 
 def _checked_norms(norms: Sequence[Norm]) -> tuple[Norm, ...]:
-    words = (norms,) if isinstance(norms, str) or not isinstance(norms, Sequence) else tuple(norms)
+    words = tuple(map(small, (norms,) if isinstance(norms, str) or not isinstance(norms, Sequence) else norms))
     if not words or any(word not in _NORMS for word in words):
         raise ValueError(f"renormalize: norms must be some of {_NORMS}, got {norms!r}")
     return cast("tuple[Norm, ...]", words)
@@ -389,6 +389,7 @@ def _collections(
                 "them, one per section of a packed weight"
             )
         return made
+    components = small(components)
     if components not in get_args(Components):
         raise ValueError(f"renormalize: components must be one of {get_args(Components)}, got {components!r}")
     manifold = "sphere" if manifold is None else manifold

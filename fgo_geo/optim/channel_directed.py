@@ -27,7 +27,9 @@ from fgo_geo.optim.channel_metrics import (
     check_metric,
     direct_gradients,
 )
+from fgo_geo.optim.points import known_name
 from fgo_geo.weights.layout import WeightLayout, layout_of
+from fgo_geo.weights.words import small
 
 __all__ = ["ChannelDirected", "channel_directed"]
 
@@ -66,8 +68,10 @@ class _Settings:
     lam_relative: bool = False
 
     def __post_init__(self) -> None:
-        check_metric(self.metric, self.lam, self.ends)
-        if self.lam_relative and self.metric == "h0":
+        metric, ends = check_metric(self.metric, self.lam, self.ends)
+        for name, word in (("metric", metric), ("ends", ends), ("axis", small(self.axis))):
+            object.__setattr__(self, name, word)
+        if self.lam_relative and metric == "h0":
             raise ValueError(
                 "lam_relative is True, but the metric h0 damps all differences alike, whatever the number of channels: "
                 "expected metric 'h1' or 'h1t', or lam_relative=False"
@@ -262,7 +266,8 @@ class ChannelDirected:
         for i, group in enumerate(self.optimizer.param_groups):
             for j, parameter in enumerate(group["params"]):
                 if parameter not in self._choices:
-                    name = group["param_names"][j] if "param_names" in group else f"param_groups[{i}]['params'][{j}]"
+                    place = known_name(parameter) or f"param_groups[{i}]['params'][{j}]"
+                    name = group["param_names"][j] if "param_names" in group else place
                     self._choices[parameter] = self._choose(parameter, self._names.get(parameter, name), group)
                 yield parameter, self._choices[parameter]
 
@@ -353,7 +358,10 @@ def _tangent(parameter: Tensor, vector: Tensor) -> Tensor:
 
 def _check_optimizer(optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer")
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer; build one from "
+            "model.named_parameters(), and pass the model as module="
+        )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(
             "optimizer is LBFGS, whose secant pairs and line search take p.grad for the plain gradient of the loss: a "

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -35,6 +35,7 @@ from torch import Tensor
 from fgo_geo.linalg import computes_in_float32
 from fgo_geo.linalg.values import is_differentiated
 from fgo_geo.paths.native import channels
+from fgo_geo.weights.words import did_you_mean, small
 
 __all__ = [
     "Direction",
@@ -113,7 +114,7 @@ def channel_inner(
         >>> channel_inner(h, h, "h1", lam=0.5, ends="free")  # 1 + 9 + 0.5 * 2²
         tensor(12.)
     """
-    check_metric(metric, lam, ends)
+    metric, ends = check_metric(metric, lam, ends)
     if h.shape != k.shape:
         raise ValueError(
             f"the inner product takes two tensors of one shape, but got {tuple(h.shape)} and {tuple(k.shape)}"
@@ -170,7 +171,7 @@ def channel_directed_gradient(
         >>> channel_directed_gradient(torch.tensor([1.0, 3.0, 5.0, 7.0]), "h0", lam=2.0)
         tensor([2.5000, 3.5000, 4.5000, 5.5000])
     """
-    check_metric(metric, lam, ends)
+    metric, ends = check_metric(metric, lam, ends)
     check_dense(g, "the gradient")
     axis = check_axis(g.shape, axis, groups)
     if not is_differentiated(g):
@@ -295,15 +296,17 @@ def _filled(pieces: Iterable[Tensor], width: int) -> Iterator[list[Tensor]]:
 # -- checks ------------------------------------------------------------------------------------------------------------
 
 
-def check_metric(metric: str, lam: float, ends: str) -> None:
-    """Raise unless the options are those of an inner product."""
+def check_metric(metric: str, lam: float, ends: str) -> tuple[Metric, Ends]:
+    """The metric and the ends in small letters; ValueError unless the options are those of an inner product."""
+    given, metric, ends = metric, small(metric), small(ends)
     if metric not in _METRICS:
-        raise ValueError(f"metric is {metric!r}, expected one of {', '.join(_METRICS)}")
+        raise ValueError(f"metric is {given!r}, expected one of {', '.join(_METRICS)}{did_you_mean(given, _METRICS)}")
     if ends not in _ENDS:
         raise ValueError(f"ends is {ends!r}, expected one of {', '.join(_ENDS)}")
     if not math.isfinite(lam) or lam < 0 or (lam == 0 and metric != "h1"):
         least = "at least 0" if metric == "h1" else "above 0"
         raise ValueError(f"lam is {lam}, but the metric {metric} is an inner product only for finite lam {least}")
+    return cast(Metric, metric), cast(Ends, ends)
 
 
 def check_dense(x: Tensor, what: str) -> None:

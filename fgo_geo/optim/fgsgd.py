@@ -21,7 +21,7 @@ from fgo_geo.linalg import reads_for_free
 from fgo_geo.manifolds import REPLACED
 from fgo_geo.optim.base import SPIKE, Stepper, Work, manifold_of
 from fgo_geo.optim.options import OPTIONS, Norm, check_options
-from fgo_geo.optim.points import HALF, Masters, check_point, name_in
+from fgo_geo.optim.points import HALF, Masters, StepScales, check_point, name_in, parameters_given
 from fgo_geo.optim.step_size import longest_step
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 
@@ -87,7 +87,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         fused: For plain parameters, as in :class:`torch.optim.SGD`.
 
     Raises:
-        ValueError: If an option is out of range, or a parameter does not lie on its manifold.
+        TypeError: If ``params`` is a module or another thing that holds no parameters, or a number is none.
+        ValueError: If an option is out of range, a parameter does not lie on its manifold, or there are none.
 
     Example:
         The leading eigenvector of a matrix, as the maximum of the Rayleigh quotient on the sphere.
@@ -153,7 +154,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             "differentiable": False,  # load_state_dict of every torch optimiser adds it
         }
         # Geoopt's constructor would drop the options that it does not know; its base class takes them all.
-        OptimMixin.__init__(self, params, defaults, stabilize=stabilize)
+        OptimMixin.__init__(self, parameters_given(params, _NAME), defaults, stabilize=stabilize)
         self._begin()
 
     def _begin(self) -> None:
@@ -171,7 +172,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             group.setdefault("longest_step", math.inf)  # its buffers may be of any length
             for option, value in self.defaults.items():
                 group.setdefault(option, value)
-            check_options(group, _NAME)
+            group.update(check_options(group, _NAME))
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -198,8 +199,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             ValueError: If an option is out of range, or a parameter does not lie on its manifold.
         """
         stabilize = param_group.get("stabilize", self._stabilize)
-        check_options({**self.defaults, "stabilize": stabilize, **param_group}, _NAME)
-        super().add_param_group(param_group)
+        words = check_options({**self.defaults, "stabilize": stabilize, **param_group}, _NAME)
+        super().add_param_group({**param_group, **words})
         added = self.param_groups[-1]
         try:
             for param in added["params"]:
@@ -242,7 +243,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         for number, group in enumerate(self.param_groups):
             values = [group[name] for name in OPTIONS]
             if isinstance(group["lr"], Tensor) or self._checked.get(number) != values:
-                check_options(group, _NAME, _SINCE.format(number))
+                group.update(check_options(group, _NAME, _SINCE.format(number)))
+                values = [group[name] for name in OPTIONS]
                 self._checked[number] = values
         self._stepper.step([self._work(group) for group in self.param_groups])
         for group in self.param_groups:
@@ -261,10 +263,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         Returns:
             For every parameter on a manifold that had a gradient (with ``adapt_euclidean``, for plain ones too), in
             the order of the parameters, a tensor with one ``τ`` per group, on the parameter's device. Reading it is
-            the caller's synchronisation, not the step's.
+            the caller's synchronisation, not the step's. Empty before the first step.
         """
         scales = self._stepper.step_scales()
-        return {param: scales[param] for group in self.param_groups for param in group["params"] if param in scales}
+        params = [param for group in self.param_groups for param in group["params"] if param in scales]
+        return StepScales({param: scales[param] for param in params}, self)
 
     def skipped_groups(self) -> int:
         """How many group steps were left out because the gradient was not finite (synchronises).

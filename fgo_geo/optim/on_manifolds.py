@@ -24,7 +24,7 @@ import functools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import geoopt
 import torch
@@ -34,9 +34,10 @@ from torch.optim import LBFGS, Optimizer
 from fgo_geo.linalg import reads_for_free
 from fgo_geo.manifolds import REPLACED
 from fgo_geo.optim.base import Stepper, Work, manifold_of
-from fgo_geo.optim.points import check_point, name_in
+from fgo_geo.optim.points import StepScales, check_point, name_in
 from fgo_geo.optim.step_size import longest_step
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
+from fgo_geo.weights.words import small
 
 __all__ = ["OnManifolds", "on_manifolds"]
 
@@ -103,11 +104,17 @@ def on_manifolds(
             "an optimiser of torch"
         )
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"on_manifolds: expected a torch optimiser, got {type(optimizer).__name__}")
+        raise TypeError(
+            f"on_manifolds: expected a torch optimiser, got {type(optimizer).__name__}; build one, e.g. "
+            "torch.optim.AdamW(model.parameters()), after constrain(model)"
+        )
     if getattr(optimizer, _MARK, False):
         raise ValueError("on_manifolds: the optimiser is attached already; call remove() of that handle first")
+    step_size, update, curvature = small(step_size), small(update), small(curvature)
     if step_size not in ("theorem", "constant", "angle"):
         raise ValueError(f"on_manifolds: step_size must be 'theorem', 'constant' or 'angle', got {step_size!r}")
+    if update not in get_args(Update):
+        raise ValueError(f"on_manifolds: update must be one of {get_args(Update)}, got {update!r}")
     if angle is not None and (step_size != "angle" or not 0 <= angle < torch.inf):
         raise ValueError(
             f"on_manifolds: angle is a finite number of at least 0 for step_size='angle', got {angle!r} with "
@@ -174,7 +181,7 @@ class OnManifolds:
         """The divisors ``τ`` of the latest step: for every parameter on a manifold, one per group."""
         scales = self._stepper.step_scales()
         params = (param for group in self.optimizer.param_groups for param in group["params"])
-        return {param: scales[param] for param in params if param in scales}
+        return StepScales({param: scales[param] for param in params if param in scales}, self.optimizer)
 
     def skipped_groups(self) -> int:
         """How many group steps were left out because the displacement was not finite (synchronises)."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fgo_geo.linalg import reads_for_free
 from fgo_geo.paths.protocol import StepSize, Update
+from fgo_geo.weights.words import small
 
 __all__ = ["OPTIONS", "Norm", "check_options"]
 
@@ -25,13 +26,16 @@ OPTIONS = (
 _CHOICES = {"step_size": get_args(StepSize), "update": get_args(Update), "norm": get_args(Norm)}
 
 
-def check_options(options: Mapping[str, Any], optimizer: str, since: str = "") -> None:
-    """Raise if an option is out of range.
+def check_options(options: Mapping[str, Any], optimizer: str, since: str = "") -> dict[str, Any]:
+    """Raise if an option is out of range; words are read in any case of letters.
 
     Args:
         options: All options of a parameter group.
         optimizer: Name of the optimiser, for messages.
         since: What to add to messages, of options that were changed.
+
+    Returns:
+        The options that are words, in small letters.
 
     Raises:
         TypeError: If a number is none.
@@ -43,8 +47,9 @@ def check_options(options: Mapping[str, Any], optimizer: str, since: str = "") -
         >>> optimizer = RiemannianFGSGD([torch.nn.Parameter(torch.ones(2))], lr="0.1")
         Traceback (most recent call last):
             ...
-        TypeError: RiemannianFGSGD: lr must be a number, got '0.1'
+        TypeError: RiemannianFGSGD: lr must be a number, got '0.1'; write it without quotes
     """
+    words = {name: small(options[name]) for name in (*_CHOICES, "curvature")}
 
     def require(holds: bool, what: str, name: str) -> None:
         if not holds:
@@ -58,7 +63,8 @@ def check_options(options: Mapping[str, Any], optimizer: str, since: str = "") -
     values = {"lr": lr, **{name: options[name] for name in ("momentum", "dampening", "weight_decay", "rho", "angle")}}
     for name, value in values.items():
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
-            raise TypeError(f"{optimizer}: {name} must be a number, got {value!r}{since}")
+            quotes = "; write it without quotes" if isinstance(value, str) else ""
+            raise TypeError(f"{optimizer}: {name} must be a number, got {value!r}{since}{quotes}")
         if name != "dampening":
             require(float(value) >= 0, "at least 0", name)
         require(math.isfinite(value), "finite", name)
@@ -71,8 +77,8 @@ def check_options(options: Mapping[str, Any], optimizer: str, since: str = "") -
             f"dampening={options['dampening']!r}{since}"
         )
     for name, choices in _CHOICES.items():
-        require(options[name] in choices, f"one of {choices}", name)
-    curvature = options["curvature"]
+        require(words[name] in choices, f"one of {choices}", name)
+    curvature = words["curvature"]
     is_bound = isinstance(curvature, numbers.Real) and 0 <= float(curvature) < math.inf
     require(
         curvature in (None, "manifold") or is_bound, 'None, "manifold" or a finite number of at least 0', "curvature"
@@ -80,12 +86,13 @@ def check_options(options: Mapping[str, Any], optimizer: str, since: str = "") -
     stabilize = options["stabilize"]
     is_count = isinstance(stabilize, int) and stabilize > 0
     require(stabilize is None or is_count, "None or a positive integer", "stabilize")
-    if options["norm"] == "running" and options["step_size"] != "theorem":
+    if words["norm"] == "running" and words["step_size"] != "theorem":
         raise ValueError(
             f'{optimizer}: norm="running" is for step_size="theorem", got step_size={options["step_size"]!r}{since}'
         )
-    if options["radius_invariant"] and options["step_size"] == "angle":
+    if options["radius_invariant"] and words["step_size"] == "angle":
         raise ValueError(
             f'{optimizer}: radius_invariant is for step_size="theorem" or "constant", as an angle is the same at every '
             f"radius; got step_size='angle'{since}"
         )
+    return words

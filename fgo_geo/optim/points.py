@@ -1,18 +1,20 @@
-"""Parameters that an optimiser is given: checks of points, names, and single-precision copies of half ones."""
+"""Parameters that an optimiser is given: checks, names, step scales, and single-precision copies of half ones."""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import geoopt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups
 from fgo_geo.optim.base import manifold_of
 from fgo_geo.optim.groups import group_norms
 
-__all__ = ["HALF", "Masters", "check_point", "name_in"]
+__all__ = ["HALF", "Masters", "StepScales", "check_point", "known_name", "name_in", "parameters_given"]
 
 HALF = (torch.float16, torch.bfloat16)
 """Types of weights that have a master copy."""
@@ -42,15 +44,83 @@ def check_point(param: Tensor, what: str, step_size: str) -> None:
             )
 
 
+def parameters_given(params: object, optimizer: str) -> list[Any]:
+    """The parameters, or parameter groups, that a constructor was given.
+
+    Args:
+        params: What stands in the place of the parameters.
+        optimizer: Name of the optimiser, for messages.
+
+    Raises:
+        TypeError: If it holds no parameters.
+        ValueError: If it is empty.
+    """
+    what, remedy = f"{optimizer}: params is a {type(params).__name__}", "pass model.named_parameters() of your model"
+    if isinstance(params, Tensor):
+        raise TypeError(f"{what}, expected a list of parameters; put it into brackets, [w]")
+    if isinstance(params, Mapping):
+        raise TypeError(f"{what} with names as keys, expected parameters; pass its items(), or {remedy}")
+    if isinstance(params, (str, nn.Module)) or not isinstance(params, Iterable):
+        raise TypeError(f"{what}, expected parameters; {remedy}")
+    listed = list(cast("Iterable[Any]", params))
+    if not listed:
+        raise ValueError(
+            f"{optimizer}: got an empty parameter list. A generator, as model.parameters() is one, is empty once it was "
+            "read: call model.named_parameters() anew for every use"
+        )
+    if isinstance(listed[0], nn.Module):
+        raise TypeError(f"{optimizer}: params holds a {type(listed[0]).__name__}, expected parameters; {remedy}")
+    return listed
+
+
+def known_name(param: Tensor) -> str | None:
+    """The name of a parameter in the model that ``constrain`` read it from; None if it was not there."""
+    manifold = getattr(param, "manifold", None)
+    if not isinstance(manifold, ProductOfGroups):
+        return None
+    return re.sub(r"\[\d+\]$", "", manifold.collections[0].name) or None  # sections of a packed weight are numbered
+
+
 def name_in(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
-    """What a parameter is called in messages: its name, if the optimiser was given names, and its place."""
+    """What a parameter is called in messages: its name and its place.
+
+    The name is the one that the optimiser was given, or else the one by which ``constrain`` knows it.
+    """
+    name = known_name(param)
     for number, group in enumerate(optimizer.param_groups):
         for position, candidate in enumerate(group["params"]):
             if candidate is param:
                 names = group.get("param_names")
-                name = f"{names[position]!r}, " if names else ""
-                return f"{name}param_groups[{number}]['params'][{position}] of shape {tuple(param.shape)}"
-    return f"a parameter of shape {tuple(param.shape)}"
+                name = names[position] if names else name
+                place = f"param_groups[{number}]['params'][{position}] of shape {tuple(param.shape)}"
+                return place if name is None else f"{name!r}, {place}"
+    return f"a parameter of shape {tuple(param.shape)}" if name is None else f"{name!r} of shape {tuple(param.shape)}"
+
+
+class StepScales(dict[Tensor, Tensor]):
+    """Divisors ``τ`` by parameter, which say why a parameter is missing.
+
+    Args:
+        scales: The divisors.
+        optimizer: The optimiser whose latest step it was.
+    """
+
+    def __init__(self, scales: Mapping[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(scales)
+        self._optimizer = optimizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are plain dictionaries."""
+        return dict, (dict(self),)
+
+    def __missing__(self, param: object) -> Tensor:
+        if not isinstance(param, Tensor):
+            raise KeyError(f"step scales are asked for by parameter, e.g. scales[model.fc.weight], not by {param!r}")
+        name = name_in(self._optimizer, param)
+        if not self:
+            raise KeyError(f"{name} has no step scale: call optimizer.step() first, after a backward pass")
+        why = "it is not on a manifold" if manifold_of(param) is None else "it had no gradient in the latest step"
+        raise KeyError(f"{name} has no step scale: {why}")
 
 
 class Masters:

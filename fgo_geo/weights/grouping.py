@@ -47,6 +47,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fgo_geo.weights.kinds import KindLike, UnregisteredKindError, find, kind, kinds, names
+from fgo_geo.weights.words import did_you_mean, small
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -548,8 +549,13 @@ def _check_arguments(
     name: object,
 ) -> dict[str, Any]:
     """The fields of a collection that :data:`_ARGUMENTS` lists, in canonical form."""
+    if strategy not in STRATEGIES and find(strategy) is not None:
+        raise ValueError(
+            f"strategy must be one of {STRATEGIES}, got {strategy!r}, which is a manifold kind: give it as manifolds, "
+            f"e.g. strategy='layer', manifolds={strategy!r}"
+        )
     strategy = _choice("strategy", strategy, STRATEGIES)
-    if isinstance(kinds, (str, geoopt.Manifold)):
+    if isinstance(kinds, (str, geoopt.Manifold, type)):
         kinds = (kinds,)
     if not isinstance(kinds, Sequence) or not kinds:
         raise ValueError(f"manifolds must name at least one of {names()}, got {kinds!r}")
@@ -575,9 +581,9 @@ def _check_arguments(
 
 def _choice(what: str, word: object, choices: tuple[str, ...]) -> str:
     """The word in small letters, which must be one of the choices."""
-    if not isinstance(word, str) or word.casefold() not in choices:
-        raise ValueError(f"{what} must be one of {choices}, got {word!r}")
-    return word.casefold()
+    if small(word) not in choices or not isinstance(word, str):
+        raise ValueError(f"{what} must be one of {choices}, got {word!r}{did_you_mean(word, choices)}")
+    return small(word)
 
 
 def _integer(what: str, number: object, least: int | None = None) -> int:

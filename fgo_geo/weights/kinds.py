@@ -26,6 +26,8 @@ import geoopt
 import torch
 from torch import Tensor
 
+from fgo_geo.weights.words import did_you_mean
+
 __all__ = [
     "Kind",
     "KindLike",
@@ -170,11 +172,18 @@ def kind(word: object) -> Kind:
         return _kind_of_object(word)
     found = find(word)
     if found is None:
-        raise ValueError(
-            f"a manifold kind must be one of {names()}, got {word!r}; a kind of your own is added by "
-            "fgo_geo.register_kind"
-        )
+        raise ValueError(f"a manifold kind must be one of {names()}, got {word!r}{_remedy(word)}")
     return found
+
+
+def _remedy(word: object) -> str:
+    """What to write in place of a word that names no kind."""
+    if isinstance(word, type) and issubclass(word, geoopt.Manifold):
+        return f"; give an object, {word.__name__}()"
+    several = re.findall(r"[\w.]+", word) if isinstance(word, str) else []
+    if len(several) > 1:
+        return f"; give several kinds as a tuple, {tuple(several)}"
+    return did_you_mean(word, _by_word) or "; a kind of your own is added by fgo_geo.register_kind"
 
 
 def kind_of(manifold: geoopt.Manifold | type) -> Kind | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor
 from fgo_geo.weights import kinds
 from fgo_geo.weights.components import KernelPartition, Partition
 from fgo_geo.weights.norms import Norm, manifold_norm_bounds
+from fgo_geo.weights.words import did_you_mean, small
 
 __all__ = [
     "BoundOf",
@@ -147,12 +148,13 @@ def layer_bounding_radius(cut: Partition, bound: float, norms: Sequence[Norm] = 
     return bound / math.sqrt(max(of_norm[norm] for norm in norms))
 
 
-def check_bound_of(bound_of: object) -> None:
-    """Raise ValueError if it is not known what a bound is a bound of."""
-    if bound_of not in get_args(BoundOf):
+def check_bound_of(bound_of: object) -> BoundOf:
+    """What a bound is a bound of, in small letters; ValueError if that is not known."""
+    if small(bound_of) not in get_args(BoundOf):
         raise ValueError(
             f"bound_of must be one of {get_args(BoundOf)}, got {bound_of!r}: the norms of every group, or of the weight"
         )
+    return cast(BoundOf, small(bound_of))
 
 
 def check_bound(bound: float) -> None:
@@ -175,9 +177,11 @@ def check_rule(rule: object) -> RadiusRule:
     """
     if isinstance(rule, (int, float)) and not isinstance(rule, bool) and rule > 0 and math.isfinite(rule):
         return float(rule)
-    if isinstance(rule, str) and rule in ("kaiming", "unit", "bound"):
-        return rule
-    raise ValueError(f'radius must be "kaiming", "unit", "bound" or a positive number, got {rule!r}')
+    word = small(rule)
+    if isinstance(word, str) and word in ("kaiming", "unit", "bound"):
+        return word
+    hint = did_you_mean(rule, ("kaiming", "unit", "bound"))
+    raise ValueError(f'radius must be "kaiming", "unit", "bound" or a positive number, got {rule!r}{hint}')
 
 
 def group_radii(
@@ -212,7 +216,7 @@ def group_radii(
     """
     rule = check_rule(rule)
     check_bound(bound)
-    check_bound_of(bound_of)
+    bound_of = check_bound_of(bound_of)
     if rule == "bound" and bound_of == "layer":
         rule = layer_bounding_radius(cut, bound, norms)
     radii = np.ones(sum(len(g) for g in cut.groups))

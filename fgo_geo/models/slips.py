@@ -1,0 +1,68 @@
+"""What to say where something else was taken for a model, a plan or a layer."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+from torch import nn
+from torch.optim import Optimizer
+
+from fgo_geo.weights.words import few
+
+__all__ = ["NoModel", "require_model", "weights_inside"]
+
+_KEEP_THE_MODEL = (
+    "constrain changes the model in place and returns the plan. Keep the model under its own name: write "
+    "`plan = constrain(model)` and go on with `model`"
+)
+
+
+class NoModel:
+    """A base of what ``constrain`` returns, for those who write ``model = constrain(model)``."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Raise, as a plan computes nothing.
+
+        Raises:
+            TypeError: Always, with what to write instead.
+        """
+        raise TypeError(f"a {type(self).__name__} is no model and cannot be called: {_KEEP_THE_MODEL}")
+
+    def __getattr__(self, name: str) -> NoReturn:
+        own = type(self).__name__
+        if not name.startswith("__") and hasattr(nn.Module, name):
+            raise AttributeError(f"a {own} is no model and has no {name!r}: {_KEEP_THE_MODEL}")
+        raise AttributeError(f"{own!r} object has no attribute {name!r}")
+
+
+def require_model(model: object, function: str) -> None:
+    """Raise TypeError if something is no module, with what to write instead.
+
+    Args:
+        model: What was given.
+        function: Who asks, for the message.
+    """
+    if isinstance(model, nn.Module):
+        return
+    remedy = "pass a torch.nn.Module"
+    if isinstance(model, Optimizer):
+        remedy = f"call {function}(model) first, and build the optimiser from model.named_parameters() after that"
+    elif isinstance(model, NoModel):
+        remedy = _KEEP_THE_MODEL
+    elif isinstance(model, type) and issubclass(model, nn.Module):
+        remedy = f"pass an object, {model.__name__}(...)"
+    shown = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+    raise TypeError(f"{function}: expected a model, got {shown}; {remedy}")
+
+
+def weights_inside(module: nn.Module) -> str:
+    """The parameters that a module has itself, or else those of the layers in it."""
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    inner = [name for name, param in module.named_parameters() if param.ndim > 1]
+    if own or not inner:
+        return f"this module has {own}"
+    layer, _, name = inner[0].rpartition(".")
+    return (
+        f"its layers have {few(inner)}: call renormalize for one layer at a time, e.g. "
+        f"renormalize(model.get_submodule({layer!r}), {name!r})"
+    )

@@ -1,0 +1,329 @@
+"""What a newcomer writes by mistake: each slip raises before anything has changed, and its message names the remedy."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import geoopt
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fgo_geo
+from fgo_geo import (
+    Oblique,
+    RiemannianFGSGD,
+    ScaledSphere,
+    Stiefel,
+    channel_directed,
+    constrain,
+    on_manifolds,
+    renormalize,
+)
+from fgo_geo.weights.words import did_you_mean, small
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(24, 4))
+
+
+def trained(**options: object) -> tuple[nn.Sequential, RiemannianFGSGD]:
+    model = network()
+    constrain(model)
+    return model, RiemannianFGSGD(model.parameters(), lr=0.1, **options)
+
+
+def backward(model: nn.Module) -> None:
+    model(torch.ones(2, 3, 6, 6)).square().sum().backward()
+
+
+def used_up() -> object:
+    parameters = network().parameters()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    return parameters
+
+
+NAMED = "pass model.named_parameters() of your model"
+SLIPS = {
+    "a number in quotes": (
+        lambda net: RiemannianFGSGD(net.parameters(), lr="0.1"),
+        TypeError,
+        "RiemannianFGSGD: lr must be a number, got '0.1'; write it without quotes",
+    ),
+    "the model for its parameters": (
+        lambda net: RiemannianFGSGD(net, lr=0.1),
+        TypeError,
+        f"RiemannianFGSGD: params is a Sequential, expected parameters; {NAMED}",
+    ),
+    "the model in a list": (
+        lambda net: RiemannianFGSGD([net], lr=0.1),
+        TypeError,
+        f"RiemannianFGSGD: params holds a Sequential, expected parameters; {NAMED}",
+    ),
+    "the plan for the parameters": (
+        lambda net: RiemannianFGSGD(constrain(net), lr=0.1),
+        TypeError,
+        f"RiemannianFGSGD: params is a Plan, expected parameters; {NAMED}",
+    ),
+    "the plan's table of parameters": (
+        lambda net: RiemannianFGSGD(constrain(net).parameters(), lr=0.1),
+        TypeError,
+        f"params is a dict with names as keys, expected parameters; pass its items(), or {NAMED}",
+    ),
+    "one parameter without a list": (
+        lambda net: RiemannianFGSGD(net[0].weight, lr=0.1),
+        TypeError,
+        "params is a Parameter, expected a list of parameters; put it into brackets, [w]",
+    ),
+    "a generator twice": (
+        lambda net: RiemannianFGSGD(used_up(), lr=0.1),
+        ValueError,
+        "RiemannianFGSGD: got an empty parameter list. A generator, as model.parameters() is one, is empty once it was "
+        "read: call model.named_parameters() anew for every use",
+    ),
+    "an optimiser for the model": (
+        lambda net: constrain(torch.optim.SGD(net.parameters(), lr=0.1)),
+        TypeError,
+        "constrain: expected a model, got SGD; call constrain(model) first, and build the optimiser from "
+        "model.named_parameters() after that",
+    ),
+    "the class of the model": (
+        lambda net: constrain(nn.Linear),
+        TypeError,
+        "constrain: expected a model, got the class Linear; pass an object, Linear(...)",
+    ),
+    "a plan unconstrained": (
+        lambda net: fgo_geo.unconstrain(constrain(net)),
+        TypeError,
+        "unconstrain: expected a model, got Plan; constrain changes the model in place and returns the plan.",
+    ),
+    "a model attached": (
+        lambda net: on_manifolds(net),
+        TypeError,
+        "on_manifolds: expected a torch optimiser, got Sequential; build one, e.g. "
+        "torch.optim.AdamW(model.parameters()), after constrain(model)",
+    ),
+    "a model directed": (
+        lambda net: channel_directed(net),
+        TypeError,
+        "optimizer is a Sequential, expected a torch.optim.Optimizer; build one from model.named_parameters()",
+    ),
+    "a kind for the strategy": (
+        lambda net: constrain(net, "stiefel"),
+        ValueError,
+        "got 'stiefel', which is a manifold kind: give it as manifolds, e.g. strategy='layer', manifolds='stiefel'",
+    ),
+    "a strategy misspelt": (
+        lambda net: constrain(net, "poi"),
+        ValueError,
+        "strategy must be one of ('layer', 'pi', 'po', 'pio'), got 'poi'; did you mean 'po'",
+    ),
+    "several kinds in one text": (
+        lambda net: constrain(net, manifolds="sphere,stiefel"),
+        ValueError,
+        "got 'sphere,stiefel'; give several kinds as a tuple, ('sphere', 'stiefel')",
+    ),
+    "a kind misspelt": (lambda net: constrain(net, manifolds=["steifel"]), ValueError, "; did you mean 'stiefel'?"),
+    "the class of a manifold": (
+        lambda net: constrain(net, manifolds=Stiefel),
+        ValueError,
+        "got <class 'fgo_geo.manifolds.stiefel.Stiefel'>; give an object, Stiefel()",
+    ),
+    "a manifold of another radius": (
+        lambda net: constrain(net, manifolds=Stiefel(radius=2.0)),
+        ValueError,
+        "radii are set by the argument radius",
+    ),
+    "the name of a layer's type": (
+        lambda net: constrain(net, include=["Conv2d"]),
+        ValueError,
+        "constrain: include has 'Conv2d', which matches no parameter; to name all layers of a type give the type, "
+        "Conv2d without quotes, e.g. torch.nn.Conv2d",
+    ),
+    "a layer misspelt": (
+        lambda net: constrain(nn.Sequential(network()), exclude="0.2.wieght"),
+        ValueError,
+        "did you mean '0.2.weight'",
+    ),
+    "a rule for radii misspelt": (
+        lambda net: constrain(net, radius="kaimin"),
+        ValueError,
+        'radius must be "kaiming", "unit", "bound" or a positive number, got \'kaimin\'; did you mean \'kaiming\'?',
+    ),
+    "a model for a layer": (
+        lambda net: renormalize(net),
+        ValueError,
+        "renormalize: Sequential.weight is no parameter; its layers have 0.weight, 2.weight, 4.weight: call "
+        "renormalize for one layer at a time, e.g. renormalize(model.get_submodule('0'), 'weight')",
+    ),
+}
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_a_slip_is_refused_with_a_remedy_and_changes_nothing(slip):
+    act, error, message = SLIPS[slip]
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(error, match=re.escape(message)):
+        act(net)
+    if not slip.startswith(("the plan", "a plan")):  # these constrain the model before they slip
+        assert not any(isinstance(p, geoopt.ManifoldParameter) for p in net.parameters())
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_plan_that_is_taken_for_the_model_says_what_it_is():
+    net = network()
+    plan = constrain(net)
+    remedy = "Keep the model under its own name: write `plan = constrain(model)` and go on with `model`"
+    with pytest.raises(TypeError, match=f"a Plan is no model and cannot be called: .*{re.escape(remedy)}"):
+        plan(torch.ones(2, 3, 6, 6))
+    for name in ("train", "eval", "to", "state_dict", "named_parameters", "zero_grad"):
+        with pytest.raises(AttributeError, match=f"a Plan is no model and has no '{name}': .*{re.escape(remedy)}"):
+            getattr(plan, name)
+    with pytest.raises(AttributeError, match=r"^'Plan' object has no attribute 'nothing'$"):
+        _ = plan.nothing
+    assert copy.copy(plan).entries == plan.entries == copy.deepcopy(net).fgo_geo_plan.entries
+    assert fgo_geo.plan_of(pickle.loads(pickle.dumps(net))).entries == plan.entries
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("Sphere", "ScaledSphere"), ("FGSGD", "RiemannianFGSGD"), ("stiefel", "Stiefel")]
+)
+def test_a_public_name_that_does_not_exist_is_asked_back(name, known):
+    with pytest.raises(AttributeError, match=f"module 'fgo_geo' has no attribute '{name}'; did you mean .*'{known}'"):
+        getattr(fgo_geo, name)
+    assert not hasattr(fgo_geo, "xyzzy")
+
+
+def test_one_manifold_object_is_one_kind():
+    net = network()
+    plan = constrain(net, manifolds=Stiefel())
+    assert {kind for entry in plan.constrained for c in entry.collections for kind in c.kinds} == {"stiefel"}
+
+
+def test_words_are_read_in_any_case_of_letters():
+    def constrained(**options: object) -> list[Tensor]:
+        net = network()
+        constrain(net, **options)
+        return [p.detach() for p in net.parameters()]
+
+    lower = {"strategy": "pio", "manifolds": ("sphere", "oblique"), "selection": "random", "radius": "bound"}
+    lower |= {"bound_of": "layer", "components": "filter", "initial": "project", "statistics": "max1"}
+    upper = {name: word.upper() if isinstance(word, str) else [w.upper() for w in word] for name, word in lower.items()}
+    assert all(map(torch.equal, constrained(**lower), constrained(**upper)))
+
+    g = torch.randn(6, 4)
+    small_gradient = fgo_geo.channel_directed_gradient(g, "h1", 2.0, ends="free")
+    torch.testing.assert_close(fgo_geo.channel_directed_gradient(g, "H1", 2.0, ends="Free"), small_gradient)
+    layer = nn.Linear(4, 6)
+    handle = channel_directed(torch.optim.SGD(layer.parameters(), lr=0.1), "H1", 2.0, axis="Output", ends="FREE")
+    assert "metric='h1', lam=2.0, axis='output', ends='free'" in repr(handle)
+
+    weights = []
+    for options in (
+        {"step_size": "angle", "update": "exponential"},
+        {"step_size": "ANGLE", "update": "Exponential"},
+    ):
+        model, optimizer = trained(**options)
+        backward(model)
+        optimizer.step()
+        weights.append(model[2].weight.detach())
+        handle = on_manifolds(torch.optim.SGD(network_on_spheres().parameters(), lr=0.1), **options)
+        assert "step_size='angle'" in repr(handle)
+    assert torch.equal(*weights)
+
+    optimizer.param_groups[0]["step_size"] = "Theorem"
+    optimizer.step()
+    assert optimizer.param_groups[0]["step_size"] == "theorem"
+
+    written = (("stiefel", "spectral", "max1", "layer"), ("Stiefel", "Spectral", "MAX1", "Layer"))
+    a, b = (renormalize(nn.Linear(8, 4), "weight", m, (n,), statistics=s, bound_of=b) for m, n, s, b in written)
+    assert str(a.parametrizations.weight[0]) == str(b.parametrizations.weight[0])
+
+
+def network_on_spheres() -> nn.Module:
+    layer = nn.Linear(4, 6)
+    sphere = ScaledSphere()
+    layer.weight = geoopt.ManifoldParameter(sphere.projx(layer.weight.detach()), manifold=sphere)
+    return layer
+
+
+def test_step_scales_say_why_a_parameter_has_none():
+    model, optimizer = trained()
+    weight = model[2].weight
+    assert optimizer.step_scales() == {}
+    with pytest.raises(KeyError, match=r"'2.weight', param_groups.* no step scale: call optimizer.step\(\) first"):
+        optimizer.step_scales()[weight]
+    backward(model)
+    optimizer.step()
+    scales = optimizer.step_scales()
+    assert (scales[weight] >= 1).all()
+    with pytest.raises(KeyError, match="no step scale: it is not on a manifold"):
+        scales[model[2].bias]
+    with pytest.raises(KeyError, match=r"asked for by parameter.* not by '2.weight'"):
+        scales["2.weight"]
+    optimizer.zero_grad()
+    with pytest.raises(KeyError, match="it had no gradient in the latest step"):
+        RiemannianFGSGD.step_scales(_stepped(optimizer, model))[weight]
+    assert type(copy.deepcopy(scales)) is dict
+
+
+def _stepped(optimizer: RiemannianFGSGD, model: nn.Module) -> RiemannianFGSGD:
+    """After a step in which another weight had a gradient, and this one had none."""
+    other = geoopt.ManifoldParameter(Oblique().random(5, 3))
+    optimizer.add_param_group({"params": [other]})
+    other.grad = torch.ones(5, 3)
+    optimizer.step()
+    return optimizer
+
+
+def test_errors_name_parameters_as_the_model_does():
+    model, optimizer = trained()  # built from parameters(), without names
+    backward(model)
+    model[2].weight.grad[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"'2\.weight'"):
+        optimizer.step()
+    model[2].weight.grad.zero_()
+    fgo_geo.unconstrain(model)
+    with pytest.raises(RuntimeError, match=r"'2\.weight'"):
+        optimizer.step()
+    handle = channel_directed(torch.optim.SGD(constrained_attention().parameters(), lr=0.1))
+    assert "\nin_proj_weight (12, 4)" in handle.summary()
+
+
+def constrained_attention() -> nn.Module:
+    attention = nn.MultiheadAttention(4, 2, bias=False)
+    constrain(attention, classifier=True)
+    return attention
+
+
+@pytest.mark.parametrize("word", ["", "zzz", None, 3, "s"])
+def test_nothing_is_suggested_where_nothing_is_alike(word):
+    assert did_you_mean(word, ["sphere", "stiefel"]) == ""
+    assert small(word) == word
+
+
+def test_importing_the_package_warns_of_nothing_and_leaves_filters_alone():
+    code = (
+        "import warnings; before = list(warnings.filters)\n"
+        "import fgo_geo, geoopt\n"
+        "print(before == warnings.filters)\n"
+        "warnings.warn('another warning', FutureWarning)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
+    assert "jit" not in done.stderr
+    assert "another warning" in done.stderr
+
+
+def test_other_warnings_of_the_import_come_through():
+    file = Path(fgo_geo.__file__).with_name("_geoopt.py")
+    source = file.read_text(encoding="utf-8").replace("    import geoopt", "    " + "warnings.warn('x', FutureWarning)")
+    with pytest.warns(FutureWarning, match="^x$"):
+        exec(compile(source, file, "exec"), {})
