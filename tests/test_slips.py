@@ -84,7 +84,7 @@ SLIPS = {
     "a generator twice": (
         lambda net: RiemannianFGSGD(used_up(), lr=0.1),
         ValueError,
-        "RiemannianFGSGD: got an empty parameter list. A generator, as model.parameters() is one, is empty once it was "
+        "RiemannianFGSGD: got an empty parameter list. A generator like model.parameters() is empty once it was "
         "read: call model.named_parameters() anew for every use",
     ),
     "an optimiser for the model": (

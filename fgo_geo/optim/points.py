@@ -65,7 +65,7 @@ def parameters_given(params: object, optimizer: str) -> list[Any]:
     listed = list(cast("Iterable[Any]", params))
     if not listed:
         raise ValueError(
-            f"{optimizer}: got an empty parameter list. A generator, as model.parameters() is one, is empty once it was "
+            f"{optimizer}: got an empty parameter list. A generator like model.parameters() is empty once it was "
             "read: call model.named_parameters() anew for every use"
         )
     if isinstance(listed[0], nn.Module):
