@@ -67,6 +67,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder of the records (runs/NAME OF THE FILE)")
     parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
     parser.add_argument("--only", help="only the rows whose name contains this, and the baseline")
+    parser.add_argument("--baseline", help="row to compare with, in place of the file's")
     parser.add_argument("--quick", action="store_true", help="one epoch, two seeds, two choices: no result")
     parser.add_argument("--list", action="store_true", help="print the runs that are missing, and do none")
     return parser.parse_args(arguments)
@@ -87,6 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
     output = settings.output or Path("runs") / settings.grid.stem
     try:
         grid = grids.read(settings.grid)
+        if settings.baseline:
+            if settings.baseline not in {row.name for row in grid.rows}:
+                raise SettingsError(f"--baseline {settings.baseline!r} is none of {[r.name for r in grid.rows]}")
+            grid = replace(grid, baseline=settings.baseline)
         if settings.only:
             rows = tuple(r for r in grid.rows if settings.only in r.name or r.name == grid.baseline)
             if not any(settings.only in row.name for row in rows):

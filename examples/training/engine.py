@@ -302,6 +302,9 @@ def take_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
     measured = accumulate_gradients(run, images, labels)
     run.scaler.unscale_(run.optimizer) if run.scaler.is_enabled() else None
     weights = [weight for weight in run.model.parameters() if weight.grad is not None]
+    if optim.spike != 1 and (progress.epoch, progress.batch) == (2, 0):
+        for weight in weights:
+            weight.grad.mul_(optim.spike)  # pyright: ignore
     norm = get_total_norm([w.grad for w in weights if w.grad is not None])
     bad = ~(torch.isfinite(norm) & torch.isfinite(measured[0])).cpu()
     flags = torch.tensor([float(bad), float(run.signals.received is not None)], device=norm.device)

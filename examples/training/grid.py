@@ -17,6 +17,7 @@ grid and of the records (:func:`missing`), so a grid that was killed continues w
     seeds: 10                # or a list
     extend: 2                # how often a list may be extended at an end
     baseline: SGD            # auto: the first row
+    curve: lr                # one of `vary`: also draw the final training loss against it
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,7 +37,7 @@ from typing import Any, TypeAlias
 import scipy.stats
 import yaml
 
-from training import engine, reporting
+from training import curves, engine, reporting
 from training.command_line import make
 from training.settings import MAY_CHANGE_ON_RESUME, Settings, SettingsError
 
@@ -78,6 +79,7 @@ class Grid:
     seeds: tuple[int, ...]
     extend: int
     baseline: str
+    curve: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def read(path: Path) -> Grid:
         raise SettingsError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict) or not content.get("rows"):
         raise SettingsError(f"{path} has no rows: expected at least rows: {{NAME: {{flag: value}}}}")
-    known = {"common", "rows", "vary", "tune", "tuning_seeds", "seeds", "extend", "baseline"}
+    known = {"common", "rows", "vary", "tune", "tuning_seeds", "seeds", "extend", "baseline", "curve"}
     if unknown := sorted(content.keys() - known):
         raise SettingsError(f"{path}: unknown entries {unknown}, expected some of {sorted(known)}")
     return from_dict(content)
@@ -156,7 +158,10 @@ def from_dict(content: Mapping[str, Any]) -> Grid:
         tuple(range(seeds) if isinstance(seeds, int) else seeds),
         int(content.get("extend", 0)),
         str(content.get("baseline") or rows[0].name),
+        str(content.get("curve") or ""),
     )
+    if grid.curve and grid.curve not in (content.get("vary") or {}):
+        raise SettingsError(f"curve {grid.curve!r} is none of what is varied: {sorted(content.get('vary') or {})}")
     if grid.baseline not in {row.name for row in rows}:
         raise SettingsError(f"baseline {grid.baseline!r} is none of the rows {[row.name for row in rows]}")
     if shared := set(grid.seeds) & set(grid.tuning_seeds):
@@ -241,7 +246,9 @@ def train(flags: Flags) -> Record:
     run = engine.build(settings)
     try:
         engine.fit(run)
-        figures = engine.final_figures(run) | {"calibrated_loss": engine.calibrated(run)}
+        figures = engine.final_figures(run)
+        if not settings.data.validation:
+            figures["calibrated_loss"] = engine.calibrated(run)
         if math.isfinite(figures["test_loss"]):
             return figures | {"status": "finished"}
     except engine.Diverged:
@@ -316,6 +323,8 @@ class Summary:
     calibrated: tuple[float, ...]
     diverged: int
     difference: tuple[float, float, float, float] | None  # mean, low and high end of the interval, p
+    validation: float = math.nan  # mean accuracy of the choice on the validation images, in %
+    adjusted: float | None = None  # p, adjusted for all comparisons of the variant
 
     @property
     def mean(self) -> float:
@@ -343,19 +352,43 @@ def summarise(grid: Grid, records: Mapping[str, Record]) -> list[Summary]:
         difference = None
         if base is not None and name != grid.baseline:
             difference = paired(accuracies, _figures(base[1], "test_accuracy", 100))
+        tuning = [cell for cell in cells if cell.phase == "tune"]
+        chosen_runs = [records[cell.key] for cell in tuning if cell.choice == cells[-1].choice]
         result.append(
             Summary(
                 cells[-1].row,
                 dict(cells[-1].choice),
-                sum(cell.phase == "tune" for cell in cells),
+                len(tuning),
                 accuracies,
                 _figures(runs, "test_loss"),
                 _figures(runs, "calibrated_loss"),
                 sum(run["status"] == "diverged" for run in runs),
                 difference,
+                statistics.fmean(_figures(chosen_runs, "test_accuracy", 100)) if chosen_runs else math.nan,
             )
         )
+    return _adjusted(result)
+
+
+def _adjusted(summaries: Sequence[Summary]) -> list[Summary]:
+    """The summaries with the p-values of each variant adjusted for one another."""
+    result = list(summaries)
+    for variant in {s.row.variant for s in summaries}:
+        compared = [n for n, s in enumerate(summaries) if s.row.variant == variant and s.difference]
+        values = holm([(summaries[n].difference or (math.nan,))[-1] for n in compared])
+        for n, value in zip(compared, values, strict=True):
+            result[n] = replace(summaries[n], adjusted=value)
     return result
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values: their chance to be below α by luck, in any of the comparisons, is at most α."""
+    order = sorted(range(len(p_values)), key=lambda n: p_values[n])
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, n in enumerate(order):
+        largest = max(largest, min(1.0, (len(order) - rank) * p_values[n]))
+        adjusted[n] = largest
+    return adjusted
 
 
 def _figures(runs: Sequence[Record], name: str, factor: float = 1.0) -> tuple[float, ...]:
@@ -388,6 +421,7 @@ def as_plain(summary: Summary) -> Record:
         "variant": summary.row.variant,
         "chosen": json.dumps(summary.choice),
         "tuning_runs": summary.tuning_runs,
+        "validation_accuracy": None if math.isnan(summary.validation) else summary.validation,
         "seeds": len(summary.accuracies),
         "mean_accuracy": summary.mean,
         "standard_deviation": summary.deviation,
@@ -395,6 +429,7 @@ def as_plain(summary: Summary) -> Record:
         "interval_low": low,
         "interval_high": high,
         "p": p,
+        "p_holm": summary.adjusted,
         "mean_test_loss": statistics.fmean(summary.losses),
         "mean_calibrated_loss": statistics.fmean(summary.calibrated) if summary.calibrated else None,
         "diverged": summary.diverged,
@@ -402,7 +437,18 @@ def as_plain(summary: Summary) -> Record:
     return {name: _shown(value) for name, value in values.items()}
 
 
-HEADERS = ("variant", "row", "chosen", "accuracy, %", "difference, 95 % interval", "p", "loss", "calibrated", "lost")
+HEADERS = (
+    "variant",
+    "row",
+    "chosen",
+    "validation, %",
+    "accuracy, %",
+    "difference, 95 % interval",
+    "p (Holm)",
+    "loss",
+    "calibrated",
+    "lost",
+)
 
 
 def cells_for_people(summary: Summary) -> list[str]:
@@ -410,12 +456,13 @@ def cells_for_people(summary: Summary) -> list[str]:
     difference, p = "-", "-"
     if summary.difference:
         mean, low, high, value = summary.difference
-        difference, p = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", f"{value:.3f}"
+        difference, p = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", f"{value:.3f} ({summary.adjusted:.3f})"
     calibrated = f"{statistics.fmean(summary.calibrated):.4f}" if summary.calibrated else "-"
     return [
         summary.row.variant,
         summary.row.name,
         ", ".join(f"{name} {value:g}" for name, value in summary.choice.items()) or "-",
+        "-" if math.isnan(summary.validation) else f"{summary.validation:.2f}",
         f"{summary.mean:.2f} ± {summary.deviation:.2f}",
         difference,
         p,
@@ -455,6 +502,10 @@ def write(folder: Path, grid: Grid, records: Records, progress: Callable[[str], 
     if summaries:
         reporting.write_csv(folder / "summary.csv", [as_plain(s) for s in summaries])
         (folder / "summary.md").write_text(markdown(summaries), encoding="utf-8")
-        draw(folder / "summary.png", summaries)
-        progress(f"Files in {folder}: runs.csv, summary.csv, summary.md, summary.png")
+        if grid.curve:
+            curves.draw(folder / "curves.png", grid.curve, records.by_key.values())
+        else:
+            draw(folder / "summary.png", summaries)
+        figure = "curves.png" if grid.curve else "summary.png"
+        progress(f"Files in {folder}: runs.csv, summary.csv, summary.md, {figure}")
     return summaries

@@ -27,6 +27,7 @@ def build(wanted: settings.Optimisation, model: nn.Module) -> torch.optim.Optimi
             weights,
             momentum=momentum,
             step_size=wanted.step_size,  # pyright: ignore
+            norm=wanted.step_norm,  # pyright: ignore
             adapt_euclidean=wanted.adapt_euclidean,
             **common,
         )
@@ -40,6 +41,8 @@ def build(wanted: settings.Optimisation, model: nn.Module) -> torch.optim.Optimi
         optimizer = torch.optim.SGD(weights, momentum=momentum, **common)
     if wanted.on_manifolds != "none":
         fgo_geo.on_manifolds(optimizer, step_size=wanted.on_manifolds)
+    if wanted.tangent_steps:
+        keep_tangent(optimizer, model)
     if wanted.channel_directed != "none":
         fgo_geo.channel_directed(
             optimizer,
@@ -50,6 +53,29 @@ def build(wanted: settings.Optimisation, model: nn.Module) -> torch.optim.Optimi
             lam_relative=wanted.lam_relative,
         )
     return optimizer
+
+
+def keep_tangent(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Remove from every step of a convolution its part along the weights, output channel by output channel.
+
+    That is the projection of SGDP and AdamP (Heo et al., *AdamP: slowing down the slowdown for momentum optimizers on
+    scale-invariant weights*, ICLR 2021), for all convolutions instead of those that a test takes for scale-invariant.
+    """
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    before: list[torch.Tensor] = []
+
+    def remember(*_: object) -> None:
+        before[:] = [weight.detach().clone() for weight in weights]
+
+    @torch.no_grad()
+    def project(*_: object) -> None:
+        for weight, old in zip(weights, before, strict=True):
+            direction = torch.nn.functional.normalize(old.flatten(1), dim=1).view_as(old)
+            radial = ((weight - old) * direction).sum((1, 2, 3), keepdim=True)
+            weight.sub_(radial * direction)
+
+    optimizer.register_step_pre_hook(remember)
+    optimizer.register_step_post_hook(project)
 
 
 def schedule(wanted: settings.Optimisation, optimizer: torch.optim.Optimizer, steps_per_epoch: int) -> LRScheduler:

@@ -134,8 +134,12 @@ class Optimisation:
     """Let sgd or adamw step freely, and project the weights onto their manifolds afterwards."""
     step_size: Annotated[str, choice("theorem", "constant")] = "theorem"
     """Of fgsgd."""
+    step_norm: Annotated[str, choice("batch", "running")] = "batch"
+    """Norm that τ of fgsgd is computed from: of this batch's gradient, or a mean over earlier ones."""
     adapt_euclidean: bool = False
     """Divide the steps of unconstrained parameters by τ too (fgsgd)."""
+    tangent_steps: bool = False
+    """Remove the radial part of the free steps of sgd or adamw, per output channel, as SGDP and AdamP do."""
     lr: PositiveOrAuto = None
     """Highest learning rate (auto: 0.2; sgd: 0.05; radam: 0.01; adamw: 0.003)."""
     momentum: BelowOne = 0.9
@@ -164,6 +168,8 @@ class Optimisation:
     """Parts of a batch whose gradients are summed before a step."""
     clip: PositiveOrAuto = None
     """Largest norm of the whole gradient (auto: no limit)."""
+    spike: Positive = 1.0
+    """Factor of the gradient in the first step of the second epoch: a bad batch, to see what survives it."""
     label_smoothing: BelowOne = 0.0
     """Share of the target spread over all classes."""
     mixup: NotNegative = 0.0
@@ -289,8 +295,14 @@ def resolve(s: Settings) -> Settings:
         raise SettingsError("--lam-relative is for the metrics h1 and h1t: h0 treats every width alike")
     else:
         changes |= {"lam": optim.lam or 2.0, "channel_axis": optim.channel_axis or "output"}
-    if optim.optimizer != "fgsgd" and (optim.step_size != "theorem" or optim.adapt_euclidean):
-        raise SettingsError(f"--step-size and --adapt-euclidean are for --optimizer fgsgd, not for {optim.optimizer}")
+    if optim.optimizer != "fgsgd" and (
+        optim.step_size != "theorem" or optim.step_norm != "batch" or optim.adapt_euclidean
+    ):
+        raise SettingsError(
+            f"--step-size, --step-norm and --adapt-euclidean are for --optimizer fgsgd, not for {optim.optimizer}"
+        )
+    if optim.tangent_steps and not free:
+        raise SettingsError("--tangent-steps is for the free steps of --optimizer sgd or adamw, without manifolds")
     if optim.batch_size < optim.accumulate * processes.count():
         raise SettingsError(
             f"--batch-size {optim.batch_size} is less than one image for each of {optim.accumulate} accumulated "
