@@ -45,7 +45,7 @@ draw(collection(6, 4, "pi", kinds), collection(6, 4, "po", kinds))
 # ------------------
 #
 # **PIO** (*for input and output channels*) groups one half of the input channels by output channel:
-# the kernels of a row are one group, and the 6 groups are dealt to the kinds. The other half is
+# the kernels of a row are one group, and the kinds share the 6 groups. The other half is
 # grouped as in PI. This is Example 1 of the paper: 10 groups, 5 of each kind, and of each kind 3 groups
 # of 2 kernels and 2 groups of 3 kernels.
 #

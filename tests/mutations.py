@@ -135,7 +135,7 @@ MUTANTS = [
         ("return math.sqrt(2 * rows * columns / fan_in) / norm", "return math.sqrt(2 * rows * rows / fan_in) / norm"),
         ("return bound / (math.sqrt(count) * max(", "return bound / (count * max("),
         ("bounding_radius(kind, rows, columns, 1, bound, norms) / np.sqrt(counts)", "bounding_radius(kind, rows, columns, 1, bound, norms)"),
-        ("max(float(of_norm[norm]) for norm in norms)", "min(float(of_norm[norm]) for norm in norms)"),
+        ("max(float(getattr(of_component", "min(float(getattr(of_component"),
     ),
     # -- manifolds ---------------------------------------------------------------------------------
     *in_file(

@@ -58,8 +58,10 @@ def product(strategy: str = "pio", shape: tuple[int, ...] = (40, 24, 3, 3), **kw
     return ProductOfGroups(collection(shape[0], shape[1], strategy, KINDS, "random", 0), shape, **kwargs)
 
 
-def dealt(shape: tuple[int, ...], strategy: str, kinds: tuple[str, ...], selection: str = "random") -> ProductOfGroups:
-    """Blocks of a matrix that were dealt to several kinds."""
+def product_of_blocks(
+    shape: tuple[int, ...], strategy: str, kinds: tuple[str, ...], selection: str = "random"
+) -> ProductOfGroups:
+    """A matrix whose blocks belong to several kinds."""
     return ProductOfGroups(collection(*shape[:2], strategy, kinds, selection, 0, components="block"), shape)
 
 
@@ -91,7 +93,7 @@ def many_weights() -> list[Any]:
         declared(Oblique(0.5), 300, 37, dims=(1, 0)),
         declared(Oblique(torch.tensor([0.5, 1.5, 1.0])), 3, 64, 70),
         declared(ScaledSphere(ndim=3), 19, 4, 9, 5, dims=(0, 2, 3, 1)),
-        declared(dealt((90, 70), "pio", ("sphere", "oblique", "euclidean")), 90, 70),
+        declared(product_of_blocks((90, 70), "pio", ("sphere", "oblique", "euclidean")), 90, 70),
     ]
 
 

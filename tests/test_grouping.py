@@ -50,8 +50,8 @@ def oracle_kernels(rows, columns, strategy, n_kinds):
     if strategy == "po":
         return oracle_by_channel(rows, columns, n_kinds, lambda d, c: (d, c))
     half = -(-len(columns) // 2)
-    dealt, turn = shares(rows, n_kinds)
-    by_output = [(kind, {(d, c) for c in columns[:half]}) for kind in range(n_kinds) for d in dealt[kind]]
+    assigned, turn = shares(rows, n_kinds)
+    by_output = [(kind, {(d, c) for c in columns[:half]}) for kind in range(n_kinds) for d in assigned[kind]]
     return by_output + oracle_by_channel(columns[half:], rows, n_kinds, lambda c, d: (d, c), turn)
 
 
@@ -66,9 +66,9 @@ def oracle_blocks(rows, columns, strategy, n_kinds):
 
 def oracle_filters(rows, columns, strategy, n_kinds):
     own = {"po": len(rows), "pio": -(-len(rows) // 2)}.get(strategy, 0)  # filters that are groups of their own
-    dealt, turn = shares(rows[:own], n_kinds)
+    assigned, turn = shares(rows[:own], n_kinds)
     subsets, _ = shares(rows[own:], n_kinds, turn)
-    groups = [(kind, [row]) for kind in range(n_kinds) for row in dealt[kind]] + list(enumerate(subsets))
+    groups = [(kind, [row]) for kind in range(n_kinds) for row in assigned[kind]] + list(enumerate(subsets))
     return [(kind, set(product(members, columns))) for kind, members in groups]
 
 

@@ -61,14 +61,14 @@ def test_filters_are_lines(strategy: str, selection: str, shape: tuple[int, ...]
     own = ("sphere", "euclidean", "oblique")[: 1 if strategy == "layer" else 3]
     table = line_tables.table_of(product(shape, strategy, own, selection, 1.0), torch.zeros(shape))
     assert table is not None
-    assert (table.lines, table.left) == (shape[0], ())
-    if table.deal is not None:  # no index of the size of the weight
-        assert len(table.deal.orders) <= len(own)
+    assert (table.lines, table.other_parts) == (shape[0], ())
+    if table.blocks is not None:  # no index of the size of the weight
+        assert len(table.blocks.column_orders) <= len(own)
 
 
 def test_stiefel_filters_are_left_to_the_reference() -> None:
     manifold = product((32, 12), "pi", ("sphere", "stiefel"), "random", 1.0)
     table = line_tables.table_of(manifold, torch.zeros(32, 12))
     assert table is not None
-    assert [manifold.partition.kinds[part] for part in table.left] == ["stiefel"]
+    assert [manifold.partition.kinds[part] for part in table.other_parts] == ["stiefel"]
     assert table.lines == 16

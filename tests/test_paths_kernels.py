@@ -74,7 +74,7 @@ def test_fused_is_the_batched_step(data: st.DataObject, kernel: tuple[int, ...],
 @pytest.mark.parametrize("memory_format", FORMATS[4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rows_of_every_length(instruction_set: int, kernel: tuple[int, int], memory_format: Any, dtype: torch.dtype):
-    """Vectors hold up to sixteen kernels: what is left of a row, of none to three vectors, is dealt with alike."""
+    """Vectors hold up to sixteen kernels: the rest of a row, of none to three vectors, gives the same result."""
     channels = range(1, 50) if kernel == (3, 3) else (3, 9, 16, 21, 24, 31)
     for columns in channels:
         strategy, wide_steps = ("po", "pi", "layer")[columns % 3], columns % 4 == 0

@@ -139,7 +139,7 @@ class OwnSphere(ScaledSphere):
 
 
 STIEFEL = ProductOfGroups(collection(40, 30, "po", ("stiefel",) * 2, components="block"), (40, 30))
-DEALT = ProductOfGroups(collection(40, 30, "po", ("sphere", "stiefel"), components="block"), (40, 30))
+BLOCKS = ProductOfGroups(collection(40, 30, "po", ("sphere", "stiefel"), components="block"), (40, 30))
 TRANSPOSED = ProductOfGroups(
     collection(30, 40, "po", ("sphere", "stiefel"), components="block"), WeightLayout((40, 30, 1, 1), "transposed")
 )
@@ -153,8 +153,8 @@ TRANSPOSED = ProductOfGroups(
         declared(OwnSphere(), 40, 30),
         declared(Stiefel(), 40, 30),
         declared(STIEFEL, 40, 30),
-        declared(DEALT, 40, 30, dims=(1, 0)),
-        declared(DEALT, 40, 30, dtype=torch.float64),
+        declared(BLOCKS, 40, 30, dims=(1, 0)),
+        declared(BLOCKS, 40, 30, dtype=torch.float64),
         declared(TRANSPOSED, 40, 30, 1, 1, dims=(0, 1, 2, 3)),
         declared(ScaledSphere(), 40, 30, dtype=torch.float64),
         declared(ScaledSphere(), 20, 30, dims=(1, 0)),

@@ -12,10 +12,10 @@ from path_helpers import (
     as_parameter,
     assert_close,
     built,
-    dealt,
     declared,
     in_double,
     many_weights,
+    product_of_blocks,
     trained,
 )
 from torch import Tensor
@@ -63,7 +63,7 @@ def test_a_gradient_along_the_normal_does_no_harm(length: int, exponent: int):
     for weight in (
         declared(ScaledSphere(1e-3), 50, length),
         declared(Oblique(), length, 50),
-        declared(dealt((2 * length, 3 * length), "pio", ("oblique", "sphere")), 2 * length, 3 * length),
+        declared(product_of_blocks((2 * length, 3 * length), "pio", ("oblique", "sphere")), 2 * length, 3 * length),
     ):
         optimizer = RiemannianFGSGD([weight], lr=1.0, momentum=0.9)
         for _ in range(3):
@@ -170,7 +170,7 @@ def test_no_squared_norm_is_below_zero():
 
 @built
 def test_weight_decay_that_is_short_beside_rounding_is_not_lost():
-    manifold = dealt((64, 64), "po", ("sphere", "euclidean"))
+    manifold = product_of_blocks((64, 64), "po", ("sphere", "euclidean"))
     rows = manifold.collections[0].groups[1].rows
     weight = declared(manifold, 64, 64)
     with torch.no_grad():

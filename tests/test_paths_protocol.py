@@ -21,9 +21,9 @@ from path_helpers import (
     as_parameter,
     assert_close,
     built,
-    dealt,
     declared,
     product,
+    product_of_blocks,
     trained,
     weight_on,
 )
@@ -77,10 +77,10 @@ def interrupted_at(number: int, work: Callable[[], object]) -> tuple[int, bool]:
 def small_parameters() -> dict[str, Any]:
     """One parameter for every path, and one for two of them."""
     return {
-        "dealt": declared(dealt((16, 16), "pio", KINDS), 16, 16),
+        "blocks": declared(product_of_blocks((16, 16), "pio", KINDS), 16, 16),
         "kernels": weight_on(product("pio", (4, 4, 3, 3)), torch.float32, torch.contiguous_format, 0),
         "matrix": declared(Stiefel(), 130, 128),
-        "small": declared(dealt((8, 6), "po", ("sphere", "stiefel")), 8, 6),
+        "small": declared(product_of_blocks((8, 6), "po", ("sphere", "stiefel")), 8, 6),
         "plain": nn.Parameter(torch.linspace(-1, 1, 5)),
     }
 
@@ -129,7 +129,7 @@ def states_after_interrupts(optimizer: RiemannianFGSGD, path: Any) -> set[tuple[
 @pytest.mark.parametrize(
     ("path", "names", "steps", "options"),
     [
-        ("auto", ("dealt", "kernels", "plain"), 2, {}),
+        ("auto", ("blocks", "kernels", "plain"), 2, {}),
         ("auto", ("kernels", "small", "plain"), 1, {"norm": "running"}),
         ("auto", ("matrix", "plain"), 2, {}),
         ("reference", ("small", "plain"), 1, {}),
@@ -240,7 +240,7 @@ def test_a_kind_of_ones_own_is_refused_by_all_paths_but_the_reference(form: str)
 @built
 def test_a_kind_of_ones_own_in_a_dealt_matrix_is_left_to_the_reference() -> None:
     with registered_rows():
-        manifold = dealt((48, 40), "pio", ("sphere", "rows", "oblique"))
+        manifold = product_of_blocks((48, 40), "pio", ("sphere", "rows", "oblique"))
         weight = declared(manifold, 48, 40)
         kinds = manifold.partition.kinds
         assert answer(router._FUSED[-1], weight) == tuple(p for p, kind in enumerate(kinds) if kind != "rows")

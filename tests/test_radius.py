@@ -20,7 +20,7 @@ from fgo_geo.weights.radius import bounding_radius, check_bound, check_rule, gro
 
 CONSTRAINED = ["sphere", "oblique", "stiefel"]
 KINDS = [*CONSTRAINED, "spectral"]
-NORMS = ("frobenius", "spectral", "2->1")
+NORMS = ("frobenius", "spectral", "two_to_one")
 
 
 def drawn(grouped: Grouped, rule: Any, bound: float, seed: int) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_bound_is_the_largest_radius_that_bounds(kind: str, wanted: Any, a: int,
     point = points.get(kind, np.eye(a, b))
     group = np.concatenate([bounding_radius(kind, a, b, n, bound, wanted) * point] * n, axis=1)
     largest = max(value for norm, value in zip(NORMS, norms(group), strict=True) if norm in wanted)
-    if kind in points or a == b or "2->1" not in wanted:
+    if kind in points or a == b or "two_to_one" not in wanted:
         assert largest == pytest.approx(bound)
     else:
         assert largest <= bound

@@ -601,7 +601,7 @@ def test_weights_that_something_else_governs_are_refused():
         ({"groups": "pip"}, "strategy must be one of"),
         ({"groups": collection(2, 3, "layer", "sphere", components="block"), "manifold": "sphere"}, "leave it out"),
         ({"groups": collection(3, 2, "layer", "sphere", components="block")}, "does not fit a weight of shape"),
-        ({"norms": ()}, r"norms must be some of \('frobenius', 'spectral', '2->1'\), got \(\)"),
+        ({"norms": ()}, r"norms must be some of \('frobenius', 'spectral', 'two_to_one'\), got \(\)"),
         ({"norms": ("nuclear",)}, "norms must be some of"),
         ({"bound": 0.0}, "bound must be a positive number, got 0.0"),
         ({"statistics": "max"}, r"statistics must be None or one of \('max1', 'std'\), got 'max'"),
@@ -679,6 +679,6 @@ def test_removing_what_is_not_there():
 def test_printing_says_what_is_bounded():
     layer = renormalize(nn.Conv2d(4, 6, 3), manifold=("spectral", "sphere"), groups="pio", bound=2, statistics="std")
     assert repr(renormalization_of(layer)).count(
-        "PIO over 4 -> 6 channels: 10 groups, 5 spectral_ball + 5 sphere, sizes 2-3; frobenius, spectral, 2->1 "
+        "PIO over 4 -> 6 channels: 10 groups, 5 spectral_ball + 5 sphere, sizes 2-3; frobenius, spectral, two_to_one "
         "of the group <= 2, λ by 'std'"
     )

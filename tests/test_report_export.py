@@ -129,8 +129,9 @@ def test_a_layer_is_found_by_the_name_of_its_module():
 @pytest.mark.parametrize("statistic", ["worst", "median"])
 def test_norms_have_three_names(statistic):
     layer = report(nn.Linear(2, 2)).layers[0]
-    with pytest.raises(ValueError, match="norm is '2->1'; expected one of 'frobenius', 'spectral', 'two_to_one'"):
-        getattr(layer, statistic)("2->1")
+    assert getattr(layer, statistic)("2->1") == getattr(layer, statistic)("two_to_one")
+    with pytest.raises(ValueError, match="norm is 'nuclear'; expected one of 'frobenius', 'spectral', 'two_to_one'"):
+        getattr(layer, statistic)("nuclear")
 
 
 def test_export_as_plain_data():

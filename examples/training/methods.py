@@ -1,9 +1,9 @@
 """Methods by name: the rows of the paper's Table 3, and ours.
 
 A method is a set of flags of ``train.py``. In the paper's words: *Euc* is plain SGD; *St* has every layer's matrix on
-one Stiefel manifold; *POMs of St* has every kernel on a Stiefel manifold of its own, in groups; *PIO (Sp+Ob+St)* deals
-three kinds of manifolds to groups of kernels, by input channels on one half of a layer and by output channels on the
-other; *PIO (Sp+Ob+St+Euc)* deals free kernels, too.
+one Stiefel manifold; *POMs of St* has every kernel on a Stiefel manifold of its own, in groups; *PIO (Sp+Ob+St)*
+assigns three kinds of manifolds to groups of kernels, by input channels on one half of a layer and by output channels
+on the other; *PIO (Sp+Ob+St+Euc)* has free kernels, too.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Geometry:
     strategy: Annotated[str | None, choice("layer", "pi", "po", "pio")] = None
     """Groups of a convolution's kernels (auto: pio; sgd, adamw: none)."""
     manifolds: Annotated[tuple[str, ...] | None, several(MANIFOLDS, "KIND,...")] = None
-    """Kinds dealt to the groups, e.g. sphere,stiefel (auto: all four; layer: oblique; sgd, adamw: euclidean)."""
+    """Kinds that share the groups, e.g. sphere,stiefel (auto: all four; layer: oblique; sgd, adamw: euclidean)."""
     linear_manifold: Annotated[str, choice(*MANIFOLDS)] = "euclidean"
     """Of linear layers, whole matrices."""
     components: Annotated[str, choice("auto", "kernel", "block", "filter")] = "auto"

@@ -1,19 +1,19 @@
-"""Batched tensor algebra: the few matrix functions that the manifolds are built from.
+"""Batched tensor algebra: the matrix functions that the manifolds are built from.
 
-Nothing here knows what a manifold is. There are eleven rooms, and each uses only those above it:
+Nothing here depends on a manifold. There are eleven modules, and each imports only those above it:
 
-* :mod:`~fgo_geo.linalg.precision`: what happens to half precision, and to products in TF32 and bfloat16;
+* :mod:`~fgo_geo.linalg.precision`: upcasting of half precision, and full products of float32 matrices;
 * :mod:`~fgo_geo.linalg.values`: whether values can be read, and whether they are finite;
 * :mod:`~fgo_geo.linalg.memory`: results that are kept while their inputs stay the same;
-* :mod:`~fgo_geo.linalg.matmul`: who multiplies two large matrices, torch's BLAS or oneDNN;
+* :mod:`~fgo_geo.linalg.matmul`: products of two large matrices, by torch's BLAS or oneDNN;
 * :mod:`~fgo_geo.linalg.workspace`: memory for temporaries, kept from step to step;
-* :mod:`~fgo_geo.linalg.products`: products and sums, as long loops over the batch where that runs fastest in memory;
-* :mod:`~fgo_geo.linalg.newton_schulz`: *the cheap factor*, by matrix products alone, for matrices whose singular values
-  are known to lie in a given interval;
+* :mod:`~fgo_geo.linalg.products`: products and sums, as long loops over the batch where it has the smallest stride;
+* :mod:`~fgo_geo.linalg.newton_schulz`: polar factors by matrix products alone, for matrices whose singular values are
+  in a known interval;
 * :mod:`~fgo_geo.linalg.smooth`: functions with derivatives of every order, backward and forward;
-* :mod:`~fgo_geo.linalg.polar_derivative`: those of the polar factor;
-* :mod:`~fgo_geo.linalg.closed_forms`: three columns, of which a network has millions;
-* :mod:`~fgo_geo.linalg.factors`: *exact factors*, for every matrix, at the price of a factorisation.
+* :mod:`~fgo_geo.linalg.polar_derivative`: the derivatives of the polar factor;
+* :mod:`~fgo_geo.linalg.closed_forms`: closed forms for matrices with three columns;
+* :mod:`~fgo_geo.linalg.factors`: factors of every matrix, by a factorisation.
 
 All functions act on the last two dimensions and batch over the rest. The rest of the package imports them from here.
 """

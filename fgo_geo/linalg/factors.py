@@ -1,8 +1,8 @@
-"""Functions of every matrix, at the price of a factorisation: polar and QR factors, and the exponential.
+"""Matrix functions that take a factorisation: polar and QR factors, and the exponential.
 
-They call ``torch.linalg`` and mend what it gets wrong: signs, derivatives at repeated singular values, coefficients.
-Matrices that are known to be nearly orthonormal reach the same polar factor by products alone, in
-:mod:`~fgo_geo.linalg.newton_schulz`; what three columns spare is in :mod:`~fgo_geo.linalg.closed_forms`.
+They call ``torch.linalg`` and correct its signs, derivatives at repeated singular values, and coefficients. For nearly
+orthonormal matrices :mod:`~fgo_geo.linalg.newton_schulz` computes the polar factor by products alone, and for three
+columns :mod:`~fgo_geo.linalg.closed_forms` has closed forms.
 """
 
 from __future__ import annotations

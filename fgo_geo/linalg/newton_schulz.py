@@ -1,9 +1,10 @@
-"""The polar factor by matrix products alone, for matrices whose singular values are known to lie in an interval.
+"""The polar factor by matrix products alone, for matrices whose singular values are in a known interval.
 
-:func:`newton_schulz_schedule` turns the interval into a fixed number of iterations, known before any data is seen, and
-:func:`polar_newton_schulz` runs them. Very close to one the first terms of a series do, :func:`polar_series`;
-:func:`polish` is the one iteration that nearly orthonormal matrices need. Nothing here factorises a matrix, reads the
-values of one or branches on them: what works for every matrix is in :mod:`~fgo_geo.linalg.factors`.
+:func:`newton_schulz_schedule` computes the number of iterations and their factors from the interval, before any data is
+seen, and :func:`polar_newton_schulz` runs them. For singular values very close to one the first terms of a series are
+enough, :func:`polar_series`; :func:`polish` is the single iteration that nearly orthonormal matrices need. Nothing here
+factorises a matrix, reads values or branches on them; functions for every matrix are in
+:mod:`~fgo_geo.linalg.factors`.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ __all__ = [
 ]
 
 REFINED = 1.0
-"""Norm of ``E`` up to which a step in small terms, :func:`refine_gap`, rounds less than it mends."""
+"""Norm of ``E`` up to which :func:`refine_gap` improves the accuracy."""
 
-_SAFETY = 1.05  # head room for points that have drifted off the manifold
+_SAFETY = 1.05  # margin for points that have drifted off the manifold
 
 
 def newton_schulz_schedule(excess: float, precision: float) -> tuple[float, ...]:
@@ -48,7 +49,7 @@ def newton_schulz_schedule(excess: float, precision: float) -> tuple[float, ...]
         One factor ``ρ`` per iteration.
 
     Example:
-        A step of spectral norm 0.414 needs three iterations in single precision; two, if the last is another one.
+        A step of spectral norm 0.414 needs three iterations in single precision, or two and :func:`refine_gap`.
 
         >>> len(newton_schulz_schedule(0.4142**2, 2.0**-23))
         3
@@ -73,7 +74,7 @@ def polar_newton_schulz(
 
         T = ρ (3 I - ρ² M) / 2,    Z <- Z T,    M <- M T T,    result y Z / s
 
-    so the long side enters two products only. The scale ``s² = 1.05 (1 + excess)`` leaves head room for points that
+    so the long side enters two products only. The scale ``s² = 1.05 (1 + excess)`` leaves a margin for points that
     have drifted off the manifold; the Gram matrix is formed from ``y`` itself, so that the drift is corrected too.
     All ``B x B`` matrices are polynomials in ``M``: they commute.
 
@@ -83,8 +84,8 @@ def polar_newton_schulz(
         excess: Bound per matrix, shape ``(...)``, or for all of them.
         schedule: Factors from :func:`newton_schulz_schedule`, for a bound at least as large as every ``excess``.
         radius: Factor of ``y`` and of the result; a tensor broadcasts against ``y``.
-        refine: Let :func:`refine_gap` double the digits that the schedule has reached, and see to what rounding has
-            left; for an ``excess`` of at most :data:`REFINED`.
+        refine: Whether :func:`refine_gap` doubles the digits of the schedule and corrects its rounding errors; for an
+            ``excess`` of at most :data:`REFINED`.
 
     Returns:
         Matrices with orthonormal columns times the radius, shape ``(..., A, B)``.
@@ -102,7 +103,7 @@ def polar_newton_schulz(
 def _newton_schulz_gap(
     excess: Tensor, bound: Tensor | float, schedule: tuple[float, ...], refine: bool, out: Tensor | None = None
 ) -> Tensor:
-    """``I - (I + E)^{-1/2}`` for eigenvalues of ``E`` in ``[0, bound]``, and some head room on either side."""
+    """``I - (I + E)^{-1/2}`` for eigenvalues of ``E`` in ``[0, bound]``, with a margin on either side."""
     top = _SAFETY * (1 + bound)
     identity = torch.eye(excess.shape[-1], dtype=excess.dtype, device=excess.device)
     gram = (excess + identity) / top
@@ -120,9 +121,9 @@ def _newton_schulz_gap(
 def refine_gap(excess: Tensor, gap: Tensor, *, out: Tensor | None = None) -> Tensor:
     r"""Newton's step for ``Z = (I + E)^{-1/2}``, ``Z <- Z (I + R/2)`` with ``R = I - Z (I + E) Z``, for ``H = I - Z``.
 
-    Written with ``H`` and ``E`` alone, ``R = K - E + K E`` for ``K = 2 H - H²``, no sum has terms larger than these: a
-    product with ``Z``, whose diagonal is near one, would be rounded to the digits of one. That helps as long as they
-    are small, up to ``‖E‖`` of :data:`REFINED`. An error ``ε`` of the singular values of ``y Z`` becomes ``3 ε² / 2``.
+    In terms of ``H`` and ``E``, ``R = K - E + K E`` for ``K = 2 H - H²``, all terms are small, whereas rounding errors
+    of products with ``Z``, whose diagonal is near one, are relative to one. That helps up to ``‖E‖`` of
+    :data:`REFINED`. An error ``ε`` of the singular values of ``y Z`` becomes ``3 ε² / 2``.
 
     Args:
         excess: Symmetric matrices ``E``, shape ``(..., B, B)``.
@@ -142,7 +143,7 @@ def refine_gap(excess: Tensor, gap: Tensor, *, out: Tensor | None = None) -> Ten
 
 
 def unrefined_precision(precision: float) -> float:
-    """What a schedule has to reach, so that :func:`refine_gap` reaches a precision: ``3 ε² / 2`` of it.
+    """The precision ``ε`` of a schedule after which :func:`refine_gap` reaches a precision, ``3 ε² / 2``.
 
     Args:
         precision: Accepted distance of the singular values from 1.
@@ -163,7 +164,7 @@ _SERIES = (1 / 2, -3 / 8, 5 / 16, -35 / 128, 63 / 256)  # of 1 - (1 + e)^(-1/2),
 def series_limit(precision: float, terms: int = 2) -> float:
     """The largest ``‖E‖`` for which the first terms of the series of ``(I + E)^{-1/2}`` reach a precision.
 
-    The error is that of the first term left out: ``3 ‖E‖² / 8``, ``5 ‖E‖³ / 16``, ..., ``63 ‖E‖⁵ / 256``.
+    The error is about the first omitted term: ``3 ‖E‖² / 8``, ``5 ‖E‖³ / 16``, ..., ``63 ‖E‖⁵ / 256``.
 
     Args:
         precision: Accepted distance of the singular values from 1.
@@ -182,7 +183,7 @@ def series_limit(precision: float, terms: int = 2) -> float:
 def polar_series(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
     """The polar factor of almost orthonormal matrices, ``y (I - E/2 + 3E²/8)`` with ``E = yᵀy / r² - I``.
 
-    One product of size ``B`` beside the two with the long side.
+    It takes one product of size ``B``, and two with the long side.
 
     Args:
         y: Matrices whose ``E`` is at most :func:`series_limit`, shape ``(..., A, B)``, ``A >= B``.
@@ -214,10 +215,10 @@ def _series_gap(excess: Tensor, terms: int, out: Tensor | None = None) -> Tensor
 def inverse_root_gap(excess: Tensor, norm: float, *, out: Tensor | None = None) -> Tensor:
     r"""``I - (I + E)^{-1/2}`` for symmetric ``E`` by products alone.
 
-    Eigenvalues are to lie in ``[0, ‖E‖]``; slightly negative ones, of points that have drifted off a manifold, come
-    back as well. The norm says what reaches the precision of the type with the fewest products: one, two or four terms
-    of the series (none, one or two products; in single precision up to ``‖E‖`` of 0.0006, 0.007 and 0.05), four terms
-    and a last step (five; 0.26), or Newton-Schulz iterations.
+    Eigenvalues are in ``[0, ‖E‖]``; slightly negative ones, of points that have drifted off a manifold, are corrected
+    as well. The norm selects what reaches the precision of the type with the fewest products: one, two or four terms of
+    the series (none, one or two products; in single precision up to ``‖E‖`` of 0.0006, 0.007 and 0.05), four terms and
+    :func:`refine_gap` (five; 0.26), or Newton-Schulz iterations.
 
     Args:
         excess: Symmetric matrices, shape ``(..., B, B)``.

@@ -46,7 +46,7 @@ def polar_differential(x: Tensor, q: Tensor, v: Tensor, h: Tensor, w: Tensor) ->
     along = q.mT @ w
     rotation = q @ apply(_SkewEquation, hermitian, along - along.mT, v, h)
     if q.shape[-2] == q.shape[-1]:
-        return rotation  # nothing is across; its rounding, divided by a small h, would not be nothing
+        return rotation  # the other term is zero; its rounding errors, divided by a small h, would not be small
     return rotation + (w - q @ along) @ apply(_Inverse, hermitian, v, h)  # pyright: ignore
 
 
@@ -94,7 +94,7 @@ class _SkewEquation(torch.autograd.Function):
 
     @staticmethod
     def forward(hermitian: Tensor, k: Tensor, v: Tensor, h: Tensor) -> Tensor:  # pyright: ignore
-        turned = skew(v.mT @ k @ v)  # its diagonal is zero, not the rounding of zero: it is divided by h
+        turned = skew(v.mT @ k @ v)  # makes the diagonal exactly zero before it is divided by h
         return v @ divide_or_zero(turned, h.unsqueeze(-1) + h.unsqueeze(-2)) @ v.mT
 
     @staticmethod

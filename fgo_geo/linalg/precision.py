@@ -1,10 +1,9 @@
-"""In which precision a function computes: half precision, and products in TF32 and bfloat16.
+"""The precision in which a function computes: half-precision arguments, and products in TF32 and bfloat16.
 
-Three decorators decide it, in one place: :func:`computes_in_float32` for the type of the arguments,
-:func:`takes_real_tensors` for functions that have no meaning for other types, and :func:`takes_full_products` for what
-torch may do to products of float32 matrices. Nothing here computes; the lock on
-torch's setting, which belongs to the process, is the only state of the linear algebra. Which values a tensor holds is
-asked in :mod:`~fgo_geo.linalg.values`.
+Three decorators choose it: :func:`computes_in_float32` upcasts half-precision arguments, :func:`takes_real_tensors`
+also refuses complex and integer ones, and :func:`takes_full_products` switches off TF32 and bfloat16 products of
+float32 matrices. Torch's setting for products belongs to the process, and the lock on it is the only state of the
+linear algebra.
 """
 
 from __future__ import annotations
@@ -166,7 +165,7 @@ def _set_precisions(values: tuple[str, ...]) -> None:
 
 
 def lowers_products() -> bool:
-    """Whether torch may round the factors of float32 products, to TF32 or bfloat16, where the processor gains by it.
+    """Whether torch may round the factors of float32 products to TF32 or bfloat16, where that is faster.
 
     That is what ``torch.set_float32_matmul_precision("high")`` and ``"medium"`` allow. ``torch.compile`` cannot read
     it.
@@ -199,11 +198,11 @@ def multiplies_bfloat16() -> bool:
 
 
 def takes_full_products(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Take products of float32 matrices in float32, whatever torch was told to do with them.
+    """Compute products of float32 matrices in float32, whatever torch's setting.
 
-    A direction may be off by a thousandth, as it is in TF32; a point that is to have orthonormal columns may not.
-    Inside ``torch.compile`` the setting is left as it is. It belongs to the process: other threads take full products,
-    too, while the function runs.
+    A relative error of 1e-3, as in TF32, is harmless in a direction, but not in a point with orthonormal columns.
+    Inside ``torch.compile`` the setting does not change. It belongs to the process: while the function runs, other
+    threads compute full products, too.
 
     Example:
         >>> takes_full_products(lowers_products)()
@@ -223,7 +222,7 @@ def takes_full_products(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _begin_full_products() -> bool:
-    """Change the setting, if it has to be changed or has been by another call; returns whether to end that."""
+    """Change the setting unless products are full already; returns whether the caller has to restore it."""
     global _inside, _before
     with _lock:
         if _inside == 0:
@@ -236,7 +235,7 @@ def _begin_full_products() -> bool:
 
 
 def _end_full_products() -> None:
-    """The last call puts the setting back."""
+    """Restore the setting, if no other call needs full products."""
     global _inside
     with _lock:
         _inside -= 1

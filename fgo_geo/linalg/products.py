@@ -1,12 +1,9 @@
-"""Products and sums, of which the factors are made, and the layouts of memory in which they run fast.
+"""Products and sums of batches of matrices, in the memory layouts in which they are fast.
 
-Of many tiny matrices :func:`small_product`, :func:`subtract_product` and :func:`inner_sum` make long loops over the
-batch, if that runs fastest in memory. What takes a factorisation is in :mod:`~fgo_geo.linalg.factors`, what iterates
-products in :mod:`~fgo_geo.linalg.newton_schulz`.
-
-A batch of matrices is a *structure of arrays* if the batch runs fastest in memory: every entry is one long vector
-then, and elementwise operations on a row or a column of all matrices are loops over such vectors, at the speed of
-memory. A call of a matrix product or a reduction per matrix costs many times the arithmetic of 3 x 3 matrices.
+A batch of matrices is a *structure of arrays* if the batch has the smallest stride: every entry is one contiguous
+vector over the batch, and elementwise operations on a row or a column of all matrices run at the speed of memory. For
+such batches of small matrices, :func:`small_product`, :func:`subtract_product` and :func:`inner_sum` are loops over
+these vectors, since a matrix product or reduction per matrix costs many times the arithmetic of 3 x 3 matrices.
 """
 
 from __future__ import annotations
@@ -37,12 +34,12 @@ __all__ = [
     "sym",
 ]
 
-_UNROLLED = 64  # terms of a sum; longer ones keep a reduction busy
-_MANY = 2**16  # entries; of fewer, a product in memory costs less than calls
+_UNROLLED = 64  # most terms of a sum that is written as a loop over terms
+_MANY = 2**16  # entries; with fewer, an intermediate product is cheaper than more calls
 
 
 def _is_struct_of_arrays(x: Tensor) -> bool:
-    """Whether the batch of matrices runs fastest in memory."""
+    """Whether the batch of matrices has the smallest stride."""
     return any(size > 1 and stride == 1 for size, stride in zip(x.shape[:-2], x.stride()[:-2], strict=True))
 
 
@@ -64,7 +61,7 @@ def _rows(x: Tensor) -> tuple[Tensor, ...]:
 
 
 def small_product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The matrix product ``a @ b``; as a sum of outer products if the batch runs fastest in memory.
+    """The matrix product ``a @ b``; as a sum of outer products for a structure of arrays.
 
     Args:
         a: Matrices, shape ``(..., A, K)``.
@@ -219,13 +216,13 @@ def gram_blocks(columns: int) -> int:
 
 
 def gram_matrix(x: Tensor, *, out: Tensor | None = None, precise: bool = False) -> Tensor:
-    """``xᵀx``; of wide matrices the blocks that follow by symmetry are copied.
+    """``xᵀx``; for wide matrices, blocks that follow by symmetry are copied.
 
     Args:
         x: Matrices, shape ``(..., A, B)``.
         out: Where to put the result, stored row by row.
-        precise: Take the diagonal as squares of norms where oneDNN multiplies. It adds up a thousand squares and more
-            one after the other: a Stiefel matrix of 2,048 rows that was measured so was off by 1.7e-6.
+        precise: Compute the diagonal from norms where oneDNN multiplies. It adds a thousand squares and more in
+            sequence: for a Stiefel matrix of 2,048 rows the error was 1.7e-6.
 
     Returns:
         Symmetric matrices, shape ``(..., B, B)``; blocks on the diagonal are symmetric to rounding.
@@ -336,15 +333,15 @@ def root_of_sum(a: Tensor, dim: tuple[int, ...]) -> Tensor:
     return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
 
 
-_LONG_LINE = 2**13  # numbers, beyond which a norm that torch takes of a line is off by more than 1e-6
+_LONG_LINE = 2**13  # numbers; over more, torch's vector_norm is off by more than 1e-6
 
 
 def frobenius_norm(x: Tensor) -> Tensor:
     """Frobenius norms of matrices; mostly without a temporary of their size.
 
-    Lines that lie together in memory are added up first, and their sums pairwise: over two million entries in single
-    precision ``torch.linalg.vector_norm`` is off by 3e-5. Long lines, and batches that run fastest in memory, are left
-    to :func:`root_of_sum`.
+    Contiguous rows or columns are summed first, and then their sums, pairwise: over two million entries in single
+    precision ``torch.linalg.vector_norm`` is off by 3e-5. For long rows and structures of arrays it is
+    :func:`root_of_sum`.
 
     Args:
         x: Matrices, shape ``(..., A, B)``.

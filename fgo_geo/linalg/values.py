@@ -1,7 +1,6 @@
-"""Values of tensors on the host: whether reading them waits for nothing, and whether they are finite.
+"""Values of tensors on the host: whether they can be read without waiting, and whether they are finite.
 
-What is written here looks at tensors and changes none. In which precision they are computed is decided in
-:mod:`~fgo_geo.linalg.precision`.
+Nothing here changes a tensor.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ def require_finite(x: Tensor, what: str) -> None:
     if traces() and not torch.compiler.is_compiling():
         return
     if not torch.compiler.is_compiling() and x.is_floating_point() and math.isfinite(float(x.detach().sum())):
-        return  # NaN and infinity reach every sum; that a sum overflows is no more than a reason to look closer
+        return  # a sum with NaN or infinity is not finite; a sum that overflows is checked entry by entry
     finite = torch.isfinite(x)
     if torch.compiler.is_compiling():
         message = f"{what} has non-finite entries"
@@ -55,7 +54,7 @@ def require_finite(x: Tensor, what: str) -> None:
 
 
 def reads_for_free(x: Tensor) -> bool:
-    """Whether a tensor's values lie on the host, so that reading them waits for nothing.
+    """Whether a tensor's values are on the host, so that they can be read without waiting.
 
     Not inside ``torch.compile``, under a dispatch mode (tracing, tensors without values) or a ``torch.func`` transform.
 
@@ -73,7 +72,7 @@ def reads_for_free(x: Tensor) -> bool:
 
 
 def is_differentiated(x: Tensor) -> bool:
-    """Whether torch takes derivatives of what is done to a tensor, backward or forward; transforms are :func:`traces`.
+    """Whether torch differentiates operations on a tensor, backward or forward; for transforms see :func:`traces`.
 
     Args:
         x: Any tensor.
@@ -90,7 +89,7 @@ def is_differentiated(x: Tensor) -> bool:
 
 
 def traces() -> bool:
-    """Whether operations are recorded rather than run: under a dispatch mode, a ``torch.func`` transform or a tracer.
+    """Whether operations are recorded and not run: under a dispatch mode, a ``torch.func`` transform or a tracer.
 
     Example:
         >>> torch.func.vmap(lambda x: x * traces())(torch.ones(2))

@@ -1,8 +1,8 @@
 """Memory for the temporaries of a step, kept for the next one.
 
-A large tensor that is made and dropped in every step costs more than the arithmetic on it: its memory goes back to the
-system, which has to find and clear every page again. A :class:`Workspace` holds one piece of memory per purpose, as
-large as the largest tensor that was wanted for it.
+Allocating a large tensor in every step costs more than the arithmetic on it: its memory goes back to the system, which
+has to map and clear every page again. A :class:`Workspace` holds one buffer per purpose, as large as the largest tensor
+that was requested for it.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 __all__ = ["Workspace"]
 
-_ALIKE = 256  # numbers by which rows that follow each other must not lie apart
-_APART = 16
+_ALIASED_STRIDE = 256  # rows whose stride is a multiple of this compete for the same lines of a cache
+_PADDING = 16
 
 
 class Workspace:
-    """Memory by purpose. What was taken for a purpose is overwritten when it is taken for the same one again.
+    """Memory by purpose: a tensor is valid until the next request for the same purpose.
 
     Example:
         >>> workspace = Workspace()
@@ -36,7 +36,7 @@ class Workspace:
         """An uninitialised tensor of the shape and the layout of another one.
 
         Args:
-            x: Any tensor; for one that is stored neither by rows nor by columns it is a contiguous one.
+            x: Any tensor; if it is stored neither by rows nor by columns, the result is contiguous.
             purpose: What it is for.
             dtype: Its type, if it is not that of ``x``.
 
@@ -48,9 +48,9 @@ class Workspace:
         return self._take(purpose, x, x.mT.shape, dtype).mT if by_columns else self._take(purpose, x, x.shape, dtype)
 
     def square(self, x: Tensor, purpose: str) -> Tensor:
-        """An uninitialised tensor for a square matrix of the short side of every matrix, stored row by row.
+        """An uninitialised square matrix of the short side for every matrix, stored row by row.
 
-        Rows begin where they don't compete for the same lines of a cache: columns of 1,024 numbers would.
+        Rows are padded where their stride would make them compete for the same lines of a cache.
 
         Args:
             x: Matrices, shape ``(..., A, B)``.
@@ -60,8 +60,8 @@ class Workspace:
             A tensor of shape ``(..., B, B)``.
         """
         size = x.shape[-1]
-        between = size + _APART if size % _ALIKE == 0 else size
-        return self._take(purpose, x, (*x.shape[:-2], size, between), x.dtype)[..., :size]
+        stride = size + _PADDING if size % _ALIASED_STRIDE == 0 else size
+        return self._take(purpose, x, (*x.shape[:-2], size, stride), x.dtype)[..., :size]
 
     def empty(self, shape: Sequence[int], like: Tensor, purpose: str) -> Tensor:
         """An uninitialised tensor of any shape, of the type and on the device of another one.
@@ -80,6 +80,6 @@ class Workspace:
         size, key = math.prod(shape), (purpose, dtype, x.device)
         memory = self._memory.get(key)
         if memory is None or memory.numel() < size:
-            with torch.inference_mode(False):  # for a later step, which may be taken outside
+            with torch.inference_mode(False):  # a later step may run outside of inference mode
                 memory = self._memory[key] = torch.empty(size, dtype=dtype, device=x.device)
         return memory[:size].view(*shape)

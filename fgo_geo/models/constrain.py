@@ -78,7 +78,7 @@ def constrain(
     Args:
         model: Any module. It is changed, keeps its plan as ``model.fgo_geo_plan``, and computes with the new weights.
         strategy: ``"pi"``, ``"po"``, ``"pio"`` or ``"layer"``.
-        manifolds: Manifold kinds to deal to the groups, as names or manifolds such as ``geoopt.CanonicalStiefel()``;
+        manifolds: Manifold kinds that share the groups, as names or manifolds such as ``geoopt.CanonicalStiefel()``;
             exactly one for ``"layer"``. See :func:`fgo_geo.register_kind` for kinds of your own.
         selection: ``"random"`` or ``"deterministic"``.
         radius: ``"kaiming"`` (keeps the signal), ``"unit"`` (1), ``"bound"`` (all norms of every group, or of the

@@ -53,7 +53,7 @@ from fgo_geo.weights import kinds
 from fgo_geo.weights.components import partition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.layout import WeightLayout, layout_of
-from fgo_geo.weights.norms import Norm, matrix_norms, norms_of_groups
+from fgo_geo.weights.norms import NORMS, Norm, matrix_norms, norm_names, norms_of_groups
 from fgo_geo.weights.radius import BoundOf, check_bound, check_bound_of, group_radii, kaiming_radius
 from fgo_geo.weights.words import small
 
@@ -64,8 +64,6 @@ __all__ = [
     "renormalize",
     "update_scales",
 ]
-
-_NORMS: tuple[Norm, ...] = get_args(Norm)
 
 
 # -- one component -----------------------------------------------------------------------------------------------
@@ -136,7 +134,7 @@ class Renormalization(FullPrecisionBuffers):
         super().__init__()
         self.collections = tuple(collections)
         self.partition = partition(collections, layout).to(like.device)
-        self.norms = tuple(norms)
+        self.norms = norm_names(norms)
         self.bound = bound
         self.bound_of = bound_of
         self.statistics = statistics
@@ -233,8 +231,7 @@ class Renormalization(FullPrecisionBuffers):
             norms = matrix_norms(self.partition.layout.channels(weight.double()).flatten(1).unsqueeze(0))
         else:
             norms = norms_of_groups(self.partition, weight.double())
-        measured = dict(zip(_NORMS, norms, strict=True))
-        worst = torch.stack([measured[norm] for norm in self.norms]).amax(0)
+        worst = torch.stack([getattr(norms, name) for name in norm_names(self.norms)]).amax(0)
         return (worst / self.guarantee().to(worst) - 1).clamp(min=0)
 
     def extra_repr(self) -> str:
@@ -263,7 +260,7 @@ def renormalize(
     module: nn.Module,
     name: str = "weight",
     manifold: str | Sequence[str] | None = None,
-    norms: Sequence[Norm] = _NORMS,
+    norms: Sequence[Norm] = NORMS,
     bound: float = 1.0,
     groups: str | Collection | Sequence[Collection] = "layer",
     statistics: LambdaRule | None = None,
@@ -290,7 +287,7 @@ def renormalize(
         manifold: ``"sphere"`` (the default), ``"oblique"``, ``"stiefel"``, ``"spectral_ball"``, or several of
             them for groups by ``"pi"``, ``"po"`` or ``"pio"``. Left out if ``groups`` is a collection, which has its
             own.
-        norms: The norms to bound, of ``"frobenius"``, ``"spectral"``, ``"2->1"``.
+        norms: The norms to bound, of ``"frobenius"``, ``"spectral"``, ``"two_to_one"`` (or ``"2->1"``).
         bound: The bound ``β``.
         groups: A strategy of :func:`fgo_geo.weights.grouping.collection`, or a collection (one per section of a
             packed weight).
@@ -361,10 +358,11 @@ def _plain_weight(module: nn.Module, name: str) -> tuple[nn.Parameter, WeightLay
 
 
 def _checked_norms(norms: Sequence[Norm]) -> tuple[Norm, ...]:
-    words = tuple(map(small, (norms,) if isinstance(norms, str) or not isinstance(norms, Sequence) else norms))
-    if not words or any(word not in _NORMS for word in words):
-        raise ValueError(f"renormalize: norms must be some of {_NORMS}, got {norms!r}")
-    return cast("tuple[Norm, ...]", words)
+    names = map(small, (norms,) if isinstance(norms, str) or not isinstance(norms, Sequence) else norms)
+    try:
+        return norm_names(list(names) or [""])
+    except ValueError as error:
+        raise ValueError(f"renormalize: norms must be some of {NORMS}, got {norms!r}") from error
 
 
 def _collections(

@@ -23,7 +23,7 @@ from fgo_geo.optim.step_size import step_scale, theorem_step_bound
 from fgo_geo.paths.protocol import Batch, StepOptions, Weight
 from fgo_geo.paths.router import Router
 
-__all__ = ["SPIKE", "Stepper", "Work", "manifold_of"]
+__all__ = ["SPIKE", "StepRequest", "Stepper", "manifold_of"]
 
 SPIKE = 10.0
 """With ``norm="running"``, gradients longer than so many times the running norm are shortened to that."""
@@ -32,8 +32,8 @@ _DECAY = 0.99  # of the running mean of R²
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a parameter group asks of a step.
+class StepRequest:
+    """What a parameter group passes to a step.
 
     Attributes:
         options: Hyper-parameters.
@@ -76,33 +76,33 @@ class Stepper:
         self._shortened: dict[torch.device, Tensor] = {}
         self._constants: weakref.WeakKeyDictionary[Batch, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 
-    def step(self, work: Sequence[Work]) -> None:
+    def step(self, requests: Sequence[StepRequest]) -> None:
         """Take one step.
 
         Args:
-            work: What every parameter group asks for.
+            requests: One per parameter group.
 
         Raises:
             FloatingPointError: If a gradient on a manifold is not finite and that is checked. Nothing has changed then.
         """
-        self._routers = {n: self._routers.get(n) or Router() for n in range(len(work))}
-        batches: list[tuple[Work, Batch, bool]] = []
-        for own, router in zip(work, self._routers.values(), strict=True):
-            routed = router.route(own.weights, own.options)
-            batches += [(own, b, not router.is_recorded and b.device.type == "cpu") for b in routed]
+        self._routers = {n: self._routers.get(n) or Router() for n in range(len(requests))}
+        batches: list[tuple[StepRequest, Batch, bool]] = []
+        for request, router in zip(requests, self._routers.values(), strict=True):
+            routed = router.route(request.weights, request.options)
+            batches += [(request, b, not router.is_recorded and b.device.type == "cpu") for b in routed]
         try:
             measured = [
-                (own, Measured(batch, own.options, is_free, own.check_finite, batch.measure(own.options)))
-                for own, batch, is_free in batches
+                (r, Measured(batch, r.options, is_free, r.check_finite, batch.measure(r.options)))
+                for r, batch, is_free in batches
             ]
             if not all(_is_finite(own) for _, own in measured):
                 for count in settle([own for _, own in measured], self._name_of, self._optimizer):
                     self._count(self._left_out, count)
             self._records.clear()
-            for own, state in measured:
-                self._move(own, state)
-            for own in work:
-                for weight in own.weights:
+            for request, own in measured:
+                self._move(request, own)
+            for request in requests:
+                for weight in request.weights:
                     if weight.owner is not weight.param:
                         weight.owner.copy_(weight.param)
         finally:
@@ -111,7 +111,7 @@ class Stepper:
                     weight.grad = weight.buffer = None
                     weight.staged.clear()
 
-    def _move(self, work: Work, own: Measured) -> None:
+    def _move(self, request: StepRequest, own: Measured) -> None:
         """Compute ``τ`` of a batch, move it, and record."""
         batch, options = own.batch, own.options
         if options.momentum != 0:
@@ -121,7 +121,7 @@ class Stepper:
         scale = tau = None
         if own.squared.numel():
             norm = own.squared.sqrt() if own.unit is None else own.squared.sqrt() * own.unit
-            before = self._norm_before(batch, norm) if work.running else None
+            before = self._norm_before(batch, norm) if request.running else None
             tau = step_scale(norm if before is None else before, options, *self._constants_of(batch, options))
             if before is not None and tau is not None:
                 tau = self._shortening(batch, options, norm, before, tau)

@@ -318,24 +318,24 @@ class ChannelDirected:
 
     @torch.no_grad()
     def _direct(self) -> None:
-        tasks: list[_Task] = []
+        targets: list[_Target] = []
         for parameter, (name, direction, _) in self._all_choices():
             if direction is not None and parameter.grad is not None:
                 check_dense(parameter.grad, f"the gradient of {name}")
-                tasks.append(_Task(parameter, parameter.grad, direction))
+                targets.append(_Target(parameter, parameter.grad, direction))
         if self._restore_grad:
-            tasks = [task._replace(gradient=task.gradient.clone()) for task in tasks]
-            for parameter, gradient, _ in tasks:
+            targets = [target._replace(gradient=target.gradient.clone()) for target in targets]
+            for parameter, gradient, _ in targets:
                 self._replaced.append((parameter, cast(Tensor, parameter.grad)))
                 parameter.grad = gradient
-        tangents = [_tangent(parameter, gradient) for parameter, gradient, _ in tasks]
-        direct_gradients(tangents, [task.direction for task in tasks])
-        for (parameter, gradient, _), directed in zip(tasks, tangents, strict=True):
+        tangents = [_tangent(parameter, gradient) for parameter, gradient, _ in targets]
+        direct_gradients(tangents, [target.direction for target in targets])
+        for (parameter, gradient, _), directed in zip(targets, tangents, strict=True):
             if _manifold(parameter) is not None:
                 gradient.copy_(_tangent(parameter, directed))
 
 
-class _Task(NamedTuple):
+class _Target(NamedTuple):
     """A gradient to overwrite with the directed one."""
 
     parameter: Tensor

@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from fgo_geo.linalg import reads_for_free
 from fgo_geo.manifolds import REPLACED
-from fgo_geo.optim.base import SPIKE, Stepper, Work, manifold_of
+from fgo_geo.optim.base import SPIKE, Stepper, StepRequest, manifold_of
 from fgo_geo.optim.options import OPTIONS, Norm, check_options
 from fgo_geo.optim.points import HALF, Masters, StepScales, check_point, name_in, parameters_given
 from fgo_geo.optim.step_size import longest_step
@@ -246,7 +246,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 group.update(check_options(group, _NAME, _SINCE.format(number)))
                 values = [group[name] for name in OPTIONS]
                 self._checked[number] = values
-        self._stepper.step([self._work(group) for group in self.param_groups])
+        self._stepper.step([self._request(group) for group in self.param_groups])
         for group in self.param_groups:
             for param in group["params"] if group["master_weights"] else ():
                 if param.dtype in HALF:
@@ -308,7 +308,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     def _name_of(self, param: Tensor) -> str:
         return name_in(self, param)
 
-    def _work(self, group: _Group) -> Work:
+    def _request(self, group: _Group) -> StepRequest:
         """Hyper-parameters and weights of a parameter group, after checking what can be refused at once."""
         lr, curvature = group["lr"], group["curvature"]
         options = StepOptions(
@@ -353,7 +353,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             buffer = self._momentum_of(param, point) if group["momentum"] != 0 else None
             is_first = buffer is None and group["momentum"] != 0
             weights.append(Weight(point, param, manifold, grad, buffer, is_first))
-        return Work(options, weights, group["check_finite"], group["norm"] == "running")
+        return StepRequest(options, weights, group["check_finite"], group["norm"] == "running")
 
     def _momentum_of(self, param: Tensor, point: Tensor) -> Tensor | None:
         """The momentum of a parameter, in the type, on the device and with the strides of what is moved.

@@ -33,7 +33,7 @@ from torch.optim import LBFGS, Optimizer
 
 from fgo_geo.linalg import reads_for_free
 from fgo_geo.manifolds import REPLACED
-from fgo_geo.optim.base import Stepper, Work, manifold_of
+from fgo_geo.optim.base import Stepper, StepRequest, manifold_of
 from fgo_geo.optim.points import StepScales, check_point, name_in
 from fgo_geo.optim.step_size import longest_step
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
@@ -206,8 +206,8 @@ class OnManifolds:
         try:
             loss = _call(inner, None if closure is None else self._evaluated_once(closure, params))
             with torch.no_grad():
-                work = [self._work(*own) for own in zip(self._groups(), constrained, strict=True)]
-                self._stepper.step([own for own in work if own is not None])
+                requests = [self._request(*own) for own in zip(self._groups(), constrained, strict=True)]
+                self._stepper.step([request for request in requests if request is not None])
         except BaseException:
             with torch.no_grad():
                 _foreach.copy_(params, points)
@@ -252,7 +252,7 @@ class OnManifolds:
 
         return evaluate
 
-    def _work(self, group: dict[str, Any], params: Sequence[Tensor]) -> Work | None:
+    def _request(self, group: dict[str, Any], params: Sequence[Tensor]) -> StepRequest | None:
         """The displacements of a group as gradients, which take the place of the weights that they moved."""
         moved = [p for p in params if p.grad is not None and p.numel()]
         points = [self._points[p] for p in moved]
@@ -265,7 +265,7 @@ class OnManifolds:
         options = replace(self._options, lr=lr)
         options = replace(options, longest_step=longest_step(options))
         weights = [Weight(self._points[p], p, manifold_of(p), p.detach()) for p in moved]
-        return Work(options, weights, self._check_finite)
+        return StepRequest(options, weights, self._check_finite)
 
     def _name_of(self, param: Tensor) -> str:
         return name_in(self.optimizer, param)

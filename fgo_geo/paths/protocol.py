@@ -1,21 +1,21 @@
 r"""What an execution path is: a way to compute the step of some weights.
 
 Every way to compute a step (torch's own SGD for plain parameters, the batched reference, shared products, compiled
-sweeps, Triton) implements the same three verbs, and nothing else of a path is known outside of it:
+sweeps, Triton) implements the same three verbs, and no other code depends on anything else of a path:
 
 * :meth:`Path.accepts` looks at a weight and returns the numbers of the parts that the path takes, or a
-  :class:`Refusal`. Parts that are left go to the next path.
+  :class:`Refusal`. Remaining parts go to the next path.
 * :meth:`Batch.measure` returns ``R²``, the squared norm of the Riemannian gradient of every group, in float64. It
   changes nothing.
 * :meth:`Batch.move` takes the step, given the factor ``1/τ`` of every group's gradient.
 
-The step in between (:mod:`fgo_geo.optim.base`) is the same for all paths: measure everything, refuse or leave out what
-is not finite, compute ``τ``, move everything. Formulas are to be read in :mod:`~fgo_geo.paths.reference`; every other
-path is tested equal to it.
+The rest of the step (:mod:`fgo_geo.optim.base`) is the same for all paths: measure everything, refuse or skip what is
+not finite, compute ``τ``, move everything. The formulas are in :mod:`~fgo_geo.paths.reference`, and every other path is
+tested against it.
 
 A *part* of a weight is a batch of components on one manifold kind, see :class:`~fgo_geo.weights.components.Partition`;
-a weight without a partition is one part, number 0. ``R²`` and factors are given per weight in the order of its
-collection's groups, also by a path that takes only some parts: the other groups are zero then.
+a weight without a partition is one part, number 0. ``R²`` and factors are in the order of the weight's groups, even for
+a path that takes only some parts; ``R²`` of the other groups is zero then.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ class Batch(abc.ABC):
         claims: What the path does of each weight.
     """
 
-    stages = False  # whether parts of weights are left in `Weight.staged`, so that the batch has to move before others
+    stages = False  # whether the batch writes to `Weight.staged`, and so has to move before others
 
     def __init__(self, claims: Sequence[Claim]) -> None:
         self.claims = tuple(claims)
@@ -209,9 +209,9 @@ class Batch(abc.ABC):
 
         Args:
             options: Those that :meth:`measure` was given.
-            scale: ``1/τ`` of all groups in the order of :meth:`measure`, float64; None if all are one. Zero leaves the
-                gradient of a group out.
-            leaves_out: Whether gradients that are not finite are to be left out.
+            scale: ``1/τ`` of all groups in the order of :meth:`measure`, float64; None if all are one. With zero, the
+                gradient of a group is not used.
+            leaves_out: Whether some gradients are skipped because they are not finite.
         """
 
 

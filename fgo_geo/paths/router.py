@@ -1,9 +1,9 @@
-"""Which path takes which weight, and the work that is kept from step to step.
+"""Which path takes which weight, and the batches that are kept from step to step.
 
-A :class:`Router` asks the paths in the order of ``_PATHS``: each takes the parts of a weight that it knows, and the
-reference path takes the rest. The batches that come of it are kept until one of these changes, which is the one rule of
+A :class:`Router` asks the paths in the order of ``_FUSED`` and ``_UNFUSED``: each takes the parts of a weight that it
+knows, and the reference path takes the rest. Batches are kept until one of these changes, which is the one rule of
 staleness: the kind of the step, the chosen path, the current CUDA device, the weights, their radii, shapes, strides,
-types and devices, or that a buffer holds something. Small weights cost more to be looked at than to be moved.
+types and devices, or that a buffer holds something. For small weights, choosing a path costs more than the step.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ _OF_PLAIN: tuple[object, ...] = (None,)
 
 
 def _stamp(weight: Weight) -> tuple[object, ...]:
-    """What kept work depends on besides the weight itself; the first entry is compared by identity."""
+    """What a kept batch depends on besides the weight itself; the first entry is compared by identity."""
     if weight.manifold is None:
         return _OF_PLAIN
     is_product = isinstance(weight.manifold, ProductOfGroups)
@@ -163,42 +163,42 @@ def _stamp(weight: Weight) -> tuple[object, ...]:
 
 
 def _batches(weights: Sequence[Weight], options: StepOptions, is_recorded: bool) -> list[Batch]:
-    """Deal weights to paths, and make batches of what each path has on one device."""
+    """Assign weights to paths, and make one batch per path and device."""
     claims: dict[tuple[Path, torch.device | None], list[Claim]] = {}
     for weight in weights:
         if weight.manifold is None:
             claims.setdefault((_PLAIN, None), []).append(Claim(weight, (0,), is_whole=True))
             continue
-        for path, parts in _dealt(weight, options, is_recorded):
+        for path, parts in _claims_of(weight, options, is_recorded):
             claim = Claim(weight, parts, is_whole=len(parts) == weight.n_parts)
             claims.setdefault((path, weight.param.device), []).append(claim)
     batches = [path.batch(own) for (path, _), own in claims.items()]
     return sorted(batches, key=lambda batch: not batch.stages)
 
 
-def _dealt(weight: Weight, options: StepOptions, is_recorded: bool) -> list[tuple[Path, tuple[int, ...]]]:
-    """The paths that take parts of a weight, and which."""
+def _claims_of(weight: Weight, options: StepOptions, is_recorded: bool) -> list[tuple[Path, tuple[int, ...]]]:
+    """The paths that take parts of a weight, each with the numbers of its parts."""
     taken: list[tuple[Path, tuple[int, ...]]] = []
-    left = tuple(range(weight.n_parts))
+    remaining = tuple(range(weight.n_parts))
     refusals: list[Refusal] = []
     if is_recorded:
         _say_unfused("a step", "operations are recorded, by a mode or a transform of torch")
     elif _path != "reference":
         for path in _FUSED:
-            answer = path.accepts(weight, left, options) if left else ()
+            answer = path.accepts(weight, remaining, options) if remaining else ()
             if isinstance(answer, Refusal):
                 refusals.append(answer)
             elif answer:
                 _say_once(f"fused step: {path.name}{_details(path)}", logging.INFO)
                 taken.append((path, answer))
-                left = tuple(part for part in left if part not in answer)
-        if left:
-            _say_left(weight, bool(taken), refusals)
+                remaining = tuple(part for part in remaining if part not in answer)
+        if remaining:
+            _say_remaining(weight, bool(taken), refusals)
     for path in _UNFUSED:
-        answer = path.accepts(weight, left, options) if left else ()
+        answer = path.accepts(weight, remaining, options) if remaining else ()
         if not isinstance(answer, Refusal) and answer:
             taken.append((path, answer))
-            left = tuple(part for part in left if part not in answer)
+            remaining = tuple(part for part in remaining if part not in answer)
     return taken
 
 
@@ -207,12 +207,12 @@ def _dealt(weight: Weight, options: StepOptions, is_recorded: bool) -> list[tupl
 _FAILURES = (Reason.SIZE, Reason.DTYPE, Reason.LAYOUT, Reason.MISSING)  # of weights that are meant for fused paths
 
 
-def _say_left(weight: Weight, is_partly: bool, refusals: Sequence[Refusal]) -> None:
-    """Say, as the chosen path asks for, that the batched torch code takes a weight, or the rest of one."""
+def _say_remaining(weight: Weight, is_partly: bool, refusals: Sequence[Refusal]) -> None:
+    """Report that the batched torch code takes a weight or its remaining parts, as the chosen path requires."""
     shape = tuple(weight.param.shape)
     failure = next((refusal for refusal in refusals if refusal.reason in _FAILURES), None)
     if is_partly:
-        _say_unfused(f"the Stiefel blocks of a weight of shape {shape}", "Stiefel blocks are no lines")
+        _say_unfused(f"the Stiefel blocks of a weight of shape {shape}", "Stiefel blocks do not consist of lines")
     elif failure is None:
         others = [refusal.detail for refusal in refusals if refusal.reason is not Reason.DEVICE]
         reasons = list(dict.fromkeys(others or [refusal.detail for refusal in refusals]))

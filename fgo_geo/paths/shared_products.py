@@ -1,18 +1,18 @@
 r"""The path of large Stiefel matrices on the CPU: every product of the long side is taken once.
 
-What a step on an ``n x p`` matrix costs is its products with the long side, ``2np²`` operations each. Projection,
-transport and retraction, one after the other, take six of them. With ``x`` at radius ``r``, momentum ``m``, factor
-``μ``, rate ``η`` and a gradient ``g``, five are enough, and fewer passes over memory ("Mathematics", section 2.2)::
+The cost of a step on an ``n x p`` matrix is that of its products with the long side, ``2np²`` operations each.
+Projection, transport and retraction in turn take six of them. With ``x`` at radius ``r``, momentum ``m``, factor ``μ``,
+rate ``η`` and a gradient ``g``, five are enough, with fewer passes over memory ("Mathematics", section 2.2)::
 
-    A = xᵀg                     the norm of the gradient is that of g less sym(A) / r, known before anything moves
+    A = xᵀg                     gives the norm of the gradient, from those of g and sym(A) / r, before anything moves
     C = A / τ + μ xᵀm
     m <- g / τ + μ m - x sym(C)/r²    the projection of gradient and momentum
     y = x - η m
     x <- r y (yᵀy)^(-1/2)
 
-Where ``I - (yᵀy / r²)^(-1/2)`` is small, as it is in training, and the processor multiplies bfloat16 in hardware, the
-last product is taken so, which costs float32 nothing (:func:`~fgo_geo.linalg.subtract_part`). Temporaries are in memory
-that is kept from step to step.
+Where ``I - (yᵀy / r²)^(-1/2)`` is small, as in training, and the processor multiplies bfloat16 in hardware, the last
+product is in bfloat16, without loss of accuracy in float32 (:func:`~fgo_geo.linalg.subtract_part`). The memory of
+temporaries is kept from step to step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = ["SharedProducts", "shared_products_step", "tangent_square"]
 #     64 x 16   64 x 32   128 x 64   576 x 64   128 x 96   512 x 96   512 x 128   1152 x 128   512 x 256   2304 x 256
 #      1.9       1.3        1.1        1.05       1.2        1.0        1.0          0.92         0.75        0.5
 _FEWEST_COLUMNS = 128
-_CANCELLATION = 0.01  # of a gradient's square is tangent at least, or it is projected before it is measured
+_CANCELLATION = 0.01  # least tangent share of a gradient's square; below it, the gradient is projected before the norm
 
 
 class SharedProducts(Path):
@@ -64,7 +64,7 @@ class SharedProducts(Path):
         return taken
 
     def batch(self, claims: Sequence[Claim]) -> Batch:
-        """A batch with memory of its own."""
+        """A batch with its own memory."""
         return _SharedBatch(claims)
 
 
@@ -85,7 +85,7 @@ class _SharedBatch(JobBatch):
         along = small_product(job.x.mT, grad)
         radius = manifold.radius_for(job.x)
         inner = tangent_square(grad, along, radius, self._workspace)
-        if inner is None:  # little is left of the gradient, and much rounding
+        if inner is None:  # the difference is mostly rounding
             self._along[job] = None
             return measure(job, options)
         self._along[job] = along
@@ -101,7 +101,7 @@ class _SharedBatch(JobBatch):
         factor: float | Tensor = 1.0 if job.buffer is None else 1 - options.dampening
         factor = -factor if options.maximize else factor
         if scale is not None:
-            along = torch.where(job.spread(scale) > 0, along, 0)  # what is left out may not be finite
+            along = torch.where(job.spread(scale) > 0, along, 0)  # a skipped gradient may not be finite
             factor = factor * (float(scale) if scale.numel() == 1 else job.spread(scale))
         if options.radius_invariant:
             factor = factor * manifold.radius_for(job.x) ** 2
@@ -131,8 +131,8 @@ def tangent_square(
         workspace: Memory for temporaries.
 
     Returns:
-        Positive tensor over the leading dimensions (or one that is not finite); None where next to nothing is left of a
-        gradient, but rounding.
+        Positive tensor over the leading dimensions (or one that is not finite); None where rounding would dominate the
+        difference.
 
     Example:
         >>> x, g = torch.tensor([[2.0], [0.0]]), torch.tensor([[3.0], [4.0]])
@@ -175,9 +175,9 @@ def shared_products_step(
         scale: Factor of the gradients, ``1/τ``; a tensor broadcasts against them.
         lr: Learning rate ``η``.
         momentum: Momentum factor ``μ``.
-        workspace: Memory for temporaries and the new momentum, which holds until it is used again; fresh memory if left
-            out.
-        out: Where to put the new points, at the very end; it may be ``x``.
+        workspace: Memory for temporaries and the new momentum, which is valid until the workspace is used again; by
+            default fresh memory.
+        out: Where to put the new points, in the last operation; it may be ``x``.
 
     Returns:
         The new points and the new momentum.
@@ -206,7 +206,7 @@ def shared_products_step(
 def _weighted_sum(
     grad: Tensor, scale: float | Tensor, buffer: Tensor | None, momentum: float, out: Tensor
 ) -> tuple[Tensor, float]:
-    """``scale g + μ m`` but for a common factor, which saves a pass over them: the sum and the factor."""
+    """``scale g + μ m`` as a sum and a common factor, which saves a pass over memory."""
     if isinstance(scale, Tensor) or scale == 0:
         total = torch.mul(grad, scale, out=out)
         return (total if buffer is None else total.add_(buffer, alpha=momentum)), 1.0

@@ -39,7 +39,7 @@ class _PlainBatch(Batch):
         return self._no_groups
 
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
-        """The step; the buffer of a weight's first step is made by torch, and left in the weight."""
+        """The step; torch makes the buffer of a weight's first step, which is stored in ``Weight.buffer``."""
         weights = self.weights
         grads = [cast(Tensor, weight.grad) for weight in weights]
         if options.nesterov and options.weight_decay == 0 and not options.maximize:

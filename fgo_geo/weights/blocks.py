@@ -22,7 +22,7 @@ _PartKey = tuple[str, int, int, _Shares]
 
 @dataclass(frozen=True)
 class _Band:
-    """Sections whose columns are dealt out alike: equally many rows, and as many blocks of every part and width.
+    """Sections whose columns are divided alike: equally many rows, and as many blocks of every part and width.
 
     Attributes:
         sections: Number of sections.

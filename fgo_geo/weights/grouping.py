@@ -8,8 +8,8 @@ is a partition of the grid into groups, together with the manifold kind of each.
 * ``"pi"``: every *input* channel (column) is split into K balanced subsets, one group per kind:
   C K groups;
 * ``"po"``: every *output* channel (row) is split into K balanced subsets: D K groups;
-* ``"pio"``: in one half of the columns every row is one group, and these groups are dealt to the
-  kinds; the other half of the columns is grouped as in ``"pi"``: D + floor(C / 2) K groups;
+* ``"pio"``: in one half of the columns every row is one group, and the kinds share these groups;
+  the other half of the columns is grouped as in ``"pi"``: D + floor(C / 2) K groups;
 * ``"layer"``: one group, one kind.
 
 With *block components* (linear layers, 1x1 convolutions) the same strategies cut the matrix itself
@@ -18,15 +18,15 @@ into at most 2 K rectangles: ``"pi"`` splits the columns into K subsets, ``"po"`
 and each block one component.
 
 With *filter components* all weights of one output channel are one component, and a group is a set of output channels:
-``"pi"`` splits them into K subsets, one group per kind; with ``"po"`` every output channel is a group, dealt to the
-kinds; ``"pio"`` does ``"po"`` on one half of the output channels and ``"pi"`` on the other.
+``"pi"`` splits them into K subsets, one group per kind; with ``"po"`` every output channel is a group, and the kinds
+share these groups; ``"pio"`` does ``"po"`` on one half of the output channels and ``"pi"`` on the other.
 
-How the pieces compose: every strategy is made of one operation, :func:`_deal`, which deals the
-members of many lines to K kinds in balanced shares, in an order that is either the index order or
-random. It gives the kind numbers of cells that are grouped by output channel and of cells that are
-grouped by input channel, and a mask says which are which. A :class:`Collection` stores these three
-arrays, about one byte per kernel; groups, which are rectangles of the grid, are read off on demand.
-Nothing loops over cells or groups, and nothing knows a weight, a module or a manifold class.
+How the pieces compose: every strategy is made of one operation, :func:`_assign`, which assigns the
+members of many lines to K kinds in balanced shares, in index order or in random order. It gives the
+kind numbers of cells that are grouped by output channel and of cells that are grouped by input
+channel, and a mask distinguishes the two. A :class:`Collection` stores these three arrays, about one
+byte per kernel, and computes its groups, which are rectangles of the grid, on demand. Nothing loops
+over cells or groups, and nothing knows a weight, a module or a manifold class.
 """
 
 from __future__ import annotations
@@ -457,26 +457,26 @@ def _build(arguments: dict[str, Any], orders: _Orders) -> Collection:
         by_output = _first_half(rows, "pi" if strategy == "layer" else strategy, orders)[:, None]
         n_rows = int(by_output.sum())
         output_kinds, input_kinds = np.zeros((2, rows, 1), np.min_scalar_type(n_kinds - 1))
-        output_kinds[by_output] = _deal("rows", 1, n_rows, n_kinds, orders)[0]
-        input_kinds[~by_output] = _deal("filters", 1, rows - n_rows, n_kinds, orders, dealt=n_rows)[0]
+        output_kinds[by_output] = _assign("rows", 1, n_rows, n_kinds, orders)[0]
+        input_kinds[~by_output] = _assign("filters", 1, rows - n_rows, n_kinds, orders, assigned=n_rows)[0]
     elif arguments["components"] == "block" or strategy == "layer":
         by_output = _first_half(rows, strategy, orders)[:, None]
         n_rows = int(by_output.sum())
         output_kinds = np.zeros((rows, 1), np.min_scalar_type(n_kinds - 1))
-        output_kinds[by_output] = _deal("rows", 1, n_rows, n_kinds, orders)[0]
-        input_kinds = _deal("columns", 1, columns, n_kinds, orders, dealt=n_rows)
+        output_kinds[by_output] = _assign("rows", 1, n_rows, n_kinds, orders)[0]
+        input_kinds = _assign("columns", 1, columns, n_kinds, orders, assigned=n_rows)
     else:
         by_output = _first_half(columns, strategy, orders)[None, :]
         if strategy == "po":
-            output_kinds = _deal("rows", rows, columns, n_kinds, orders)
+            output_kinds = _assign("rows", rows, columns, n_kinds, orders)
             input_kinds = np.zeros((1, columns), output_kinds.dtype)
         else:
             n_rows = rows if strategy == "pio" else 0
             output_kinds = np.zeros((rows, 1), np.min_scalar_type(n_kinds - 1))
-            output_kinds[:n_rows, 0] = _deal("rows", 1, n_rows, n_kinds, orders)[0]
+            output_kinds[:n_rows, 0] = _assign("rows", 1, n_rows, n_kinds, orders)[0]
             by_input = ~by_output[0]
             input_kinds = np.zeros((rows, columns), output_kinds.dtype)
-            input_kinds[:, by_input] = _deal("columns", int(by_input.sum()), rows, n_kinds, orders, dealt=n_rows).T
+            input_kinds[:, by_input] = _assign("columns", int(by_input.sum()), rows, n_kinds, orders, assigned=n_rows).T
     return Collection(**arguments, by_output=by_output, output_kinds=output_kinds, input_kinds=input_kinds)
 
 
@@ -488,11 +488,11 @@ def _first_half(channels: int, strategy: str, orders: _Orders) -> NDArray[np.boo
     return mask
 
 
-def _deal(purpose: str, lines: int, members: int, n_kinds: int, orders: _Orders, dealt: int = 0) -> _Integers:
-    """Deal the members of every line to the kinds in balanced shares.
+def _assign(purpose: str, lines: int, members: int, n_kinds: int, orders: _Orders, assigned: int = 0) -> _Integers:
+    """Assign the members of every line to the kinds in balanced shares.
 
     Every kind gets ``members // n_kinds`` members of a line. The ``members % n_kinds`` extra ones
-    go to the kinds in turn: each line goes on with the kind after the last one served.
+    go to the kinds in turn: each line continues with the kind after the last one that got one.
 
     Args:
         purpose: What the lines are, so that random draws for different purposes are independent.
@@ -500,7 +500,7 @@ def _deal(purpose: str, lines: int, members: int, n_kinds: int, orders: _Orders,
         members: Number of members of each line.
         n_kinds: Number of kinds K.
         orders: The order in which lines take their turns and members fall into shares.
-        dealt: Number of members that were dealt before the first line.
+        assigned: Number of members that were assigned before the first line.
 
     Returns:
         Kind number of every member, shape ``(lines, members)``.
@@ -511,7 +511,7 @@ def _deal(purpose: str, lines: int, members: int, n_kinds: int, orders: _Orders,
     for turn in range(n_kinds):
         shares = members // n_kinds + ((np.arange(n_kinds) - turn) % n_kinds < extra)
         sorted_line[turn] = np.repeat(kinds, shares)
-    turns = (dealt + orders(f"turns of {purpose}", 1, lines)[0] * extra) % n_kinds
+    turns = (assigned + orders(f"turns of {purpose}", 1, lines)[0] * extra) % n_kinds
     result = np.empty((lines, members), kinds.dtype)
     np.put_along_axis(result, orders(purpose, lines, members), sorted_line[turns], axis=1)
     return result

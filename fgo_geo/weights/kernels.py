@@ -1,4 +1,4 @@
-"""Kernels as components, gathered such that one entry of all kernels is one long vector."""
+"""Kernels as components, stored so that each entry is one contiguous vector over all kernels."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ __all__ = ["KernelPartition"]
 class KernelPartition(Partition):
     """Every kernel ``W[d, c]`` is a component, ``kh x kw`` (transposed if wide; three dimensions as ``kd kh x kw``).
 
-    The components of a part are in the order of the weight's kernels, so that gathering them reads memory once, from
-    front to back. Costs one 32-bit index per kernel, another for the way back, and a label where groups are no runs.
+    The components of a part are in the order of the weight's kernels, so that gathering them reads memory sequentially.
+    The partition stores two 32-bit indices per kernel, and a label where groups are not consecutive.
 
-    In memory the components are a structure of arrays: the kernel number runs fastest, so that one entry of all kernels
-    is one long vector (see :func:`fgo_geo.linalg.small_product`).
+    The components are a structure of arrays: each entry is one contiguous vector over all kernels (see
+    :mod:`fgo_geo.linalg.products`).
     """
 
     order: Tensor | None
@@ -79,10 +79,10 @@ class KernelPartition(Partition):
         planes = _joined_planes([(part.mT if self._wide else part).flatten(1).mT for part in parts])
         self.put_planes_(planes, self.places(planes.device), planes.new_empty(planes.shape), weight)
 
-    # -- in memory that is given -----------------------------------------------------------------------------
+    # -- in given memory -------------------------------------------------------------------------------------
 
     def places(self, device: torch.device) -> Tensor | None:
-        """Where among the components every kernel of the weight is, in its order; None if that is theirs."""
+        """Index among the components of every kernel of the weight; None if the orders agree."""
         return None if self.inverse is None else self.inverse.to(device, torch.int64)
 
     def take(self, weight: Tensor, places: Tensor | None, memory: Tensor, out: Tensor) -> None:
@@ -124,12 +124,12 @@ class KernelPartition(Partition):
             return
         kernels = channels.flatten(0, 1)
         rows = kernels if places is None else memory.view(kernels.shape)
-        torch.stack(planes.unbind(), 1, out=rows)  # several times as fast as to copy the matrix turned over
+        torch.stack(planes.unbind(), 1, out=rows)  # several times as fast as copying the transposed matrix
         if places is not None:
             torch.index_select(rows, 0, places, out=kernels)
 
     def puts_planes(self, weight: Tensor) -> bool:
-        """Whether planes of all kernels can be written into a weight as it is stored."""
+        """Whether planes of all kernels can be written into a weight with its strides."""
         dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()
         return dense and self.layout.storage == "conv"
 
@@ -180,7 +180,7 @@ def _stored(planes: Tensor) -> Tensor:
 
 
 def _rows(parts: Sequence[Tensor]) -> Tensor:
-    """Kernels ``(n, K)`` one behind the other, stored kernel by kernel."""
+    """The concatenation of kernels ``(n, K)``, stored kernel by kernel."""
     if torch.compiler.is_compiling() or all(part.is_contiguous() for part in parts):
         return torch.cat(list(parts))
     rows = parts[0].new_empty(1, sum(map(len, parts)), parts[0].shape[1])
@@ -188,7 +188,7 @@ def _rows(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _joined_planes(parts: Sequence[Tensor]) -> Tensor:
-    """Kernels one behind the other, given and stored as ``(K, n)``."""
+    """The concatenation of kernels, given and stored as ``(K, n)``."""
     total = sum(part.shape[1] for part in parts)
     if torch.compiler.is_compiling() or len(parts[0]) * total <= _MANY:
         return torch.cat(list(parts), 1)
@@ -196,7 +196,7 @@ def _joined_planes(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _fill(joined: Tensor, parts: Sequence[Tensor]) -> Tensor:
-    """Parts one behind the other along the second dimension."""
+    """Write the concatenation of parts along the second dimension."""
     start = 0
     for part in parts:
         joined.narrow(1, start, part.shape[1]).copy_(part)

@@ -24,8 +24,8 @@ at least. Entries must be below 1e150 in size, so that squares don't overflow. N
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from fgo_geo.weights import kinds
 from fgo_geo.weights.components import FilterPartition, Partition
 
 __all__ = [
+    "NORMS",
     "MatrixNorms",
     "Norm",
     "conv_operator_norm_bound",
@@ -43,11 +44,37 @@ __all__ = [
     "group_norms",
     "manifold_norm_bounds",
     "matrix_norms",
+    "norm_names",
     "norms_of_groups",
     "two_to_one_norm",
 ]
 
-Norm = Literal["frobenius", "spectral", "2->1"]  # the fields of MatrixNorms, in words and in their order
+Norm = Literal["frobenius", "spectral", "two_to_one", "2->1"]
+NORMS: tuple[Norm, ...] = ("frobenius", "spectral", "two_to_one")
+"""The fields of :class:`MatrixNorms`; ``"2->1"`` is another name of the last one."""
+
+
+def norm_names(names: Iterable[str]) -> tuple[Norm, ...]:
+    """The fields of :class:`MatrixNorms` that names of norms mean.
+
+    Args:
+        names: Some of :data:`NORMS`, or ``"2->1"``.
+
+    Returns:
+        Some of :data:`NORMS`.
+
+    Raises:
+        ValueError: For any other name.
+
+    Example:
+        >>> norm_names(["spectral", "2->1"])
+        ('spectral', 'two_to_one')
+    """
+    fields = tuple("two_to_one" if name == "2->1" else name for name in names)
+    for field in fields:
+        if field not in NORMS:
+            raise ValueError(f"norm is {field!r}; expected one of {', '.join(map(repr, NORMS))}")
+    return cast("tuple[Norm, ...]", fields)
 
 
 class MatrixNorms(NamedTuple):

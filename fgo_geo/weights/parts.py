@@ -1,7 +1,7 @@
-"""What all ways to cut a weight into components have in common.
+"""The base class of the ways to cut a weight into components.
 
-A :class:`Partition` cuts a weight into *parts*, batches of equal components on one manifold kind, and puts them back.
-:class:`Segments` says which components of a part share a step size, and reduces over them.
+A :class:`Partition` cuts a weight into *parts*, which are batches of components of equal size on one manifold kind, and
+merges them. :class:`Segments` holds the group of every component of a part, and reduces over groups.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ class Segments:
     Attributes:
         count: Number of groups ``G``.
         total: Number of components ``n``.
-        labels: The group of every component, shape ``(n,)``; None if the groups are runs of equally many, one behind
-            the other.
+        labels: The group of every component, shape ``(n,)``; None if groups are consecutive and of equal size.
 
     Example:
         >>> segments = Segments.of([2, 1])
@@ -43,7 +42,7 @@ class Segments:
 
     @classmethod
     def of(cls, sizes: Sequence[int]) -> Segments:
-        """Runs of the given sizes, all at least one."""
+        """Consecutive groups of the given sizes, all at least one."""
         return cls.labelled(np.repeat(np.arange(len(sizes)), sizes), len(sizes))
 
     @classmethod
@@ -61,7 +60,7 @@ class Segments:
 
     @classmethod
     def joined(cls, parts: Sequence[Segments], device: torch.device) -> Segments:
-        """Segments one behind the other, on the device of the components."""
+        """The concatenation of segments, on the device of the components."""
         count, total = sum(part.count for part in parts), sum(part.total for part in parts)
         first = parts[0]
         if all(p.labels is None and p.total * first.count == first.total * p.count for p in parts):
@@ -153,7 +152,7 @@ class Partition(nn.Module, abc.ABC):
 
         Args:
             parts: The components of every part.
-            like: A weight whose order of dimensions in memory the result takes as far as that is cheap.
+            like: A weight whose memory format the result has, where that is cheap.
 
         Returns:
             The weight.

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fgo_geo.weights import kinds
 from fgo_geo.weights.components import KernelPartition, Partition
-from fgo_geo.weights.norms import Norm, manifold_norm_bounds
+from fgo_geo.weights.norms import NORMS, Norm, manifold_norm_bounds, norm_names
 from fgo_geo.weights.words import did_you_mean, small
 
 __all__ = [
@@ -77,13 +77,13 @@ def kaiming_radius(kind: str, rows: int, columns: int, fan_in: int) -> float:
 
 
 def bounding_radius(
-    kind: str, rows: int, columns: int, count: int, bound: float, norms: Sequence[Norm] = get_args(Norm)
+    kind: str, rows: int, columns: int, count: int, bound: float, norms: Sequence[Norm] = NORMS
 ) -> float:
     """The largest radius at which the wanted norms of a group are at most ``bound``, wherever its components are.
 
     If a norm is at most ``b`` on the manifold of radius one, then that of ``n`` components of radius ``γ`` side by side
     is at most ``γ b √n``, for each of the three norms; so ``γ = β / (√n max b)``. With all three norms the largest is
-    the 2->1 norm, ``b = √A F`` for components of Frobenius norm ``F``: ``γ = β / sqrt(A Σ F²)``.
+    the 2→1 norm, ``b = √A F`` for components of Frobenius norm ``F``: ``γ = β / sqrt(A Σ F²)``.
 
     Args:
         kind: ``"sphere"``, ``"oblique"``, ``"stiefel"``, ``"spectral_ball"``, or another kind with norms.
@@ -107,15 +107,15 @@ def bounding_radius(
         >>> bounding_radius("stiefel", 3, 3, count=4, bound=1.0, norms=["spectral"])
         0.5
     """
-    of_norm = dict(zip(get_args(Norm), manifold_norm_bounds(kind, rows, columns), strict=True))
-    return bound / (math.sqrt(count) * max(float(of_norm[norm]) for norm in norms))
+    of_component = manifold_norm_bounds(kind, rows, columns)
+    return bound / (math.sqrt(count) * max(float(getattr(of_component, norm)) for norm in norm_names(norms)))
 
 
-def layer_bounding_radius(cut: Partition, bound: float, norms: Sequence[Norm] = get_args(Norm)) -> float:
+def layer_bounding_radius(cut: Partition, bound: float, norms: Sequence[Norm] = NORMS) -> float:
     """The radius of all components at which the wanted norms of the weight ``(D, C K)`` are at most ``bound``.
 
     The weight has the Frobenius norm ``γ sqrt(Σ F²)`` over the components of all groups, at least that spectral norm,
-    and by Cauchy and Schwarz a 2->1 norm of at most ``√D`` times that, over its ``D`` rows: ``γ = β / sqrt(D Σ F²)``
+    and by Cauchy and Schwarz a 2→1 norm of at most ``√D`` times that, over its ``D`` rows: ``γ = β / sqrt(D Σ F²)``
     for all three. Blocks are parts of the matrix, so that their spectral norms bound its own.
 
     Args:
@@ -144,8 +144,8 @@ def layer_bounding_radius(cut: Partition, bound: float, norms: Sequence[Norm] = 
         spectral += count * float(of_component.spectral) ** 2
     if isinstance(cut, KernelPartition):  # a kernel is a piece of one row
         spectral = frobenius
-    of_norm = {"frobenius": frobenius, "spectral": spectral, "2->1": cut.layout.out_channels * frobenius}
-    return bound / math.sqrt(max(of_norm[norm] for norm in norms))
+    squares = {"frobenius": frobenius, "spectral": spectral, "two_to_one": cut.layout.out_channels * frobenius}
+    return bound / math.sqrt(max(squares[norm] for norm in norm_names(norms)))
 
 
 def check_bound_of(bound_of: object) -> BoundOf:
@@ -188,7 +188,7 @@ def group_radii(
     cut: Partition,
     rule: RadiusRule,
     bound: float = 1.0,
-    norms: Sequence[Norm] = get_args(Norm),
+    norms: Sequence[Norm] = NORMS,
     bound_of: BoundOf = "group",
 ) -> Tensor:
     """The radius of every group by a rule; one where there is no constraint.

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fgo_geo.models.folding import BatchNormRecord
-from fgo_geo.weights.norms import MatrixNorms
+from fgo_geo.weights.norms import MatrixNorms, norm_names
 from fgo_geo.weights.words import few
 
 __all__ = ["Kind", "LayerReport", "Measure", "Record", "Scaling", "TauStatistics"]
@@ -91,7 +91,7 @@ class LayerReport:
         """The largest norm of a group.
 
         Args:
-            norm: ``"frobenius"``, ``"spectral"`` or ``"two_to_one"``.
+            norm: ``"frobenius"``, ``"spectral"`` or ``"two_to_one"`` (or ``"2->1"``).
 
         Raises:
             ValueError: For another norm.
@@ -103,9 +103,7 @@ class LayerReport:
         return float(self._of_groups(norm).quantile(0.5))
 
     def _of_groups(self, norm: str) -> Tensor:
-        if norm not in MatrixNorms._fields:
-            raise ValueError(f"norm is {norm!r}; expected one of {', '.join(map(repr, MatrixNorms._fields))}")
-        return getattr(self.groups, norm)
+        return getattr(self.groups, *norm_names([norm]))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data; norms of groups as largest, median and smallest."""

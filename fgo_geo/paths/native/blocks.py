@@ -1,4 +1,4 @@
-"""Blocks of a matrix that were dealt to several manifolds: cut, and put back, by compiled code."""
+"""Blocks of a matrix whose blocks belong to several manifolds: copied out of it, and back, by compiled code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Block", "block_of", "matrix_of", "take"]
 
 
 class Block(ctypes.Structure):
-    """``fgo_block`` of lines.cpp: blocks of equal shape, and where they belong."""
+    """``fgo_block`` of lines.cpp: blocks of equal shape, and their place in a matrix."""
 
     _fields_ = (
         ("matrix", ctypes.c_void_p),
@@ -25,11 +25,11 @@ class Block(ctypes.Structure):
 
 
 def take(weight: Tensor, cut: BlockPartition | FilterPartition, part: int) -> Tensor:
-    """The blocks of one part of a weight: ``cut.split(weight)[part]``, without looking at the others.
+    """The blocks of one part of a weight: ``cut.split(weight)[part]``, without reading the others.
 
     Args:
         weight: A weight in float32, or its gradient or momentum.
-        cut: How the weight is cut.
+        cut: The partition of the weight.
         part: Number of the part.
 
     Returns:
@@ -50,17 +50,17 @@ def take(weight: Tensor, cut: BlockPartition | FilterPartition, part: int) -> Te
 
 
 def matrix_of(weight: Tensor, cut: BlockPartition | FilterPartition) -> Tensor | None:
-    """The channels of a weight as a matrix in its memory; None if they are no contiguous matrix."""
+    """The channels of a weight as a matrix in its memory; None if that matrix is not contiguous."""
     matrix = cut.layout.channels(weight).flatten(1)
     return matrix if matrix.data_ptr() == weight.data_ptr() and matrix.is_contiguous() else None
 
 
 def block_of(matrix: Tensor, cut: BlockPartition | FilterPartition, part: int, blocks: Tensor) -> Block:
-    """The entry that says where the blocks of a part belong.
+    """The structure that describes blocks of a part and their place in a matrix.
 
     Args:
         matrix: The channels of a weight, contiguous.
-        cut: How the weight is cut.
+        cut: The partition of the weight.
         part: Number of the part.
         blocks: Blocks ``(n, rows, columns)``, as they are in the matrix, contiguous.
     """

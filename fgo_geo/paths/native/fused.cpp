@@ -1,22 +1,22 @@
-// The fused step on kernel components for the CPU: the map of RiemannianFGSGD's batched torch code, in two sweeps.
+// The fused step on kernel components for the CPU: the same map as the batched torch code, in two sweeps.
 //
 //   fgo_norms    reads weight and gradient: squared norm of the Riemannian gradient of every group;
 //   fgo_update   reads weight, gradient and momentum, writes weight and momentum: projection, step size, momentum with its
 //                lazy transport, step, retraction.
 //
-// Between the two the caller turns norms into step sizes and may refuse to go on. That is seven passes over memory, and
-// nothing is allocated per component.
+// Between the two sweeps the caller computes step sizes from the norms and may refuse the step. Together the sweeps are
+// seven passes over memory, and nothing is allocated per component.
 //
-// Kernels are handled `lanes` at a time, one per lane of a vector register ("struct of arrays"): entry (i, j) of all of
-// them is one vector. All manifold kinds go through the same instructions, and masks choose between them:
+// Kernels are processed `lanes` at a time, one per lane of a vector register ("struct of arrays"): entry (i, j) of all of
+// them is one vector. All manifold kinds run the same instructions, and masks select between them:
 //
 //   projection   h - w S,  S = 0, tr(M) I, diag(M) or sym(M) for M = wᵀh / r²
 //   retraction   y (I + E)^(-1/2),  E = 0, (‖y‖² / r² - 1) I, diag(N) or N for N = yᵀy / r² - I
 //
 // on Euclidean, sphere, oblique and Stiefel components. The inverse root is a series where E is small, as it is for the
-// steps that the theorem allows, and follows from Jacobi rotations elsewhere; no bound on the step is needed.
+// steps that the theorem allows, and comes from Jacobi rotations elsewhere; steps may have any length.
 //
-// Plain C ABI and no dependency but the C++ library, so that the compiled file serves every Python and every torch.
+// Plain C ABI with no dependency but the C++ library, so that the compiled file works with every Python and every torch.
 
 #include <atomic>
 #include <cmath>
@@ -40,9 +40,9 @@
 
 extern "C" {
 
-// One parameter. Kernel (row, column) starts at row * row_stride + column * column_stride, entry (i, j) of its A x B
-// component lies i * i_stride + j * j_stride behind.
-struct fgo_task {
+// One parameter. Kernel (row, column) starts at row * row_stride + column * column_stride; entry (i, j) of its A x B
+// component has the offset i * i_stride + j * j_stride from there.
+struct fgo_kernels {
   void *weight;
   const void *grad;
   void *buffer;            // null without momentum
@@ -50,11 +50,11 @@ struct fgo_task {
   const int32_t *row_groups;  // per row and kind, where that determines the group, -1 where the kind does not occur; or null
   const void *radii;       // per kernel, or null: radius[kind]
   double *squared_norms;   // per group: added to by fgo_norms
-  const void *scales;      // per group: 1 / tau, read by fgo_update; zero leaves the gradient out
+  const void *scales;      // per group: 1 / tau, read by fgo_update; with zero the gradient is not used
   double radius[4];
   int64_t rows, columns, row_stride, column_stride;
   int32_t a, b, i_stride, j_stride;
-  int32_t first, skips;    // the buffer holds nothing yet; some scale is zero
+  int32_t first, skips;    // the buffer is uninitialised; some scale is zero
   int64_t groups;
 };
 
@@ -63,8 +63,8 @@ struct fgo_options {
   int32_t nesterov, maximize, radius_invariant;
 };
 
-// The instruction set in use: 2 AVX-512, 1 AVX2, 0 what every processor has. It is the best that the processor has up to
-// the limit, which a negative one leaves as it is.
+// The instruction set in use: 2 AVX-512, 1 AVX2, 0 the compiler's default. It is the best that the processor has, up to a
+// limit; a negative argument keeps the limit.
 FGO_API int64_t fgo_limit(int limit) {
   static std::atomic<int> most{2};
   if (limit >= 0) most = limit;
@@ -90,22 +90,22 @@ template <class T, int BYTES> struct vector_of {
 
 constexpr int max_a = 49, max_b = 7;
 constexpr int64_t chunk = 512;  // kernels that a thread takes at a time, within one row
-constexpr int64_t near = 512;   // numbers that a stream asks for ahead of time
+constexpr int64_t near = 512;   // numbers between a stream and its prefetches
 template <class T> constexpr T precision = sizeof(T) == 4 ? T(1.1920929e-7) : T(8.8817842e-16);  // 2^-23, 2^-50
 // Up to this ‖e‖² two or four terms of the series suffice: precision^(2/3) and precision^(2/5).
 template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T(9.2e-11),
                                                   sizeof(T) == 4 ? T(1.7e-3) : T(9.4e-7)};
-// Up to this ‖e‖² the series is worth repeating: it leaves 0.4 of ‖e‖ = 1, and then far less. Below one, since there
-// a column that is zero would stay so forever.
+// Up to this ‖e‖² the series is repeated: it leaves 0.4 of ‖e‖ = 1, and then far less. It is below one because a zero column,
+// where ‖e‖ is one, would stay zero.
 template <class T> constexpr T repeat_limit = T(0.9);
 constexpr int most_rounds = 30;  // of Jacobi rotations, several times as many as columns need
 
-int64_t chunks_per_row(const fgo_task &t) { return (t.columns + chunk - 1) / chunk; }
+int64_t chunks_per_row(const fgo_kernels &t) { return (t.columns + chunk - 1) / chunk; }
 
 }  // namespace
 
-// What the language has no word for, where the processor does: whether any bit is set; values by index; four numbers from
-// each of several places to a vector, and back; and a part of a vector.
+// Instructions that the language does not express: whether any bit is set; values by index; 16 bytes from each of several
+// addresses as one vector, and back; and the first numbers of a vector.
 #ifdef FGO_AVX2
 #define FGO_FAST 0
 #else
@@ -164,7 +164,7 @@ int64_t chunks_per_row(const fgo_task &t) { return (t.columns + chunk - 1) / chu
 
 namespace {
 
-using sweep = int64_t (*)(const fgo_task *, const fgo_options *, double *, int64_t, int64_t);
+using sweep = int64_t (*)(const fgo_kernels *, const fgo_options *, double *, int64_t, int64_t);
 
 template <class T> struct sweeps {
   sweep norms, update;
@@ -182,14 +182,14 @@ template <class T> sweeps<T> choose() {
   return FGO_SWEEPS(portable);
 }
 
-// Calls run(task, begin, end, thread) on equal shares of the units of all tasks, one share per thread.
+// Calls run(task, begin, end, thread) so that every thread gets an equal range of the units of all tasks.
 template <class Units, class Run>
-void share(const fgo_task *tasks, int64_t count, int threads, Units units, Run run) {
+void run_in_threads(const fgo_kernels *tasks, int64_t count, int threads, Units units, Run run) {
   std::vector<double> work(count + 1, 0);  // entries before a task
   for (int64_t k = 0; k < count; ++k)
     work[k + 1] = work[k] + double(tasks[k].rows) * tasks[k].columns * tasks[k].a * tasks[k].b;
-  // The threads are torch's own: it has loaded OpenMP's library by the same name. Others would wait for a processor while
-  // torch's spin on theirs.
+  // The threads are torch's own, which has loaded OpenMP's library under the same name. Other threads would wait for a
+  // processor while torch's spin.
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int number = 0; number < threads; ++number) {
     const double from = work[count] * number / threads, to = work[count] * (number + 1) / threads;
@@ -205,7 +205,7 @@ void share(const fgo_task *tasks, int64_t count, int threads, Units units, Run r
   }
 }
 
-int64_t all_chunks(const fgo_task &t) { return t.rows * chunks_per_row(t); }
+int64_t all_chunks(const fgo_kernels &t) { return t.rows * chunks_per_row(t); }
 
 }  // namespace
 
@@ -213,15 +213,15 @@ extern "C" {
 
 FGO_API int fgo_abi() { return 8; }  // of this file and of lines.cpp
 
-// Sums of a thread go to a buffer of its own and are added up in the order of the threads: the result depends on their
-// number, not on their timing.
-FGO_API int64_t fgo_norms(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+// Every thread has a buffer for its sums, and the buffers are added in the order of the threads: the result depends on the
+// number of threads, not on their timing.
+FGO_API int64_t fgo_norms(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   const sweep run = is_double ? choose<double>().norms : choose<float>().norms;
   std::vector<int64_t> groups(count + 1, 0);
   for (int64_t k = 0; k < count; ++k) groups[k + 1] = groups[k] + tasks[k].groups;
   std::vector<std::vector<double>> partial(threads);
   for (auto &sums : partial) sums.assign(2 * groups[count], 0.0);
-  share(tasks, count, threads, all_chunks, [&](int64_t k, int64_t begin, int64_t end, int number) {
+  run_in_threads(tasks, count, threads, all_chunks, [&](int64_t k, int64_t begin, int64_t end, int number) {
     run(tasks + k, options, partial[number].data() + 2 * groups[k], begin, end);
   });
   for (int64_t k = 0; k < count; ++k)
@@ -233,10 +233,10 @@ FGO_API int64_t fgo_norms(const fgo_task *tasks, int64_t count, const fgo_option
   return 0;
 }
 
-FGO_API int64_t fgo_update(const fgo_task *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+FGO_API int64_t fgo_update(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   const sweep run = is_double ? choose<double>().update : choose<float>().update;
-  share(tasks, count, threads, all_chunks,
-        [&](int64_t k, int64_t begin, int64_t end, int) { run(tasks + k, options, nullptr, begin, end); });
+  run_in_threads(tasks, count, threads, all_chunks,
+                 [&](int64_t k, int64_t begin, int64_t end, int) { run(tasks + k, options, nullptr, begin, end); });
   return 0;
 }
 }

@@ -1,7 +1,7 @@
 // The sweeps of fused.cpp, compiled once per instruction set: FGO_NAMESPACE holds them, FGO_TARGET is its attribute,
-// FGO_BYTES the size of its vectors, and FGO_FAST says whether it deserves loops of its own for common sizes and layouts.
-// Every such loop takes seconds to compile, so there are few: 3x3 and 5x5 kernels in the two layouts of a convolution's
-// weight. Other sizes, layouts and per-kernel radii share one loop, and what is left at the end of a row is copied.
+// FGO_BYTES the size of its vectors, and FGO_FAST says whether it gets specialised loops for common sizes and layouts. Every
+// such loop takes seconds to compile, so there are few: 3x3 and 5x5 kernels in the two layouts of a convolution's weight.
+// Other sizes, layouts and per-kernel radii share one loop. Incomplete vectors at the end of a row are copied.
 
 namespace {
 namespace FGO_NAMESPACE {
@@ -46,7 +46,7 @@ template <class T> FGO_INLINE vec<T> look_up(const T *values, const mask<T> &ind
 
 template <class T> FGO_INLINE void store(T *p, vec<T> v) { __builtin_memcpy(p, &v, sizeof v); }
 
-// The first `count` numbers alone; zeros beyond them.
+// The first `count` numbers, and zeros after them.
 template <class T> FGO_INLINE vec<T> load_some(const T *p, int count) {
 #ifdef FGO_LOAD_SOME
   if constexpr (sizeof(T) == 4) return FGO_LOAD_SOME(p, count);
@@ -63,7 +63,7 @@ template <class T> FGO_INLINE void store_some(T *p, int count, vec<T> v) {
   for (int l = 0; l < count; ++l) p[l] = v[l];
 }
 
-// Every 16 bytes of a vector are a part of it, and hold so many numbers.
+// Numbers in a part of a vector, which is 16 bytes of it.
 template <class T> constexpr int in_part = 16 / sizeof(T);
 
 // Groups of numbers of x and y in turn, from the lower or the upper half of every part.
@@ -97,19 +97,18 @@ template <class T> FGO_INLINE void transpose(vec<T> *v) {
 
 // -- memory ------------------------------------------------------------------------------------------------------
 
-// Where the kernels of a vector are: planar (an entry of all kernels is contiguous), interleaved (each kernel is
-// contiguous, and the next one follows), or at any strides, where there is a table of the entries' offsets.
+// How the kernels of a vector are stored: planar (each entry is contiguous over the kernels), interleaved (each kernel is
+// contiguous, and the next one follows it), or at any strides, with a table of the entries' offsets.
 enum class layout { planar, interleaved, strided };
 
-// An address that the compiler has to take as it is: it would work out one per entry, more than there are registers for.
+// An address that is opaque to the compiler, which would otherwise compute one per entry, more than there are registers.
 template <class T> FGO_INLINE T *at(T *base, int64_t start) {
   T *p = base + start;
   asm("" : "+r"(p));
   return p;
 }
 
-// Where part `part` of a vector lies in memory, of kernels one behind the other: in the kernel that has this number among
-// those of the part.
+// Where part `part` of a vector is in memory, for consecutive kernels: in kernel `number` of those that share the part.
 template <class T, int K> FGO_INLINE float *place(const T *p, int part, int number) {
   return (float *)(p + (part * in_part<T> + number) * K);
 }
@@ -134,8 +133,8 @@ template <class T, int K> FGO_INLINE void split(T *p, int number, vec<T> v) {
 #undef FGO_PLACE
 }
 
-// Entries from number DONE on of kernels one behind the other, a block for every number of a part. The last block begins
-// early, with entries that are there already.
+// Entries of consecutive kernels, from entry DONE on, in blocks of as many entries as a part has numbers. The last block
+// overlaps the one before it.
 template <class T, int K, int DONE> FGO_INLINE void read_blocks(const T *p, vec<T> *v) {
   if constexpr (DONE < K) {
     constexpr int N = in_part<T>, first = DONE + N <= K ? DONE : K - N;
@@ -158,7 +157,7 @@ template <class T, int K, int DONE> FGO_INLINE void write_blocks(T *p, const vec
   }
 }
 
-// Entries of kernels that lie anyhow; a lane beyond the last kernel repeats the first.
+// Entries of kernels at any strides; lanes beyond the last kernel repeat the first.
 template <class T>
 FGO_TARGET __attribute__((noinline, noclone)) void gather(const T *p, const int64_t *offset, int64_t stride, int count, int n, vec<T> *v) {
   for (int e = 0; e < n; ++e) {
@@ -202,7 +201,7 @@ FGO_INLINE void write(T *p, const int64_t *offset, int64_t kernel_stride, int co
     scatter<T>(p, offset, kernel_stride, count, size, v);
 }
 
-// Asks for as much memory as a vector of kernels fills, to be in the cache of a level.
+// Prefetches as much memory as a vector of kernels fills into the cache of a level.
 template <class T, int K, int LEVEL> FGO_INLINE void prefetch(const T *start) {
   const char *p = reinterpret_cast<const char *>(start);
   for (int byte = 0; byte < K * FGO_BYTES; byte += 64) __builtin_prefetch(p + byte, 0, 4 - LEVEL);
@@ -210,15 +209,15 @@ template <class T, int K, int LEVEL> FGO_INLINE void prefetch(const T *start) {
 
 // -- formulas ----------------------------------------------------------------------------------------------------
 
-// What the lanes of a vector are.
+// Kind and radius of the kernels in a vector.
 template <class T> struct lane_facts {
   mask<T> kind;
   vec<T> inverse_square;                      // of the radius
   bool any_stiefel;
 };
 
-// The formulas go row by row (of A rows with B entries each), so that little has to be kept in registers at a time. Of
-// symmetric matrices both triangles are there; FULL: there are Stiefel lanes, else only the diagonal counts.
+// The formulas process a component row by row (A rows of B entries), so that few registers are in use at a time. Symmetric
+// matrices are stored with both triangles. FULL: some lanes are Stiefel; otherwise only the diagonal is used.
 
 // Adds a row's share of xᵀy, symmetrised: the diagonal, and twice the upper triangle.
 template <class T, int B, bool FULL> FGO_INLINE void add_products(const vec<T> *x, const vec<T> *y, vec<T> *m, int b_) {
@@ -230,7 +229,7 @@ template <class T, int B, bool FULL> FGO_INLINE void add_products(const vec<T> *
   }
 }
 
-// S = 0, tr(M) I, diag(M) or sym(M) for M = wᵀh / r², from what add_products() has left in `m`.
+// S = 0, tr(M) I, diag(M) or sym(M) for M = wᵀh / r², from the sums of add_products() in `m`.
 template <class T, int B, bool FULL> FGO_INLINE void normal_factor(vec<T> *m, const lane_facts<T> &f, int b_) {
   const int b = B ? B : b_;
   const vec<T> none = {};
@@ -271,8 +270,8 @@ template <class T, int B, bool FULL> FGO_INLINE void add_squares(const vec<T> *y
     for (int k = j; k < (FULL ? b : j + 1); ++k) n[j * b + k] += y[j] * y[k];
 }
 
-// What (I + E)^(-1/2) has to undo: E = 0, (‖y‖² / r² - 1) I, diag(yᵀy / r² - I) or yᵀy / r² - I, from what add_squares()
-// has left in `e`. Returns ‖E‖².
+// E = 0, (‖y‖² / r² - 1) I, diag(yᵀy / r² - I) or yᵀy / r² - I of the retraction y (I + E)^(-1/2), from the sums of
+// add_squares() in `e`. Returns ‖E‖².
 template <class T, int B, bool FULL> FGO_INLINE vec<T> excess(vec<T> *e, const lane_facts<T> &f, int b_) {
   const int b = B ? B : b_;
   const vec<T> none = {};
@@ -327,8 +326,8 @@ template <class T, int B> FGO_INLINE vec<T> excess_of(const vec<T> *y, vec<T> *e
   return excess<T, B, true>(e, f, b_);
 }
 
-// z <- (I + e)^(-1/2) for small e: I - e/2 + 3e²/8 and, if there are two more terms (which a diagonal always gets, they
-// cost next to nothing there), - 5e³/16 + 35e⁴/128.
+// z <- (I + e)^(-1/2) for small e: I - e/2 + 3e²/8 and, with two more terms (for a diagonal always, where they are cheap),
+// - 5e³/16 + 35e⁴/128.
 template <class T, int B, bool FULL> FGO_INLINE void series(const vec<T> *e, vec<T> *z, bool two_more, int b_) {
   const int b = B ? B : b_;
   constexpr int size = B ? B * B : max_b * max_b;
@@ -359,12 +358,12 @@ template <class T, int B, bool FULL> FGO_INLINE void series(const vec<T> *e, vec
     }
 }
 
-// The nearest points to y, however far: spheres and columns by their norms, Stiefel components by one-sided Jacobi rotations
+// The nearest points to any y: spheres and columns by their norms, Stiefel components by one-sided Jacobi rotations
 // y <- y J, z <- z J until the columns of y are orthogonal, which keeps the digits of the shortest ones, and then (y / norms) zᵀ.
 FGO_TARGET __attribute__((noinline)) static void nearest(vec<double> *y, const lane_facts<double> &f, int a, int b) {
   const vec<double> none = {}, one = none + 1.0;
   vec<double> largest = none + std::numeric_limits<double>::min(), norms[max_b] = {}, z[max_b * max_b] = {}, row[max_b];
-  for (int k = 0; k < a * b; ++k) {  // of which the result is independent, and squares stay finite
+  for (int k = 0; k < a * b; ++k) {  // scaling leaves the result as it is and keeps the squares finite
     const vec<double> size = y[k] < 0 ? -y[k] : y[k];
     largest = size > largest ? size : largest;
   }
@@ -421,13 +420,13 @@ FGO_TARGET __attribute__((noinline)) static void nearest(vec<double> *y, const l
   }
 }
 
-// What one series does not reach, y <- y (I + E)^(-1/2).
+// The retraction y <- y (I + E)^(-1/2) where E is too large for one series.
 template <class T, int B>
 FGO_TARGET __attribute__((noinline)) void retract_further(vec<T> *y, const lane_facts<T> &f, int a, int b_) {
   const int b = B ? B : b_;
   constexpr int size = B ? B * B : max_b * max_b, L = lanes<double>;
   vec<T> e[size], z[size], distance = excess_of<T, B>(y, e, f, a, b_);
-  if (!any<T>(~(distance <= repeat_limit<T>))) {  // again and again: what is left is of fifth order
+  if (!any<T>(~(distance <= repeat_limit<T>))) {  // the series is repeated: each leaves an error of fifth order
     while (any<T>(~(distance <= series_limit<T>[1]))) {
       series<T, B, true>(e, z, true, b_);
       multiply_all<T, 0, B, true>(y, z, a, b_);
@@ -452,20 +451,20 @@ FGO_TARGET __attribute__((noinline)) void retract_further(vec<T> *y, const lane_
 
 // -- sweeps ------------------------------------------------------------------------------------------------------
 
-// A task and its options, as the sweeps use them.
+// A weight and the options, as the sweeps use them.
 template <class T> struct setting {
   int a, b, n;
   const int64_t *offset;  // of a component's entries
   int64_t rows, columns, row_stride, column_stride;
   T *weight, *buffer;
-  const T *grad, *history, *radii, *scales;  // history: the momentum, or what takes its place at a factor of zero
+  const T *grad, *history, *radii, *scales;  // history: the momentum, or any readable memory where its factor is zero
   const int32_t *codes, *row_groups;
-  bool old, skips, nesterov, invariant;  // old: the buffer holds momentum
-  T sign, decay, lr, momentum, remembered, take;
+  bool has_momentum, skips, nesterov, invariant;  // has_momentum: the buffer holds it
+  T sign, decay, lr, momentum, momentum_factor, gradient_factor;
   T inverse_squares[4];  // of the radius of every kind
 };
 
-template <class T> FGO_TARGET setting<T> setting_of(const fgo_task &t, const fgo_options &o, int64_t *offset) {
+template <class T> FGO_TARGET setting<T> setting_of(const fgo_kernels &t, const fgo_options &o, int64_t *offset) {
   setting<T> s;
   s.a = t.a, s.b = t.b, s.n = s.a * s.b, s.offset = offset;
   for (int i = 0; i < s.a; ++i)
@@ -475,28 +474,28 @@ template <class T> FGO_TARGET setting<T> setting_of(const fgo_task &t, const fgo
   s.grad = static_cast<const T *>(t.grad);
   s.radii = static_cast<const T *>(t.radii), s.scales = static_cast<const T *>(t.scales);
   s.codes = t.codes, s.row_groups = t.row_groups;
-  s.old = t.buffer && !t.first, s.skips = t.skips;
+  s.has_momentum = t.buffer && !t.first, s.skips = t.skips;
   s.nesterov = t.buffer && o.nesterov, s.invariant = o.radius_invariant;
-  s.history = s.old ? s.buffer : s.weight;
+  s.history = s.has_momentum ? s.buffer : s.weight;
   s.sign = o.maximize ? T(-1) : T(1), s.decay = T(o.weight_decay), s.lr = T(o.lr);
-  s.momentum = T(o.momentum), s.remembered = s.old ? s.momentum : T(0);
-  s.take = s.sign * (s.old ? T(1 - o.dampening) : T(1));
+  s.momentum = T(o.momentum), s.momentum_factor = s.has_momentum ? s.momentum : T(0);
+  s.gradient_factor = s.sign * (s.has_momentum ? T(1 - o.dampening) : T(1));
   for (int k = 0; k < 4; ++k) s.inverse_squares[k] = T(1 / (t.radius[k] * t.radius[k]));
   return s;
 }
 
-// Kernels of one row that share a vector: `count` of them, the first at `start` in memory and at `kernel` in the tables.
-struct stretch {
+// `count` kernels of one row that share a vector; the first is at `start` in memory and at index `kernel` of the tables.
+struct kernel_range {
   int64_t kernel, start;
   int count;
 };
 
-template <class T> FGO_INLINE stretch stretch_at(const setting<T> &s, int64_t row, int64_t column, int64_t last) {
-  const int64_t left = last - column;
-  return {row * s.columns + column, row * s.row_stride + column * s.column_stride, left < lanes<T> ? int(left) : lanes<T>};
+template <class T> FGO_INLINE kernel_range range_at(const setting<T> &s, int64_t row, int64_t column, int64_t last) {
+  const int64_t count = last - column;
+  return {row * s.columns + column, row * s.row_stride + column * s.column_stride, count < lanes<T> ? int(count) : lanes<T>};
 }
 
-template <class T, layout P> FGO_INLINE lane_facts<T> learn(const setting<T> &s, const stretch &v) {
+template <class T, layout P> FGO_INLINE lane_facts<T> facts_at(const setting<T> &s, const kernel_range &v) {
   constexpr int L = lanes<T>;
   const int32_t *codes = s.codes + v.kernel;
   lane_facts<T> f;
@@ -518,7 +517,7 @@ template <class T, layout P> FGO_INLINE lane_facts<T> learn(const setting<T> &s,
   return f;
 }
 
-// Weight and gradient, weight decay included, of `count` kernels, the first of which begins at `start`.
+// Weight and gradient (with weight decay) of `count` kernels, the first of which is at `start`.
 template <class T, int A, int B, layout P>
 FGO_INLINE void read_both(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> *w, vec<T> *h) {
   read<T, A * B, P>(at(s.weight, start), s.offset, s.column_stride, count, s.n, w);
@@ -540,7 +539,7 @@ FGO_INLINE vec<T> squares_of(const setting<T> &s, int64_t start, int count, cons
   normal_factor<T, B, FULL>(normal, f, s.b);
   for (int i = 0; i < a; ++i) {
     subtract_normal<T, B, FULL>(w + i * b, normal, h + i * b, s.b);
-    vec<T> of_row = {};  // so that the sum is no chain of as many steps as there are entries
+    vec<T> of_row = {};  // a sum per row, so that additions need not wait for each other
     for (int j = i * b; j < i * b + b; ++j) of_row += h[j] * h[j];
     sum += of_row;
   }
@@ -549,7 +548,7 @@ FGO_INLINE vec<T> squares_of(const setting<T> &s, int64_t start, int count, cons
 
 // Nesterov's direction, from the momentum in `u`.
 template <class T, int B>
-FGO_TARGET __attribute__((noinline)) void look_ahead(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f,
+FGO_TARGET __attribute__((noinline)) void nesterov_direction(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f,
                                                      const vec<T> &rate, vec<T> *w, vec<T> *u) {
   vec<T> h[max_a * max_b];
   const vec<T> none = {};
@@ -571,21 +570,21 @@ FGO_INLINE void step_of(const setting<T> &s, int64_t start, int count, const lan
   if (s.skips)
     for (int k = 0; k < n; ++k) h[k] = rate == none ? none : h[k];
   if (s.invariant) rate /= f.inverse_square;
-  const vec<T> share = s.take * rate;
+  const vec<T> share = s.gradient_factor * rate;
   read<T, A * B, P>(at(s.history, start), s.offset, s.column_stride, count, s.n, u);
-  for (int i = 0; i < a; ++i) {  // momentum and gradient are projected at once: it is linear
-    for (int k = i * b; k < i * b + b; ++k) u[k] = s.remembered * u[k] + share * h[k];
+  for (int i = 0; i < a; ++i) {  // momentum and gradient are projected together, since projection is linear
+    for (int k = i * b; k < i * b + b; ++k) u[k] = s.momentum_factor * u[k] + share * h[k];
     add_products<T, B, FULL>(w + i * b, u + i * b, normal, s.b);
   }
   normal_factor<T, B, FULL>(normal, f, s.b);
   for (int i = 0; i < a; ++i) subtract_normal<T, B, FULL>(w + i * b, normal, u + i * b, s.b);
   if (s.buffer) write<T, A * B, P>(at(s.buffer, start), s.offset, s.column_stride, count, s.n, u);
-  if (s.nesterov) {  // on copies: what is rare must not cost the others registers
+  if (s.nesterov) {  // on copies, so that the common case keeps its registers
     vec<T> far_w[entries], far_u[entries];
     for (int k = 0; k < n; ++k) far_w[k] = w[k], far_u[k] = u[k];
     const lane_facts<T> facts = f;
     const vec<T> own_rate = rate;
-    look_ahead<T, B>(s, start, count, facts, own_rate, far_w, far_u);
+    nesterov_direction<T, B>(s, start, count, facts, own_rate, far_w, far_u);
     for (int k = 0; k < n; ++k) u[k] = far_u[k];
   }
   for (int i = 0; i < a; ++i) {
@@ -597,7 +596,7 @@ FGO_INLINE void step_of(const setting<T> &s, int64_t start, int count, const lan
   if (!two_more || !any<T>(~(distance <= series_limit<T>[1]))) {
     series<T, B, FULL>(e, z, two_more, s.b);
     multiply_all<T, A, B, FULL>(w, z, s.a, s.b);
-  } else {  // rare, and on copies
+  } else {  // rare, on copies
     vec<T> far_w[entries];
     for (int k = 0; k < n; ++k) far_w[k] = w[k];
     const lane_facts<T> facts = f;
@@ -607,19 +606,19 @@ FGO_INLINE void step_of(const setting<T> &s, int64_t start, int count, const lan
   write<T, A * B, P>(at(s.weight, start), s.offset, s.column_stride, count, s.n, w);
 }
 
-// Rates of a vector's kernels, by group.
+// Step scales of a vector's kernels, by group.
 template <class T> FGO_INLINE vec<T> rates_of(const T *scales, const int32_t *codes, int count) {
   vec<T> rate;
   for (int l = 0; l < lanes<T>; ++l) rate[l] = scales[codes[l < count ? l : 0] >> 2];
   return rate;
 }
 
-// Where the parts of a step ask for memory ahead of time.
+// What is prefetched while a vector is processed.
 enum class prefetched { nothing, next_row };
 
-// Side by side, the memory of the same columns one row on: nine or more streams, each a few cache lines long, are beyond
-// what the processor foresees by itself, but all of them together are one stream, which is what is asked for here. One
-// behind the other, kernels are streams that it does foresee, but not over the borders of pages.
+// Planar kernels: the same columns one row further down, since the hardware prefetcher does not follow nine or more streams
+// of a few cache lines each. Interleaved kernels: the same stream further on, since the hardware prefetcher stops at the end
+// of a page.
 template <class T, int K, layout P>
 FGO_INLINE void prefetch_vector(const setting<T> &s, int64_t row, int64_t column, bool momentum, prefetched what) {
   const int64_t place = column * s.n + row * s.row_stride;
@@ -635,26 +634,25 @@ FGO_INLINE void prefetch_vector(const setting<T> &s, int64_t row, int64_t column
   }
 }
 
-// What is left of a row where there are fewer kernels than lanes, as a row of its own: an entry of all of them side by side,
-// and Euclidean zeros beyond the last.
-template <class T, int K> struct rest {
+// The end of a row with fewer kernels than lanes, copied to a planar row of its own: Euclidean zeros follow the last kernel.
+template <class T, int K> struct row_end {
   static constexpr int L = lanes<T>;
   setting<T> own;
   vec<T> weight[K], grad[K], buffer[K];
   int64_t offset[K];
   int32_t codes[L];
 
-  FGO_TARGET rest(const setting<T> &s, const stretch &v) : own(s) {
+  FGO_TARGET row_end(const setting<T> &s, const kernel_range &v) : own(s) {
     for (int l = 0; l < L; ++l) codes[l] = l < v.count ? s.codes[v.kernel + l] : 0;
     take(s, v, s.weight, weight), take(s, v, s.grad, grad);
-    if (s.old) take(s, v, s.buffer, buffer);
+    if (s.has_momentum) take(s, v, s.buffer, buffer);
     for (int e = 0; e < K; ++e) offset[e] = e * L;
     own.offset = offset, own.codes = codes, own.columns = L, own.column_stride = 1;
     own.weight = reinterpret_cast<T *>(weight), own.grad = reinterpret_cast<T *>(grad);
-    own.buffer = s.buffer ? reinterpret_cast<T *>(buffer) : nullptr, own.history = s.old ? own.buffer : own.weight;
+    own.buffer = s.buffer ? reinterpret_cast<T *>(buffer) : nullptr, own.history = s.has_momentum ? own.buffer : own.weight;
   }
 
-  FGO_INLINE void take(const setting<T> &s, const stretch &v, const T *p, vec<T> *to) {
+  FGO_INLINE void take(const setting<T> &s, const kernel_range &v, const T *p, vec<T> *to) {
     const vec<T> none = {};
     for (int e = 0; e < K; ++e) {
       const T *from = p + v.start + s.offset[e];
@@ -663,7 +661,7 @@ template <class T, int K> struct rest {
     }
   }
 
-  FGO_INLINE void put(const setting<T> &s, const stretch &v, const vec<T> *from, T *p) {
+  FGO_INLINE void put(const setting<T> &s, const kernel_range &v, const vec<T> *from, T *p) {
     for (int e = 0; e < K; ++e) {
       T *to = p + v.start + s.offset[e];
       if (s.column_stride == 1)
@@ -673,13 +671,13 @@ template <class T, int K> struct rest {
     }
   }
 
-  FGO_TARGET void put_back(const setting<T> &s, const stretch &v) const {
+  FGO_TARGET void put_back(const setting<T> &s, const kernel_range &v) const {
     put(s, v, weight, s.weight);
     if (s.buffer) put(s, v, buffer, s.buffer);
   }
 };
 
-// Adds the squared norms of the kernels of a row's columns to the sums of their groups, or to `row_sums` per kind.
+// Adds the squared norms of the kernels in a row's columns to the sums of their groups, or to `row_sums` per kind.
 template <class T, int A, int B, layout P>
 FGO_TARGET __attribute__((noinline, noclone)) void sum_columns(const setting<T> &s, int64_t row, int64_t first, int64_t last, double *sums,
                                                       double *row_sums, prefetched what) {
@@ -687,15 +685,15 @@ FGO_TARGET __attribute__((noinline, noclone)) void sum_columns(const setting<T> 
   const vec<T> none = {};
   vec<T> by_kind[4] = {};
   for (int64_t column = first; column < last; column += L) {
-    const stretch v = stretch_at(s, row, column, last);
+    const kernel_range v = range_at(s, row, column, last);
     prefetch_vector<T, A * B, P>(s, row, column, false, what);
     if constexpr (P != layout::strided)
       if (v.count < L) {
-        const rest<T, A * B> left(s, v);
-        sum_columns<T, A, B, layout::planar>(left.own, 0, 0, L, sums, row_sums, prefetched::nothing);
+        const row_end<T, A * B> end_of_row(s, v);
+        sum_columns<T, A, B, layout::planar>(end_of_row.own, 0, 0, L, sums, row_sums, prefetched::nothing);
         break;
       }
-    const lane_facts<T> f = learn<T, P>(s, v);
+    const lane_facts<T> f = facts_at<T, P>(s, v);
     const vec<T> sum = f.any_stiefel ? squares_of<T, A, B, P, true>(s, v.start, v.count, f)
                                      : squares_of<T, A, B, P, false>(s, v.start, v.count, f);
     if (!row_sums)
@@ -710,22 +708,22 @@ FGO_TARGET __attribute__((noinline, noclone)) void sum_columns(const setting<T> 
       for (int l = 0; l < L; ++l) row_sums[k] += by_kind[k][l];
 }
 
-// Takes the step of the kernels of a row's columns, at the rates of their groups or at `row_scales` per kind.
+// Takes the step of the kernels in a row's columns, at the scales of their groups or at `row_scales` per kind.
 template <class T, int A, int B, layout P>
 FGO_TARGET __attribute__((noinline, noclone)) void step_columns(const setting<T> &s, int64_t row, int64_t first, int64_t last,
                                                        const T *row_scales, prefetched what) {
   constexpr int L = lanes<T>;
   for (int64_t column = first; column < last; column += L) {
-    const stretch v = stretch_at(s, row, column, last);
-    prefetch_vector<T, A * B, P>(s, row, column, s.old, what);
+    const kernel_range v = range_at(s, row, column, last);
+    prefetch_vector<T, A * B, P>(s, row, column, s.has_momentum, what);
     if constexpr (P != layout::strided)
       if (v.count < L) {
-        const rest<T, A * B> left(s, v);
-        step_columns<T, A, B, layout::planar>(left.own, 0, 0, L, row_scales, prefetched::nothing);
-        left.put_back(s, v);
+        const row_end<T, A * B> end_of_row(s, v);
+        step_columns<T, A, B, layout::planar>(end_of_row.own, 0, 0, L, row_scales, prefetched::nothing);
+        end_of_row.put_back(s, v);
         break;
       }
-    const lane_facts<T> f = learn<T, P>(s, v);
+    const lane_facts<T> f = facts_at<T, P>(s, v);
     const vec<T> rate = row_scales ? look_up<T>(row_scales, f.kind) : rates_of<T>(s.scales, s.codes + v.kernel, v.count);
     if (f.any_stiefel)
       step_of<T, A, B, P, true>(s, v.start, v.count, f, rate);
@@ -734,7 +732,7 @@ FGO_TARGET __attribute__((noinline, noclone)) void step_columns(const setting<T>
   }
 }
 
-// A thread's unit of work: a chunk of a row, and the row's groups by kind, if that is what determines them.
+// A thread's unit of work: a chunk of a row, and the row's groups by kind where row and kind determine the group.
 struct piece {
   int64_t row, first, last;
   const int32_t *groups;
@@ -745,10 +743,10 @@ template <class T> FGO_INLINE piece piece_of(const setting<T> &s, int64_t row, i
   return {row, first, last, s.row_groups ? s.row_groups + 4 * row : nullptr};
 }
 
-// The first sweep: rows in chunks, the norms of whose groups are added to `sums`, two places each.
+// The first sweep: adds the squared norms of a range of chunks to `sums`, with two numbers per group.
 struct norms_sweep {
   template <class T, int A, int B, layout P>
-  FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *sums, int64_t begin, int64_t end) {
+  FGO_TARGET static int64_t run(const fgo_kernels *task, const fgo_options *options, double *sums, int64_t begin, int64_t end) {
     int64_t offset[max_a * max_b];
     const setting<T> s = setting_of<T>(*task, *options, offset);
     const int64_t per_row = chunks_per_row(*task);
@@ -763,10 +761,10 @@ struct norms_sweep {
   }
 };
 
-// The second sweep, at the given rates.
+// The second sweep: the step of a range of chunks.
 struct update_sweep {
   template <class T, int A, int B, layout P>
-  FGO_TARGET static int64_t run(const fgo_task *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
+  FGO_TARGET static int64_t run(const fgo_kernels *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
     int64_t offset[max_a * max_b];
     const setting<T> s = setting_of<T>(*task, *options, offset);
     const int64_t per_row = chunks_per_row(*task);
@@ -781,7 +779,7 @@ struct update_sweep {
 };
 
 template <class SWEEP, class T, int A, int B>
-FGO_TARGET bool run_at_size(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end, int64_t *result) {
+FGO_TARGET bool run_at_size(const fgo_kernels *t, const fgo_options *o, double *sums, int64_t begin, int64_t end, int64_t *result) {
   const bool is_planar = t->column_stride == 1;
   const bool is_interleaved = t->column_stride == t->a * t->b && t->i_stride == t->b && t->j_stride == 1;
   if (t->a != A || t->b != B || t->radii) return false;
@@ -791,7 +789,7 @@ FGO_TARGET bool run_at_size(const fgo_task *t, const fgo_options *o, double *sum
 }
 
 template <class SWEEP, class T>
-FGO_TARGET int64_t run_sweep(const fgo_task *t, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
+FGO_TARGET int64_t run_sweep(const fgo_kernels *t, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
   int64_t result;
   if constexpr (FGO_FAST) {
     if (run_at_size<SWEEP, T, 3, 3>(t, o, sums, begin, end, &result)) return result;

@@ -39,8 +39,8 @@ class NativeKernels(Path):
         return _KernelBatch(claims)
 
 
-class _Task(ctypes.Structure):
-    """``fgo_task`` of fused.cpp."""
+class _Kernels(ctypes.Structure):
+    """``fgo_kernels`` of fused.cpp: the kernels of one weight."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "codes", "row_groups", "radii")),
@@ -62,7 +62,7 @@ class _Options(ctypes.Structure):
 
 
 class _KernelBatch(Batch):
-    """The weights as the extension wants them, by type. From step to step only addresses differ."""
+    """The weights as the extension takes them, by type. Between steps only addresses change."""
 
     def __init__(self, claims: Sequence[Claim]) -> None:
         super().__init__(claims)
@@ -70,13 +70,15 @@ class _KernelBatch(Batch):
         self._radii: list[Tensor] = []
         groups, first_groups = sum(self.counts), list(itertools.accumulate(self.counts, initial=0))
         self._norms = torch.empty(groups, dtype=torch.float64)
-        self._entries: list[tuple[Weight, _Task]] = []
-        self._calls: list[tuple[ctypes.Array[_Task], int, int]] = []  # entries, their number of weights, whether double
+        self._entries: list[tuple[Weight, _Kernels]] = []
+        self._calls: list[
+            tuple[ctypes.Array[_Kernels], int, int]
+        ] = []  # entries, their number of weights, whether double
         self._scales: dict[torch.dtype, Tensor] = {}
         for dtype in {weight.param.dtype for weight in self.weights}:
             scales = self._scales[dtype] = torch.empty(groups, dtype=dtype)
             members = [k for k, weight in enumerate(self.weights) if weight.param.dtype == dtype]
-            entries = (_Task * len(members))(*(self._entry(self.weights[k], self._tables[k]) for k in members))
+            entries = (_Kernels * len(members))(*(self._entry(self.weights[k], self._tables[k]) for k in members))
             for k, entry in zip(members, entries, strict=True):
                 entry.squared_norms = self._norms.data_ptr() + first_groups[k] * self._norms.itemsize
                 entry.scales = scales.data_ptr() + first_groups[k] * dtype.itemsize
@@ -84,7 +86,7 @@ class _KernelBatch(Batch):
             work = sum(self.weights[k].param.numel() for k in members)
             self._calls.append((entries, work, int(dtype == torch.float64)))
 
-    def _entry(self, weight: Weight, table: KernelTable) -> _Task:
+    def _entry(self, weight: Weight, table: KernelTable) -> _Kernels:
         """The entry of a weight but for its addresses."""
         place = place_of(weight, table, by_rows=table.row_groups is not None)
         assert place is not None
@@ -92,7 +94,7 @@ class _KernelBatch(Batch):
         radii = None if table.radii is None else table.radii.to(weight.param.dtype)
         if radii is not None:
             self._radii.append(radii)
-        return _Task(
+        return _Kernels(
             codes=table.codes.data_ptr(),
             row_groups=None if row_groups is None else row_groups.data_ptr(),
             radii=None if radii is None else radii.data_ptr(),
@@ -109,7 +111,7 @@ class _KernelBatch(Batch):
         )
 
     def measure(self, options: StepOptions) -> Tensor:
-        """``R²`` of all groups; the memory of the result is used again in the next step."""
+        """``R²`` of all groups; the next step reuses the memory of the result."""
         for weight, entry in self._entries:
             grad = weight.grad
             if grad is None or grad.stride() != weight.param.stride() or grad.is_neg():

@@ -1,8 +1,13 @@
-"""Which weights consist of lines, and where these lie: what :mod:`fgo_geo.paths.native.lines` works on.
+"""The lines of a weight, as :mod:`fgo_geo.paths.native.lines` passes them to the compiled sweeps.
 
-The lines of a weight either lie at equal distances in memory, as runs or as the columns of matrices; or the weight is a
-matrix whose blocks were dealt to several manifolds, and every row says which of its columns belong to which block.
-Nothing here touches values.
+A *line* is a vector of fixed norm: a component on a sphere, or a column of a component on an oblique manifold. Two
+arrangements in memory are supported, and both are described by a :class:`LineTable`:
+
+* *strided*: all lines have the same length and stride, as contiguous runs or as the columns of matrices;
+* *by blocks*: the weight is a matrix whose blocks belong to several manifolds. A :class:`BlockTable` then says, for
+  every row, which columns belong to which block.
+
+Nothing here reads the values of a weight.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import cast
+from typing import NamedTuple, cast
 
 import geoopt
 import numpy as np
@@ -23,59 +28,62 @@ from fgo_geo.paths.kept import kept
 from fgo_geo.weights.components import BlockPartition, FilterPartition, Segments
 from fgo_geo.weights.kinds import kind, kind_of
 
-__all__ = ["Deal", "LineTable", "table_of"]
+__all__ = ["BlockTable", "LineTable", "table_of"]
 
-_SHORTEST = 4  # numbers of a line: of shorter ones the batched code makes a step as fast
+_SHORTEST = 4  # numbers of a line; on shorter lines the batched torch code is as fast
+
+_EUCLIDEAN, _SPHERE, _OBLIQUE = 0, 1, 2  # codes of the kinds that consist of lines; other kinds go to another path
 
 
-class _Owner(IntEnum):
-    """Whose the entries of a block are, as lines.cpp numbers it."""
+class _Form(IntEnum):
+    """Which lines the entries of a block form, numbered as in lines.cpp."""
 
-    NOBODY = 0
+    NO_LINE = 0
     ONE_LINE = 1
     LINE_PER_ROW = 2
     LINE_PER_COLUMN = 3
 
 
-_EUCLIDEAN, _SPHERE, _OBLIQUE = 0, 1, 2  # codes of the kinds that consist of lines; blocks of other kinds are left
-
-
 @dataclass(frozen=True, eq=False)
-class Deal:
-    """How the blocks of a matrix were dealt to lines.
+class BlockTable:
+    """How the rows of a matrix are divided among blocks, and the blocks into lines.
+
+    Rows that are divided alike share a *pattern*: an order of the columns in which each block of the row is a
+    *segment* of consecutive columns.
 
     Attributes:
-        patterns: For every row the pattern that its columns are dealt by, int32.
-        places: For every row its number among those of its blocks, int32.
-        segments: Runs of columns that belong to one block, int32: where they start, how many they are, whose they are
-            (numbered as in lines.cpp), the block's first line; pattern by pattern.
-        first_segments: The first segment of every pattern, and where the last pattern ends, int32.
-        orders: For every pattern its columns in order, int32, shape ``(patterns, columns)``; from -1 on: as they are.
-        shared: Number of lines of which several rows have a part; they come first.
+        pattern_of_row: Number of every row's pattern, int32.
+        row_in_block: Index of every row within its blocks, int32.
+        segments: Start, number of columns, form (numbered as in lines.cpp) and first line of every segment, pattern by
+            pattern, int32, shape ``(segments, 4)``.
+        first_segments: Number of every pattern's first segment, and the number of segments at the end, int32.
+        column_orders: The columns of every pattern in its order, int32, shape ``(patterns, columns)``; filled with -1
+            if that is the order of the matrix.
+        shared: Number of lines that extend over several rows; they come first.
     """
 
-    patterns: Tensor
-    places: Tensor
+    pattern_of_row: Tensor
+    row_in_block: Tensor
     segments: Tensor
     first_segments: Tensor
-    orders: Tensor
+    column_orders: Tensor
     shared: int
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LineTable:
-    """Where the lines of a weight lie, and what they are.
+    """The lines of a weight: how many, where they are in memory, their groups and radii.
 
     Attributes:
         groups: Number of groups.
-        left: Numbers of the parts of the weight that are no lines; empty if all are.
         lines: Number of lines.
-        length: Numbers of a line; of a matrix that was dealt, its rows.
-        width: One if a line is a run in memory; else lines are the columns of matrices with so many columns.
+        length: Numbers per line; with a block table, rows of the matrix.
+        width: One if every line is contiguous; else the lines are the columns of matrices with this many columns.
         group_of: Group of every line, int32; None if there is one group.
         radius: Radius of all lines; nan if they differ.
         radii: Radius of every line in float64 where they differ, infinite where there is no constraint; else None.
-        deal: How a matrix was dealt to lines, None if they lie at equal distances.
+        blocks: How a matrix is divided among blocks; None if the lines are strided.
+        other_parts: Numbers of the parts of the weight that do not consist of lines.
     """
 
     groups: int
@@ -85,8 +93,8 @@ class LineTable:
     group_of: Tensor | None
     radius: float
     radii: Tensor | None
-    deal: Deal | None = None
-    left: tuple[int, ...] = ()
+    blocks: BlockTable | None = None
+    other_parts: tuple[int, ...] = ()
 
 
 def table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
@@ -97,7 +105,7 @@ def table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
         weight: The weight, for its shape and strides.
 
     Returns:
-        A table; None if the weight does not consist of lines, or not enough of it.
+        A table; None if no part of the weight consists of lines in one of the two arrangements.
     """
     if not isinstance(manifold, (ProductOfGroups, ComponentManifold)):
         return None
@@ -105,14 +113,16 @@ def table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
 
 
 def _build(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
-    """The table of a weight whose lines lie at equal distances, or that of a matrix whose blocks were dealt."""
-    alike = _build_alike(manifold, weight)
-    if alike is not None or not isinstance(manifold, ProductOfGroups):
-        return alike
-    return _build_dealt(manifold, weight)
+    table = _build_strided(manifold, weight)
+    if table is not None or not isinstance(manifold, ProductOfGroups):
+        return table
+    return _build_by_blocks(manifold, weight)
 
 
-def _build_alike(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
+# -- strided lines -------------------------------------------------------------------------------------------
+
+
+def _build_strided(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
     if isinstance(manifold, ProductOfGroups):
         cut = manifold.partition
         if not isinstance(cut, (BlockPartition, FilterPartition)) or len(cut.kinds) > 1:
@@ -128,25 +138,68 @@ def _build_alike(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
     if own is None or own.code not in (_SPHERE, _OBLIQUE):
         return None
     part = cast(ComponentManifold, part)
-    found = _strides_of(own.code == _OBLIQUE, components, part.ndim)
-    if found is None or found[0] < _SHORTEST:
+    place = _arrangement_of(own.code == _OBLIQUE, components, part.ndim)
+    if place is None or place.length < _SHORTEST:
         return None
-    length, width, per_component = found
     groups = None
     if segments.count > 1:
-        groups = segments.spread(torch.from_numpy(numbers).int()).repeat_interleave(per_component)
+        groups = segments.spread(torch.from_numpy(numbers).int()).repeat_interleave(place.per_component)
     batch = components.shape[: components.ndim - part.ndim]
     radius = part.radius
     radii = radius.detach().double().cpu().expand(batch).flatten() if isinstance(radius, Tensor) else None
     return LineTable(
         groups=segments.count,
-        lines=segments.total * per_component,
-        length=length,
-        width=width,
+        lines=segments.total * place.per_component,
+        length=place.length,
+        width=place.width,
         group_of=groups,
         radius=math.nan if isinstance(radius, Tensor) else radius,
-        radii=None if radii is None else radii.repeat_interleave(per_component),
+        radii=None if radii is None else radii.repeat_interleave(place.per_component),
     )
+
+
+class _Arrangement(NamedTuple):
+    """Length and width of strided lines (see :class:`LineTable`), and the number of lines per component."""
+
+    length: int
+    width: int
+    per_component: int
+
+
+def _arrangement_of(by_columns: bool, x: Tensor, ndim: int) -> _Arrangement | None:
+    """How the lines of components are stored.
+
+    Args:
+        by_columns: Whether lines are the columns of components, or whole components.
+        x: Components.
+        ndim: Number of dimensions of a component.
+
+    Returns:
+        The arrangement, or None if the lines are not strided.
+    """
+    sizes = list(zip(x.shape, x.stride(), strict=True))
+    batch, component = sizes[: x.ndim - ndim], sizes[x.ndim - ndim :]
+    if not by_columns:
+        length = math.prod(x.shape[x.ndim - ndim :])
+        inside = sorted(component, key=lambda dimension: -dimension[1])
+        return _Arrangement(length, 1, 1) if _is_contiguous([*batch, *inside]) else None
+    rows, width = x.shape[-2:]
+    if _is_contiguous([*batch, component[1], component[0]]):
+        return _Arrangement(rows, 1, width)
+    return _Arrangement(rows, width, width) if _is_contiguous([*batch, *component]) else None
+
+
+def _is_contiguous(dimensions: Sequence[tuple[int, int]]) -> bool:
+    """Whether pairs of size and stride are those of a contiguous tensor."""
+    expected = 1
+    for size, stride in reversed(dimensions):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+# -- lines by blocks -----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -154,9 +207,9 @@ class _Block:
     """One block of a matrix.
 
     Attributes:
-        group: Its group, or that of every line.
-        radius: Radius of its lines, or of every line; infinite without constraint.
-        owner: Whose its entries are.
+        group: Its group; an array if every line has its own.
+        radius: Radius of its lines, infinite without constraint; an array if every line has its own.
+        form: Which lines its entries form.
         rows: Its rows in the matrix.
         columns: Its columns.
         first_line: Number of its first line.
@@ -164,19 +217,19 @@ class _Block:
 
     group: int | np.ndarray
     radius: float | np.ndarray
-    owner: _Owner
+    form: _Form
     rows: np.ndarray
     columns: np.ndarray
     first_line: int = 0
 
     @property
     def lines(self) -> int:
-        """How many lines it has."""
-        of_owner = {_Owner.ONE_LINE: 1, _Owner.LINE_PER_ROW: len(self.rows), _Owner.LINE_PER_COLUMN: len(self.columns)}
-        return of_owner.get(self.owner, 0)
+        """Number of lines."""
+        counts = {_Form.ONE_LINE: 1, _Form.LINE_PER_ROW: len(self.rows), _Form.LINE_PER_COLUMN: len(self.columns)}
+        return counts.get(self.form, 0)
 
 
-def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
+def _build_by_blocks(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
     cut = manifold.partition
     matrix = manifold.layout.channels(weight).flatten(1)
     if not isinstance(cut, (BlockPartition, FilterPartition)) or not any(map(_has_lines, cut.kinds)):
@@ -184,8 +237,8 @@ def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
     if matrix.data_ptr() != weight.data_ptr() or not matrix.is_contiguous():
         return None
     blocks = [block for part in range(len(cut.kinds)) for block in _blocks_of(manifold, cut, part)]
-    # Lines of which several rows have a part come first: threads add those up between them.
-    blocks.sort(key=lambda block: block.owner is _Owner.LINE_PER_ROW)
+    # Lines that extend over several rows come first: threads have to add up their partial sums.
+    blocks.sort(key=lambda block: block.form is _Form.LINE_PER_ROW)
     count = 0
     for block in blocks:
         block.first_line, count = count, count + block.lines
@@ -193,14 +246,14 @@ def _build_dealt(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
     radii = np.concatenate([np.broadcast_to(block.radius, block.lines) for block in blocks]).astype(np.float64)
     return LineTable(
         groups=manifold.n_groups,
-        left=tuple(part for part, name in enumerate(cut.kinds) if not _has_lines(name)),
         lines=count,
         length=matrix.shape[0],
         width=matrix.shape[1],
         group_of=torch.from_numpy(group_of),
         radius=math.nan,
         radii=torch.from_numpy(radii),
-        deal=_deal(blocks, matrix.shape[0]),
+        blocks=_block_table(blocks, matrix.shape[0]),
+        other_parts=tuple(part for part, name in enumerate(cut.kinds) if not _has_lines(name)),
     )
 
 
@@ -211,11 +264,11 @@ def _blocks_of(manifold: ProductOfGroups, cut: BlockPartition | FilterPartition,
     radius = own.radius if isinstance(own, ComponentManifold) else math.inf
     radii = np.broadcast_to(radius.cpu().numpy() if isinstance(radius, Tensor) else radius, groups.shape)
     if isinstance(cut, FilterPartition) and cut.rows[part].shape[1] == 1 and _has_lines(name):
-        columns = np.arange(math.prod(cut.sizes[part]))
-        return [_Block(groups, radii, _Owner.LINE_PER_ROW, cut.rows[part][:, 0].numpy(), columns)]
+        columns = np.arange(math.prod(cut.sizes[part]), dtype=np.int32)
+        return [_Block(groups, radii, _Form.LINE_PER_ROW, cut.rows[part][:, 0].numpy(), columns)]
     rectangles = (lines.numpy() for lines in cut.rectangles(part))
     return [
-        _Block(int(group), float(r), _owner(name, len(rows), len(columns)), rows, columns)
+        _Block(int(group), float(r), _form(name, len(rows), len(columns)), rows, columns)
         for group, r, rows, columns in zip(groups, radii, *rectangles, strict=True)
     ]
 
@@ -224,73 +277,40 @@ def _has_lines(name: str) -> bool:
     return kind(name).code in (_EUCLIDEAN, _SPHERE, _OBLIQUE)
 
 
-def _owner(name: str, rows: int, columns: int) -> _Owner:
-    """Whose the entries of a block are; the lines of an oblique one are its columns, or its rows if they are longer."""
+def _form(name: str, rows: int, columns: int) -> _Form:
+    """Which lines a block forms; an oblique one its columns, or its rows where these are longer."""
     if not _has_lines(name):
-        return _Owner.NOBODY
+        return _Form.NO_LINE
     if kind(name).code != _OBLIQUE:
-        return _Owner.ONE_LINE
-    return _Owner.LINE_PER_ROW if rows < columns else _Owner.LINE_PER_COLUMN
+        return _Form.ONE_LINE
+    return _Form.LINE_PER_ROW if rows < columns else _Form.LINE_PER_COLUMN
 
 
-def _deal(blocks: Sequence[_Block], rows: int) -> Deal:
-    """How the blocks of a matrix with so many rows were dealt; blocks that have a row in common have all of them."""
-    of_rows: dict[int, list[_Block]] = {}  # by their first row
+def _block_table(blocks: Sequence[_Block], rows: int) -> BlockTable:
+    """The table of a matrix with so many rows; blocks that have one row in common have all rows in common."""
+    of_first_row: dict[int, list[_Block]] = {}
     for block in blocks:
-        of_rows.setdefault(int(block.rows[0]), []).append(block)
-    patterns, places = np.empty(rows, np.int32), np.empty(rows, np.int32)
+        of_first_row.setdefault(int(block.rows[0]), []).append(block)
+    pattern_of_row, row_in_block = np.empty(rows, np.int32), np.empty(rows, np.int32)
     segments: list[tuple[int, int, int, int]] = []
     first_segments = [0]
     orders: list[np.ndarray] = []
-    for number, pattern in enumerate(of_rows.values()):
+    for number, pattern in enumerate(of_first_row.values()):
         own_rows = pattern[0].rows
-        patterns[own_rows], places[own_rows] = number, np.arange(len(own_rows))
-        pattern.sort(key=lambda block: int(block.columns[0]))  # blocks that are runs of columns come in their order
+        pattern_of_row[own_rows], row_in_block[own_rows] = number, np.arange(len(own_rows))
+        pattern.sort(key=lambda block: int(block.columns[0]))  # keeps the matrix's order where blocks are contiguous
         start = 0
         for block in pattern:
-            segments.append((start, len(block.columns), block.owner, block.first_line))
+            segments.append((start, len(block.columns), block.form, block.first_line))
             start += len(block.columns)
         first_segments.append(len(segments))
         order = np.concatenate([block.columns for block in pattern])
         orders.append(np.full_like(order, -1) if (order == np.arange(len(order))).all() else order)
-    return Deal(
-        torch.from_numpy(patterns),
-        torch.from_numpy(places),
+    return BlockTable(
+        torch.from_numpy(pattern_of_row),
+        torch.from_numpy(row_in_block),
         torch.tensor(segments, dtype=torch.int32),
         torch.tensor(first_segments, dtype=torch.int32),
         torch.from_numpy(np.stack(orders)),
-        sum(block.lines for block in blocks if block.owner is not _Owner.LINE_PER_ROW),
+        sum(block.lines for block in blocks if block.form is not _Form.LINE_PER_ROW),
     )
-
-
-def _strides_of(columns: bool, x: Tensor, ndim: int) -> tuple[int, int, int] | None:
-    """Length of the lines of components, their width (see :class:`LineTable`), and how many a component has.
-
-    Args:
-        columns: Whether lines are the columns of components, or components as they are.
-        x: Components.
-        ndim: How many dimensions a component has.
-
-    Returns:
-        Three numbers, or None if the lines do not lie at equal distances.
-    """
-    sizes = list(zip(x.shape, x.stride(), strict=True))
-    batch, component = sizes[: x.ndim - ndim], sizes[x.ndim - ndim :]
-    if not columns:
-        length = math.prod(x.shape[x.ndim - ndim :])
-        inside = sorted(component, key=lambda dimension: -dimension[1])
-        return (length, 1, 1) if _follow([*batch, *inside]) else None
-    rows, width = x.shape[-2:]
-    if _follow([*batch, component[1], component[0]]):
-        return rows, 1, width
-    return (rows, width, width) if _follow([*batch, *component]) else None
-
-
-def _follow(dimensions: Sequence[tuple[int, int]]) -> bool:
-    """Whether sizes and strides are those of a contiguous tensor."""
-    step = 1
-    for size, stride in reversed(dimensions):
-        if size > 1 and stride != step:
-            return False
-        step *= size
-    return True

@@ -1,15 +1,15 @@
 """The compiled path of lines: weights on spheres and oblique manifolds, of any size, on the CPU.
 
-A *line* is a vector of a given norm: a whole component of a sphere, a column of an oblique component. All that a step
-does to a line is linear in its point ``x``, its gradient ``h`` and its momentum ``m``, but for the factor that brings
-it back to its norm, and that follows from their six inner products ("Mathematics", section 2.3). So ``lines.cpp`` takes
-the products in one sweep over memory and moves all lines in a second: eight passes in all, where the reference path
-takes some forty.
+A *line* is a vector of fixed norm: a component on a sphere, or a column of a component on an oblique manifold. A step
+is linear in the line's point ``x``, gradient ``h`` and momentum ``m``, except for the factor that restores the norm,
+and that factor follows from their six inner products ("Mathematics", section 2.3). So ``lines.cpp`` computes the
+products in one sweep over memory and moves all lines in a second one: eight passes in all, where the reference path
+takes about forty.
 
-Taken are contiguous float32 weights, whatever number of blocks they were dealt to (linear layers, 1x1 and other
-convolutions as matrices), but for blocks that are no lines, such as Stiefel blocks; and weights that were declared on
-one manifold, if their lines are at equal distances in memory. Blocks that another path has stepped are written together
-with the lines, in one call.
+The path takes contiguous float32 matrices (linear layers, 1x1 and other convolutions as matrices), whose blocks may
+belong to any number of manifolds, except for blocks that do not consist of lines, such as Stiefel blocks; and weights
+that were declared on one manifold, if their lines are strided. Blocks that another path has stepped are written
+together with the lines, in one call.
 """
 
 from __future__ import annotations
@@ -32,7 +32,14 @@ from fgo_geo.weights.components import BlockPartition
 
 __all__ = ["NativeLines"]
 
-_PRODUCTS, _MOVES = 6, 7  # numbers per line
+_PRODUCTS, _COEFFICIENTS = 6, 7  # numbers per line
+_OF_BLOCKS = (
+    "pattern_of_row",
+    "row_in_block",
+    "segments",
+    "first_segments",
+    "column_orders",
+)  # tensors of a BlockTable
 
 
 class NativeLines(Path):
@@ -53,7 +60,7 @@ class NativeLines(Path):
         if table is None:
             what = "float32 weights on the CPU, on spheres or an oblique manifold, of four numbers or more"
             return Refusal(Reason.COMPONENTS, f"lines are those of {what}")
-        taken = tuple(part for part in parts if part not in table.left)
+        taken = tuple(part for part in parts if part not in table.other_parts)
         return taken if library() is not None else Refusal(Reason.MISSING, NOT_BUILT)
 
     def batch(self, claims: Sequence[Claim]) -> Batch:
@@ -61,13 +68,13 @@ class NativeLines(Path):
         return _LineBatch(claims)
 
 
-class _Task(ctypes.Structure):
-    """``fgo_lines`` of lines.cpp."""
+class _Lines(ctypes.Structure):
+    """``fgo_lines`` of lines.cpp: the lines of one weight."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "groups", "radii")),
-        *((name, ctypes.c_void_p) for name in ("products", "moves", "squared_norms", "scales")),
-        *((name, ctypes.c_void_p) for name in ("patterns", "places", "segments", "first_segments", "orders")),
+        *((name, ctypes.c_void_p) for name in ("products", "coefficients", "squared_norms", "scales")),
+        *((name, ctypes.c_void_p) for name in _OF_BLOCKS),
         ("radius", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("lines", "length", "width", "shared")),
         ("first", ctypes.c_int32),
@@ -84,7 +91,7 @@ class _Options(ctypes.Structure):
 
 
 class _LineBatch(Batch):
-    """The weights as the extension wants them. From step to step only addresses differ."""
+    """The weights as the extension takes them. Between steps only addresses change."""
 
     def __init__(self, claims: Sequence[Claim]) -> None:
         super().__init__(claims)
@@ -94,8 +101,8 @@ class _LineBatch(Batch):
         self._norms = torch.empty(sum(self.counts), dtype=torch.float64)
         self._scales = torch.empty(sum(self.counts), dtype=torch.float32)
         self._products = torch.empty(_PRODUCTS * lines, dtype=torch.float64)
-        self._moves = torch.empty(_MOVES * lines, dtype=torch.float32)
-        self._entries = (_Task * len(tables))()
+        self._coefficients = torch.empty(_COEFFICIENTS * lines, dtype=torch.float32)
+        self._entries = (_Lines * len(tables))()
         self._work = sum(weight.param.numel() for weight in self.weights)
         first_groups = itertools.accumulate(self.counts, initial=0)
         first_lines = itertools.accumulate((table.lines for table in tables), initial=0)
@@ -104,17 +111,17 @@ class _LineBatch(Batch):
             entry.radii = None if table.radii is None else table.radii.data_ptr()
             entry.radius = table.radius
             entry.products = self._products.data_ptr() + _PRODUCTS * line * self._products.itemsize
-            entry.moves = self._moves.data_ptr() + _MOVES * line * self._moves.itemsize
+            entry.coefficients = self._coefficients.data_ptr() + _COEFFICIENTS * line * self._coefficients.itemsize
             entry.squared_norms = self._norms.data_ptr() + group * self._norms.itemsize
             entry.scales = self._scales.data_ptr() + group * self._scales.itemsize
             entry.lines, entry.length, entry.width = table.lines, table.length, table.width
-            if table.deal is not None:
-                for name in ("patterns", "places", "segments", "first_segments", "orders"):
-                    setattr(entry, name, getattr(table.deal, name).data_ptr())
-                entry.shared = table.deal.shared
+            if table.blocks is not None:
+                for name in _OF_BLOCKS:
+                    setattr(entry, name, getattr(table.blocks, name).data_ptr())
+                entry.shared = table.blocks.shared
 
     def measure(self, options: StepOptions) -> Tensor:
-        """``R²`` of all groups; the memory of the result is used again in the next step."""
+        """``R²`` of all groups; the next step reuses the memory of the result."""
         for weight, entry in zip(self.weights, self._entries, strict=True):
             entry.weight = weight.param.data_ptr()
             entry.grad = gradient_of(weight).data_ptr()
@@ -138,7 +145,7 @@ class _LineBatch(Batch):
             weight.staged.clear()
 
     def _staged_blocks(self) -> tuple[list[Block], list[Tensor]]:
-        """What other paths have made of parts of the weights, and the memory that it is in."""
+        """The blocks that other paths have stepped, and the memory that holds them."""
         blocks: list[Block] = []
         memory: list[Tensor] = []
         for claim in self.claims:

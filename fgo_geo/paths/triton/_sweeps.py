@@ -1,21 +1,21 @@
 """Sweeps in Triton: the formulas of ``fused_sweeps.hpp``, a thread per kernel.
 
-One program takes a block of ``N`` kernels of one parameter. Entry (i, j) of all of them is one vector of ``N`` numbers,
-and a component is the tuple of its ``A * B`` vectors: loops over entries are unrolled, so a thread keeps the entries of
-its kernel in registers. All manifold kinds go through the same instructions::
+One program processes a block of ``N`` kernels of one parameter. Entry (i, j) of all of them is one vector of ``N``
+numbers, and a component is the tuple of its ``A * B`` vectors: loops over entries are unrolled, so a thread keeps the
+entries of its kernel in registers. All manifold kinds run the same instructions::
 
     projection   h - w S,  S = 0, tr(M) I, diag(M) or sym(M) for M = wᵀh / r²
     retraction   y (I + E)^(-1/2),  E = 0, (‖y‖² / r² - 1) I, diag(N) or N for N = yᵀy / r² - I
 
-on Euclidean, sphere, oblique and Stiefel components. ``shared``, ``own`` and ``across`` choose between them: they hold
+on Euclidean, sphere, oblique and Stiefel components. ``shared``, ``own`` and ``across`` select between them: they hold
 ``1 / r²`` where the kind is sphere; oblique or Stiefel; Stiefel.
 
-Importing this module imports Triton, which is why :mod:`fgo_geo.paths.triton.launches` does so only when it is needed.
+Importing this module imports Triton, so :mod:`fgo_geo.paths.triton.launches` imports it only when it is needed.
 Without Triton the functions are plain Python that nothing calls.
 """
 
-# The functions below are compiled by Triton, whose types a checker of Python knows nothing of; unpacking into a tuple
-# is no Triton.
+# The functions below are compiled by Triton, whose types a Python type checker does not know and which has no unpacking
+# into a tuple.
 # pyright: basic, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # ruff: noqa: RUF005
 
@@ -43,21 +43,21 @@ def _jit(function: Any) -> Any:
 
 
 def _jit_once(function: Any) -> Any:
-    """Compiled once, whatever the numbers among the arguments are."""
+    """Compile once, without specialising on the values of integer arguments."""
     names = list(function.__annotations__)
     return function if triton is None else triton.jit(function, do_not_specialize=names)
 
 
-# The table of tasks, int64. Row zero holds the options as the bits of float64 numbers: learning rate, momentum,
-# dampening, weight decay. Every other row is a parameter, by column:
+# The table of parameters, int64. Row zero holds the options as the bits of float64 numbers: learning rate, momentum,
+# dampening, weight decay. Every other row describes a parameter, by column:
 #
-#   0 weight, 1 gradient, 2 buffer, 3 codes, 4 inverse squares of the radii, 5 places of the kernels sorted by group:
+#   0 weight, 1 gradient, 2 buffer, 3 codes, 4 inverse squares of the radii, 5 positions of the kernels sorted by group:
 #     addresses
-#   6 groups, 7 kernels of the parameters before it
+#   6 number of groups, 7 number of kernels, of all parameters before it
 #   8 number of its kernels; kernel k starts at k / columns * row stride + k % columns * column stride with
-#   9 columns, 10 row stride, 11 column stride, and entry (i, j) lies i * 12 i stride + j * 13 j stride behind
-#  14 flags: 1 the buffer holds nothing yet, 2 there is a radius per kernel, not per kind
-#  15 programs of the parameters before it
+#   9 columns, 10 row stride, 11 column stride; entry (i, j) has the offset i * (12 i stride) + j * (13 j stride) there
+#  14 flags: 1 the buffer is uninitialised, 2 there is a radius per kernel, not per kind
+#  15 number of programs of all parameters before it
 
 
 @_jit_once
@@ -69,7 +69,7 @@ def write(table, place: int64, a: int64, b: int64, c: int64, d: int64, e: int64,
 
 @_jit
 def segment_sums(values, bounds, sums, segments, ROWS: constexpr, COLUMNS: constexpr):
-    """Sum of ``values[bounds[k] : bounds[k + 1]]`` for every segment ``k``, always in the same order."""
+    """Sum of ``values[bounds[k] : bounds[k + 1]]`` for every segment ``k``, in an order that does not vary."""
     segment = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = segment < segments
     start = tl.load(bounds + segment, mask=inside, other=0)
@@ -90,7 +90,7 @@ def segment_sums(values, bounds, sums, segments, ROWS: constexpr, COLUMNS: const
 
 @_jit
 def _place(table, TASKS: constexpr, N: constexpr):
-    """Row of the program's task, numbers of its kernels, which of them exist, and where they start."""
+    """Row of the program's parameter, numbers of its kernels, which of them exist, and where they start."""
     tile = tl.program_id(0)
     task = tl.arange(0, TASKS)
     row = table + 16 * tl.sum((tl.load(table + 16 * (task + 1) + 15) <= tile).to(tl.int32))
@@ -102,9 +102,9 @@ def _place(table, TASKS: constexpr, N: constexpr):
 
 @_jit
 def _facts(row, kernel, inside, DTYPE: constexpr):
-    """Group, kind and ``1 / r²`` of every kernel; that again where the kind is sphere; oblique, Stiefel; Stiefel.
+    """Group, kind, ``1 / r²``, ``shared``, ``own`` and ``across`` of every kernel.
 
-    Kernels that do not exist are Euclidean ones of group zero.
+    Kernels that do not exist count as Euclidean kernels of group zero.
     """
     code = tl.load(tl.load(row + 3).to(tl.pointer_type(tl.int32)) + kernel, mask=inside, other=0)
     kind = code & 3
@@ -119,10 +119,10 @@ def _facts(row, kernel, inside, DTYPE: constexpr):
 
 @_jit
 def _tile(start, inside, row, A: constexpr, B: constexpr, LEVELS: constexpr, PLANAR: constexpr):
-    """Where the entries of the kernels lie, as one tile, and which of them exist.
+    """Offsets of the entries of the kernels, as one tile, and which of them exist.
 
-    Threads next to each other shall meet addresses next to each other, so the tile's last dimension is the one that
-    runs fastest in memory: kernels in planar memory, else entries, whose number is filled up to a power of two.
+    Adjacent threads should read adjacent addresses, so the last dimension of the tile is the one with the smallest
+    stride: kernels in planar memory, else entries, whose number is padded to a power of two.
     """
     entry = tl.arange(0, 2**LEVELS)
     offset = (entry // B) * tl.load(row + 12) + (entry % B) * tl.load(row + 13)
@@ -137,7 +137,7 @@ def _tile(start, inside, row, A: constexpr, B: constexpr, LEVELS: constexpr, PLA
 
 @_jit
 def _load(base, place, exists, SIZE: constexpr, N: constexpr, LEVELS: constexpr, PLANAR: constexpr):
-    """The entries of ``N`` kernels: a tile, dealt to the threads by halves."""
+    """The entries of ``N`` kernels: a tile, split into one vector per entry by repeated halving."""
     tile = tl.load(base + place, mask=exists, other=0.0)
     if PLANAR:
         tile = tl.trans(tile)
@@ -289,7 +289,7 @@ def _project(w, h, shared, own, across, A: constexpr, B: constexpr):
 
 @_jit
 def _excess(y, shared, own, across, A: constexpr, B: constexpr):
-    """What (I + E)^(-1/2) has to undo."""
+    """``E`` of the retraction ``y (I + E)^(-1/2)``."""
     free = (shared + own == 0).to(shared.dtype)
     return _plus(_choose(_symmetric(y, y, True, A, B), shared, own, across, B), free - 1, B)
 
@@ -324,7 +324,7 @@ def _newton_schulz(y, shared, own, across, A: constexpr, B: constexpr):
         low = 0.5 * rho * low * (3 - rho * rho * low * low)
         rounds += 1
         going = tl.max((_squared(e, B * B) > 1e-12).to(tl.int32)) * (rounds < 150).to(tl.int32)
-    return _times(y, _series(_excess(y, shared, own, across, A, B), B), A, B)  # what rounding has left
+    return _times(y, _series(_excess(y, shared, own, across, A, B), B), A, B)  # corrects rounding errors
 
 
 @_jit
@@ -419,10 +419,10 @@ def update(
     RATE: constexpr,
     LIMIT: constexpr,
 ):
-    """Momentum, step and retraction; the learning rate is the one of the table, or what lies at ``rate``.
+    """Momentum, step and retraction; the learning rate is that of the table, or the number at address ``rate``.
 
-    Components that have gone too far for the series, ``‖E‖² > LIMIT``, stay where the step has led them, for
-    ``retract_far``; ``far`` says which programs have any.
+    Components whose step was too long for the series, ``‖E‖² > LIMIT``, are stored without retraction, for
+    ``retract_far``; ``far`` marks the programs that have such components.
     """
     row, kernel, inside, start = _place(table, TASKS, N)
     group, kind, square, shared, own, across = _facts(row, kernel, inside, DTYPE)
@@ -433,7 +433,7 @@ def update(
     h = _gradient(table, h, w, kind, A * B, MAXIMIZE, DTYPE)
 
     scale = tl.load(scales + tl.load(row + 6) + group, mask=inside, other=0.0).to(DTYPE)
-    h = _kept(scale != 0, h, A * B)  # there may be NaN
+    h = _kept(scale != 0, h, A * B)  # the gradient may be NaN
     if INVARIANT:
         scale = scale / square
     if MAXIMIZE:
@@ -442,12 +442,12 @@ def update(
 
     if MOMENTUM:
         momentum = _option(table, 1, DTYPE)
-        old = 1 - (tl.load(row + 14) & 1)  # whether the buffer holds anything
+        old = 1 - (tl.load(row + 14) & 1)  # whether the buffer holds momentum
         buffer = tl.load(row + 2).to(tl.pointer_type(DTYPE))
         step = _kept(old > 0, _load(buffer, place, exists, A * B, N, LEVELS, PLANAR), A * B)
         share = scale * tl.where(old > 0, 1 - _option(table, 2, DTYPE), 1.0)
         step = _combined(momentum, step, share, h, A * B)
-        step = _project(w, step, shared, own, across, A, B)  # momentum and gradient at once: it is linear
+        step = _project(w, step, shared, own, across, A, B)  # momentum and gradient together, as projection is linear
         _store(buffer, step, place, exists, A * B, N, LEVELS, PLANAR)
         if NESTEROV:
             h = _project(w, h, shared, own, across, A, B)
@@ -475,9 +475,9 @@ def retract_far(
     PLANAR: constexpr,
     TASKS: constexpr,
 ):
-    """Metric projection onto the manifold for the programs that have gone far, in double precision.
+    """Metric projection onto the manifold in double precision, for the programs that ``far`` marks.
 
-    For points on the manifold, which may be among them, it is the identity.
+    It leaves points of such programs that are on the manifold as they are.
     """
     if tl.load(far + tl.program_id(0)) > 0:
         row, kernel, inside, start = _place(table, TASKS, N)

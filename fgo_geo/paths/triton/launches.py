@@ -1,25 +1,25 @@
 """The fused path on the GPU: Triton sweeps, each one launch over all parameters with components of one size.
 
-A launch finds its work in a table on the device, one row per parameter: addresses, strides, and the number of its first
-block of kernels. The table of a step is copied from pinned memory without waiting, and kept: as long as addresses and
-options stay the same, a step copies nothing. Nothing waits for the device, a learning rate that lies there is read
-there, and a step can be captured in a CUDA graph after one that was not (which compiles the sweeps and describes the
-kernels); addresses then travel as arguments of launches, which replays repeat. A graph holds the radii that it was
+A launch reads a table on the device with one row per parameter: addresses, strides, and the number of its first block
+of kernels. The table of a step is copied from pinned memory asynchronously and kept: while addresses and options stay
+the same, a step copies nothing. Nothing waits for the device, and a learning rate that is stored there is read there. A
+step can be captured in a CUDA graph after one uncaptured step, which compiles the sweeps and builds the tables of
+kernels; in a graph, addresses are arguments of launches, which replays repeat. A graph keeps the radii that it was
 captured with.
 
-What a 3 x 3 kernel in single precision costs: *norms* reads weight, gradient, code and place (80 bytes) and writes its
-squared norm, which is then read and summed (16 bytes); *update* reads weight, gradient, momentum and code and writes
-weight and momentum (184 bytes).
+Memory traffic of a 3 x 3 kernel in single precision: *norms* reads weight, gradient, code and position (80 bytes) and
+writes the squared norm, which is then read and summed (16 bytes); *update* reads weight, gradient, momentum and code
+and writes weight and momentum (184 bytes).
 An ``A x B`` component takes ``4 A B²`` operations for a projection, ``A B (B + 1)`` for the Gram matrix,
-``2 B² (B + 1)`` for the series and ``2 A B²`` for the product. With momentum that makes some 500 operations of 3 x 3,
-less than two per byte, so memory sets the pace. Components whose step was too long for the series are retracted by a
-further launch, in double precision, which otherwise reads one flag per block.
+``2 B² (B + 1)`` for the series and ``2 A B²`` for the product. With momentum these are about 500 operations for 3 x 3,
+less than two per byte, so memory bandwidth limits the step. Components whose step was too long for the series are
+retracted by another launch, in double precision, which otherwise reads one flag per block.
 
-The sweeps are compiled when they are first run, which takes long for large components, and Triton keeps them on disk.
+The sweeps are compiled on their first run, which takes long for large components; Triton caches them on disk.
 
-The sums over groups don't depend on timing: squared norms go to memory in the order of the groups, and every group is
-added up in that order, in double precision, in pieces of equal size and then piece by piece. The same step gives the
-same bits.
+Sums over groups do not depend on timing: squared norms are stored in the order of the groups, and every group is summed
+in that order in double precision, first within pieces of equal size and then over the pieces. The same step gives
+identical bits.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _MOST_COPIES = 8  # tables on the device that a batch keeps
 
 @functools.cache
 def _sweeps() -> ModuleType:
-    """The sweeps, imported where they are needed: importing Triton takes its time."""
+    """The sweeps, imported on first use because importing Triton is slow."""
     from fgo_geo.paths.triton import _sweeps as module
 
     return module
@@ -127,7 +127,7 @@ class _LaunchBatch(Batch):
         return squares
 
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
-        """The step of all weights, in place; asking every scale whether it is zero costs a launch nothing."""
+        """The step of all weights, in place; the sweeps always compare scales with zero, which costs nothing."""
         groups = sum(self.counts)
         scale = torch.ones(groups, dtype=torch.float64, device=self.device) if scale is None else scale
         rate = _rate_on(self.device, options)

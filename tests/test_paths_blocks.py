@@ -1,4 +1,4 @@
-"""Matrices whose blocks were dealt to several manifolds: sweeps over lines, and Stiefel blocks by other paths."""
+"""Matrices whose blocks belong to several manifolds: sweeps over lines, and Stiefel blocks by other paths."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from path_helpers import (
     answer,
     assert_close,
     built,
-    dealt,
     declared,
     in_double,
     option_sets,
+    product_of_blocks,
     scales,
     sweeps_of,
     takes,
@@ -73,7 +73,7 @@ def test_a_matrix_that_was_dealt_is_the_batched_step(data: st.DataObject, scale:
 @pytest.mark.parametrize("kernel", [(), (2, 2)])
 def test_the_blocks_of_one_part_are_taken(selection: str, kernel: tuple[int, ...]):
     shape = (37, 29, *kernel)
-    cut = dealt(shape, "pio", KINDS, selection).partition
+    cut = product_of_blocks(shape, "pio", KINDS, selection).partition
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     for part, own in enumerate(cut.split(weight)):
         torch.testing.assert_close(blocks.take(weight, cut, part), own, rtol=0, atol=0)
@@ -92,7 +92,7 @@ def test_a_dealt_transposed_convolution_is_the_batched_step(dims: tuple[int, ...
 
 @built
 def test_only_the_stiefel_blocks_are_left_to_another_path():
-    manifold = dealt((432, 300), "po", ("sphere", "stiefel", "oblique", "euclidean"))
+    manifold = product_of_blocks((432, 300), "po", ("sphere", "stiefel", "oblique", "euclidean"))
     weight = declared(manifold, 432, 300)
     stiefel = manifold.partition.kinds.index("stiefel")
     others = tuple(part for part in range(4) if part != stiefel)
@@ -105,7 +105,7 @@ def test_only_the_stiefel_blocks_are_left_to_another_path():
 
 @built
 def test_a_dealt_matrix_of_large_stiefel_blocks_shares_products():
-    manifold = dealt((600, 300), "po", ("sphere", "stiefel"))
+    manifold = product_of_blocks((600, 300), "po", ("sphere", "stiefel"))
     weight = declared(manifold, 600, 300)
     stiefel = manifold.partition.kinds.index("stiefel")
     assert answer(SharedProducts(), weight, momentum=0.9) == (stiefel,)
@@ -114,7 +114,7 @@ def test_a_dealt_matrix_of_large_stiefel_blocks_shares_products():
 
 
 def test_large_stiefel_blocks_share_products_without_the_extension(monkeypatch: pytest.MonkeyPatch):
-    weight = declared(dealt((400, 140), "po", ("sphere", "stiefel")), 400, 140)
+    weight = declared(product_of_blocks((400, 140), "po", ("sphere", "stiefel")), 400, 140)
     expected = trained("reference", [in_double(weight)], 2, 0.3, momentum=0.9)
     for name, module in list(sys.modules.items()):
         if name.startswith("fgo_geo.paths") and getattr(module, "library", None) is library:
@@ -124,7 +124,7 @@ def test_large_stiefel_blocks_share_products_without_the_extension(monkeypatch: 
 
 @built
 def test_lines_and_staged_blocks_are_written_in_one_call():
-    weight = declared(dealt((48, 40), "po", ("sphere", "stiefel", "oblique")), 48, 40)
+    weight = declared(product_of_blocks((48, 40), "po", ("sphere", "stiefel", "oblique")), 48, 40)
     optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
     weight.grad = torch.ones_like(weight)
     assert sweeps_of(optimizer.step) == {"fgo_line_norms": 1, "fgo_line_commit": 1}
@@ -133,7 +133,7 @@ def test_lines_and_staged_blocks_are_written_in_one_call():
 @built
 def test_one_gradient_is_refused_or_left_out_in_a_dealt_matrix():
     """A group that is left out keeps its momentum, on lines and on Stiefel blocks alike; the others go on."""
-    manifold = dealt((48, 40), "po", ("sphere", "stiefel", "oblique", "euclidean"))
+    manifold = product_of_blocks((48, 40), "po", ("sphere", "stiefel", "oblique", "euclidean"))
     for row in range(48):
         results: list[Tensor] = []
         for path in ("auto", "reference"):
@@ -159,7 +159,7 @@ def test_one_gradient_is_refused_or_left_out_in_a_dealt_matrix():
 
 @built
 def test_a_dealt_matrix_goes_on_from_a_checkpoint_on_either_path():
-    weight = declared(dealt((48, 40), "pio", KINDS), 48, 40)
+    weight = declared(product_of_blocks((48, 40), "pio", KINDS), 48, 40)
     expected = trained("reference", [in_double(weight)], 6, 0.3, momentum=0.9)
     own = copy.deepcopy(weight)
     optimizer = RiemannianFGSGD([own], lr=0.1, momentum=0.9)
@@ -195,7 +195,7 @@ def fail(*_: object, **__: object) -> None:
 def test_nothing_has_changed_if_some_blocks_fail(
     path: Any, manifold: Any, selection: str, monkeypatch: pytest.MonkeyPatch
 ):
-    weight = declared(dealt((80, 48), "po", ("stiefel", "sphere"), selection=selection), 80, 48)
+    weight = declared(product_of_blocks((80, 48), "po", ("stiefel", "sphere"), selection=selection), 80, 48)
     before = weight.detach().clone()
     weight.grad = torch.ones_like(weight)
     optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
@@ -208,7 +208,7 @@ def test_nothing_has_changed_if_some_blocks_fail(
 @pytest.mark.parametrize("path", ["auto", "reference"])
 def test_a_step_after_a_failed_first_one_is_the_first(path: Any, monkeypatch: pytest.MonkeyPatch):
     """Which dampening tells from others."""
-    weights = [declared(dealt((80, 48), "po", ("stiefel", "sphere")), 80, 48) for _ in range(2)]
+    weights = [declared(product_of_blocks((80, 48), "po", ("stiefel", "sphere")), 80, 48) for _ in range(2)]
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     optimizers = [RiemannianFGSGD([weight], lr=0.1, momentum=0.9, dampening=0.5) for weight in weights]
@@ -227,7 +227,7 @@ def test_a_step_after_a_failed_first_one_is_the_first(path: Any, monkeypatch: py
 @pytest.mark.parametrize("kinds", [("sphere", "stiefel"), ("stiefel", "euclidean", "oblique")])
 def test_every_part_moves_whoever_takes_it(path: Any, dtype: torch.dtype, kinds: tuple[str, ...]):
     """Large Stiefel blocks take another path than the others, and both may be batched torch code."""
-    manifold = dealt((480, 140), "po", kinds)
+    manifold = product_of_blocks((480, 140), "po", kinds)
     weight = declared(manifold, 480, 140, dtype=dtype)
     before = manifold.partition.split(weight.detach())
     after = trained(path, [weight], 1, 1e-2, momentum=0.9)
@@ -241,7 +241,10 @@ def test_every_part_moves_whoever_takes_it(path: Any, dtype: torch.dtype, kinds:
 @pytest.mark.parametrize("path", ["auto", "reference"])
 def test_blocks_of_several_weights_move_as_those_of_one(path: Any):
     """Their steps use the same memory, one after the other."""
-    one, other = dealt((80, 48), "po", ("stiefel", "sphere")), dealt((60, 40), "pi", ("oblique", "stiefel"))
+    one, other = (
+        product_of_blocks((80, 48), "po", ("stiefel", "sphere")),
+        product_of_blocks((60, 40), "pi", ("oblique", "stiefel")),
+    )
     together, apart = ([declared(one, 80, 48), declared(other, 60, 40)] for _ in range(2))
     optimizers = [RiemannianFGSGD(params, lr=0.1, momentum=0.9) for params in (together, apart[:1], apart[1:])]
     generator = torch.Generator().manual_seed(0)
@@ -262,7 +265,7 @@ def test_blocks_of_several_weights_move_as_those_of_one(path: Any):
 @built
 def test_a_forced_path_says_what_it_leaves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setattr(router, "_said", set())
-    weight = declared(dealt((40, 30), "po", ("sphere", "stiefel")), 40, 30)
+    weight = declared(product_of_blocks((40, 30), "po", ("sphere", "stiefel")), 40, 30)
     with caplog.at_level(logging.WARNING, "fgo_geo"):
         trained("fused", [weight], 2, 0.3)
     (record,) = caplog.records
