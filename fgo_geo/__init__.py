@@ -14,7 +14,7 @@ from fgo_geo.models.constrain import constrain, unconstrain
 from fgo_geo.models.folding import fold_batchnorm
 from fgo_geo.models.plan import Plan, plan_of
 from fgo_geo.models.renormalize import remove_renormalization, renormalize
-from fgo_geo.optim import RiemannianFGSGD, on_manifolds
+from fgo_geo.optim import RiemannianFGSGD, on_manifolds, telemetry
 from fgo_geo.optim.channel_directed import channel_directed
 from fgo_geo.optim.channel_metrics import channel_directed_gradient
 from fgo_geo.paths import router as kernels
@@ -58,6 +58,7 @@ __all__ = [  # noqa: RUF022  in groups, for readers
     "fold_batchnorm",
     "norms",
     "report",
+    "telemetry",
 ]
 
 __version__ = "0.2.0"

@@ -99,6 +99,7 @@ FILES = {
         "points.py",
         "schedules.py",
         "step_size.py",
+        "telemetry.py",
     ],
     "paths": [
         "__init__.py",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from fgo_geo.grouping import collection
 from fgo_geo.kernels import use_path
 from fgo_geo.manifolds import EmbeddedManifold
 from fgo_geo.optim import theorem_step_bound
+from fgo_geo.optim.on_manifolds import handle_of
 
 KINDS = ("sphere", "oblique", "stiefel", "euclidean")
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -227,6 +229,43 @@ def test_state_dicts_are_those_of_the_bare_optimiser():
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert set(next(iter(optimizer.state.values()))) == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("what", ["optimizer", "handle", "both with the model", "pickled handle"])
+def test_a_copy_is_on_the_manifolds_too_and_its_own(what):
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    handle = on_manifolds(optimizer, "angle", angle=0.7)
+    train(model, optimizer, 2)
+    twin: Any = None
+    if what == "both with the model":
+        twin, twin_handle, copied = copy.deepcopy((model, handle, optimizer))
+    elif what == "optimizer":
+        copied = copy.deepcopy(optimizer)
+        twin_handle = handle_of(copied)
+    else:
+        twin_handle = copy.deepcopy(handle) if what == "handle" else pickle.loads(pickle.dumps(handle))
+        copied = twin_handle.optimizer
+    assert copied is not optimizer
+    assert copied.state_dict().keys() == optimizer.state_dict().keys()
+    assert handle_of(copied) is twin_handle is not handle
+    assert repr(twin_handle._options) == repr(handle._options)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    copies = [p for group in copied.param_groups for p in group["params"]]
+    if twin is not None:
+        assert all(a is b for a, b in zip(twin.parameters(), copies, strict=True))
+    for own, some in ((optimizer, params), (copied, copies)):
+        for p in some:
+            p.grad = torch.ones_like(p)
+        own.step()
+    for a, b in zip(params, copies, strict=True):
+        assert a is not b
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=0)
+    handle.remove()  # which leaves the copy where it is
+    copied.step()
+    assert all(p.manifold.violation(p.detach()).max() < 2e-6 for p in copies if isinstance(p, geoopt.ManifoldParameter))
+    assert handle_of(optimizer) is None
+    assert handle_of(copy.deepcopy(optimizer)) is handle_of(copy.deepcopy(handle).optimizer) is None
 
 
 def test_closures_are_evaluated_with_gradients_and_before_anything_moves():

@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import geoopt
 import torch
@@ -23,7 +23,9 @@ from fgo_geo.optim.step_size import step_scale, theorem_step_bound
 from fgo_geo.paths.protocol import Batch, StepOptions, Weight
 from fgo_geo.paths.router import Router
 
-__all__ = ["SPIKE", "StepRequest", "Stepper", "manifold_of"]
+__all__ = ["SPIKE", "StepRequest", "Stepper", "between_graphs", "manifold_of"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 SPIKE = 10.0
 """With ``norm="running"``, gradients longer than so many times the running norm are shortened to that."""
@@ -221,3 +223,8 @@ def manifold_of(param: Tensor) -> geoopt.Manifold | None:
     manifold = getattr(param, "manifold", None)
     constrained = isinstance(manifold, geoopt.Manifold) and not isinstance(manifold, geoopt.Euclidean)
     return manifold if constrained else None
+
+
+def between_graphs(function: _Function) -> _Function:
+    """Have ``torch.compile`` run a function as it is, between its graphs: a compiled step would be slower."""
+    return torch._disable_dynamo(function)  # pyright: ignore  torch.compiler.disable would import the compiler now

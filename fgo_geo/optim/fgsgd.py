@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, TypeVar, overload
+from typing import Any, Literal, TypeAlias, overload
 
 import geoopt
 import torch
@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 
 from fgo_geo.linalg import reads_for_free
 from fgo_geo.manifolds import REPLACED
-from fgo_geo.optim.base import SPIKE, Stepper, StepRequest, manifold_of
+from fgo_geo.optim.base import SPIKE, Stepper, StepRequest, between_graphs, manifold_of
 from fgo_geo.optim.options import OPTIONS, Norm, check_options
 from fgo_geo.optim.points import HALF, Masters, StepScales, check_point, name_in, parameters_given
 from fgo_geo.optim.step_size import longest_step
@@ -28,13 +28,7 @@ from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 __all__ = ["RiemannianFGSGD"]
 
 _Group: TypeAlias = dict[str, Any]
-_Step = TypeVar("_Step", bound=Callable[..., Any])
 _NAME = "RiemannianFGSGD"
-
-
-def _between_graphs(step: _Step) -> _Step:
-    """``torch.compile`` runs the step as it is, between its graphs: compiled it would be slower."""
-    return torch._disable_dynamo(step)  # pyright: ignore  torch.compiler.disable would import the compiler now
 
 
 class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
@@ -215,7 +209,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @_between_graphs
+    @between_graphs
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Take one step.

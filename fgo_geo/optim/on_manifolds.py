@@ -20,6 +20,7 @@ norm. The moments live in the ambient space and are not transported. The memory 
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable, Sequence
@@ -33,20 +34,20 @@ from torch.optim import LBFGS, Optimizer
 
 from fgo_geo.linalg import reads_for_free
 from fgo_geo.manifolds import REPLACED
-from fgo_geo.optim.base import Stepper, StepRequest, manifold_of
+from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
 from fgo_geo.optim.points import StepScales, check_point, name_in
 from fgo_geo.optim.step_size import longest_step
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 from fgo_geo.weights.words import small
 
-__all__ = ["OnManifolds", "on_manifolds"]
+__all__ = ["OnManifolds", "handle_of", "on_manifolds"]
 
 _foreach: Any = types.SimpleNamespace(  # torch's multi-tensor functions, which have no public names
     copy_=torch._foreach_copy_,  # pyright: ignore
     sub_=torch._foreach_sub_,  # pyright: ignore
     mul_=torch._foreach_mul_,  # pyright: ignore
 )
-_MARK = "_fgo_geo_on_manifolds"
+_HANDLE = "_fgo_geo_on_manifolds"  # where an optimiser that is attached keeps its handle
 
 
 def on_manifolds(
@@ -76,7 +77,8 @@ def on_manifolds(
             reading the answer is free: on the CPU. Elsewhere such a group does not move, and is counted.
 
     Returns:
-        A handle. ``handle.remove()`` gives the optimiser back as it was.
+        A handle. ``handle.remove()`` gives the optimiser back as it was. A deep copy of the optimiser or of the handle
+        is attached, too. Torch pickles no attribute of an optimiser: pickle the handle, which takes it along.
 
     Raises:
         TypeError: If the optimiser evaluates inside its step (``torch.optim.LBFGS``), or knows manifolds already.
@@ -108,7 +110,7 @@ def on_manifolds(
             f"on_manifolds: expected a torch optimiser, got {type(optimizer).__name__}; build one, e.g. "
             "torch.optim.AdamW(model.parameters()), after constrain(model)"
         )
-    if getattr(optimizer, _MARK, False):
+    if handle_of(optimizer) is not None:
         raise ValueError("on_manifolds: the optimiser is attached already; call remove() of that handle first")
     step_size, update, curvature = small(step_size), small(update), small(curvature)
     if step_size not in ("theorem", "constant", "angle"):
@@ -132,6 +134,11 @@ def on_manifolds(
     return OnManifolds(optimizer, options, check_finite)
 
 
+def handle_of(optimizer: Optimizer) -> OnManifolds | None:
+    """The handle of an optimiser that is on manifolds by :func:`on_manifolds`; None for another one."""
+    return vars(optimizer).get(_HANDLE)
+
+
 class OnManifolds:
     """What :func:`on_manifolds` returns: the way back, and what the latest step did.
 
@@ -145,13 +152,7 @@ class OnManifolds:
     """
 
     def __init__(self, optimizer: Optimizer, options: StepOptions, check_finite: bool | None) -> None:
-        self.optimizer = optimizer
-        self._options = options
-        self._check_finite = check_finite
-        self._points: dict[Tensor, Tensor] = {}
-        self._checked: set[Tensor] = set()
-        self._stepper = Stepper("on_manifolds", self._name_of, {})
-        self._is_active = True
+        self._begin(optimizer, options, check_finite)
         for group in optimizer.param_groups:
             self._check(group)
         if not self._checked:
@@ -161,21 +162,62 @@ class OnManifolds:
             )
         self._attach(optimizer.step)
 
+    def _begin(self, optimizer: Optimizer, options: StepOptions, check_finite: bool | None) -> None:
+        self.optimizer = optimizer
+        self._options = options
+        self._check_finite = check_finite
+        self._points: dict[Tensor, Tensor] = {}
+        self._checked: set[Tensor] = set()
+        self._stepper = Stepper("on_manifolds", self._name_of, {})
+        self._is_active = False
+
     def _attach(self, inner: Callable[..., Any]) -> None:
         @functools.wraps(inner)
         def step(_: Optimizer, closure: Callable[[], Any] | None = None) -> Any:
             return self._step(inner, closure) if self._is_active else _call(inner, closure)
 
-        # A bound method, as schedulers expect; torch.compile runs it between its graphs.
-        between_graphs: Any = torch._disable_dynamo(step)  # pyright: ignore
-        self.optimizer.step = types.MethodType(between_graphs, self.optimizer)
-        setattr(self.optimizer, _MARK, True)
+        self.optimizer.step = types.MethodType(between_graphs(step), self.optimizer)  # schedulers expect a method
+        # Not a method of the class: copy.deepcopy asks the object for it.
+        vars(self.optimizer).update({_HANDLE: self, "__deepcopy__": self._copy_of_optimizer})
+        self._is_active = True
+
+    def _copy_of_optimizer(self, memo: dict[int, Any]) -> Optimizer:
+        """A deep copy of the optimiser, on the manifolds of its parameters, too."""
+        reduced: Any = self.optimizer.__reduce_ex__(4)
+        make, arguments, state, *_ = reduced
+        optimizer = memo[id(self.optimizer)] = make(*arguments)
+        optimizer.__setstate__(copy.deepcopy(state, memo))
+        OnManifolds.__new__(OnManifolds).__setstate__((optimizer, self._options, self._check_finite, True))
+        return optimizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OnManifolds:
+        optimizer = copy.deepcopy(self.optimizer, memo)
+        handle = handle_of(optimizer)
+        if handle is None:  # this one has been removed
+            handle = OnManifolds.__new__(OnManifolds)
+            handle.__setstate__((optimizer, self._options, self._check_finite, False))
+        return handle
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self.optimizer, self._options, self._check_finite, self._is_active
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        optimizer, options, check_finite, is_active = state
+        self._begin(optimizer, options, check_finite)
+        if is_active and handle_of(optimizer) is None:
+            self._attach(optimizer.step)
 
     def remove(self) -> None:
         """Give the optimiser back as it was. Its parameters stay where they are."""
         self._is_active = False
         self._points.clear()
-        setattr(self.optimizer, _MARK, False)
+        if handle_of(self.optimizer) is self:
+            del vars(self.optimizer)[_HANDLE], vars(self.optimizer)["__deepcopy__"]
+
+    @property
+    def step_size(self) -> StepSize:
+        """How the steps of groups are scaled."""
+        return self._options.step_size
 
     def step_scales(self) -> dict[Tensor, Tensor]:
         """The divisors ``τ`` of the latest step: for every parameter on a manifold, one per group."""
