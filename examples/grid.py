@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -26,10 +26,12 @@ from training import grid as grids
 from training.settings import SettingsError
 
 
-def results(cells: Sequence[grids.Cell], jobs: int) -> Iterator[tuple[grids.Cell, grids.Record]]:
+def results(
+    cells: Sequence[grids.Cell], jobs: int, train: Callable[[grids.Flags], grids.Record] = grids.train
+) -> Iterator[tuple[grids.Cell, grids.Record]]:
     """Train the cells, several at once in processes with one thread each; yield figures as they come."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(grids.train, {"device": "cpu", **cell.flags, "threads": 1}): cell for cell in cells}
+        running = {pool.submit(train, {"device": "cpu", **cell.flags, "threads": 1}): cell for cell in cells}
         try:
             pending: set[Future[grids.Record]] = set(running)
             while pending:
