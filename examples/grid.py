@@ -27,11 +27,13 @@ from training.settings import SettingsError
 
 
 def results(
-    cells: Sequence[grids.Cell], jobs: int, train: Callable[[grids.Flags], grids.Record] = grids.train
+    cells: Sequence[grids.Cell], jobs: int, train: Callable[[grids.Flags], grids.Record] | None = None
 ) -> Iterator[tuple[grids.Cell, grids.Record]]:
     """Train the cells, several at once in processes with one thread each; yield figures as they come."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        running = {pool.submit(train, {"device": "cpu", **cell.flags, "threads": 1}): cell for cell in cells}
+        running = {
+            pool.submit(train or grids.train, {"device": "cpu", **cell.flags, "threads": 1}): cell for cell in cells
+        }
         try:
             pending: set[Future[grids.Record]] = set(running)
             while pending:

@@ -69,3 +69,17 @@ def test_the_running_norm_is_handed_to_the_optimiser():
         assert [group["norm"] for group in run.optimizer.param_groups] == [norm]
     with pytest.raises(settings.SettingsError, match="step-norm"):
         command_line.make({"optimizer": "sgd", "step_norm": "running"})
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fgsgd", "rsgd", "radam"])
+def test_biases_have_a_learning_rate_of_their_own(optimizer):
+    run = engine.build(command_line.make({**SMALL, "optimizer": optimizer, "lr": 0.02, "bias_lr": 0.25}))
+    rates = {id(w): group["lr"] for group in run.optimizer.param_groups for w in group["params"]}
+    assert {n: rates[id(w)] for n, w in run.model.named_parameters()} == {
+        n: pytest.approx(0.005 if n.endswith("bias") else 0.02) for n, _ in run.model.named_parameters()
+    }
+    for _, (images, labels) in zip(range(3), run.batches, strict=False):
+        engine.take_step(run, images, labels)
+    first, second = run.scheduler.get_last_lr()
+    assert second == pytest.approx(first / 4)
+    assert first < 0.02

@@ -104,8 +104,11 @@ class Cell:
 
     @cached_property
     def key(self) -> str:
-        """What the record is found by: a checksum of the settings that decide about its figures."""
-        plain = {k: v for k, v in self.settings.plain().items() if k not in _WITHOUT_EFFECT}
+        """What the record is found by: a checksum of the settings that decide about its figures.
+
+        Settings at their defaults are left out, so that records outlive new settings.
+        """
+        plain = {k: v for k, v in self.settings.differing().items() if k not in _WITHOUT_EFFECT}
         text = json.dumps(plain, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

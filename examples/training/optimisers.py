@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import geoopt
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from training import settings
 
 def build(wanted: settings.Optimisation, model: nn.Module) -> torch.optim.Optimizer:
     """Return the chosen optimiser over all parameters; each treats constrained and plain ones."""
-    weights, momentum = list(model.named_parameters()), wanted.momentum
+    weights, momentum = parameter_groups(wanted, model), wanted.momentum
     common = {"lr": wanted.lr, "weight_decay": wanted.weight_decay}
     if wanted.optimizer == "fgsgd":
         optimizer = fgo_geo.RiemannianFGSGD(
@@ -32,9 +34,9 @@ def build(wanted: settings.Optimisation, model: nn.Module) -> torch.optim.Optimi
             **common,
         )
     elif wanted.optimizer == "rsgd":
-        optimizer = geoopt.optim.RiemannianSGD(model.parameters(), momentum=momentum, **common)
+        optimizer = geoopt.optim.RiemannianSGD(without_names(weights), momentum=momentum, **common)
     elif wanted.optimizer == "radam":
-        optimizer = geoopt.optim.RiemannianAdam(model.parameters(), betas=(momentum, 0.999), **common)
+        optimizer = geoopt.optim.RiemannianAdam(without_names(weights), betas=(momentum, 0.999), **common)
     elif wanted.optimizer == "adamw":
         optimizer = torch.optim.AdamW(weights, betas=(momentum, 0.999), **common)
     else:
@@ -53,6 +55,24 @@ def build(wanted: settings.Optimisation, model: nn.Module) -> torch.optim.Optimi
             lam_relative=wanted.lam_relative,
         )
     return optimizer
+
+
+def parameter_groups(wanted: settings.Optimisation, model: nn.Module) -> list[dict[str, Any]]:
+    """All parameters with their names, the biases in a group of their own if they have a learning rate of their own."""
+    named = list(model.named_parameters())
+    if wanted.bias_lr == 1:
+        return [{"params": named}]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None]
+    biases = {id(layer.bias) for layer in layers}
+    slow = [(name, weight) for name, weight in named if id(weight) in biases]
+    others = [(name, weight) for name, weight in named if id(weight) not in biases]
+    groups = [{"params": others}, {"params": slow, "lr": wanted.bias_lr * (wanted.lr or 0.0)}]
+    return [group for group in groups if group["params"]]
+
+
+def without_names(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same groups for optimisers that take no names."""
+    return [{**group, "params": [weight for _, weight in group["params"]]} for group in groups]
 
 
 def keep_tangent(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

@@ -142,6 +142,8 @@ class Optimisation:
     """Remove the radial part of the free steps of sgd or adamw, per output channel, as SGDP and AdamP do."""
     lr: PositiveOrAuto = None
     """Highest learning rate (auto: 0.2; sgd: 0.05; radam: 0.01; adamw: 0.003)."""
+    bias_lr: Positive = 1.0
+    """Factor of the learning rate for the biases of convolutions and linear layers."""
     momentum: BelowOne = 0.9
     """Momentum; β₁ of radam and adamw."""
     weight_decay: NotNegative = 5e-4
