@@ -112,6 +112,7 @@ FILES = {
         "native/library.py",
         "native/line_tables.py",
         "native/lines.py",
+        "native/rows.py",
         "pieces.py",
         "protocol.py",
         "reference.py",

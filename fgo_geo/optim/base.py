@@ -1,8 +1,8 @@
 """One step, for every optimiser, rule and path.
 
 A step is: route the weights to paths, measure ``R²`` of every group, refuse or leave out what is not finite, compute
-``τ`` once, move everything, and record. :class:`Stepper` does that for the weights that an optimiser collects; it knows
-no formula and no path.
+``τ`` once, move everything, and record. A batch in which nothing can be refused may measure and move at once.
+:class:`Stepper` does that for the weights that an optimiser collects; it knows no formula and no path.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class StepRequest:
 
 @dataclass(frozen=True)
 class _Record:
-    """``τ`` of the groups of a batch, None if all are one."""
+    """How to get ``τ`` of the groups of a batch, None if all are one."""
 
     batch: Batch
     owners: list[Tensor]
-    tau: Tensor | None
+    tau: Callable[[], Tensor | None]
 
 
 class Stepper:
@@ -93,9 +93,11 @@ class Stepper:
             routed = router.route(request.weights, request.options)
             batches += [(request, b, not router.is_recorded and b.device.type == "cpu") for b in routed]
         try:
+            swept = [(r, batch) for r, batch, is_free in batches if is_free and _is_swept(r, batch)]
             measured = [
                 (r, Measured(batch, r.options, is_free, r.check_finite, batch.measure(r.options)))
                 for r, batch, is_free in batches
+                if (r, batch) not in swept
             ]
             if not all(_is_finite(own) for _, own in measured):
                 for count in settle([own for _, own in measured], self._name_of, self._optimizer):
@@ -103,6 +105,8 @@ class Stepper:
             self._records.clear()
             for request, own in measured:
                 self._move(request, own)
+            for request, batch in swept:
+                self._sweep(request, batch)
             for request in requests:
                 for weight in request.weights:
                     if weight.owner is not weight.param:
@@ -116,10 +120,7 @@ class Stepper:
     def _move(self, request: StepRequest, own: Measured) -> None:
         """Compute ``τ`` of a batch, move it, and record."""
         batch, options = own.batch, own.options
-        if options.momentum != 0:
-            for weight in batch.weights:
-                if weight.buffer is None and weight.manifold is not None:  # torch's SGD makes its own
-                    weight.buffer = torch.zeros_like(weight.param.detach())
+        _allocate(batch, options)
         scale = tau = None
         if own.squared.numel():
             norm = own.squared.sqrt() if own.unit is None else own.squared.sqrt() * own.unit
@@ -135,7 +136,22 @@ class Stepper:
             if own.kept is not None:
                 scale = torch.where(own.kept, torch.ones_like(norm) if scale is None else scale, 0)
         batch.move(options, scale, leaves_out=own.kept is not None)
-        if own.squared.numel():
+        self._record(batch, lambda: tau)
+
+    def _sweep(self, request: StepRequest, batch: Batch) -> None:
+        """Measure and move a batch at once, and record."""
+        _allocate(batch, request.options)
+        curvatures, norms = self._constants_of(batch, request.options)
+        squared = batch.sweep(request.options, curvatures)
+        if not math.isfinite(float(squared.sum())):
+            finite = torch.isfinite(squared)
+            self._count(self._left_out, (~finite).sum())
+            squared = torch.where(finite, squared, 0)
+        self._record(batch, lambda: step_scale(squared.sqrt(), request.options, curvatures, norms))
+
+    def _record(self, batch: Batch, tau: Callable[[], Tensor | None]) -> None:
+        """Keep ``τ`` for those who ask, and momentum for the next step."""
+        if any(batch.counts):
             self._records.append(_Record(batch, [weight.owner for weight in batch.weights], tau))
         for weight in batch.weights:
             if weight.buffer is not None and not weight.staged:
@@ -191,7 +207,9 @@ class Stepper:
         scales: dict[Tensor, Tensor] = {}
         for record in self._records:
             batch, total = record.batch, sum(record.batch.counts)
-            tau = torch.ones(total, dtype=torch.float64, device=batch.device) if record.tau is None else record.tau
+            tau = record.tau()
+            if tau is None:
+                tau = torch.ones(total, dtype=torch.float64, device=batch.device)
             masks = [None] * len(batch.counts) if batch.owned is None else batch.owned.split(batch.counts)
             for owner, own, mask in zip(record.owners, tau.split(batch.counts), masks, strict=True):
                 dtype = torch.promote_types(owner.dtype, torch.float32)
@@ -207,6 +225,20 @@ class Stepper:
     def shortened(self) -> int:
         """How many gradients of groups were shortened under ``norm="running"`` (synchronises)."""
         return sum(int(count) for count in self._shortened.values())
+
+
+def _is_swept(request: StepRequest, batch: Batch) -> bool:
+    """Whether a batch is measured and moved at once, by a step size that needs nothing but the norm of the group."""
+    if not batch.sweeps or request.running or request.options.step_size == "angle":
+        return False
+    return batch.is_moderate(request.options)
+
+
+def _allocate(batch: Batch, options: StepOptions) -> None:
+    """Give momentum to the weights that have none yet."""
+    for weight in batch.weights if options.momentum != 0 else ():
+        if weight.buffer is None and weight.manifold is not None:  # torch's SGD makes its own
+            weight.buffer = torch.zeros_like(weight.param.detach())
 
 
 def _is_finite(own: Measured) -> bool:

@@ -9,6 +9,9 @@ sweeps, Triton) implements the same three verbs, and no other code depends on an
   changes nothing.
 * :meth:`Batch.move` takes the step, given the factor ``1/τ`` of every group's gradient.
 
+A path that gains by measuring and moving at once has :attr:`Batch.sweeps`: where :meth:`Batch.is_moderate` allows it,
+it takes :meth:`Batch.sweep` in place of the two.
+
 The rest of the step (:mod:`fgo_geo.optim.base`) is the same for all paths: measure everything, refuse or skip what is
 not finite, compute ``τ``, move everything. The formulas are in :mod:`~fgo_geo.paths.reference`, and every other path is
 tested against it.
@@ -178,6 +181,7 @@ class Batch(abc.ABC):
     """
 
     stages = False  # whether the batch writes to `Weight.staged`, and so has to move before others
+    sweeps = False  # whether the batch has a sweep that measures and moves at once
 
     def __init__(self, claims: Sequence[Claim]) -> None:
         self.claims = tuple(claims)
@@ -198,6 +202,22 @@ class Batch(abc.ABC):
                 for part in claim.parts:
                     mask[torch.from_numpy(claim.weight.manifold.partition.groups[part])] = True
         return torch.cat(owned).to(self.device)
+
+    def is_moderate(self, options: StepOptions) -> bool:
+        """Whether the whole step may be one :meth:`sweep`: all ``R²`` are known to be finite. Changes no weight."""
+        raise NotImplementedError
+
+    def sweep(self, options: StepOptions, curvatures: Tensor | None) -> Tensor:
+        """Take the whole step where :meth:`is_moderate` has allowed it; ``"theorem"`` and ``"constant"`` steps only.
+
+        Args:
+            options: Those that :meth:`is_moderate` was given.
+            curvatures: Bound on the curvature of every group, float64, if ``options.curvature`` is None.
+
+        Returns:
+            ``R²`` as :meth:`measure` returns it. A group without a finite one has not moved, nor has its row.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def measure(self, options: StepOptions) -> Tensor:
@@ -231,8 +251,9 @@ class Path(abc.ABC):
             options: Hyper-parameters, for the kind of the step.
 
         Returns:
-            Numbers among ``parts``, at least one, or a refusal. The answer holds while the kind of the step, the
-            manifold's radii and the shapes, strides, types and devices of the weight and its gradient stay the same.
+            Numbers among ``parts``, none if another path is faster, or a refusal. The answer holds while the kind of
+            the step, the manifold's radii and the shapes, strides, types and devices of the weight and its gradient
+            stay the same.
         """
 
     @abc.abstractmethod

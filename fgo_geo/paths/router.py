@@ -23,6 +23,7 @@ from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.paths.native.kernels import NativeKernels
 from fgo_geo.paths.native.library import instruction_set, library
 from fgo_geo.paths.native.lines import NativeLines
+from fgo_geo.paths.native.rows import NativeRows
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight, configuration_of
 from fgo_geo.paths.reference import Reference
 from fgo_geo.paths.shared_products import SharedProducts
@@ -34,7 +35,7 @@ __all__ = ["PathName", "Router", "use_path"]
 PathName = Literal["auto", "fused", "reference"]
 
 _PLAIN: Path = TorchSGD()
-_FUSED: tuple[Path, ...] = (TritonKernels(), NativeKernels(), NativeLines())
+_FUSED: tuple[Path, ...] = (TritonKernels(), NativeRows(), NativeKernels(), NativeLines())
 _UNFUSED: tuple[Path, ...] = (SharedProducts(), Reference())
 
 _logger = logging.getLogger("fgo_geo")

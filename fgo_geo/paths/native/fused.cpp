@@ -6,6 +6,10 @@
 //
 // Between the two sweeps the caller computes step sizes from the norms and may refuse the step. Together the sweeps are
 // seven passes over memory, and nothing is allocated per component.
+// Where no group has kernels of two rows, and the gradients are known to be moderate, one sweep does both:
+//
+//   fgo_large    reads the gradients: how many weights have some that are not moderate;
+//   fgo_step     measures and moves each row while it is in the cache, five passes over memory.
 //
 // Kernels are processed `lanes` at a time, one per lane of a vector register ("struct of arrays"): entry (i, j) of all of
 // them is one vector. All manifold kinds run the same instructions, and masks select between them:
@@ -51,6 +55,7 @@ struct fgo_kernels {
   const void *radii;       // per kernel, or null: radius[kind]
   double *squared_norms;   // per group: added to by fgo_norms
   const void *scales;      // per group: 1 / tau, read by fgo_update; with zero the gradient is not used
+  const double *curvatures;  // per group, read by fgo_step; or null: that of the options
   double radius[4];
   int64_t rows, columns, row_stride, column_stride;
   int32_t a, b, i_stride, j_stride;
@@ -59,8 +64,8 @@ struct fgo_kernels {
 };
 
 struct fgo_options {
-  double lr, momentum, dampening, weight_decay;
-  int32_t nesterov, maximize, radius_invariant;
+  double lr, momentum, dampening, weight_decay, rho, curvature;
+  int32_t nesterov, maximize, radius_invariant, constant;  // constant: tau is one
 };
 
 // The instruction set in use: 2 AVX-512, 1 AVX2, 0 the compiler's default. It is the best that the processor has, up to a
@@ -101,6 +106,12 @@ template <class T> constexpr T repeat_limit = T(0.9);
 constexpr int most_rounds = 30;  // of Jacobi rotations, several times as many as columns need
 
 int64_t chunks_per_row(const fgo_kernels &t) { return (t.columns + chunk - 1) / chunk; }
+
+// tau of a group (eq. 7 and algorithm 1 of [Ozay2019]; optim/step_size.py).
+double step_scale(double norm, double rho, double curvature) {
+  const double root = std::fmax(2 * rho + norm, std::sqrt(1 + curvature * (rho + norm)));
+  return std::fmax(1.0, norm * root);
+}
 
 }  // namespace
 
@@ -167,11 +178,15 @@ namespace {
 using sweep = int64_t (*)(const fgo_kernels *, const fgo_options *, double *, int64_t, int64_t);
 
 template <class T> struct sweeps {
-  sweep norms, update;
+  sweep norms, update, step;
+  double (*squares)(const T *, int64_t);
 };
 
-#define FGO_SWEEPS(set) \
-  sweeps<T> { set::run_sweep<set::norms_sweep, T>, set::run_sweep<set::update_sweep, T> }
+#define FGO_SWEEPS(set)                                                                                              \
+  sweeps<T> {                                                                                                        \
+    set::run_sweep<set::norms_sweep, T>, set::run_sweep<set::update_sweep, T>, set::run_sweep<set::rows_sweep, T>,   \
+        set::squares_of_run<T>                                                                                       \
+  }
 
 // The sweeps for this processor.
 template <class T> sweeps<T> choose() {
@@ -206,12 +221,31 @@ void run_in_threads(const fgo_kernels *tasks, int64_t count, int threads, Units 
 }
 
 int64_t all_chunks(const fgo_kernels &t) { return t.rows * chunks_per_row(t); }
+int64_t all_rows(const fgo_kernels &t) { return t.rows; }
+int64_t all_entries(const fgo_kernels &t) { return t.rows * t.columns * t.a * t.b; }
+
+// How many tasks have gradients whose squares add up to half the largest number of their type or more, or to no number.
+// Where none has, all norms are finite as long as the weights are: projections shorten, and weight decay adds little.
+template <class T> int64_t large_gradients(const fgo_kernels *tasks, int64_t count, const fgo_options &options, int threads) {
+  std::vector<std::vector<double>> partial(threads, std::vector<double>(count, 0.0));
+  run_in_threads(tasks, count, threads, all_entries, [&](int64_t k, int64_t begin, int64_t end, int number) {
+    partial[number][k] = choose<T>().squares(static_cast<const T *>(tasks[k].grad) + begin, end - begin);
+  });
+  int64_t large = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    double sum = 0, radius = 1;
+    for (const auto &of_thread : partial) sum += of_thread[k];
+    for (int kind = 0; options.radius_invariant && kind < 4; ++kind) radius = std::fmax(radius, tasks[k].radius[kind]);
+    large += !(sum * radius * radius < std::numeric_limits<T>::max() / 2) || (options.radius_invariant && tasks[k].radii);
+  }
+  return large;
+}
 
 }  // namespace
 
 extern "C" {
 
-FGO_API int fgo_abi() { return 8; }  // of this file and of lines.cpp
+FGO_API int fgo_abi() { return 9; }  // of this file and of lines.cpp
 
 // Every thread has a buffer for its sums, and the buffers are added in the order of the threads: the result depends on the
 // number of threads, not on their timing.
@@ -237,6 +271,18 @@ FGO_API int64_t fgo_update(const fgo_kernels *tasks, int64_t count, const fgo_op
   const sweep run = is_double ? choose<double>().update : choose<float>().update;
   run_in_threads(tasks, count, threads, all_chunks,
                  [&](int64_t k, int64_t begin, int64_t end, int) { run(tasks + k, options, nullptr, begin, end); });
+  return 0;
+}
+
+// Returns how many weights have gradients that do not show by themselves that the norms of all groups are finite.
+FGO_API int64_t fgo_large(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+  return (is_double ? large_gradients<double> : large_gradients<float>)(tasks, count, *options, threads);
+}
+
+FGO_API int64_t fgo_step(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+  const sweep run = is_double ? choose<double>().step : choose<float>().step;
+  run_in_threads(tasks, count, threads, all_rows,
+        [&](int64_t k, int64_t begin, int64_t end, int) { run(tasks + k, options, nullptr, begin, end); });
   return 0;
 }
 }

@@ -614,7 +614,7 @@ template <class T> FGO_INLINE vec<T> rates_of(const T *scales, const int32_t *co
 }
 
 // What is prefetched while a vector is processed.
-enum class prefetched { nothing, next_row };
+enum class prefetched { nothing, own_momentum, next_row };
 
 // Planar kernels: the same columns one row further down, since the hardware prefetcher does not follow nine or more streams
 // of a few cache lines each. Interleaved kernels: the same stream further on, since the hardware prefetcher stops at the end
@@ -627,6 +627,7 @@ FGO_INLINE void prefetch_vector(const setting<T> &s, int64_t row, int64_t column
     prefetch<T, K, 1>(s.grad + place + near);
     if (momentum) prefetch<T, K, 1>(s.buffer + place + near);
   } else if constexpr (P == layout::planar) {
+    if (what == prefetched::own_momentum && s.has_momentum) prefetch<T, K, 2>(s.buffer + place);
     if (what != prefetched::next_row || row + 1 >= s.rows) return;
     prefetch<T, K, 2>(s.weight + place + s.row_stride);
     prefetch<T, K, 2>(s.grad + place + s.row_stride);
@@ -777,6 +778,51 @@ struct update_sweep {
     return 0;
   }
 };
+
+// Both at once, where no group has kernels of two rows: what the norms have read is still in the cache for the step. A row
+// whose norm is not finite stays as it is.
+struct rows_sweep {
+  template <class T, int A, int B, layout P>
+  FGO_TARGET static int64_t run(const fgo_kernels *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
+    int64_t offset[max_a * max_b];
+    const setting<T> s = setting_of<T>(*task, *options, offset);
+    for (int64_t row = begin; row < end; ++row) {
+      const int32_t *groups = s.row_groups + 4 * row;
+      double row_sums[4] = {};
+      T row_scales[4] = {};
+      bool is_finite = true;
+      for (int64_t first = 0; first < s.columns; first += chunk)
+        sum_columns<T, A, B, P>(s, row, first, piece_of(s, row, first).last, nullptr, row_sums, prefetched::own_momentum);
+      for (int k = 0; k < 4; ++k) {
+        if (groups[k] < 0) continue;
+        const double curvature = task->curvatures ? task->curvatures[groups[k]] : options->curvature;
+        const double tau = options->constant ? 1.0 : step_scale(std::sqrt(row_sums[k]), options->rho, curvature);
+        row_scales[k] = T(1 / tau);
+        task->squared_norms[groups[k]] = row_sums[k];
+        is_finite = is_finite && std::isfinite(row_sums[k]);
+      }
+      if (is_finite) step_columns<T, A, B, P>(s, row, 0, s.columns, row_scales, prefetched::next_row);
+    }
+    return 0;
+  }
+};
+
+// Sum of the squares of numbers that follow each other.
+template <class T> FGO_TARGET double squares_of_run(const T *p, int64_t count) {
+  constexpr int L = lanes<T>, streams = 4;  // sums that don't wait for each other
+  vec<T> sums[streams] = {};
+  int64_t k = 0;
+  for (; k + streams * L <= count; k += streams * L)
+    for (int s = 0; s < streams; ++s) {
+      const vec<T> v = load<T>(p + k + s * L);
+      sums[s] += v * v;
+    }
+  double total = 0;
+  for (; k < count; ++k) total += double(p[k]) * p[k];
+  for (const vec<T> &sum : sums)
+    for (int l = 0; l < L; ++l) total += sum[l];
+  return total;
+}
 
 template <class SWEEP, class T, int A, int B>
 FGO_TARGET bool run_at_size(const fgo_kernels *t, const fgo_options *o, double *sums, int64_t begin, int64_t end, int64_t *result) {

@@ -14,7 +14,7 @@ from fgo_geo.paths.kernel_tables import LARGEST, KernelTable, gradient_of, place
 from fgo_geo.paths.native.library import NOT_BUILT, PER_THREAD, library
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
 
-__all__ = ["NativeKernels"]
+__all__ = ["KernelBatch", "NativeKernels"]
 
 
 class NativeKernels(Path):
@@ -36,7 +36,7 @@ class NativeKernels(Path):
 
     def batch(self, claims: Sequence[Claim]) -> Batch:
         """One call per sweep and type for all weights."""
-        return _KernelBatch(claims)
+        return KernelBatch(claims)
 
 
 class _Kernels(ctypes.Structure):
@@ -44,7 +44,7 @@ class _Kernels(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "codes", "row_groups", "radii")),
-        *((name, ctypes.c_void_p) for name in ("squared_norms", "scales")),
+        *((name, ctypes.c_void_p) for name in ("squared_norms", "scales", "curvatures")),
         ("radius", ctypes.c_double * 4),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "column_stride")),
         *((name, ctypes.c_int32) for name in ("a", "b", "i_stride", "j_stride", "first", "skips")),
@@ -56,12 +56,12 @@ class _Options(ctypes.Structure):
     """``fgo_options`` of fused.cpp."""
 
     _fields_ = (
-        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),
-        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant")),
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay", "rho", "curvature")),
+        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant", "constant")),
     )
 
 
-class _KernelBatch(Batch):
+class KernelBatch(Batch):
     """The weights as the extension takes them, by type. Between steps only addresses change."""
 
     def __init__(self, claims: Sequence[Claim]) -> None:
@@ -69,8 +69,8 @@ class _KernelBatch(Batch):
         self._tables = [table_of(weight) for weight in self.weights]  # the extension reads their memory
         self._radii: list[Tensor] = []
         groups, first_groups = sum(self.counts), list(itertools.accumulate(self.counts, initial=0))
-        self._norms = torch.empty(groups, dtype=torch.float64)
-        self._entries: list[tuple[Weight, _Kernels]] = []
+        self.norms = torch.empty(groups, dtype=torch.float64)
+        self.entries: list[tuple[Weight, _Kernels]] = []
         self._calls: list[
             tuple[ctypes.Array[_Kernels], int, int]
         ] = []  # entries, their number of weights, whether double
@@ -80,9 +80,9 @@ class _KernelBatch(Batch):
             members = [k for k, weight in enumerate(self.weights) if weight.param.dtype == dtype]
             entries = (_Kernels * len(members))(*(self._entry(self.weights[k], self._tables[k]) for k in members))
             for k, entry in zip(members, entries, strict=True):
-                entry.squared_norms = self._norms.data_ptr() + first_groups[k] * self._norms.itemsize
+                entry.squared_norms = self.norms.data_ptr() + first_groups[k] * self.norms.itemsize
                 entry.scales = scales.data_ptr() + first_groups[k] * dtype.itemsize
-                self._entries.append((self.weights[k], entry))
+                self.entries.append((self.weights[k], entry))
             work = sum(self.weights[k].param.numel() for k in members)
             self._calls.append((entries, work, int(dtype == torch.float64)))
 
@@ -112,33 +112,43 @@ class _KernelBatch(Batch):
 
     def measure(self, options: StepOptions) -> Tensor:
         """``R²`` of all groups; the next step reuses the memory of the result."""
-        for weight, entry in self._entries:
+        self.read()
+        self.norms.zero_()
+        self.run("fgo_norms", options)
+        return self.norms
+
+    def read(self) -> None:
+        """Write down where weights and gradients are in this step."""
+        for weight, entry in self.entries:
             grad = weight.grad
             if grad is None or grad.stride() != weight.param.stride() or grad.is_neg():
                 grad = gradient_of(weight)
             entry.weight, entry.grad = weight.param.data_ptr(), grad.data_ptr()
-        self._norms.zero_()
-        self._run("fgo_norms", options)
-        return self._norms
 
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
         """The step of all weights, in place."""
         for own in self._scales.values():
             own.fill_(1) if scale is None else own.copy_(scale)
-        for weight, entry in self._entries:
+        self.write("fgo_update", options, leaves_out)
+
+    def write(self, function: str, options: StepOptions, leaves_out: bool) -> None:
+        """Call a function that moves the weights."""
+        for weight, entry in self.entries:
             entry.buffer = None if weight.buffer is None else weight.buffer.data_ptr()
             entry.first, entry.skips = weight.first, leaves_out
         torch.autograd.graph.increment_version([weight.param for weight in self.weights])
-        self._run("fgo_update", options)
+        self.run(function, options)
 
-    def _run(self, name: str, options: StepOptions) -> None:
+    def run(self, function: str, options: StepOptions) -> int:
+        """Call a function of the extension for all weights; the sum of what it returns."""
         o = options
-        rates = (float(o.lr), o.momentum, o.dampening, o.weight_decay)
-        numbers = _Options(*rates, o.nesterov, o.maximize, o.radius_invariant)
-        with torch.profiler.record_function(name):
-            most = torch.get_num_threads()
+        bounds = (o.rho, 0.0 if o.curvature is None else o.curvature)
+        flags = (o.nesterov, o.maximize, o.radius_invariant, o.step_size == "constant")
+        numbers = _Options(float(o.lr), o.momentum, o.dampening, o.weight_decay, *bounds, *flags)
+        total = 0
+        with torch.profiler.record_function(function):
+            most, call = torch.get_num_threads(), getattr(library(), function)
             for entries, work, is_double in self._calls:
                 threads = ctypes.c_int(max(1, min(most, work // PER_THREAD)))
-                getattr(library(), name)(
-                    entries, ctypes.c_int64(len(entries)), ctypes.byref(numbers), is_double, threads
-                )
+                total += call(entries, ctypes.c_int64(len(entries)), ctypes.byref(numbers), is_double, threads)
+        return total
