@@ -28,12 +28,13 @@ MAY_IMPORT = {
     "distributed": {*GEOMETRY, "paths", "models", "optim", "measures"},
     "_former_names": set(),
     "_geoopt": set(),
+    "__main__": {*GEOMETRY, "paths", "__init__"},
 }
 
 
 # Every file of every room, so that a missing one and one that nobody placed are noticed.
 FILES = {
-    "": ["__init__.py", "_former_names.py", "_geoopt.py"],
+    "": ["__init__.py", "__main__.py", "_former_names.py", "_geoopt.py"],
     "distributed": ["__init__.py"],
     "linalg": [
         "__init__.py",
@@ -207,7 +208,7 @@ def test_every_file_is_listed_and_every_listed_file_exists():
     listed = {f"{room}/{name}".lstrip("/") for room, names in FILES.items() for name in names}
     assert found - listed == set(), "say in FILES which room they are in"
     assert listed - found == set(), "these are missing"
-    assert set(FILES) - {""} == set(MAY_IMPORT) - {"_former_names", "_geoopt"}
+    assert set(FILES) - {""} == set(MAY_IMPORT) - {"_former_names", "_geoopt", "__main__"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -277,6 +278,20 @@ def test_the_reference_has_every_module():
     existing = {name_of(path) for path in [*MODULES, PACKAGE / "__init__.py"] if not path.stem.startswith("_")}
     existing |= {name_of(path) for path in MODULES if path.name == "__init__.py"}
     assert existing - documented == set(), "give them a place in docs/reference"
+
+
+def test_every_file_has_the_same_version():
+    from fgo_geo import __version__
+
+    stated = {
+        "CITATION.cff": r"^version: (.+)$",
+        ".conda/recipe.yaml": r"^  version: ([\d.]+)$",
+        "CHANGELOG.md": r"^## \[(\d[^\]]*)\]|version ([\d.]+), the first",
+    }
+    for name, pattern in stated.items():
+        found = re.search(pattern, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        assert found, f"{name} states no version"
+        assert next(filter(None, found.groups())) == __version__, name
 
 
 # -- The README ------------------------------------------------------------------------------------

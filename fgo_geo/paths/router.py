@@ -30,7 +30,7 @@ from fgo_geo.paths.shared_products import SharedProducts
 from fgo_geo.paths.torch_sgd import TorchSGD
 from fgo_geo.paths.triton.launches import TritonKernels
 
-__all__ = ["PathName", "Router", "use_path"]
+__all__ = ["PathName", "Router", "explain", "use_path"]
 
 PathName = Literal["auto", "fused", "reference"]
 
@@ -203,6 +203,25 @@ def _claims_of(weight: Weight, options: StepOptions, is_recorded: bool) -> list[
     return taken
 
 
+def explain(weight: Weight, options: StepOptions) -> tuple[list[str], list[str]]:
+    """Who steps a weight, and why it is not stepped faster.
+
+    Args:
+        weight: A weight with its gradient.
+        options: Hyper-parameters of the step.
+
+    Returns:
+        The names of the paths that take its parts, and what the fused paths say of those that they leave.
+    """
+    taken = _dealt(weight, options, is_recorded=False)
+    fused = {part for path, parts in taken if path in _FUSED for part in parts}
+    left = tuple(part for part in range(weight.n_parts) if part not in fused)
+    answers = [path.accepts(weight, left, options) for path in _FUSED] if left else []
+    refusals = [answer for answer in answers if isinstance(answer, Refusal)]
+    reasons = [f"the path {_path!r} is chosen"] if _path == "reference" else _reasons(refusals)
+    return [path.name + _details(path) for path, _ in taken], reasons if left else []
+
+
 # -- what is said ------------------------------------------------------------------------------------------------------
 
 _FAILURES = (Reason.SIZE, Reason.DTYPE, Reason.LAYOUT, Reason.MISSING)  # of weights that are meant for fused paths
@@ -215,9 +234,7 @@ def _say_remaining(weight: Weight, is_partly: bool, refusals: Sequence[Refusal])
     if is_partly:
         _say_unfused(f"the Stiefel blocks of a weight of shape {shape}", "Stiefel blocks do not consist of lines")
     elif failure is None:
-        others = [refusal.detail for refusal in refusals if refusal.reason is not Reason.DEVICE]
-        reasons = list(dict.fromkeys(others or [refusal.detail for refusal in refusals]))
-        _say_unfused(f"a weight of shape {shape} on {weight.manifold}", "; ".join(reasons))
+        _say_unfused(f"a weight of shape {shape} on {weight.manifold}", "; ".join(_reasons(refusals)))
     elif _path == "fused":
         raise RuntimeError(
             f"no fused path for a weight of shape {shape}: {failure.detail}; use_path('auto') takes the batched torch "
@@ -225,6 +242,12 @@ def _say_remaining(weight: Weight, is_partly: bool, refusals: Sequence[Refusal])
         )
     elif failure.reason is Reason.MISSING:  # an installation lacks it, not a weight
         _say_once(f"step by the batched torch code: {failure.detail}", logging.WARNING)
+
+
+def _reasons(refusals: Sequence[Refusal]) -> list[str]:
+    """What was refused for, once each; of other devices only if nothing else is in the way."""
+    others = [refusal.detail for refusal in refusals if refusal.reason is not Reason.DEVICE]
+    return list(dict.fromkeys(others or [refusal.detail for refusal in refusals]))
 
 
 def _details(path: Path) -> str:

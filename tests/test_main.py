@@ -1,0 +1,73 @@
+"""``python -m fgo_geo``: what it prints, and that its checks can fail."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fgo_geo import ScaledSphere, __main__, __version__
+from fgo_geo.optim import fgsgd
+from fgo_geo.paths.native.library import library
+from fgo_geo.paths.reference import JobBatch
+from fgo_geo.paths.router import use_path
+from fgo_geo.weights import kinds
+
+
+def test_the_program_says_how_every_kind_is_stepped_and_passes_its_checks():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"}
+    environment.pop("FGO_GEO_PATH", None)
+    command = [sys.executable, "-m", "fgo_geo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    assert done.stdout.startswith(f"fgo_geo {__version__}, torch {torch.__version__}")
+    for name in kinds.names():
+        assert done.stdout.count(f"    {name} ") == len(__main__.SHAPES)
+    assert "No failures in" in done.stdout
+    assert "FAILED" not in done.stdout
+
+
+def test_it_says_why_a_path_is_not_taken():
+    with use_path("reference"):
+        lines = list(__main__.paths("3x3 kernels", "cpu"))
+    assert lines[:2] == [f"{'sphere':16}reference", f"{'':16}not faster, because the path 'reference' is chosen"]
+    stiefel = [line for line in __main__.paths("matrices", "cpu") if line.startswith("stiefel")]
+    assert stiefel == [f"{'stiefel':16}shared products"]
+
+
+def failing() -> list[str]:
+    return [name for name, found in __main__.checks() if found]
+
+
+def test_a_step_that_leaves_its_manifold_is_noticed(monkeypatch):
+    monkeypatch.setattr(ScaledSphere, "projx", lambda self, x: 1.1 * x)
+    assert failing()
+
+
+def test_an_optimiser_that_does_not_move_is_noticed_and_fails_the_program(monkeypatch, capsys):
+    monkeypatch.setattr(fgsgd.RiemannianFGSGD, "step", lambda self: None)
+    assert __main__.main() == 1
+    assert "FAILED  a constrained network learns, saves and resumes: the loss fell from" in capsys.readouterr().out
+
+
+def test_an_error_is_a_failure_with_its_text(monkeypatch):
+    def broken(self: object) -> None:
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(fgsgd.RiemannianFGSGD, "step", broken)
+    assert dict(__main__.checks())["a constrained network learns, saves and resumes"] == "RuntimeError: out of order"
+
+
+@pytest.mark.skipif(library() is None, reason="without the compiled library all paths are the reference")
+@pytest.mark.parametrize("noun", __main__.SHAPES)
+def test_a_path_that_computes_another_step_is_noticed(noun, monkeypatch):
+    move = JobBatch.move
+    assert __main__._steps("sphere", noun) == ""
+    monkeypatch.setattr(JobBatch, "move", lambda self, options, *a, **k: move(self, replace(options, lr=0.2), *a, **k))
+    assert re.fullmatch(r"[\d.e-]+ from the reference", __main__._steps("sphere", noun))
