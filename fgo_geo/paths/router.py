@@ -213,7 +213,7 @@ def explain(weight: Weight, options: StepOptions) -> tuple[list[str], list[str]]
     Returns:
         The names of the paths that take its parts, and what the fused paths say of those that they leave.
     """
-    taken = _dealt(weight, options, is_recorded=False)
+    taken = _claims_of(weight, options, is_recorded=False)
     fused = {part for path, parts in taken if path in _FUSED for part in parts}
     left = tuple(part for part in range(weight.n_parts) if part not in fused)
     answers = [path.accepts(weight, left, options) for path in _FUSED] if left else []
