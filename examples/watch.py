@@ -2,11 +2,14 @@
 
     python examples/watch.py --data fashion --model plain --method st --lr 0.3 --epochs 3 --until 60
     python examples/watch.py --method pio --lr 1 --every 5 --csv steps.csv
+    python examples/watch.py --method st --lr 0.3 --freeze biases        # is it the biases?
 
 Takes the flags of train.py, and prints a line per step: the loss; the lengths of the steps of constrained weights,
 biases, first layer and classifier, relative to the weights (for biases: to the standard deviation of the layer's
 output); the largest τ; and the standard deviations of the outputs of the first, a middle and the last convolution, with
-the share of dead channels (zero after ReLU for the whole batch) in the worst layer. With --csv, all layers.
+the share of dead channels (zero after ReLU for the whole batch) in the worst layer, and the norm of the gradient. The
+last lines sum up, with the median angle by which a convolution's weight turned per step: its effective learning rate.
+With --csv, all layers.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ import torch
 from torch import Tensor, nn
 from training import command_line, engine
 
+from fgo_geo.optim.telemetry import angle_between
+
+KINDS = ("constrained", "biases", "first", "classifier")
 TITLES = ("step", "loss", "constrained", "biases", "first", "classifier", "τ", "outputs of layers", "dead", "|g|")
 
 
@@ -81,10 +87,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Watch a training step by step; other flags are those of train.py.")
     parser.add_argument("--until", type=int, default=100, help="last step (%(default)s)")
     parser.add_argument("--every", type=int, default=1, help="print every so many steps (%(default)s)")
+    parser.add_argument("--freeze", nargs="+", choices=KINDS, default=[], help="weights that stay as they are")
     parser.add_argument("--csv", type=Path, help="file for the figures of all layers and steps")
     own, words = parser.parse_known_args(arguments)
     run = engine.build(command_line.parse(words, "watch.py"))
     watch = Watch(run.model)
+    for kind in own.freeze:
+        for name in watch.kinds()[kind]:
+            watch.weights[name].requires_grad_(False)
     convolutions = [n for n, layer in watch.layers.items() if isinstance(layer, nn.Conv2d)]
     shown = [convolutions[0], convolutions[len(convolutions) // 2], convolutions[-1]]
     lines: list[dict[str, float]] = []
@@ -106,7 +116,15 @@ def main(arguments: list[str] | None = None) -> int:
             scales = getattr(run.optimizer, "step_scales", dict)()
             taus = [float(t.max()) for t in scales.values()]
             gradient = torch.stack([w.grad.norm() for w in watch.weights.values() if w.grad is not None]).norm()
-            figures = {"step": run.progress.step, "loss": float(sums[0] / max(float(sums[2]), 1))}
+            turned = [
+                float(
+                    angle_between(
+                        watch.before[f"{name}.weight"].flatten(), watch.weights[f"{name}.weight"].detach().flatten()
+                    )
+                )
+                for name in convolutions
+            ]
+            figures = {"step": run.progress.step, "loss": float(sums[0]) / max(float(sums[2]), 1)}
             for kind, names in watch.kinds().items():
                 figures[kind] = largest([lengths[name] for name in names])
             figures["τ"] = largest(taus)
@@ -120,6 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
                 )
             lines.append(
                 figures
+                | {"angle": statistics.median(turned)}
                 | {f"step of {name}": value for name, value in lengths.items()}
                 | {f"outputs of {name}": value for name, value in watch.spread.items()}
                 | {f"dead in {name}": value for name, value in watch.dead.items()}
@@ -130,6 +149,9 @@ def main(arguments: list[str] | None = None) -> int:
     if lines:
         half = lines[len(lines) // 2 :]
         print(f"median loss of the second half: {statistics.median(line['loss'] for line in half):.3f}")
+        print(f"median angle per step: {statistics.median(line['angle'] for line in lines):.5f}")
+        held_out = engine.evaluate(run)
+        print(f"held-out accuracy: {held_out['test_accuracy']:.2%}, loss {held_out['test_loss']:.3f}")
     if own.csv and lines:
         with own.csv.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")

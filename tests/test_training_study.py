@@ -182,3 +182,32 @@ def test_students_learn_unless_the_determinant_is_wrong(tmp_path):
     assert losses["deep-linear-oblique"] < 1e-3
     assert losses["wrong-determinant"] > 1.0
     assert (tmp_path / "convergence.png").stat().st_size > 1000
+
+
+# -- watching -------------------------------------------------------------------------------------------------
+
+
+def test_watching_shows_the_steps_and_leaves_the_run_as_it_is(tmp_path, capsys):
+    flags = {"model": "plain", "depth": 4, "width": 4, "fraction": 0.2, "epochs": 2, "batch_size": 16, "method": "st"}
+    words = trainer.modules["command_line"].words_of(flags | {"lr": 0.1, "device": "cpu"})
+    watch = trainer.importlib.import_module("watch")
+    assert watch.main([*words, "--until", "25", "--csv", str(tmp_path / "steps.csv")]) == 0
+    shown = capsys.readouterr().out
+    with (tmp_path / "steps.csv").open(newline="") as file:
+        steps = list(csv.DictReader(file))
+    assert [int(line["step"]) for line in steps] == list(range(1, 26))
+    assert all(float(line["angle"]) > 0 and 0 <= float(line["dead in stem.0"]) <= 1 for line in steps)
+    # the same training, without anybody watching
+    engine, make = trainer.modules["engine"], trainer.modules["command_line"].make
+    run = engine.build(make(flags | {"lr": 0.1, "device": "cpu"}))
+    losses = []
+    for epoch in (1, 2):
+        run.order.epoch = epoch
+        for run.progress.batch, (images, labels) in enumerate(run.batches):
+            sums, _ = engine.take_step(run, images, labels)
+            losses.append(float(sums[0] / sums[2]))
+    assert [float(line["loss"]) for line in steps] == pytest.approx(losses[:25], rel=1e-4)
+    assert "median angle per step" in shown
+    assert watch.main([*words, "--until", "5", "--csv", str(tmp_path / "frozen.csv"), "--freeze", "biases"]) == 0
+    with (tmp_path / "frozen.csv").open(newline="") as file:
+        assert {float(line["biases"]) for line in csv.DictReader(file)} == {0.0}
