@@ -86,6 +86,7 @@ FILES = {
         "slips.py",
         "start.py",
         "surgery.py",
+        "watch.py",
     ],
     "optim": [
         "__init__.py",

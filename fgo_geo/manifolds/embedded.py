@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from fgo_geo.linalg import inner_sum, require_finite, require_real, root_of_sum, takes_real_tensors
 
-__all__ = ["ComponentManifold", "EmbeddedManifold"]
+__all__ = ["ComponentManifold", "EmbeddedManifold", "point_tolerance"]
 
 
 class EmbeddedManifold(geoopt.Manifold):
@@ -271,7 +271,7 @@ class EmbeddedManifold(geoopt.Manifold):
         require_real(x.dtype, what)
         if x.numel() == 0:
             return
-        tolerance = max(1e-3, 16 * torch.finfo(x.dtype).eps)
+        tolerance = point_tolerance(x.dtype)
         worst = float(self.violation(x).max())
         if not worst <= tolerance:
             raise ValueError(
@@ -426,6 +426,11 @@ def _range(radius: float | Tensor) -> tuple[float, float]:
         return math.nan, math.nan
     low, high = torch.aminmax(radius)
     return float(low), float(high)
+
+
+def point_tolerance(dtype: torch.dtype) -> float:
+    """The largest relative constraint violation of what still counts as a point."""
+    return max(1e-3, 16 * torch.finfo(dtype).eps)
 
 
 def _rounding(x: Tensor) -> float:

@@ -26,7 +26,7 @@ from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.kinds import kind, names
 from fgo_geo.weights.layout import WeightLayout
 
-__all__ = ["ProductOfGroups", "RadiusLike"]
+__all__ = ["ProductOfGroups", "RadiusLike", "violation_of"]
 
 Radii = float | Mapping[str, float] | Tensor | Sequence[Tensor]
 RadiusLike = Radii | Callable[[Partition], Radii]
@@ -280,7 +280,7 @@ class ProductOfGroups(EmbeddedManifold):
     def violation(self, x: Tensor) -> Tensor:
         """Relative constraint violation of every component that has a constraint, part by part."""
         parts = zip(self.parts, self.partition.split(x), strict=True)
-        violations = [_violation(m, p) for (m, _), p in parts if not isinstance(m, geoopt.Euclidean)]
+        violations = [violation_of(m, p) for (m, _), p in parts if not isinstance(m, geoopt.Euclidean)]
         return torch.cat(violations) if violations else x.new_zeros(1)
 
     def projx(self, x: Tensor) -> Tensor:
@@ -396,7 +396,7 @@ class ProductOfGroups(EmbeddedManifold):
         return "; ".join(str(c) for c in self.collections)
 
 
-def _violation(manifold: geoopt.Manifold, x: Tensor) -> Tensor:
+def violation_of(manifold: geoopt.Manifold, x: Tensor) -> Tensor:
     """Relative distance of components from their constraint; on other packages' manifolds, from the nearest point."""
     if isinstance(manifold, EmbeddedManifold):
         return manifold.violation(x)

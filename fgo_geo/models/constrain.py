@@ -64,6 +64,7 @@ def constrain(
     classifier: bool = False,
     overrides: Mapping[Pattern, Mapping[str, Any]] | None = None,
     statistics: LambdaRule | None = None,
+    watch: bool = True,
 ) -> Plan:
     """Put the weights of a model on products of manifolds, in place.
 
@@ -105,6 +106,8 @@ def constrain(
         statistics: Divide the radii by the standard deviation ``λ`` of the features that a component is applied to,
             whenever :meth:`~fgo_geo.Plan.update_scales` is called. ``"max1"`` takes ``max(1, λ)``, which keeps norm
             bounds; with ``"std"``, the plain ``λ`` of [Ozay2019]_, a bound ``β`` becomes ``β / λ``. None: never.
+        watch: Look at a few components in a forward pass of training now and then, and warn once if an optimiser that
+            knows no manifold has moved them off. ``plan.watches`` can be changed later.
 
     Returns:
         The plan.
@@ -158,7 +161,7 @@ def constrain(
             points.append(point)
     write_points(targets, points)
     put_on_manifolds(model, targets)
-    return Plan(tuple(entries)).settle(model)
+    return Plan(tuple(entries), watches=watch).settle(model)
 
 
 def unconstrain(model: nn.Module) -> nn.Module:

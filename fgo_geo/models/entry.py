@@ -96,6 +96,24 @@ class PlanEntry:
         scales = component_lambda(torch.tensor(self.channel_scales, dtype=torch.float64), cut)
         return [gamma / lam for gamma, lam in zip(radii, scales, strict=True)]
 
+    def checked_value(self, value: object, key: str) -> Tensor:
+        """A value for this parameter, from a state dict.
+
+        Args:
+            value: What the state dict has.
+            key: Under which name.
+
+        Raises:
+            ValueError: If it is no tensor of real numbers, or of another shape.
+        """
+        if isinstance(value, Tensor) and value.shape == self.shape and value.is_floating_point():
+            return value.detach()
+        found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"{key!r} in the state_dict: expected floating-point numbers of shape {self.shape}, got {found}; load a "
+            "checkpoint of this architecture"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}

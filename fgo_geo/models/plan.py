@@ -40,6 +40,7 @@ from fgo_geo.models.surgery import (
     targets_of,
     write_points,
 )
+from fgo_geo.models.watch import Watch
 from fgo_geo.weights.kinds import UnregisteredKindError
 from fgo_geo.weights.words import few
 
@@ -61,11 +62,13 @@ class Plan(NoModel):
         model: The model that it describes; None for a plan that was read from JSON and not attached yet.
         is_average: Whether the model may load values that are off its manifolds, as averages of weights are. True in
             a deep copy of a model, which is how EMA and SWA keep theirs; set it for an average built otherwise.
+        watches: Whether training looks for weights that have left their manifolds, see :mod:`fgo_geo.models.watch`.
     """
 
     entries: tuple[PlanEntry, ...]
     model: nn.Module | None = field(default=None, repr=False)
     is_average: bool = field(default=False, repr=False)
+    watches: bool = field(default=True, repr=False)
     _handles: list[Any] = field(default_factory=list, repr=False)
     _tracked: set[str] = field(default_factory=set, repr=False)
     _off: tuple[str, ...] = field(default=(), repr=False)  # loaded off their manifolds
@@ -181,7 +184,7 @@ class Plan(NoModel):
                 f"{few(list(result))}, expected {few([key for _, key in keys])}"
             )
         for entry, key in found:
-            value = _checked_value(result[key], entry, key)
+            value = entry.checked_value(result[key], key)
             result[key] = nearest_point(self._manifold_of(entry), value)
         metadata = {name: dict(local) for name, local in getattr(state_dict, "_metadata", {}).items()}
         metadata.get(prefix.rstrip("."), {}).pop(_METADATA, None)
@@ -323,7 +326,7 @@ class Plan(NoModel):
         off = [name for name in self._off if name in absent]
         for entry, _, manifold in present:
             key = prefix + entry.name
-            value = _checked_value(state_dict[key], entry, key)
+            value = entry.checked_value(state_dict[key], key)
             if value.is_meta:
                 continue
             try:
@@ -461,6 +464,8 @@ def _guard(module: nn.Module, inputs: Any) -> None:
         plan: Plan = module.__dict__[PLAN_ATTRIBUTE]
         plan.check()
         plan.check_training()
+        if plan.watches:
+            plan.__dict__.setdefault("watch", Watch()).before_pass(module, plan.entries)
 
 
 # -- what a state dict holds ----------------------------------------------------------------------------------
@@ -471,16 +476,6 @@ def _stored_entries(text: object) -> tuple[PlanEntry, ...]:
         return Plan.from_json(cast(str, text)).entries
     except ValueError as error:
         raise ValueError(f"the plan in the metadata of the state_dict cannot be read: {error}") from error
-
-
-def _checked_value(value: object, entry: PlanEntry, key: str) -> Tensor:
-    if isinstance(value, Tensor) and value.shape == entry.shape and value.is_floating_point():
-        return value.detach()
-    found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-    raise ValueError(
-        f"{key!r} in the state_dict: expected floating-point numbers of shape {entry.shape}, got {found}; load a "
-        "checkpoint of this architecture"
-    )
 
 
 _AVERAGE = (

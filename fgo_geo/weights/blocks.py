@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.layout import WeightLayout
-from fgo_geo.weights.parts import Partition, Segments, sorted_rows
+from fgo_geo.weights.parts import Partition, Segments, entries_of, sorted_rows
 
 __all__ = ["BlockPartition"]
 
@@ -156,6 +156,11 @@ class BlockPartition(Partition):
         """Rows ``(n, a)`` and columns ``(n, b)`` of a part's blocks, in the matrix ``(D, C K)``."""
         rows, columns = self._rectangles[part]
         return rows, columns
+
+    def entries(self, part: int, chosen: Tensor) -> Tensor:
+        """Where the entries of some components of a part are."""
+        rows, columns = (lines[chosen] for lines in self.rectangles(part))
+        return entries_of(rows, columns, self.layout.in_channels * math.prod(self.layout.kernel))
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)`` in the order of the components; a block has no number per kernel."""

@@ -133,6 +133,15 @@ class KernelPartition(Partition):
         dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()
         return dense and self.layout.storage == "conv"
 
+    def entries(self, part: int, chosen: Tensor) -> Tensor:
+        """Where the entries of some kernels of a part are."""
+        kernels = chosen + sum(self.counts[:part])
+        if self.order is not None:
+            kernels = self.order.cpu()[kernels].long()
+        rows, columns = self._matrix
+        places = (kernels[:, None] * (rows * columns) + torch.arange(rows * columns)).unflatten(1, self._matrix)
+        return places.mT if self._wide else places
+
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)``, or per kernel ``(D, C)``, in the order of the components of every part."""
         if values.ndim == 1:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fgo_geo.weights.layout import WeightLayout
 
-__all__ = ["Partition", "Segments", "sorted_rows"]
+__all__ = ["Partition", "Segments", "entries_of", "sorted_rows"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,18 @@ class Partition(nn.Module, abc.ABC):
             The weight.
         """
 
+    @abc.abstractmethod
+    def entries(self, part: int, chosen: Tensor) -> Tensor:
+        """Where the entries of some components of a part are.
+
+        Args:
+            part: The part.
+            chosen: Numbers of components, shape ``(n,)``, on the CPU.
+
+        Returns:
+            Places in the channels ``(D, C, *kernel)``, flattened, shape ``(n, A, B)``.
+        """
+
     def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
         """Write ``merge(parts)`` into a weight.
 
@@ -170,6 +182,12 @@ class Partition(nn.Module, abc.ABC):
     @abc.abstractmethod
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)``, or per kernel ``(D, C)``, in the order of the components of every part."""
+
+
+def entries_of(rows: Tensor, columns: Tensor, width: int) -> Tensor:
+    """Places of rectangles ``(n, a)`` rows by ``(n, b)`` columns in a flattened matrix; tall, shape ``(n, A, B)``."""
+    places = rows.long().unsqueeze(2) * width + columns.long().unsqueeze(1)
+    return places.mT if places.shape[1] < places.shape[2] else places
 
 
 def sorted_rows(kernels: Tensor, order: Tensor | None) -> Tensor:

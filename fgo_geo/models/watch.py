@@ -1,0 +1,201 @@
+"""A look at constrained weights now and then, which notices a step by something that knows no manifold.
+
+``torch.optim.AdamW(model.parameters())`` moves constrained weights off their manifolds without a word: for torch they
+are parameters like others. So the forward passes of training look at a few components of one weight after the other,
+and warn once, with the remedy. What is looked at stays small whatever the weight's size: some components, and of large
+Stiefel and oblique matrices some columns, which lie on the same manifold.
+
+A look is a handful of small operations every 32 passes: 26 µs per pass of a ResNet-18 on average (one thread), which is
+0.03 % of a forward pass of eight images of 64 x 64, and 0.003 % at 224 x 224. On CUDA its answer is copied to the host
+behind the forward pass, and read in a later one, when it has arrived: nothing waits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import geoopt
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
+)
+
+from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, SpectralBall, Stiefel
+from fgo_geo.manifolds.embedded import point_tolerance
+from fgo_geo.manifolds.product import violation_of
+from fgo_geo.models.entry import PlanEntry
+from fgo_geo.models.surgery import parameter_of
+from fgo_geo.weights.kinds import kind_of
+
+__all__ = ["Watch", "looks_at"]
+
+_EVERY = 32
+_EARLY = (2, 4, 8, 16)  # passes in which a look is taken, too
+_COMPONENTS = 8  # of every part
+_COLUMNS = 4  # of larger matrices
+_SMALL = 4096  # entries of a component
+_LARGE = 2**18  # entries, beyond which a component that has to be seen as a whole is not looked at
+_BY_COLUMNS = (Stiefel, Oblique, SpectralBall)  # columns of a point are one, of fewer columns
+
+
+@dataclass
+class _Sample:
+    """Where to look in a weight.
+
+    Attributes:
+        of: The manifolds of its parts, another list after every change of radii.
+        device: The device of the weight.
+        places: For every part, the manifold of the components, and their entries among the weight's channels.
+    """
+
+    of: nn.Module
+    device: torch.device
+    places: list[tuple[geoopt.Manifold, tuple[Tensor, ...]]]
+
+
+@dataclass
+class _Answer:
+    """The largest violation in a look, on its way to the host."""
+
+    name: str
+    tolerance: float
+    worst: Tensor
+    arrived: torch.cuda.Event | None
+
+
+@dataclass
+class Watch:
+    """What a plan knows of its model's weights from the looks so far. Copies and pickles of it begin anew.
+
+    Attributes:
+        passes: Forward passes of training so far.
+        has_warned: Whether a weight was found off its manifold.
+    """
+
+    passes: int = 0
+    has_warned: bool = False
+    _turn: int = 0
+    _samples: dict[str, _Sample] = field(default_factory=dict[str, _Sample])
+    _answer: _Answer | None = None
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        return Watch, ()
+
+    def before_pass(self, model: nn.Module, entries: Sequence[PlanEntry]) -> None:
+        """Look at one weight, if it is time, and warn of what an earlier look has found.
+
+        Args:
+            model: The constrained model.
+            entries: What its parameters got.
+        """
+        if self.has_warned or not (model.training and torch.is_grad_enabled()):
+            return
+        self.passes += 1
+        if self._answer is not None:
+            self._read(self._answer)
+        if (self.passes % _EVERY and self.passes not in _EARLY) or _is_recorded():
+            return
+        names = [entry.name for entry in entries if entry.constrained]
+        for _ in names:
+            self._turn = (self._turn + 1) % len(names)
+            param = parameter_of(model, names[self._turn])
+            if param is not None and self._look(names[self._turn], param):
+                return
+
+    def _look(self, name: str, param: Tensor) -> bool:
+        """Begin a look at a weight; False if there is nothing to see in it."""
+        manifold = getattr(param, "manifold", None)
+        if not isinstance(manifold, ProductOfGroups) or not param.requires_grad:
+            return False
+        if param.is_meta or hasattr(param, "device_mesh"):  # no values, or some on other devices
+            return False
+        if param.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        sample = self._samples.get(name)
+        if sample is None or sample.of is not manifold.manifolds or sample.device != param.device:
+            places = looks_at(manifold, param.device)
+            sample = self._samples[name] = _Sample(manifold.manifolds, param.device, places)
+        if not sample.places:
+            return False
+        with torch.no_grad(), torch.autocast(param.device.type, enabled=False):
+            channels = manifold.layout.channels(param.detach().as_subclass(Tensor))
+            worst = torch.stack([violation_of(own, channels[places]).max() for own, places in sample.places]).max()
+        arrived = None
+        if worst.is_cuda:
+            worst, arrived = worst.to("cpu", non_blocking=True), torch.cuda.Event()
+            arrived.record()
+        self._answer = _Answer(name, point_tolerance(param.dtype), worst, arrived)
+        if arrived is None:
+            self._read(self._answer)
+        return True
+
+    def _read(self, answer: _Answer) -> None:
+        """Warn of a weight that is off its manifold, if the answer has arrived."""
+        if answer.arrived is not None and not answer.arrived.query():
+            return
+        self._answer, worst = None, float(answer.worst)
+        if not worst > answer.tolerance:
+            return
+        self.has_warned = True
+        warnings.warn(
+            f"{answer.name!r} has left its manifold in training: relative constraint violation {worst:.3g}, expected "
+            f"at most {answer.tolerance:.3g}. An optimiser that knows no manifold moves constrained weights as it "
+            "likes: use fgo_geo.RiemannianFGSGD, or keep the optimiser and call fgo_geo.on_manifolds(optimizer). "
+            "plan_of(model).project() moves all weights back to their manifolds; call it first, and after whatever "
+            "else has written to them. This is said once; constrain(..., watch=False) leaves the look out",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def looks_at(
+    manifold: ProductOfGroups, device: torch.device | None = None
+) -> list[tuple[geoopt.Manifold, tuple[Tensor, ...]]]:
+    """A few components of every part of a weight.
+
+    Args:
+        manifold: The weight's manifold.
+        device: Of the weight.
+
+    Returns:
+        Manifolds, each with an index of ``layout.channels(weight)`` that gives points of it, shape ``(n, A, B)``.
+
+    Example:
+        >>> from fgo_geo.weights.grouping import collection
+        >>> manifold = ProductOfGroups(collection(6, 4, "po", ("sphere", "euclidean")), (6, 4, 3, 3))
+        >>> [(sphere, index)] = looks_at(manifold)
+        >>> weight = manifold.random(6, 4, 3, 3)
+        >>> weight[index].shape, bool(sphere.violation(weight[index]).max() < 1e-6)
+        (torch.Size([8, 3, 3]), True)
+    """
+    generator = torch.Generator().manual_seed(0)
+    cut, layout = manifold.partition, manifold.layout
+    shape = (layout.out_channels, layout.in_channels, *layout.kernel)
+    found: list[tuple[geoopt.Manifold, tuple[Tensor, ...]]] = []
+    for number, (own, _) in enumerate(manifold.parts):
+        kind, (rows, columns) = kind_of(own), cut.sizes[number]
+        is_large = rows * columns > _SMALL
+        by_columns = is_large and type(own) in _BY_COLUMNS
+        whole = _LARGE if isinstance(own, ComponentManifold) else _SMALL  # others may take a factorisation
+        if isinstance(own, geoopt.Euclidean) or kind is None or not (by_columns or rows * columns <= whole):
+            continue
+        chosen = torch.randint(cut.counts[number], (1 if is_large else _COMPONENTS,), generator=generator)
+        entries = cut.entries(number, chosen)
+        if by_columns:
+            entries = entries[..., torch.randperm(columns, generator=generator)[:_COLUMNS]]
+        radius = own.radius if isinstance(own, ComponentManifold) else 1.0
+        if isinstance(radius, Tensor):
+            radius = radius.expand(cut.counts[number])[chosen.to(radius.device)].to(device)
+        places = tuple(index.to(device) for index in torch.unravel_index(entries, shape))
+        found.append((kind.build(radius), places))
+    return found
+
+
+def _is_recorded() -> bool:
+    """Whether operations are recorded by a mode or a transform of torch, and not run."""
+    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
+    is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    return transform is not None or _get_current_dispatch_mode() is not None or is_tracing
