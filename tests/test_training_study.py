@@ -203,7 +203,8 @@ def test_watching_shows_the_steps_and_leaves_the_run_as_it_is(tmp_path, capsys):
     losses = []
     for epoch in (1, 2):
         run.order.epoch = epoch
-        for run.progress.batch, (images, labels) in enumerate(run.batches):
+        for number, (images, labels) in enumerate(run.batches):
+            run.progress.batch = number
             sums, _ = engine.take_step(run, images, labels)
             losses.append(float(sums[0] / sums[2]))
     assert [float(line["loss"]) for line in steps] == pytest.approx(losses[:25], rel=1e-4)
