@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from fgo_geo import ProductOfGroups, RiemannianFGSGD, ScaledSphere
 from fgo_geo.grouping import collection
 from fgo_geo.optim import RobbinsMonroLR, theorem_step_bound, theorem_step_scale
-from fgo_geo.optim.base import SPIKE
-from fgo_geo.optim.step_size import momentum_gain
+from fgo_geo.optim.step_size import SPIKE, momentum_gain
 
 KNEE = math.sqrt(2) - 1
 EPS = torch.finfo(torch.float64).eps

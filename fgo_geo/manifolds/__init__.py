@@ -6,7 +6,7 @@ from torch import Tensor
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold
 from fgo_geo.manifolds.oblique import Oblique
 from fgo_geo.manifolds.product import ProductOfGroups
-from fgo_geo.manifolds.replaced import REPLACED, mark_replaced, was_replaced
+from fgo_geo.manifolds.replaced import REPLACED, mark_replaced, replaced_error, was_replaced
 from fgo_geo.manifolds.sphere import ScaledSphere
 from fgo_geo.manifolds.stiefel import Stiefel
 
@@ -31,6 +31,7 @@ __all__ = [
     "SpectralSphere",
     "Stiefel",
     "mark_replaced",
+    "replaced_error",
     "was_replaced",
 ]
 

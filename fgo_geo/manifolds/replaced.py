@@ -1,9 +1,9 @@
-"""Parameters that a model no longer has, so that an optimiser that still holds them can say so.
+"""Parameters that a model no longer has: an optimiser that still holds one raises an error.
 
-To put a weight on a manifold, or to take it off, makes a new parameter, and so does ``load_state_dict(assign=True)``.
-An optimiser that was built before would go on with the old one, whose gradient never comes, and train nothing of it
-without a word. From the first replacement on, the step of every torch optimiser looks for such parameters, once after
-each replacement.
+Constraining a weight creates a new parameter, and so do :func:`~fgo_geo.unconstrain` and
+``load_state_dict(assign=True)``. An optimiser that was built before would keep the old parameter, which gets no
+gradient, and silently not train the weight. After the first replacement, the step of every torch optimiser looks for
+such parameters, once per replacement.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["REPLACED", "mark_replaced", "was_replaced"]
+__all__ = ["REPLACED", "mark_replaced", "replaced_error", "was_replaced"]
 
 REPLACED = "_fgo_geo_replaced"
 """Name of the attribute that marks such a parameter."""
@@ -57,6 +57,22 @@ def was_replaced(param: Tensor) -> bool:
     return getattr(param, REPLACED, False)
 
 
+def replaced_error(what: str) -> RuntimeError:
+    """The error for a parameter that its model no longer has.
+
+    Args:
+        what: Optimiser and name of the parameter.
+
+    Returns:
+        The error.
+    """
+    return RuntimeError(
+        f"{what} is no parameter of its model any more: constrain, unconstrain or load_state_dict(assign=True) has put "
+        "another in its place; no parameter was changed. Build the optimiser after that, from what "
+        "model.named_parameters() gives now"
+    )
+
+
 def _refuse_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Before a step of any optimiser: raise if it holds a parameter that was replaced and gets no gradient."""
     if torch.compiler.is_compiling() or optimizer.__dict__.get(_CHECKED) == _replacements:
@@ -66,10 +82,5 @@ def _refuse_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -
             if param.grad is None and was_replaced(param):
                 names = group.get("param_names")
                 name = repr(names[index]) if names else f"param_groups[{number}]['params'][{index}]"
-                raise RuntimeError(
-                    f"{type(optimizer).__name__}: {name}, of shape {tuple(param.shape)}, is no parameter of its model "
-                    "any more: constrain, unconstrain or load_state_dict(assign=True) has put another in its place; "
-                    "no parameter was changed. Build the optimiser after that, from what model.named_parameters() "
-                    "gives now"
-                )
+                raise replaced_error(f"{type(optimizer).__name__}: {name}, of shape {tuple(param.shape)},")
     optimizer.__dict__[_CHECKED] = _replacements

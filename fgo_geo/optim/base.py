@@ -19,16 +19,13 @@ from torch import Tensor
 
 from fgo_geo.optim.finite import Measured, is_tiny, settle
 from fgo_geo.optim.groups import group_curvatures, group_norms
-from fgo_geo.optim.step_size import step_scale, theorem_step_bound
+from fgo_geo.optim.step_size import SPIKE, step_scale, theorem_step_bound
 from fgo_geo.paths.protocol import Batch, StepOptions, Weight
 from fgo_geo.paths.router import Router
 
-__all__ = ["SPIKE", "StepRequest", "Stepper", "between_graphs", "manifold_of"]
+__all__ = ["StepRequest", "Stepper", "between_graphs", "manifold_of"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-SPIKE = 10.0
-"""With ``norm="running"``, gradients longer than so many times the running norm are shortened to that."""
 
 _DECAY = 0.99  # of the running mean of R²
 
@@ -200,10 +197,30 @@ class Stepper:
         before = counts.get(more.device)
         counts[more.device] = more if before is None else before + more
 
-    # -- what became of it -----------------------------------------------------------------------------------
+    # -- state and records -----------------------------------------------------------------------------------
 
-    def step_scales(self) -> dict[Tensor, Tensor]:
-        """``τ`` of every group in the latest step, by parameter; in the order in which batches moved."""
+    def momentum_of(self, param: Tensor, point: Tensor) -> Tensor | None:
+        """The momentum of a parameter, in the type, on the device and with the strides of what is moved.
+
+        It has others when the weight was converted or moved after a step, by ``model.double()`` or ``model.to(...)``.
+
+        Args:
+            param: A parameter of the optimiser.
+            point: What a step moves: the parameter, or a copy of it in another type.
+
+        Returns:
+            The momentum, or None before the first step.
+        """
+        state = self._state.get(param)
+        buffer = None if state is None else state.get("momentum_buffer")
+        if buffer is None or state is None:
+            return None
+        if buffer.dtype != point.dtype or buffer.device != point.device or buffer.stride() != point.stride():
+            buffer = state["momentum_buffer"] = torch.empty_like(point.detach()).copy_(buffer)
+        return buffer
+
+    def step_scales(self, param_groups: Sequence[dict[str, Any]]) -> dict[Tensor, Tensor]:
+        """``τ`` of every group in the latest step, by parameter, in the order of the parameter groups."""
         scales: dict[Tensor, Tensor] = {}
         for record in self._records:
             batch, total = record.batch, sum(record.batch.counts)
@@ -216,7 +233,7 @@ class Stepper:
                 own = own.clamp_max(torch.finfo(dtype).max).to(dtype)
                 others = scales.get(owner)
                 scales[owner] = own.clone() if mask is None or others is None else torch.where(mask, own, others)
-        return scales
+        return {param: scales[param] for group in param_groups for param in group["params"] if param in scales}
 
     def left_out(self) -> int:
         """How many group steps were left out because the gradient was not finite (synchronises)."""

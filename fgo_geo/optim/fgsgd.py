@@ -1,15 +1,15 @@
 r"""FG-SGD: stochastic gradient descent on products of manifolds, with the step size of the convergence theorem.
 
-:class:`RiemannianFGSGD` validates options, keeps state, and collects weights with their gradients and momentum. The
-step is in :mod:`fgo_geo.optim.base`, its formulas in :mod:`fgo_geo.paths.reference` and
-:mod:`fgo_geo.optim.step_size`. Parameters without a constraint take the step of :class:`torch.optim.SGD`.
+:class:`RiemannianFGSGD` is the optimiser as torch knows it: options, state, and in every step the weights with their
+gradients and momentum. The step itself is in :mod:`fgo_geo.optim.base`, its formulas in
+:mod:`fgo_geo.paths.reference` and :mod:`fgo_geo.optim.step_size`, and what the options mean to a step in
+:mod:`fgo_geo.optim.options`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, overload
 
 import geoopt
 import torch
@@ -17,17 +17,14 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fgo_geo.linalg import reads_for_free
-from fgo_geo.manifolds import REPLACED
-from fgo_geo.optim.base import SPIKE, Stepper, StepRequest, between_graphs, manifold_of
-from fgo_geo.optim.options import OPTIONS, Norm, check_options
+from fgo_geo.manifolds import REPLACED, replaced_error
+from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
+from fgo_geo.optim.options import OPTIONS, Norm, check_options, fill_in, step_options
 from fgo_geo.optim.points import HALF, Masters, StepScales, check_point, name_in, parameters_given
-from fgo_geo.optim.step_size import longest_step
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 
 __all__ = ["RiemannianFGSGD"]
 
-_Group: TypeAlias = dict[str, Any]
 _NAME = "RiemannianFGSGD"
 
 
@@ -40,10 +37,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     gradient.
 
     Works for every manifold of Geoopt. Plain parameters and those on :class:`geoopt.Euclidean` take the step of
-    :class:`torch.optim.SGD`, bit for bit. ``p.grad`` is read, never written. Weight decay acts where it means
-    something: on plain parameters and on Geoopt's own manifolds; on spheres, oblique and Stiefel manifolds it is
-    radial and projects to zero. Momentum on a manifold takes the type and the device of a weight that was converted or
-    moved between steps (``model.double()``), as loading a ``state_dict`` would.
+    :class:`torch.optim.SGD`, bit for bit. ``p.grad`` is never written. Weight decay acts on plain parameters and on
+    Geoopt's own manifolds; on spheres, oblique and Stiefel manifolds it is radial and projects to zero. If a weight is
+    converted or moved between steps (``model.double()``), its momentum follows.
 
     Args:
         params: Parameters, named parameters or parameter groups.
@@ -52,33 +48,27 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         dampening: Dampening of the momentum.
         weight_decay: Weight decay (L2 penalty).
         nesterov: Nesterov momentum; needs momentum and zero dampening.
-        stabilize: Project points and momentum every so many steps (None: never; the steps themselves correct
-            rounding drift).
+        stabilize: Project points and momentum every so many steps; None: never, as steps correct rounding drift.
         step_size: ``"theorem"`` divides by ``τ``; ``"constant"`` does not; ``"angle"`` turns every group by ``angle``
             radians per unit of learning rate (Euclidean components take a constant step).
         angle: The angle, for ``step_size="angle"``.
-        norm: Which norm ``τ`` is computed from: ``"batch"`` takes that of this gradient, as [Ozay2019]_ does;
-            ``"running"`` a mean over earlier steps, so that on average steps point along the mean gradient. There,
-            gradients that would break the bound on a step ten times are shortened to that, see
-            :meth:`shortened_gradients`.
+        norm: The norm that ``τ`` is computed from: ``"batch"`` is that of this gradient, as in [Ozay2019]_;
+            ``"running"`` is a mean over earlier steps, with which steps point along the mean gradient on average.
+            Steps of more than ten times the bound are then shortened to that, see :meth:`shortened_gradients`.
         rho: Bound ``ρ`` on the geodesic distance to the minimum.
         curvature: Bound ``c`` on the sectional curvature; None for eq. 7 (``c <= 1``), ``"manifold"`` for our
             manifolds' own ``1/r²`` (zero on Euclidean components, one on Geoopt's manifolds).
-        radius_invariant: Measure ``R`` on the manifold of radius one. Training at radius ``r`` is then the same as
-            training at radius one with the weight multiplied by ``r`` in the forward pass; eq. 7 as printed measures
-            ``R`` where the weight lives.
+        radius_invariant: Measure ``R`` on the manifold of radius one, so that training at radius ``r`` is training at
+            radius one with ``r`` times the weight in the forward pass. Eq. 7 measures ``R`` at the weight itself.
         update: ``"retraction"`` or ``"exponential"`` (map).
         adapt_euclidean: Divide by ``τ`` on plain parameters too.
-        check_finite: Raise on a gradient on a manifold that is not finite, before anything has changed. None checks
-            where reading the answer is free: on the CPU. Elsewhere such a group takes no gradient in this step, stays
-            on its manifold, and is counted in :meth:`skipped_groups`. Plain parameters are not checked, as in
-            :class:`torch.optim.SGD`, unless they are adapted.
-        master_weights: Keep a copy of half-precision weights on manifolds in single precision, in the state, and step
-            that: a step of less than a rounding unit of the weight is not lost. Without it, steps are computed in
-            single precision and rounded.
+        check_finite: Raise on a gradient on a manifold that is not finite, before anything has changed. None does so
+            on the CPU; elsewhere such a group gets no gradient in this step, stays on its manifold, and is counted in
+            :meth:`skipped_groups`. Plain parameters are checked only if they are adapted.
+        master_weights: Step a single-precision copy of half-precision weights on manifolds, kept in the state, so that
+            rounding does not lose small steps. Otherwise steps are computed in single precision and rounded.
         maximize: Ascend instead of descend.
-        foreach: For plain parameters, as in :class:`torch.optim.SGD`.
-        fused: For plain parameters, as in :class:`torch.optim.SGD`.
+        foreach, fused: For plain parameters, as in :class:`torch.optim.SGD`.
 
     Raises:
         TypeError: If ``params`` is a module or another thing that holds no parameters, or a number is none.
@@ -155,17 +145,13 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         """Forget what was kept from step to step."""
         self._stepper = Stepper(_NAME, self._name_of, self.state)
         self._masters = Masters(self.state)
-        self._checked: dict[int, list[Any]] = {}  # options that were checked already, by parameter group
+        self._options: dict[int, tuple[dict[str, Any], list[Any], StepOptions]] = {}  # of every group's latest step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._stabilize = self.defaults["stabilize"]
-        for option, value in _LATER_OPTIONS.items():
-            self.defaults.setdefault(option, value)
-        for group in self.param_groups:  # a checkpoint of torch.optim.SGD or of Geoopt knows fewer options
-            group.setdefault("longest_step", math.inf)  # its buffers may be of any length
-            for option, value in self.defaults.items():
-                group.setdefault(option, value)
+        for group in self.param_groups:
+            fill_in(self.defaults, group)
             group.update(check_options(group, _NAME))
         self._begin()
 
@@ -176,12 +162,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; what belongs to half-precision weights keeps its own precision."""
         super().load_state_dict(state_dict)
-        numbers = [n for group in state_dict["param_groups"] for n in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for number, param in zip(numbers, params, strict=True):
-            if param.dtype in HALF and manifold_of(param) is not None:
-                for name, value in state_dict["state"].get(number, {}).items():
-                    self.state[param][name] = value.to(param.device, copy=True) if isinstance(value, Tensor) else value
+        self._masters.load(self.param_groups, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, after checking its options and that its points lie on their manifolds.
@@ -222,25 +203,19 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
         Raises:
             ValueError: If an option that was changed since the last step is out of range. Nothing has changed then.
-            RuntimeError: If a gradient is sparse, or :func:`~fgo_geo.constrain` or :func:`~fgo_geo.unconstrain` has
-                replaced a parameter since. Nothing has changed then.
+            RuntimeError: If a gradient is sparse, or a parameter was replaced since, as by :func:`~fgo_geo.constrain`.
+                Nothing has changed then.
             FloatingPointError: If a gradient on a manifold is not finite and ``check_finite`` applies. Nothing has
                 changed then.
 
-        Anything else that is raised on the way, by a manifold of your own or by Ctrl-C, leaves every parameter as it
-        was before its step or after it.
+        Any other exception, from a manifold of your own or by Ctrl-C, leaves every parameter as it was before its step
+        or after it.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for number, group in enumerate(self.param_groups):
-            values = [group[name] for name in OPTIONS]
-            if isinstance(group["lr"], Tensor) or self._checked.get(number) != values:
-                group.update(check_options(group, _NAME, _SINCE.format(number)))
-                values = [group[name] for name in OPTIONS]
-                self._checked[number] = values
-        self._stepper.step([self._request(group) for group in self.param_groups])
+        self._stepper.step([self._request(*numbered) for numbered in enumerate(self.param_groups)])
         for group in self.param_groups:
             for param in group["params"] if group["master_weights"] else ():
                 if param.dtype in HALF:
@@ -256,25 +231,16 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
         Returns:
             For every parameter on a manifold that had a gradient (with ``adapt_euclidean``, for plain ones too), in
-            the order of the parameters, a tensor with one ``τ`` per group, on the parameter's device. Reading it is
-            the caller's synchronisation, not the step's. Empty before the first step.
+            their order, a tensor with one ``τ`` per group, on the parameter's device. Empty before the first step.
         """
-        scales = self._stepper.step_scales()
-        params = [param for group in self.param_groups for param in group["params"] if param in scales]
-        return StepScales({param: scales[param] for param in params}, self)
+        return StepScales(self._stepper.step_scales(self.param_groups), self)
 
     def skipped_groups(self) -> int:
-        """How many group steps were left out because the gradient was not finite (synchronises).
-
-        Counted since the optimiser was built, or was given a ``state_dict``.
-        """
+        """How many steps of groups were skipped since the optimiser was built (synchronises)."""
         return self._stepper.left_out()
 
     def shortened_gradients(self) -> int:
-        """How many gradients of groups were shortened under ``norm="running"`` (synchronises).
-
-        Counted since the optimiser was built, or was given a ``state_dict``.
-        """
+        """How many gradients ``norm="running"`` has shortened since the optimiser was built (synchronises)."""
         return self._stepper.shortened()
 
     @torch.no_grad()
@@ -286,50 +252,34 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         """
         for param in group["params"]:
             manifold = manifold_of(param)
-            if manifold is None:
-                continue
-            point = self.state.get(param, {}).get("master", param)
-            point.copy_(manifold.projx(point))
-            if point is not param:
-                param.copy_(point)
-                self._masters.written(param)
-            buffer = self._momentum_of(param, point)
-            if buffer is not None:
-                buffer.copy_(manifold.proju(point, buffer))
+            if manifold is not None:
+                point = self._masters.project(param, manifold)
+                buffer = self._stepper.momentum_of(param, point)
+                if buffer is not None:
+                    buffer.copy_(manifold.proju(point, buffer))
 
     # -- what a step works on --------------------------------------------------------------------------------
 
     def _name_of(self, param: Tensor) -> str:
         return name_in(self, param)
 
-    def _request(self, group: _Group) -> StepRequest:
-        """Hyper-parameters and weights of a parameter group, after checking what can be refused at once."""
-        lr, curvature = group["lr"], group["curvature"]
-        options = StepOptions(
-            lr=lr if isinstance(lr, Tensor) and not reads_for_free(lr) else float(lr),
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            nesterov=group["nesterov"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-            step_size=group["step_size"],
-            rho=group["rho"],
-            curvature=1.0 if curvature is None else None if curvature == "manifold" else curvature,
-            angle=group["angle"],
-            radius_invariant=group["radius_invariant"],
-            update=group["update"],
-            longest_step=_longest_step(group),
-            foreach=group["foreach"],
-            fused=group["fused"],
-        )
+    def _options_of(self, number: int, group: dict[str, Any]) -> StepOptions:
+        """The hyper-parameters of a group, checked and made anew if they differ from those of its latest step."""
+        known, values = self._options.get(number), [group[name] for name in OPTIONS]
+        if known is not None and known[0] is group and known[1] == values and not isinstance(group["lr"], Tensor):
+            return known[2]
+        group.update(check_options(group, _NAME, number))
+        options = step_options(group)
+        self._options[number] = group, [group[name] for name in OPTIONS], options
+        return options
+
+    def _request(self, number: int, group: dict[str, Any]) -> StepRequest:
+        """What a parameter group passes to a step: options, and the weights with gradients and their momentum."""
+        options = self._options_of(number, group)
         weights: list[Weight] = []
         for param in group["params"]:
             if getattr(param, REPLACED, False):
-                raise RuntimeError(
-                    f"{_NAME}: {self._name_of(param)} is no parameter of its model any more: constrain or unconstrain "
-                    "has put another in its place; no parameter was changed. Build the optimiser after that, from what "
-                    "model.named_parameters() gives now"
-                )
+                raise replaced_error(f"{_NAME}: {self._name_of(param)}")
             grad = param.grad
             if grad is None or param.numel() == 0:
                 continue
@@ -344,36 +294,6 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 manifold = self._default_manifold
             elif manifold is not None and param.dtype in HALF and group["master_weights"]:
                 point, grad = self._masters.of(param, manifold), grad.float()
-            buffer = self._momentum_of(param, point) if group["momentum"] != 0 else None
-            is_first = buffer is None and group["momentum"] != 0
-            weights.append(Weight(point, param, manifold, grad, buffer, is_first))
+            buffer = self._stepper.momentum_of(param, point) if options.momentum != 0 else None
+            weights.append(Weight(point, param, manifold, grad, buffer, buffer is None and options.momentum != 0))
         return StepRequest(options, weights, group["check_finite"], group["norm"] == "running")
-
-    def _momentum_of(self, param: Tensor, point: Tensor) -> Tensor | None:
-        """The momentum of a parameter, in the type, on the device and with the strides of what is moved.
-
-        It has others when the weight was converted or moved after a step, by ``model.double()`` or ``model.to(...)``.
-        """
-        state = self.state.get(param)
-        buffer = None if state is None else state.get("momentum_buffer")
-        if buffer is None or state is None:
-            return None
-        if buffer.dtype != point.dtype or buffer.device != point.device or buffer.stride() != point.stride():
-            buffer = state["momentum_buffer"] = torch.empty_like(point.detach()).copy_(buffer)
-        return buffer
-
-
-_SINCE = "; no parameter was changed. Look at what has set it in param_groups[{}] since the last step"
-_LATER_OPTIONS = {"angle": 1.0, "norm": "batch", "master_weights": True}  # which pickles of version 0.1.0 lack
-
-
-def _longest_step(group: _Group) -> float:
-    """Bound on the length of a step per unit of learning rate.
-
-    With momentum it never falls: what a larger momentum has put into the buffers is still there after it has dropped.
-    """
-    known = {name: group[name] for name in ("momentum", "dampening", "nesterov", "step_size", "rho")}
-    longest = longest_step(StepOptions(lr=0.0, **known), SPIKE if group["norm"] == "running" else 1.0)
-    if group["momentum"] != 0:
-        longest = group["longest_step"] = max(longest, group["longest_step"])
-    return longest

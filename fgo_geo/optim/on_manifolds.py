@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from fgo_geo.linalg import reads_for_free
-from fgo_geo.manifolds import REPLACED
+from fgo_geo.manifolds import REPLACED, replaced_error
 from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
 from fgo_geo.optim.points import StepScales, check_point, name_in
 from fgo_geo.optim.step_size import longest_step
@@ -221,12 +221,10 @@ class OnManifolds:
 
     def step_scales(self) -> dict[Tensor, Tensor]:
         """The divisors ``τ`` of the latest step: for every parameter on a manifold, one per group."""
-        scales = self._stepper.step_scales()
-        params = (param for group in self.optimizer.param_groups for param in group["params"])
-        return StepScales({param: scales[param] for param in params if param in scales}, self.optimizer)
+        return StepScales(self._stepper.step_scales(self.optimizer.param_groups), self.optimizer)
 
     def skipped_groups(self) -> int:
-        """How many group steps were left out because the displacement was not finite (synchronises)."""
+        """How many group steps were skipped because the displacement was not finite (synchronises)."""
         return self._stepper.left_out()
 
     def __repr__(self) -> str:
@@ -266,11 +264,7 @@ class OnManifolds:
         """Raise if a parameter cannot be stepped; points are checked once."""
         for param in group["params"]:
             if getattr(param, REPLACED, False):
-                raise RuntimeError(
-                    f"on_manifolds: {self._name_of(param)} is no parameter of its model any more: constrain or "
-                    "unconstrain has put another in its place; no parameter was changed. Build the optimiser after "
-                    "that, from what model.named_parameters() gives now"
-                )
+                raise replaced_error(f"on_manifolds: {self._name_of(param)}")
             if manifold_of(param) is None or param in self._checked:
                 continue
             if "lr" not in group:

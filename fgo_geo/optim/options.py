@@ -1,38 +1,86 @@
-"""Checks of the options of a parameter group: when it is added, and before every step, as schedules change them."""
+"""The options of a parameter group: their defaults, their checks, and what a step reads of them.
+
+A parameter group is a dictionary that schedules, users and checkpoints write to. :func:`fill_in` adds the options that
+an old checkpoint lacks, :func:`check_options` refuses values that are out of range, and :func:`step_options` makes the
+frozen :class:`~fgo_geo.paths.protocol.StepOptions` of a step. The last two run when a group is added, and in a step
+whose options differ from those of the step before.
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from fgo_geo.linalg import reads_for_free
-from fgo_geo.paths.protocol import StepSize, Update
+from fgo_geo.optim.step_size import SPIKE, longest_step
+from fgo_geo.paths.protocol import StepOptions, StepSize, Update
 from fgo_geo.weights.words import small
 
-__all__ = ["OPTIONS", "Norm", "check_options"]
+__all__ = ["OPTIONS", "Norm", "check_options", "fill_in", "step_options"]
 
 Norm = Literal["batch", "running"]
 
-OPTIONS = (
-    *("lr", "momentum", "dampening", "weight_decay", "nesterov", "foreach", "fused", "stabilize"),
-    *("step_size", "angle", "norm", "rho", "curvature", "radius_invariant", "update"),
+_PASSED_ON = (
+    *("momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "fused"),
+    *("step_size", "angle", "rho", "radius_invariant", "update"),
 )
-"""Names of the options that :func:`check_options` reads."""
+OPTIONS = ("lr", *_PASSED_ON, "norm", "curvature", "stabilize")
+"""Names of the options that :func:`check_options` and :func:`step_options` read."""
+
+_LATER = {"angle": 1.0, "norm": "batch", "master_weights": True}  # options that version 0.1.0 did not have
 
 _CHOICES = {"step_size": get_args(StepSize), "update": get_args(Update), "norm": get_args(Norm)}
 
 
-def check_options(options: Mapping[str, Any], optimizer: str, since: str = "") -> dict[str, Any]:
+def fill_in(defaults: dict[str, Any], group: dict[str, Any]) -> None:
+    """Add the options that a group lacks, which an earlier version, torch's SGD or Geoopt has written.
+
+    Args:
+        defaults: The optimiser's defaults; options that are newer than they are join them.
+        group: The parameter group.
+    """
+    for option, value in _LATER.items():
+        defaults.setdefault(option, value)
+    group.setdefault("longest_step", math.inf)  # momentum may have any length
+    for option, value in defaults.items():
+        group.setdefault(option, value)
+
+
+def step_options(group: dict[str, Any]) -> StepOptions:
+    """The hyper-parameters of a step.
+
+    With momentum, the bound on the length of a step never falls: momentum of earlier steps is still in the buffers
+    after the factor has dropped. The bound is kept in the group, as ``"longest_step"``.
+
+    Args:
+        group: A parameter group, checked.
+
+    Returns:
+        A frozen record.
+    """
+    lr, curvature = group["lr"], group["curvature"]
+    known = {name: group[name] for name in _PASSED_ON}
+    rate = lr if isinstance(lr, Tensor) and not reads_for_free(lr) else float(lr)
+    bound = 1.0 if curvature is None else None if curvature == "manifold" else curvature
+    options = StepOptions(lr=rate, curvature=bound, **known)
+    longest = longest_step(options, SPIKE if group["norm"] == "running" else 1.0)
+    if options.momentum != 0:
+        longest = group["longest_step"] = max(longest, group["longest_step"])
+    return replace(options, longest_step=longest)
+
+
+def check_options(options: Mapping[str, Any], optimizer: str, number: int | None = None) -> dict[str, Any]:
     """Raise if an option is out of range; words are read in any case of letters.
 
     Args:
         options: All options of a parameter group.
         optimizer: Name of the optimiser, for messages.
-        since: What to add to messages, of options that were changed.
+        number: Number of the group in a step, for messages; None if it is new.
 
     Returns:
         The options that are words, in small letters.
@@ -50,6 +98,10 @@ def check_options(options: Mapping[str, Any], optimizer: str, since: str = "") -
         TypeError: RiemannianFGSGD: lr must be a number, got '0.1'; write it without quotes
     """
     words = {name: small(options[name]) for name in (*_CHOICES, "curvature")}
+    where = f"param_groups[{number}]"
+    since = (
+        "" if number is None else f"; no parameter was changed. Look at what has set it in {where} since the last step"
+    )
 
     def require(holds: bool, what: str, name: str) -> None:
         if not holds:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import geoopt
@@ -147,3 +147,27 @@ class Masters:
     def written(self, param: Tensor) -> None:
         """Remember that the weight is its copy, rounded."""
         self._versions[param] = param._version
+
+    def project(self, param: Tensor, manifold: geoopt.Manifold) -> Tensor:
+        """Project a weight onto its manifold; returns what a step moves: the weight, or its copy."""
+        point: Tensor = self._state.get(param, {}).get("master", param)
+        point.copy_(manifold.projx(point))
+        if point is not param:
+            param.copy_(point)
+            self.written(param)
+        return point
+
+    def load(self, param_groups: Sequence[dict[str, Any]], state_dict: dict[str, Any]) -> None:
+        """Load the state of half-precision weights on manifolds again, which torch has rounded to their type.
+
+        Args:
+            param_groups: Those of the optimiser.
+            state_dict: What the optimiser has loaded.
+        """
+        numbers = (number for group in state_dict["param_groups"] for number in group["params"])
+        params = (param for group in param_groups for param in group["params"])
+        for number, param in zip(numbers, params, strict=True):
+            if param.dtype in HALF and manifold_of(param) is not None:
+                for name, value in state_dict["state"].get(number, {}).items():
+                    copy = value.to(param.device, copy=True) if isinstance(value, Tensor) else value
+                    self._state[param][name] = copy

@@ -20,7 +20,10 @@ from torch import Tensor
 from fgo_geo.linalg import computes_in_float32
 from fgo_geo.paths.protocol import StepOptions
 
-__all__ = ["longest_step", "momentum_gain", "step_scale", "theorem_step_bound", "theorem_step_scale"]
+__all__ = ["SPIKE", "longest_step", "momentum_gain", "step_scale", "theorem_step_bound", "theorem_step_scale"]
+
+SPIKE = 10.0
+"""With ``norm="running"``, longer steps than this many times the bound are shortened to that."""
 
 
 @computes_in_float32
