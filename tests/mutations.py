@@ -68,7 +68,7 @@ MUTANTS = [
         ("total = torch.addcmul(scaled, column, row, value=-alpha, out=out)", "total = torch.addcmul(scaled, column, row, value=alpha, out=out)"),
         ("precise=True), radius**2, out=out)", "precise=True), radius, out=out)"),
         ("excess.diagonal(dim1=-2, dim2=-1).sub_(1)", "excess.diagonal(dim1=-2, dim2=-1).add_(1)"),
-        ("return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())", "return torch.where(zero, 1, torch.where(zero, 1, squared).sqrt())"),
+        ("return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())", "return torch.where(zero, 1, torch.where(zero, 1, x).sqrt())"),
     ),
     *in_file(
         "linalg/newton_schulz.py",
@@ -118,15 +118,22 @@ MUTANTS = [
         "norms",
         ("return torch.linalg.vector_norm(x, dim=-1).sum(-1)", "return torch.linalg.vector_norm(x, dim=-2).sum(-1)"),
         ("labels.long(), x @ x.mT)", "labels.long(), x.mT @ x)"),
-        ("two_to_one=_sqrt(row_squares).sum(-1),", "two_to_one=_sqrt(row_squares.sum(-1)),"),
+        ("two_to_one=root_or_zero(row_squares).sum(-1),", "two_to_one=root_or_zero(row_squares.sum(-1)),"),
+    ),
+    *in_file(
+        "linalg/spectral.py",
+        "norms",
         ("torch.linalg.eigvalsh(chunk)[:, -1]", "torch.linalg.eigvalsh(chunk)[:, 0]"),
         ("log_scale = 2 * (log_scale + norm.log())", "log_scale = log_scale + norm.log()"),
         ("((log_norm + log_scale) / 2**iterations).exp()", "((log_norm + log_scale) / 2 ** (iterations + 1)).exp()"),
+    ),
+    *in_file(
+        "weights/operator_norms.py",
+        "norms",
         (".amax(-1) * math.sqrt(math.prod(overlaps)),", ".amax(-1),"),
         ("taps = torch.arange(x.shape[dim], device=x.device) * d", "taps = torch.arange(x.shape[dim], device=x.device)"),
         ("reach = dilation * (kernel - 1)\n", "reach = kernel - 1\n"),
         ("torus = _divide_up(n + max(before, overhang), stride) * stride", "torus = _divide_up(n, stride) * stride"),
-        ("return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())", "return torch.where(zero, 0, torch.where(zero, 1, x))"),
     ),
     *in_file(
         "weights/radius.py",

@@ -47,6 +47,7 @@ FILES = {
         "precision.py",
         "products.py",
         "smooth.py",
+        "spectral.py",
         "values.py",
         "workspace.py",
     ],
@@ -136,6 +137,7 @@ FILES = {
         "kinds.py",
         "layout.py",
         "norms.py",
+        "operator_norms.py",
         "parts.py",
         "radius.py",
         "words.py",
@@ -145,7 +147,6 @@ FILES = {
 # Files of more than 500 lines, each with the reason why it is one room and not several.
 LONGER = {
     "fgo_geo.weights.grouping": "the strategies, the collection that they make and its JSON, which share encoders",
-    "fgo_geo.weights.norms": "the norms of matrices, groups and convolutions, each with its docstring and example",
 }
 
 

@@ -1,6 +1,6 @@
 """Batched tensor algebra: the matrix functions that the manifolds are built from.
 
-Nothing here depends on a manifold. There are eleven modules, and each imports only those above it:
+Nothing here depends on a manifold. There are twelve modules, and each imports only those above it:
 
 * :mod:`~fgo_geo.linalg.precision`: upcasting of half precision, and full products of float32 matrices;
 * :mod:`~fgo_geo.linalg.values`: whether values can be read, and whether they are finite;
@@ -8,6 +8,7 @@ Nothing here depends on a manifold. There are eleven modules, and each imports o
 * :mod:`~fgo_geo.linalg.matmul`: products of two large matrices, by torch's BLAS or oneDNN;
 * :mod:`~fgo_geo.linalg.workspace`: memory for temporaries, kept from step to step;
 * :mod:`~fgo_geo.linalg.products`: products and sums, as long loops over the batch where it has the smallest stride;
+* :mod:`~fgo_geo.linalg.spectral`: spectral norms of matrices of any size, from Gram matrices;
 * :mod:`~fgo_geo.linalg.newton_schulz`: polar factors by matrix products alone, for matrices whose singular values are
   in a known interval;
 * :mod:`~fgo_geo.linalg.smooth`: functions with derivatives of every order, backward and forward;
@@ -33,7 +34,9 @@ from fgo_geo.linalg.newton_schulz import (
     unrefined_precision,
 )
 from fgo_geo.linalg.precision import (
+    at_least_single,
     computes_in_float32,
+    in_double,
     lowers_products,
     require_real,
     takes_full_products,
@@ -46,6 +49,7 @@ from fgo_geo.linalg.products import (
     gram_matrix,
     inner_sum,
     root_of_sum,
+    root_or_zero,
     skew,
     small_product,
     subtract_part,
@@ -53,6 +57,7 @@ from fgo_geo.linalg.products import (
     sym,
 )
 from fgo_geo.linalg.smooth import arctangent, cosine, sinc
+from fgo_geo.linalg.spectral import gram_iteration_bound, largest_eigenvalue, short_side_gram
 from fgo_geo.linalg.values import reads_for_free, require_finite, traces
 from fgo_geo.linalg.workspace import Workspace
 
@@ -61,15 +66,19 @@ __all__ = [
     "Memory",
     "Workspace",
     "arctangent",
+    "at_least_single",
     "computes_in_float32",
     "cosine",
     "frobenius_norm",
     "gram_blocks",
     "gram_excess",
+    "gram_iteration_bound",
     "gram_matrix",
     "has_closed_form",
+    "in_double",
     "inner_sum",
     "inverse_root_gap",
+    "largest_eigenvalue",
     "lowers_products",
     "matrix_exponential",
     "newton_schulz_schedule",
@@ -83,7 +92,9 @@ __all__ = [
     "require_finite",
     "require_real",
     "root_of_sum",
+    "root_or_zero",
     "series_limit",
+    "short_side_gram",
     "sinc",
     "skew",
     "small_product",

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "at_least_single",
     "computes_in_float32",
+    "in_double",
     "lowers_products",
     "multiplies_bfloat16",
     "require_real",
@@ -93,6 +95,26 @@ def require_real(dtype: torch.dtype, what: str) -> None:
         "use its real and imaginary parts (torch.view_as_real)" if dtype.is_complex else "convert it, with .float()"
     )
     raise TypeError(f"{what} has dtype {dtype}, expected a real floating-point type; {remedy}")
+
+
+def in_double(x: Tensor, what: str) -> Tensor:
+    """A tensor in double precision.
+
+    Args:
+        x: Any real tensor.
+        what: Its name, for the message.
+
+    Raises:
+        TypeError: If it is complex or holds integers.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"{what} has dtype {x.dtype}; expected a real floating-point type")
+    return x.double()
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    """The type of a result that was computed in double precision: that of the input, or float32 where it is half."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _computing_in_float32(function: Callable[_P, _R], only_real: bool) -> Callable[_P, _R]:

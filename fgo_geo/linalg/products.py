@@ -27,6 +27,7 @@ __all__ = [
     "gram_matrix",
     "inner_sum",
     "root_of_sum",
+    "root_or_zero",
     "skew",
     "small_product",
     "subtract_part",
@@ -327,10 +328,24 @@ def root_of_sum(a: Tensor, dim: tuple[int, ...]) -> Tensor:
         tensor([5.])
     """
     squared = inner_sum(a, a, dim)
-    if not is_differentiated(squared) and reads_for_free(squared):
-        return squared.sqrt()
-    zero = squared == 0
-    return torch.where(zero, 0, torch.where(zero, 1, squared).sqrt())
+    return squared.sqrt() if not is_differentiated(squared) and reads_for_free(squared) else root_or_zero(squared)
+
+
+def root_or_zero(x: Tensor) -> Tensor:
+    """Square root where ``x`` is positive, and zero elsewhere; so is its derivative.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        Roots.
+
+    Example:
+        >>> root_or_zero(torch.tensor([4.0, 0.0, -1e-9]))
+        tensor([2., 0., 0.])
+    """
+    zero = x <= 0
+    return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
 
 
 _LONG_LINE = 2**13  # numbers; over more, torch's vector_norm is off by more than 1e-6
