@@ -26,17 +26,16 @@ from __future__ import annotations
 import abc
 import enum
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 import geoopt
 import torch
 from torch import Tensor
 
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
-from fgo_geo.paths.rules import Rule, momentum_sgd
+from fgo_geo.paths.rules import StepOptions, StepSize, Update
 
 __all__ = [
     "Batch",
@@ -52,50 +51,7 @@ __all__ = [
     "configuration_of",
 ]
 
-StepSize = Literal["theorem", "constant", "angle"]
-Update = Literal["retraction", "exponential"]
 Configuration: TypeAlias = tuple[object, int]
-
-
-@dataclass(frozen=True)
-class StepOptions:
-    """The hyper-parameters of one step, of one parameter group.
-
-    Attributes:
-        lr: Learning rate; a tensor where reading it would wait for the device.
-        momentum: Momentum factor.
-        dampening: Dampening of the momentum.
-        nesterov: Nesterov momentum.
-        weight_decay: Weight decay of plain parameters and Euclidean components.
-        maximize: Ascend instead of descend.
-        step_size: How the factor ``1/τ`` follows from ``R``.
-        rho: Bound on the distance to the minimum.
-        curvature: Bound on the sectional curvature; None for the manifolds' own.
-        angle: With ``step_size="angle"``, radians per unit of learning rate.
-        radius_invariant: Measure ``R`` on the manifolds of radius one.
-        update: Move along the retraction or the exponential map.
-        longest_step: Bound on the length of a step per unit of learning rate; infinite if there is none.
-        foreach: For plain parameters, as in :class:`torch.optim.SGD`.
-        fused: For plain parameters, as in :class:`torch.optim.SGD`.
-        rule: How gradient and buffer become a direction.
-    """
-
-    lr: float | Tensor
-    momentum: float = 0.0
-    dampening: float = 0.0
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    maximize: bool = False
-    step_size: StepSize = "constant"
-    rho: float = 1.0
-    curvature: float | None = 1.0
-    angle: float = 1.0
-    radius_invariant: bool = False
-    update: Update = "retraction"
-    longest_step: float = math.inf
-    foreach: bool | None = None
-    fused: bool | None = None
-    rule: Rule = momentum_sgd
 
 
 @dataclass(eq=False, slots=True)

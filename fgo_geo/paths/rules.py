@@ -1,18 +1,20 @@
-r"""Rules: how a tangent gradient and what an optimiser remembers become a direction.
+r"""Rules: the direction of a step, from a tangent gradient and a buffer; and the hyper-parameters of a step.
 
-A rule is one pure function of a point, its tangent gradient and a buffer. Everything else of a step (projection, norms,
-step size, retraction) is the same for every rule. The fused paths know :func:`momentum_sgd` alone, and with momentum
-zero the displacement that another optimiser proposes is a gradient for it (:func:`fgo_geo.on_manifolds`). A rule of
-your own takes the reference path.
+A rule is one pure function of a point, its tangent gradient, a buffer and the :class:`StepOptions`. All other parts of
+a step (projection, norms, step size, retraction) are the same for every rule. The fused paths implement
+:func:`momentum_sgd` alone; a rule of your own takes the reference path. For :func:`fgo_geo.on_manifolds` the
+displacement of another optimiser is the gradient, with momentum zero.
 
-Momentum is transported by projection, and lazily: the buffer is projected at the start of the next step, when the
-target's tangent space is known, rather than at the end of this one. The numbers are the same; a stored buffer is
-tangent at the point that its step started from. Manifolds of Geoopt define another transport, at the end of the step.
+Momentum is transported by projection at the start of the next step, when the tangent space of the new point is known,
+and not at the end of this one. The numbers are the same; a stored buffer is tangent at the point that its step started
+from. Manifolds of Geoopt define another transport, at the end of the step.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import math
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import geoopt
 import torch
@@ -20,10 +22,10 @@ from torch import Tensor
 
 from fgo_geo.manifolds import EmbeddedManifold
 
-if TYPE_CHECKING:
-    from fgo_geo.paths.protocol import StepOptions
+__all__ = ["Rule", "StepOptions", "StepSize", "Update", "momentum_sgd"]
 
-__all__ = ["Rule", "momentum_sgd"]
+StepSize = Literal["theorem", "constant", "angle"]
+Update = Literal["retraction", "exponential"]
 
 
 class Rule(Protocol):
@@ -53,7 +55,6 @@ def momentum_sgd(
 
     Example:
         >>> from fgo_geo import ScaledSphere
-        >>> from fgo_geo.paths.protocol import StepOptions
         >>> x, g, b = torch.tensor([[1.0, 0.0], [0.0, 4.0], [5.0, 2.0]])
         >>> momentum_sgd(ScaledSphere(), x, g, b, StepOptions(lr=0.1, momentum=0.5))[0]
         tensor([0., 5.])
@@ -67,3 +68,44 @@ def momentum_sgd(
         own = (1 - options.dampening) * grad if options.dampening else grad
         buffer = torch.add(own, carried, alpha=options.momentum)
     return (grad + options.momentum * buffer if options.nesterov else buffer), buffer
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """The hyper-parameters of one step, of one parameter group.
+
+    Attributes:
+        lr: Learning rate; a tensor where reading it would wait for the device.
+        momentum: Momentum factor.
+        dampening: Dampening of the momentum.
+        nesterov: Nesterov momentum.
+        weight_decay: Weight decay of plain parameters and Euclidean components.
+        maximize: Ascend instead of descend.
+        step_size: How the factor ``1/τ`` follows from ``R``.
+        rho: Bound on the distance to the minimum.
+        curvature: Bound on the sectional curvature; None for the manifolds' own.
+        angle: With ``step_size="angle"``, radians per unit of learning rate.
+        radius_invariant: Measure ``R`` on the manifolds of radius one.
+        update: Move along the retraction or the exponential map.
+        longest_step: Bound on the length of a step per unit of learning rate; infinite if there is none.
+        foreach: For plain parameters, as in :class:`torch.optim.SGD`.
+        fused: For plain parameters, as in :class:`torch.optim.SGD`.
+        rule: How gradient and buffer become a direction.
+    """
+
+    lr: float | Tensor
+    momentum: float = 0.0
+    dampening: float = 0.0
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    maximize: bool = False
+    step_size: StepSize = "constant"
+    rho: float = 1.0
+    curvature: float | None = 1.0
+    angle: float = 1.0
+    radius_invariant: bool = False
+    update: Update = "retraction"
+    longest_step: float = math.inf
+    foreach: bool | None = None
+    fused: bool | None = None
+    rule: Rule = momentum_sgd

@@ -21,40 +21,33 @@ With *filter components* all weights of one output channel are one component, an
 ``"pi"`` splits them into K subsets, one group per kind; with ``"po"`` every output channel is a group, and the kinds
 share these groups; ``"pio"`` does ``"po"`` on one half of the output channels and ``"pi"`` on the other.
 
-How the pieces compose: every strategy is made of one operation, :func:`_assign`, which assigns the
-members of many lines to K kinds in balanced shares, in index order or in random order. It gives the
-kind numbers of cells that are grouped by output channel and of cells that are grouped by input
-channel, and a mask distinguishes the two. A :class:`Collection` stores these three arrays, about one
-byte per kernel, and computes its groups, which are rectangles of the grid, on demand. Nothing loops
-over cells or groups, and nothing knows a weight, a module or a manifold class.
+How the pieces compose: :mod:`fgo_geo.weights.strategies` computes the kind of every cell, as three
+arrays of about one byte per kernel. A :class:`Collection` stores these arrays, computes its groups,
+which are rectangles of the grid, on demand, and writes itself as JSON. Nothing loops over cells or
+groups, and nothing knows a weight, a module or a manifold class.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
-import operator
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
-import geoopt
 import numpy as np
 from numpy.typing import NDArray
 
 from fgo_geo.weights.kinds import KindLike, UnregisteredKindError, find, kind, kinds, names
-from fgo_geo.weights.words import did_you_mean, small
+from fgo_geo.weights.strategies import STRATEGIES, Integers, KindNumbers, assign_kinds, check_arguments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["MANIFOLD_KINDS", "STRATEGIES", "Collection", "Group", "collection"]
-
-STRATEGIES = ("layer", "pi", "po", "pio")
 
 if TYPE_CHECKING:
     MANIFOLD_KINDS: tuple[str, ...]
@@ -78,10 +71,6 @@ _ARGUMENTS = (
     "components",
     "name",
 )
-_ARRAYS = ("by_output", "output_kinds", "input_kinds")
-
-_Integers: TypeAlias = NDArray[np.integer[Any]]
-_Orders: TypeAlias = Callable[[str, int, int], NDArray[np.intp]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,8 +126,8 @@ class Collection:
     components: str
     name: str
     by_output: NDArray[np.bool_]
-    output_kinds: _Integers
-    input_kinds: _Integers
+    output_kinds: Integers
+    input_kinds: Integers
 
     def __post_init__(self) -> None:
         """Make the arrays read-only."""
@@ -146,12 +135,12 @@ class Collection:
             array.setflags(write=False)
 
     @property
-    def kind_of(self) -> _Integers:
+    def kind_of(self) -> Integers:
         """Kind number of every cell, shape ``(D, C)``; built on each access."""
         return self._on_grid(np.where(self.by_output, self.output_kinds, self.input_kinds))
 
     @property
-    def group_of(self) -> _Integers:
+    def group_of(self) -> Integers:
         """Group number of every cell, shape ``(D, C)``, in the smallest dtype that holds it.
 
         It is built on each access, in time and memory proportional to the number of cells.
@@ -162,12 +151,12 @@ class Collection:
         return self._on_grid(number_of_key[self._key_of()])
 
     @property
-    def group_kinds(self) -> _Integers:
+    def group_kinds(self) -> Integers:
         """Kind number of every group, shape ``(len(groups),)``."""
         return (self._keys_and_sizes[0] % len(self.kinds)).astype(self.output_kinds.dtype)
 
     @property
-    def group_sizes(self) -> _Integers:
+    def group_sizes(self) -> Integers:
         """Number of cells of every group, shape ``(len(groups),)``."""
         return self._keys_and_sizes[1]
 
@@ -187,11 +176,11 @@ class Collection:
     def _has_filters(self) -> bool:
         return self.components == "filter"
 
-    def _on_grid(self, numbers: _Integers) -> _Integers:
+    def _on_grid(self, numbers: Integers) -> Integers:
         """Numbers of the cells, or of the filters (D, 1), for every cell."""
         return np.repeat(numbers, self.in_channels, axis=1) if self._has_filters else numbers
 
-    def _key_of(self) -> _Integers:
+    def _key_of(self) -> Integers:
         """Key of every cell, shape ``(D, C)``; of filters, which have one line more than there are, ``(D, 1)``."""
         rows, columns, n_kinds = self.out_channels, 1 if self._has_filters else self.in_channels, len(self.kinds)
         lines = np.arange(rows + columns)
@@ -205,7 +194,7 @@ class Collection:
         )
 
     @cached_property
-    def _keys_and_sizes(self) -> tuple[_Integers, _Integers]:
+    def _keys_and_sizes(self) -> tuple[Integers, Integers]:
         """Key and number of cells of every group."""
         if self._has_two_lines:
             by_row, n_kinds = self.by_output[:, 0], len(self.kinds)
@@ -246,7 +235,7 @@ class Collection:
             The text of a JSON object.
         """
         arguments = {field: getattr(self, field) for field in _ARGUMENTS}
-        arrays = {field: _pack(getattr(self, field), len(self.kinds)) for field in _ARRAYS}
+        arrays = {field: _pack(getattr(self, field), len(self.kinds)) for field in KindNumbers._fields}
         return json.dumps({"collection_version": _JSON_VERSION, **arguments, **arrays})
 
     @classmethod
@@ -283,16 +272,16 @@ class Collection:
                 f"{names()}."
             )
         try:
-            arguments = _check_arguments(**{field: stored[field] for field in _ARGUMENTS})
-            packed = {field: stored[field] for field in _ARRAYS}
+            arguments = check_arguments(**{field: stored[field] for field in _ARGUMENTS})
+            packed = {field: stored[field] for field in KindNumbers._fields}
         except KeyError as error:
             raise _damaged(f"it lacks {error}") from error
         except (TypeError, ValueError) as error:
             raise _damaged(str(error)) from error
-        in_index_order = _build(arguments, _index_orders)
-        n_kinds = len(in_index_order.kinds)
-        arrays = {field: _unpack(field, packed[field], getattr(in_index_order, field), n_kinds) for field in _ARRAYS}
-        return replace(in_index_order, **arrays)
+        in_index_order = assign_kinds(arguments, in_index_order=True)
+        for field, like in in_index_order._asdict().items():
+            arguments[field] = _unpack(field, packed[field], like, len(arguments["kinds"]))
+        return cls(**arguments)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the channel grid as in [Ozay2019]_, Figure 2.
@@ -336,7 +325,7 @@ class Collection:
         if not isinstance(other, Collection):
             return NotImplemented
         return all(getattr(self, field) == getattr(other, field) for field in _ARGUMENTS) and all(
-            np.array_equal(getattr(self, field), getattr(other, field)) for field in _ARRAYS
+            np.array_equal(getattr(self, field), getattr(other, field)) for field in KindNumbers._fields
         )
 
     def __hash__(self) -> int:
@@ -443,166 +432,17 @@ def collection(
         >>> example.group_of[0].tolist()
         [0, 0, 6, 8]
     """
-    arguments = _check_arguments(out_channels, in_channels, strategy, manifolds, selection, seed, components, name)
-    random = arguments["selection"] == "random"
-    orders = _random_orders(arguments["seed"], arguments["name"]) if random else _index_orders
-    return _build(arguments, orders)
+    arguments = check_arguments(out_channels, in_channels, strategy, manifolds, selection, seed, components, name)
+    return Collection(**arguments, **assign_kinds(arguments)._asdict())
 
 
-def _build(arguments: dict[str, Any], orders: _Orders) -> Collection:
-    """The collection of the given checked arguments, with halves and shares in the given orders."""
-    rows, columns, strategy, kinds = (arguments[field] for field in _ARGUMENTS[:4])
-    n_kinds = len(kinds)
-    if arguments["components"] == "filter":
-        by_output = _first_half(rows, "pi" if strategy == "layer" else strategy, orders)[:, None]
-        n_rows = int(by_output.sum())
-        output_kinds, input_kinds = np.zeros((2, rows, 1), np.min_scalar_type(n_kinds - 1))
-        output_kinds[by_output] = _assign("rows", 1, n_rows, n_kinds, orders)[0]
-        input_kinds[~by_output] = _assign("filters", 1, rows - n_rows, n_kinds, orders, assigned=n_rows)[0]
-    elif arguments["components"] == "block" or strategy == "layer":
-        by_output = _first_half(rows, strategy, orders)[:, None]
-        n_rows = int(by_output.sum())
-        output_kinds = np.zeros((rows, 1), np.min_scalar_type(n_kinds - 1))
-        output_kinds[by_output] = _assign("rows", 1, n_rows, n_kinds, orders)[0]
-        input_kinds = _assign("columns", 1, columns, n_kinds, orders, assigned=n_rows)
-    else:
-        by_output = _first_half(columns, strategy, orders)[None, :]
-        if strategy == "po":
-            output_kinds = _assign("rows", rows, columns, n_kinds, orders)
-            input_kinds = np.zeros((1, columns), output_kinds.dtype)
-        else:
-            n_rows = rows if strategy == "pio" else 0
-            output_kinds = np.zeros((rows, 1), np.min_scalar_type(n_kinds - 1))
-            output_kinds[:n_rows, 0] = _assign("rows", 1, n_rows, n_kinds, orders)[0]
-            by_input = ~by_output[0]
-            input_kinds = np.zeros((rows, columns), output_kinds.dtype)
-            input_kinds[:, by_input] = _assign("columns", int(by_input.sum()), rows, n_kinds, orders, assigned=n_rows).T
-    return Collection(**arguments, by_output=by_output, output_kinds=output_kinds, input_kinds=input_kinds)
-
-
-def _first_half(channels: int, strategy: str, orders: _Orders) -> NDArray[np.bool_]:
-    """Which channels' cells are grouped by output channel: none, half, or all of them."""
-    size = {"pi": 0, "pio": (channels + 1) // 2}.get(strategy, channels)
-    mask = np.zeros(channels, np.bool_)
-    mask[orders("first half", 1, channels)[0, :size]] = True
-    return mask
-
-
-def _assign(purpose: str, lines: int, members: int, n_kinds: int, orders: _Orders, assigned: int = 0) -> _Integers:
-    """Assign the members of every line to the kinds in balanced shares.
-
-    Every kind gets ``members // n_kinds`` members of a line. The ``members % n_kinds`` extra ones
-    go to the kinds in turn: each line continues with the kind after the last one that got one.
-
-    Args:
-        purpose: What the lines are, so that random draws for different purposes are independent.
-        lines: Number of lines.
-        members: Number of members of each line.
-        n_kinds: Number of kinds K.
-        orders: The order in which lines take their turns and members fall into shares.
-        assigned: Number of members that were assigned before the first line.
-
-    Returns:
-        Kind number of every member, shape ``(lines, members)``.
-    """
-    extra = members % n_kinds
-    kinds = np.arange(n_kinds, dtype=np.min_scalar_type(n_kinds - 1))
-    sorted_line = np.empty((n_kinds, members), kinds.dtype)
-    for turn in range(n_kinds):
-        shares = members // n_kinds + ((np.arange(n_kinds) - turn) % n_kinds < extra)
-        sorted_line[turn] = np.repeat(kinds, shares)
-    turns = (assigned + orders(f"turns of {purpose}", 1, lines)[0] * extra) % n_kinds
-    result = np.empty((lines, members), kinds.dtype)
-    np.put_along_axis(result, orders(purpose, lines, members), sorted_line[turns], axis=1)
-    return result
-
-
-def _index_orders(purpose: str, lines: int, members: int) -> NDArray[np.intp]:
-    """Each line's members in index order, whatever the purpose; shape ``(lines, members)``."""
-    return np.broadcast_to(np.arange(members), (lines, members))
-
-
-def _random_orders(seed: int, name: str) -> _Orders:
-    """A function that draws one permutation per line, independent for every purpose.
-
-    A permutation sorts 64-bit words of PCG64's raw stream, which NumPy guarantees for a fixed seed
-    (it guarantees no method of ``Generator``). The generator is seeded by the SHA-256 of the
-    collection's seed, its name and the purpose.
-    """
-
-    def orders(purpose: str, lines: int, members: int) -> NDArray[np.intp]:
-        key = hashlib.sha256(json.dumps([seed, name, purpose]).encode()).digest()
-        words = np.random.PCG64(int.from_bytes(key, "big")).random_raw(lines * members)
-        return np.argsort(words.reshape(lines, members), axis=1, kind="stable")
-
-    return orders
-
-
-def _check_arguments(
-    out_channels: object,
-    in_channels: object,
-    strategy: object,
-    kinds: object,
-    selection: object,
-    seed: object,
-    components: object,
-    name: object,
-) -> dict[str, Any]:
-    """The fields of a collection that :data:`_ARGUMENTS` lists, in canonical form."""
-    if strategy not in STRATEGIES and find(strategy) is not None:
-        raise ValueError(
-            f"strategy must be one of {STRATEGIES}, got {strategy!r}, which is a manifold kind: give it as manifolds, "
-            f"e.g. strategy='layer', manifolds={strategy!r}"
-        )
-    strategy = _choice("strategy", strategy, STRATEGIES)
-    if isinstance(kinds, (str, geoopt.Manifold, type)):
-        kinds = (kinds,)
-    if not isinstance(kinds, Sequence) or not kinds:
-        raise ValueError(f"manifolds must name at least one of {names()}, got {kinds!r}")
-    words = cast("Sequence[object]", kinds)
-    if strategy == "layer" and len(words) > 1:
-        raise ValueError(
-            f"strategy 'layer' puts the whole layer on one manifold, got {len(words)} manifolds: "
-            "give one of them, or use strategy 'pi', 'po' or 'pio'"
-        )
-    if not isinstance(name, str):
-        raise TypeError(f"name must be a string, the layer's name, got {name!r}")
-    return {
-        "out_channels": _integer("out_channels", out_channels, least=1),
-        "in_channels": _integer("in_channels", in_channels, least=1),
-        "strategy": strategy,
-        "kinds": tuple(kind(word).name for word in words),
-        "selection": _choice("selection", selection, ("deterministic", "random")),
-        "seed": _integer("seed", seed),
-        "components": _choice("components", components, ("kernel", "block", "filter")),
-        "name": name,
-    }
-
-
-def _choice(what: str, word: object, choices: tuple[str, ...]) -> str:
-    """The word in small letters, which must be one of the choices."""
-    if small(word) not in choices or not isinstance(word, str):
-        raise ValueError(f"{what} must be one of {choices}, got {word!r}{did_you_mean(word, choices)}")
-    return small(word)
-
-
-def _integer(what: str, number: object, least: int | None = None) -> int:
-    """The number as an int, which must be at least ``least``."""
-    if isinstance(number, bool) or not isinstance(number, SupportsIndex):
-        raise TypeError(f"{what} must be an integer, got {number!r}")
-    integer = operator.index(number)
-    if least is not None and integer < least:
-        raise ValueError(f"{what} must be at least {least}, got {integer}")
-    return integer
-
-
-def _pack(array: _Integers, n_kinds: int) -> str:
+def _pack(array: Integers, n_kinds: int) -> str:
     """Base64 text of the compressed bit planes of an array of kind numbers."""
     planes = [array & (1 << bit) for bit in range(_n_bits(n_kinds))]
     return base64.b64encode(zlib.compress(np.packbits(planes).tobytes())).decode()
 
 
-def _unpack(field: str, text: object, like: _Integers, n_kinds: int) -> _Integers:
+def _unpack(field: str, text: object, like: Integers, n_kinds: int) -> Integers:
     """The array that :func:`_pack` wrote: a rearrangement of the entries of ``like``."""
     n_bits = _n_bits(n_kinds)
     try:
