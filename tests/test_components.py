@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fgo_geo.grouping import MANIFOLD_KINDS, Collection, collection
-from fgo_geo.weights.components import FilterPartition, KernelPartition, Partition, Segments, partition
+from fgo_geo.weights.components import FilterPartition, Partition, Segments, partition
 from fgo_geo.weights.layout import WeightLayout, layout_of
 
 
@@ -301,30 +301,6 @@ def test_equal_blocks_of_one_kind_share_a_part() -> None:
     cut = partition([blocks], WeightLayout((8, 12)))
     assert cut.kinds == ("sphere", "stiefel")
     assert cut.counts == (2, 1)
-
-
-@pytest.mark.parametrize("kinds", [("sphere", "oblique", "stiefel"), ("sphere",)])
-@pytest.mark.parametrize("shape", [(8, 6, 3, 3), (8, 6, 2, 3), (8, 6, 5), (8, 1, 3, 3), (8, 6, 2, 3, 2)])
-@pytest.mark.parametrize("last", [False, True])
-def test_kernels_are_taken_into_memory_that_is_given_and_put_back(
-    kinds: tuple[str, ...], shape: tuple[int, ...], last: bool
-) -> None:
-    """The same parts as those of split, whatever the order in memory of what they come from and where they go."""
-    cut = partition([collection(*shape[:2], "pio", kinds, "random")], WeightLayout(shape))
-    assert isinstance(cut, KernelPartition)
-    weight = numbered(shape)
-    stored = weight.movedim(1, -1).contiguous().movedim(-1, 1) if last else weight
-    planes = torch.full((math.prod(shape[2:]), math.prod(shape[:2])), torch.nan, dtype=weight.dtype)
-    memory, places = torch.full_like(planes, torch.nan), cut.places(weight.device)
-    cut.take(stored, places, memory, planes)
-    for part, expected in zip(cut.parts_of(planes), cut.split(weight), strict=True):
-        assert torch.equal(part, expected)
-        assert part.data_ptr() != expected.data_ptr()
-    for target in (torch.empty_like(weight), torch.empty_like(stored)):
-        assert cut.puts_planes(target)
-        cut.put_planes_(planes, places, memory.fill_(torch.nan), target)
-        assert torch.equal(target, weight)
-    assert not cut.puts_planes(torch.zeros(*shape[:-1], 2 * shape[-1])[..., ::2])
 
 
 @given(grouped=weights, seed=st.integers(0, 99), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))

@@ -57,7 +57,9 @@ class KernelPartition(Partition):
     def split(self, weight: Tensor) -> list[Tensor]:
         """The kernels of every kind, in their order."""
         planes = _planes(self.layout.channels(weight).flatten(2))
-        return self.parts_of(_stored(_sorted_planes(planes, self.order)))
+        kernels = _stored(_sorted_planes(planes, self.order)).unflatten(0, self._matrix)
+        kernels = kernels.permute(2, 1, 0) if self._wide else kernels.permute(2, 0, 1)
+        return list(kernels.split(list(self.counts)))
 
     def merge(self, parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
         """Inverse of :meth:`split`."""
@@ -72,66 +74,28 @@ class KernelPartition(Partition):
         return layout.weight(channels.unflatten(2, layout.kernel))
 
     def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
-        """Write ``merge(parts)`` into a weight; kernels that have to be sorted are sorted into its memory, at once."""
-        if torch.compiler.is_compiling() or not self.puts_planes(weight) or parts[0].dtype != weight.dtype:
+        """Write ``merge(parts)`` into a weight; kernels that have to be sorted are sorted into its memory."""
+        is_dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()
+        takes_planes = is_dense and self.layout.storage == "conv" and parts[0].dtype == weight.dtype
+        if torch.compiler.is_compiling() or not takes_planes:
             super().put_(parts, weight)
             return
         planes = _joined_planes([(part.mT if self._wide else part).flatten(1).mT for part in parts])
-        self.put_planes_(planes, self.places(planes.device), planes.new_empty(planes.shape), weight)
-
-    # -- in given memory -------------------------------------------------------------------------------------
-
-    def places(self, device: torch.device) -> Tensor | None:
-        """Index among the components of every kernel of the weight; None if the orders agree."""
-        return None if self.inverse is None else self.inverse.to(device, torch.int64)
-
-    def take(self, weight: Tensor, places: Tensor | None, memory: Tensor, out: Tensor) -> None:
-        """Split a weight into given memory.
-
-        Args:
-            weight: The weight, in the precision of the memory.
-            places: Those of :meth:`places`.
-            memory: For temporaries, shape ``(K, n)``.
-            out: Where to put the kernels of all parts, entry by entry, shape ``(K, n)``; see :meth:`parts_of`.
-        """
-        channels = self.layout.channels(weight).flatten(2)
-        if _channels_last(channels):
-            kernels = out if places is None else memory
-            kernels.unflatten(1, channels.shape[:2]).copy_(channels.permute(2, 0, 1))
-        else:
-            kernels = channels.flatten(0, 1).mT
-            if places is None:
-                out[None].copy_(kernels[None])
-        if places is not None:
-            out.scatter_(1, places.expand(len(out), -1), kernels)
-
-    def parts_of(self, planes: Tensor) -> list[Tensor]:
-        """The components of every part, given entry by entry and stored so: views of shape ``(n, A, B)``."""
-        kernels = planes.unflatten(0, self._matrix)
-        kernels = kernels.permute(2, 1, 0) if self._wide else kernels.permute(2, 0, 1)
-        return list(kernels.split(list(self.counts)))
-
-    def put_planes_(self, planes: Tensor, places: Tensor | None, memory: Tensor, weight: Tensor) -> None:
-        """Inverse of :meth:`take`, for a weight that :meth:`puts_planes`."""
+        position = None if self.inverse is None else self.inverse.to(planes.device, torch.int64)
         channels = weight.flatten(2)
-        if not weight.is_contiguous():
-            target = channels.permute(2, 0, 1)
-            if places is None:
-                target.copy_(planes.unflatten(1, target.shape[1:]))
-            else:
-                index = places.unflatten(0, target.shape[1:]).expand_as(target)
-                torch.gather(planes.unsqueeze(1).expand(-1, len(weight), -1), 2, index, out=target)
+        if weight.is_contiguous():
+            kernels = channels.flatten(0, 1)
+            rows = kernels if position is None else torch.empty_like(kernels)
+            torch.stack(planes.unbind(), 1, out=rows)  # several times as fast as copying the transposed matrix
+            if position is not None:
+                torch.index_select(rows, 0, position, out=kernels)
             return
-        kernels = channels.flatten(0, 1)
-        rows = kernels if places is None else memory.view(kernels.shape)
-        torch.stack(planes.unbind(), 1, out=rows)  # several times as fast as copying the transposed matrix
-        if places is not None:
-            torch.index_select(rows, 0, places, out=kernels)
-
-    def puts_planes(self, weight: Tensor) -> bool:
-        """Whether planes of all kernels can be written into a weight with its strides."""
-        dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()
-        return dense and self.layout.storage == "conv"
+        target = channels.permute(2, 0, 1)
+        if position is None:
+            target.copy_(planes.unflatten(1, target.shape[1:]))
+        else:
+            index = position.unflatten(0, target.shape[1:]).expand_as(target)
+            torch.gather(planes.unsqueeze(1).expand(-1, len(weight), -1), 2, index, out=target)
 
     def entries(self, part: int, chosen: Tensor) -> Tensor:
         """Where the entries of some kernels of a part are."""
