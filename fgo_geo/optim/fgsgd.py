@@ -1,9 +1,8 @@
 r"""FG-SGD: stochastic gradient descent on products of manifolds, with the step size of the convergence theorem.
 
 :class:`RiemannianFGSGD` is the optimiser as torch knows it: options, state, and in every step the weights with their
-gradients and momentum. The step itself is in :mod:`fgo_geo.optim.base`, its formulas in
-:mod:`fgo_geo.paths.reference` and :mod:`fgo_geo.optim.step_size`, and what the options mean to a step in
-:mod:`fgo_geo.optim.options`.
+gradients and momentum. The step is in :mod:`fgo_geo.optim.base`, its options in :mod:`fgo_geo.optim.options`, its
+formulas in :mod:`fgo_geo.paths.reference` and :mod:`fgo_geo.optim.step_size`.
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
 from fgo_geo.optim.options import OPTIONS, Norm, check_options, fill_in, step_options
 from fgo_geo.optim.points import HALF, Masters, StepScales, check_point, name_in, parameters_given
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
+from fgo_geo.paths.rules import momentum_sgd
 
 __all__ = ["RiemannianFGSGD"]
-
-_NAME = "RiemannianFGSGD"
 
 
 class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
@@ -89,6 +87,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         tensor([0., 0., 1.])
     """
 
+    rule = staticmethod(momentum_sgd)  # a subclass with another rule is another optimiser, see fgo_geo.paths.rules
+
     def __init__(
         self,
         params: ParamsT,
@@ -138,21 +138,21 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             "differentiable": False,  # load_state_dict of every torch optimiser adds it
         }
         # Geoopt's constructor would drop the options that it does not know; its base class takes them all.
-        OptimMixin.__init__(self, parameters_given(params, _NAME), defaults, stabilize=stabilize)
+        OptimMixin.__init__(self, parameters_given(params, type(self).__name__), defaults, stabilize=stabilize)
         self._begin()
 
     def _begin(self) -> None:
         """Forget what was kept from step to step."""
-        self._stepper = Stepper(_NAME, self._name_of, self.state)
+        self._stepper = Stepper(type(self).__name__, self._name_of, self.state)
         self._masters = Masters(self.state)
-        self._options: dict[int, tuple[dict[str, Any], list[Any], StepOptions]] = {}  # of every group's latest step
+        self._options: dict[int, tuple[list[Any], StepOptions]] = {}  # of every group's latest step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._stabilize = self.defaults["stabilize"]
         for group in self.param_groups:
             fill_in(self.defaults, group)
-            group.update(check_options(group, _NAME))
+            group.update(check_options(group, type(self).__name__))
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -174,12 +174,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             ValueError: If an option is out of range, or a parameter does not lie on its manifold.
         """
         stabilize = param_group.get("stabilize", self._stabilize)
-        words = check_options({**self.defaults, "stabilize": stabilize, **param_group}, _NAME)
+        words = check_options({**self.defaults, "stabilize": stabilize, **param_group}, type(self).__name__)
         super().add_param_group({**param_group, **words})
         added = self.param_groups[-1]
         try:
             for param in added["params"]:
-                check_point(param, f"{_NAME}: {self._name_of(param)}", added["step_size"])
+                check_point(param, f"{type(self).__name__}: {self._name_of(param)}", added["step_size"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -266,11 +266,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     def _options_of(self, number: int, group: dict[str, Any]) -> StepOptions:
         """The hyper-parameters of a group, checked and made anew if they differ from those of its latest step."""
         known, values = self._options.get(number), [group[name] for name in OPTIONS]
-        if known is not None and known[0] is group and known[1] == values and not isinstance(group["lr"], Tensor):
-            return known[2]
-        group.update(check_options(group, _NAME, number))
-        options = step_options(group)
-        self._options[number] = group, [group[name] for name in OPTIONS], options
+        if known is not None and known[0] == values and not isinstance(group["lr"], Tensor):
+            return known[1]
+        group.update(check_options(group, type(self).__name__, number))
+        options = step_options(group, self.rule)
+        self._options[number] = [group[name] for name in OPTIONS], options
         return options
 
     def _request(self, number: int, group: dict[str, Any]) -> StepRequest:
@@ -279,14 +279,14 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         weights: list[Weight] = []
         for param in group["params"]:
             if getattr(param, REPLACED, False):
-                raise replaced_error(f"{_NAME}: {self._name_of(param)}")
+                raise replaced_error(f"{type(self).__name__}: {self._name_of(param)}")
             grad = param.grad
             if grad is None or param.numel() == 0:
                 continue
             if grad.is_sparse:
                 raise RuntimeError(
-                    f"{_NAME}: the gradient of {self._name_of(param)} is sparse, expected a dense one; build the layer "
-                    "with sparse=False or use geoopt's SparseRiemannianSGD for it"
+                    f"{type(self).__name__}: the gradient of {self._name_of(param)} is sparse, expected a dense one; "
+                    "build the layer with sparse=False or use geoopt's SparseRiemannianSGD for it"
                 )
             manifold = manifold_of(param)
             point = param

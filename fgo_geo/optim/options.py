@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fgo_geo.linalg import reads_for_free
 from fgo_geo.optim.step_size import SPIKE, longest_step
-from fgo_geo.paths.protocol import StepOptions, StepSize, Update
+from fgo_geo.paths.rules import Rule, StepOptions, StepSize, Update, momentum_sgd
 from fgo_geo.weights.words import small
 
 __all__ = ["OPTIONS", "Norm", "check_options", "fill_in", "step_options"]
@@ -29,7 +29,7 @@ _PASSED_ON = (
     *("momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach", "fused"),
     *("step_size", "angle", "rho", "radius_invariant", "update"),
 )
-OPTIONS = ("lr", *_PASSED_ON, "norm", "curvature", "stabilize")
+OPTIONS = ("lr", *_PASSED_ON, "norm", "curvature", "stabilize", "longest_step")
 """Names of the options that :func:`check_options` and :func:`step_options` read."""
 
 _LATER = {"angle": 1.0, "norm": "batch", "master_weights": True}  # options that version 0.1.0 did not have
@@ -51,7 +51,7 @@ def fill_in(defaults: dict[str, Any], group: dict[str, Any]) -> None:
         group.setdefault(option, value)
 
 
-def step_options(group: dict[str, Any]) -> StepOptions:
+def step_options(group: dict[str, Any], rule: Rule = momentum_sgd) -> StepOptions:
     """The hyper-parameters of a step.
 
     With momentum, the bound on the length of a step never falls: momentum of earlier steps is still in the buffers
@@ -59,6 +59,7 @@ def step_options(group: dict[str, Any]) -> StepOptions:
 
     Args:
         group: A parameter group, checked.
+        rule: The rule of the optimiser; the length of a step is bounded for :func:`momentum_sgd` alone.
 
     Returns:
         A frozen record.
@@ -67,7 +68,9 @@ def step_options(group: dict[str, Any]) -> StepOptions:
     known = {name: group[name] for name in _PASSED_ON}
     rate = lr if isinstance(lr, Tensor) and not reads_for_free(lr) else float(lr)
     bound = 1.0 if curvature is None else None if curvature == "manifold" else curvature
-    options = StepOptions(lr=rate, curvature=bound, **known)
+    options = StepOptions(lr=rate, curvature=bound, rule=rule, **known)
+    if rule is not momentum_sgd:
+        return options
     longest = longest_step(options, SPIKE if group["norm"] == "running" else 1.0)
     if options.momentum != 0:
         longest = group["longest_step"] = max(longest, group["longest_step"])
