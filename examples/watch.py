@@ -21,14 +21,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import geoopt
 import torch
 from torch import Tensor, nn
-from training import command_line, engine
+from training import command_line, engine, models
 
 from fgo_geo.optim.telemetry import angle_between
 
-KINDS = ("constrained", "biases", "first", "classifier")
 TITLES = ("step", "loss", "constrained", "biases", "first", "classifier", "τ", "outputs of layers", "dead", "|g|")
 
 
@@ -65,18 +63,6 @@ class Watch:
             result[name] = length / max(float(scale), 1e-30)
         return result
 
-    def kinds(self) -> dict[str, list[str]]:
-        """Names of the weights by what they are."""
-        convolutions = [n for n, layer in self.layers.items() if isinstance(layer, nn.Conv2d)]
-        first, last = f"{convolutions[0]}.weight", f"{list(self.layers)[-1]}.weight"
-        kinds: dict[str, list[str]] = {"constrained": [], "biases": [], "first": [first], "classifier": [last]}
-        for name, weight in self.weights.items():
-            if isinstance(weight, geoopt.ManifoldParameter):
-                kinds["constrained"].append(name)
-            elif weight.ndim == 1:
-                kinds["biases"].append(name)
-        return kinds
-
 
 def largest(values: list[float]) -> float:
     return max(values, default=float("nan"))
@@ -87,14 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Watch a training step by step; other flags are those of train.py.")
     parser.add_argument("--until", type=int, default=100, help="last step (%(default)s)")
     parser.add_argument("--every", type=int, default=1, help="print every so many steps (%(default)s)")
-    parser.add_argument("--freeze", nargs="+", choices=KINDS, default=[], help="weights that stay as they are")
     parser.add_argument("--csv", type=Path, help="file for the figures of all layers and steps")
     own, words = parser.parse_known_args(arguments)
     run = engine.build(command_line.parse(words, "watch.py"))
     watch = Watch(run.model)
-    for kind in own.freeze:
-        for name in watch.kinds()[kind]:
-            watch.weights[name].requires_grad_(False)
     convolutions = [n for n, layer in watch.layers.items() if isinstance(layer, nn.Conv2d)]
     shown = [convolutions[0], convolutions[len(convolutions) // 2], convolutions[-1]]
     lines: list[dict[str, float]] = []
@@ -125,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
                 for name in convolutions
             ]
             figures = {"step": run.progress.step, "loss": float(sums[0]) / max(float(sums[2]), 1)}
-            for kind, names in watch.kinds().items():
+            for kind, names in models.weights_by_kind(run.model).items():
                 figures[kind] = largest([lengths[name] for name in names])
             figures["τ"] = largest(taus)
             if run.progress.step % own.every == 0:

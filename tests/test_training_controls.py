@@ -83,3 +83,18 @@ def test_biases_have_a_learning_rate_of_their_own(optimizer):
     first, second = run.scheduler.get_last_lr()
     assert second == pytest.approx(first / 4)
     assert first < 0.02
+
+
+def test_frozen_weights_stay_as_they_are():
+    flags = {**SMALL, "model": "plain", "depth": 4, "method": "st", "lr": 0.1}
+    for frozen in ((), ("biases",), ("first", "classifier"), ("constrained",)):
+        run, _ = steps({**flags, "freeze": list(frozen)}, 3)
+        start = engine.build(command_line.make({**SMALL, **flags})).model
+        same = {
+            name
+            for name, weight in run.model.named_parameters()
+            if torch.equal(weight.detach(), start.get_parameter(name).detach())
+        }
+        kinds = trainer.modules["models"].weights_by_kind(run.model)
+        assert same == {name for kind in frozen for name in kinds[kind]}
+    assert {name for names in kinds.values() for name in names} == dict(run.model.named_parameters()).keys()

@@ -164,6 +164,7 @@ def build(settings: Settings) -> Run:
     if optim.ema:
         ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True)
     optimizer = optimisers.build(optim, model)
+    models.freeze(model, optim.freeze)
     least = 2 * processes.count() * optim.accumulate
     order = data.Order(len(splits.train), optim.batch_size, settings.run.seed, least)
     if not order.batches:

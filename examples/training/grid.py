@@ -262,9 +262,18 @@ def train(flags: Flags) -> Record:
 def figures_of(results: Mapping[str, Any] | None, settings: Settings) -> Record:
     """The figures in the results of a run in a folder; None for one that has diverged."""
     if results is None:
-        classes = {"imagefolder": 1000, "cifar100": 100}.get(settings.data.data, 10)
-        return engine.chance(classes) | {"status": "diverged"}
+        return engine.chance(classes_of(settings)) | {"status": "diverged"}
     return results["final"] | {"status": "finished"}
+
+
+def classes_of(settings: Settings) -> int:
+    """Number of classes, as far as it is known without the data."""
+    return {"imagefolder": 1000, "cifar100": 100}.get(settings.data.data, 10)
+
+
+def is_lost(run: Record, classes: int) -> bool:
+    """Whether a run has diverged, or ended hardly better than guessing."""
+    return run["status"] == "diverged" or float(run["test_accuracy"]) < 1.5 / classes
 
 
 def record(cell: Cell, figures: Mapping[str, Any]) -> Record:
@@ -324,7 +333,7 @@ class Summary:
     accuracies: tuple[float, ...]
     losses: tuple[float, ...]
     calibrated: tuple[float, ...]
-    diverged: int
+    lost: int
     difference: tuple[float, float, float, float] | None  # mean, low and high end of the interval, p
     validation: float = math.nan  # mean accuracy of the choice on the validation images, in %
     adjusted: float | None = None  # p, adjusted for all comparisons of the variant
@@ -333,6 +342,11 @@ class Summary:
     def mean(self) -> float:
         """Mean accuracy."""
         return statistics.fmean(self.accuracies)
+
+    @property
+    def median(self) -> float:
+        """Median accuracy, which a lost run hardly changes."""
+        return statistics.median(self.accuracies)
 
     @property
     def deviation(self) -> float:
@@ -365,7 +379,7 @@ def summarise(grid: Grid, records: Mapping[str, Record]) -> list[Summary]:
                 accuracies,
                 _figures(runs, "test_loss"),
                 _figures(runs, "calibrated_loss"),
-                sum(run["status"] == "diverged" for run in runs),
+                sum(is_lost(run, classes_of(cells[-1].settings)) for run in runs),
                 difference,
                 statistics.fmean(_figures(chosen_runs, "test_accuracy", 100)) if chosen_runs else math.nan,
             )
@@ -428,6 +442,7 @@ def as_plain(summary: Summary) -> Record:
         "seeds": len(summary.accuracies),
         "mean_accuracy": summary.mean,
         "standard_deviation": summary.deviation,
+        "median_accuracy": summary.median,
         "difference": mean,
         "interval_low": low,
         "interval_high": high,
@@ -435,7 +450,7 @@ def as_plain(summary: Summary) -> Record:
         "p_holm": summary.adjusted,
         "mean_test_loss": statistics.fmean(summary.losses),
         "mean_calibrated_loss": statistics.fmean(summary.calibrated) if summary.calibrated else None,
-        "diverged": summary.diverged,
+        "lost": summary.lost,
     }
     return {name: _shown(value) for name, value in values.items()}
 
@@ -446,6 +461,7 @@ HEADERS = (
     "chosen",
     "validation, %",
     "accuracy, %",
+    "median",
     "difference, 95 % interval",
     "p (Holm)",
     "loss",
@@ -467,11 +483,12 @@ def cells_for_people(summary: Summary) -> list[str]:
         ", ".join(f"{name} {value:g}" for name, value in summary.choice.items()) or "-",
         "-" if math.isnan(summary.validation) else f"{summary.validation:.2f}",
         f"{summary.mean:.2f} ± {summary.deviation:.2f}",
+        f"{summary.median:.2f}",
         difference,
         p,
         f"{statistics.fmean(summary.losses):.4f}",
         calibrated,
-        f"{summary.diverged}/{len(summary.accuracies)}",
+        f"{summary.lost}/{len(summary.accuracies)}",
     ]
 
 

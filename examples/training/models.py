@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import geoopt
 import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -230,6 +231,26 @@ def constrain(model: nn.Module, wanted: settings.Geometry, seed: int) -> fgo_geo
         overrides={nn.Linear: {"strategy": "layer", "manifolds": wanted.linear_manifold, "components": "auto"}},
         statistics=None if wanted.scales == "none" else wanted.scales,  # pyright: ignore
     )
+
+
+def weights_by_kind(model: nn.Module) -> dict[str, list[str]]:
+    """Names of the weights of convolutions and linear layers, by what they are to a network on manifolds."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, KINDS_OF_LAYERS)]
+    weights = dict(model.named_parameters())
+    constrained = [name for name, weight in weights.items() if isinstance(weight, geoopt.ManifoldParameter)]
+    return {
+        "constrained": constrained,
+        "biases": [f"{name}.bias" for name in layers if f"{name}.bias" in weights],
+        "first": [f"{layers[0]}.weight"],
+        "classifier": [f"{layers[-1]}.weight"],
+    }
+
+
+def freeze(model: nn.Module, kinds: Sequence[str]) -> None:
+    """Let weights of some kinds stay as they are."""
+    named = weights_by_kind(model)
+    for name in (name for kind in kinds for name in named[kind]):
+        model.get_parameter(name).requires_grad_(False)
 
 
 def renormalize(model: nn.Module, wanted: settings.Geometry, seed: int) -> None:

@@ -39,6 +39,7 @@ TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "seresnet50", "s
 MODELS = (*NETWORKS, *TORCHVISION)
 ON_MANIFOLDS = ("fgsgd", "rsgd", "radam")
 PLAIN = ("sgd", "adamw")
+WEIGHTS = ("constrained", "biases", "first", "classifier")
 SCHEDULES = ("robbins-monro", "cosine", "step", "constant")
 DEFAULT_LR = {"sgd": 0.05, "radam": 0.01, "adamw": 0.003}
 
@@ -142,6 +143,8 @@ class Optimisation:
     """Remove the radial part of the free steps of sgd or adamw, per output channel, as SGDP and AdamP do."""
     lr: PositiveOrAuto = None
     """Highest learning rate (auto: 0.2; sgd: 0.05; radam: 0.01; adamw: 0.003)."""
+    freeze: Annotated[tuple[str, ...], several(WEIGHTS, "WEIGHTS,...")] = ()
+    """Weights that stay as they are at the start: constrained, biases, first (layer), classifier."""
     bias_lr: Positive = 1.0
     """Factor of the learning rate for the biases of convolutions and linear layers."""
     momentum: BelowOne = 0.9
