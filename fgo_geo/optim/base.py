@@ -114,6 +114,10 @@ class Stepper:
                     weight.grad = weight.buffer = None
                     weight.staged.clear()
 
+    def forget(self) -> None:
+        """Drop all work that is kept from step to step, so that continuing and resuming give identical bits."""
+        self._routers.clear()
+
     def _move(self, request: StepRequest, own: Measured) -> None:
         """Compute ``τ`` of a batch, move it, and record."""
         batch, options = own.batch, own.options

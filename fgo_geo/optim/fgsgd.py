@@ -156,8 +156,14 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._stepper.forget()
         kept = ("defaults", "state", "param_groups")
         return {name: value for name, value in super().__getstate__().items() if name in kept}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Hyper-parameters and state. Continuing from here, and resuming from what is returned, give identical bits."""
+        self._stepper.forget()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` returned; what belongs to half-precision weights keeps its own precision."""
