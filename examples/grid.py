@@ -22,6 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
+from training import comparison
 from training import grid as grids
 from training.settings import SettingsError
 
@@ -128,10 +129,10 @@ def compare(grid: grids.Grid, output: Path, jobs: int, only_list: bool) -> int:
     except KeyboardInterrupt:
         print(f"Interrupted; {len(records.by_key)} runs are kept: the same command continues", file=sys.stderr)
         return 130
-    summaries = grids.write(output, grid, records, console.print)
-    table = Table(*grids.HEADERS)
+    summaries = comparison.write(output, grid, records, console.print)
+    table = Table(*comparison.HEADERS)
     for summary in summaries:
-        table.add_row(*grids.cells_for_people(summary))
+        table.add_row(*comparison.cells_for_people(summary))
     console.print(table)
     return 0
 

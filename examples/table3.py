@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from training import comparison
 from training import grid as grids
 from training.command_line import words_of
 from training.flag_types import one_of
@@ -164,7 +165,7 @@ def dry_run(settings: argparse.Namespace, console: Console) -> int:
     return 1 if bad else 0
 
 
-def table(summaries: Sequence[grids.Summary]) -> Table:
+def table(summaries: Sequence[comparison.Summary]) -> Table:
     """Errors in %, beside those of the paper."""
     shown = Table("model", "row", "error, %", "difference [95 %]", "paper", title="Top-1 errors on held-out images")
     for model in dict.fromkeys(s.row.variant for s in summaries):
@@ -238,7 +239,7 @@ def main(arguments: list[str] | None = None) -> int:
                 records.add(grids.record(cell, figures))
                 error = 100 - 100 * figures["test_accuracy"]
                 console.print(f"{cell.row.variant}, {cell.row.name}, seed {cell.seed}: error {error:.2f} %")
-            summaries = grids.write(output, grid, records, console.print)
+            summaries = comparison.write(output, grid, records, console.print)
     except Timeout:
         print(f"error: another process is at work in {output}: choose another --output", file=sys.stderr)
         return 2

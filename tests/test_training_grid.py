@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 command_line, engine, grid, settings = (
     trainer.modules[name] for name in ("command_line", "engine", "grid", "settings")
 )
+comparison = trainer.importlib.import_module("training.comparison")
 program = trainer.importlib.import_module("grid")
 
 SPEC = {
@@ -62,7 +63,7 @@ def test_rows_are_tuned_alike_on_validation_images_and_measured_with_fresh_seeds
     assert {dict(c.choice)["lr"] for c in tuning} == {0.0333, 0.1, 0.3}
     assert {c.choice for c in final} == {(("lr", 0.1), ("weight_decay", 0.0))}
     assert asked.index(final[0]) > max(asked.index(c) for c in tuning)
-    summaries = grid.summarise(spec, records)
+    summaries = comparison.summarise(spec, records)
     assert [(s.row.name, s.tuning_runs, s.choice["lr"]) for s in summaries] == [("SGD", 12, 0.1), ("PIO", 12, 0.1)]
 
 
@@ -81,13 +82,13 @@ def test_variants_are_compared_within_themselves():
     assert spec.rows[-1].variant == "label_noise 0.4, norm none"
     assert grid.Cell(spec.rows[-1], "final", (), 0).settings.data.label_noise == 0.4
     records, _ = completed(spec, best_lr=0.1)
-    assert [s.difference is None for s in grid.summarise(spec, records)] == [True, False] * 4
+    assert [s.difference is None for s in comparison.summarise(spec, records)] == [True, False] * 4
 
 
 @given(pairs=st.lists(st.tuples(st.integers(80, 99), st.integers(80, 99)), min_size=2, max_size=9))
 def test_differences_are_paired_by_seed(pairs):
     values, others = zip(*pairs, strict=True)
-    mean, low, high, p = grid.paired(values, others)
+    mean, low, high, p = comparison.paired(values, others)
     differences = np.subtract(values, others)
     assert mean == pytest.approx(differences.mean())
     if differences.std() > 0:
