@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-import warnings
+import sys
+from importlib.metadata import files
 from pathlib import Path
 from pydoc import locate
 from typing import TYPE_CHECKING
@@ -12,19 +13,18 @@ from pybtex.plugin import register_plugin
 from pybtex.style.formatting.unsrt import Style as UnsortedStyle
 from pybtex.style.labels import BaseLabelStyle
 
-with warnings.catch_warnings():
-    # Geoopt scripts a few functions when it is imported; torch has announced the end of TorchScript.
-    warnings.filterwarnings("ignore", message="`torch.jit.script`")
-    import fgo_geo
+import fgo_geo
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from docutils.nodes import Element, TextElement
+    from docutils.nodes import Element, TextElement, document
     from pybtex.database import Entry
     from sphinx.addnodes import pending_xref
     from sphinx.application import Sphinx
     from sphinx.environment import BuildEnvironment
+
+sys.path.insert(0, str(Path(__file__).parent))  # for figures.py
 
 project = "fgo_geo"
 author = "the fgo_geo authors"
@@ -49,7 +49,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(.*\.)?_\w+"),
     (r"py:class", r"torch\.distributed\..*ProcessGroup"),
     # Standard classes that this folder's inventory of Python lacks, and halves of signatures that Sphinx splits.
-    (r"py:class", r"enum\.Enum|ctypes\.(CDLL|Structure)|dict\[int"),
+    (r"py:class", r"enum\.Enum|ctypes\.(CDLL|Structure)|dict\[(int|str)"),
+    (r"py:class", r"NDArray|np\.bool_|Integers"),
     (r"py:obj", r"typing\.Literal\[.*"),
 ]
 
@@ -165,6 +166,58 @@ def prepare_gallery_page(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = cite(source[0])
 
 
+# -- Figures -----------------------------------------------------------------------------------------
+
+_WORDS = {
+    r"\lambda": "λ",
+    r"\tau": "τ",
+    r"\alpha": "α",
+    r"\log": "log",
+    r"\sqrt": "√",
+    r"\Vert": "‖",
+    r"\|": "‖",
+    r"\to": "→",
+}
+_FORMULA = re.compile(r"\$([^$]*)\$")
+
+
+def spoken(text: str) -> str:
+    """A text with its formulas in plain letters, for alt texts."""
+
+    def plain(match: re.Match[str]) -> str:
+        formula = match[1]
+        for command, letter in _WORDS.items():
+            formula = formula.replace(command, letter)
+        return re.sub(r"\\[a-zA-Z]+|[{}_^\\]", "", formula)
+
+    return _FORMULA.sub(plain, text)
+
+
+def speak_alt_texts(app: Sphinx, doctree: document) -> None:
+    """Make the alt texts of figures, which are their titles, readable aloud."""
+    for node in doctree.findall(lambda node: "alt" in getattr(node, "attributes", {})):
+        node["alt"] = spoken(node["alt"])
+
+
+def remove_broken_ways_back(app: Sphinx, error: Exception | None) -> None:
+    """Take those links out of the pages of source code that lead to no entry of the reference."""
+    if error is not None or app.builder.format != "html":
+        return
+    folder = Path(app.outdir)
+    anchors: dict[Path, set[str]] = {}
+    link = re.compile(r'<a class="viewcode-back" href="([^"#]*)#([^"]*)">\[docs\]</a>')
+    for page in folder.glob("_modules/**/*.html"):
+
+        def kept(match: re.Match[str], page: Path = page) -> str:
+            target = (page.parent / match[1]).resolve()
+            if target not in anchors:
+                anchors[target] = set(re.findall(r'\bid="([^"]+)"', target.read_text(encoding="utf-8")))
+            return match[0] if match[2] in anchors[target] else ""
+
+        text = page.read_text(encoding="utf-8")
+        page.write_text(link.sub(kept, text), encoding="utf-8")
+
+
 # -- Gallery -------------------------------------------------------------------------------------
 
 sphinx_gallery_conf = {
@@ -178,6 +231,9 @@ sphinx_gallery_conf = {
     "show_signature": False,
     "min_reported_time": 1e9,
     "write_computation_times": False,
+    "capture_repr": (),
+    "image_srcset": ["2x"],
+    "reset_modules": ("matplotlib", "figures.figure_style"),
 }
 
 # -- HTML ----------------------------------------------------------------------------------------
@@ -185,7 +241,11 @@ sphinx_gallery_conf = {
 html_theme = "furo"
 highlight_options = {"pycon": {"stripnl": True}}  # a blank line ends the expected output of a doctest
 html_title = "fgo_geo"
-html_static_path = ["_static"]
+# Formulas are drawn by a copy of MathJax that is part of the site: it needs no network.
+_mathjax = next(str(file.locate()) for file in files("sphinx-mathjax-offline") or [] if file.name == "tex-svg-full.js")
+html_static_path = ["_static", _mathjax]
+mathjax_path = "tex-svg-full.js"
+mathjax3_config = {"options": {"enableMenu": False}}  # its menu would load more files
 html_css_files = ["fgo_geo.css"]
 copybutton_prompt_text = r">>> |\.\.\. |\$ "
 copybutton_prompt_is_regexp = True
@@ -196,4 +256,6 @@ def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", skip_field_alias)
     app.connect("source-read", prepare_gallery_page)
+    app.connect("doctree-read", speak_alt_texts)
+    app.connect("build-finished", remove_broken_ways_back, priority=900)
     app.connect("missing-reference", follow_alias, priority=400)  # before the inventories

@@ -9,7 +9,7 @@ sweeps, Triton) implements the same three verbs, and no other code depends on an
   changes nothing.
 * :meth:`Batch.move` takes the step, given the factor ``1/τ`` of every group's gradient.
 
-A path that gains by measuring and moving at once has :attr:`Batch.sweeps`: where :meth:`Batch.is_moderate` allows it,
+A path that gains by measuring and moving at once has ``Batch.sweeps``: where :meth:`Batch.is_moderate` allows it,
 it takes :meth:`Batch.sweep` in place of the two.
 
 The rest of the step (:mod:`fgo_geo.optim.base`) is the same for all paths: measure everything, refuse or skip what is

@@ -15,7 +15,7 @@ from fgo_geo.paths.kernel_tables import KernelTable, table_of
 from fgo_geo.paths.native.kernels import KernelBatch, NativeKernels
 from fgo_geo.paths.protocol import Claim, Refusal, StepOptions, Weight
 
-__all__ = ["NativeRows"]
+__all__ = ["NativeRows", "RowBatch"]
 
 
 class NativeRows(NativeKernels):
