@@ -1,8 +1,10 @@
 """One step, for every optimiser, rule and path.
 
-A step is: route the weights to paths, measure ``R²`` of every group, refuse or leave out what is not finite, compute
-``τ`` once, move everything, and record. A batch in which nothing can be refused may measure and move at once.
-:class:`Stepper` does that for the weights that an optimiser collects; it knows no formula and no path.
+A step routes the weights to paths, measures ``R²`` of every group, refuses or skips what is not finite, computes ``τ``
+once, moves everything, and records. A batch in which nothing can be refused may measure and move at once.
+:class:`Stepper` takes such steps for the weights that an optimiser collects. It contains no formula: ``τ`` is in
+:mod:`~fgo_geo.optim.step_size`, the policy for gradients that are not finite in :mod:`~fgo_geo.optim.finite`, and the
+computation in :mod:`fgo_geo.paths`.
 """
 
 from __future__ import annotations
@@ -61,8 +63,8 @@ class Stepper:
 
     Args:
         optimizer: Name of the optimiser, for messages.
-        name_of: Says which parameter one is, for messages.
-        state: The optimiser's state by parameter; momentum and running norms are kept there.
+        name_of: The name of a parameter, for messages.
+        state: The optimiser's state by parameter, which holds momentum and running norms.
     """
 
     def __init__(self, optimizer: str, name_of: Callable[[Tensor], str], state: dict[Tensor, Any]) -> None:

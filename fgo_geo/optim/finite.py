@@ -1,11 +1,12 @@
-"""What is done with gradients that are not finite: one policy, for every path.
+"""The policy for gradients that are not finite: the same for every path.
 
-All ``R²`` are known before anything moves. Where they are all finite, nothing is done. Else:
+All ``R²`` are known before anything moves. If some are not finite:
 
-* A gradient that is finite itself, and only too large or too small to be squared in its type, is divided by a power of
-  two and measured again; the step is the same.
-* Where reading values is free, or ``check_finite=True`` asks for it, anything else is refused: nothing has changed.
-* Elsewhere such a group takes no gradient in this step, stays on its manifold, and is counted.
+* A gradient that is finite itself, but too large or too small to be squared in its type, is divided by a power of two
+  and measured again; the step is the same.
+* Where values can be read without waiting, or with ``check_finite=True``, any other such gradient is refused: nothing
+  has changed.
+* Elsewhere the group gets no gradient in this step, stays on its manifold, and is counted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Measured:
     Attributes:
         batch: The batch.
         options: Hyper-parameters.
-        is_free: Whether reading values on the host waits for nothing.
+        is_free: Whether values can be read on the host without waiting.
         check_finite: Raise on what is not finite; None where reading is free.
         squared: ``R²`` of all groups, of the gradient divided by ``unit``.
         kept: Which groups take their gradient; None if all do.

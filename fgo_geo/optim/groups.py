@@ -1,6 +1,7 @@
-"""What is constant about the groups of a manifold: curvature bounds and norms, one number per group.
+"""Constants of the groups of a manifold that step sizes need: curvature bounds and norms, one number per group.
 
-A manifold that is no product has one group. The numbers follow from radii and shapes alone, and no gradient is read.
+They depend on radii and shapes alone. :mod:`fgo_geo.optim.step_size` turns them, with the norms of gradients, into step
+sizes. A manifold that is not a product has one group.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The options of a parameter group: their defaults, their checks, and what a step reads of them.
+"""The options of a parameter group: defaults, checks, and the hyper-parameters of a step.
 
 A parameter group is a dictionary that schedules, users and checkpoints write to. :func:`fill_in` adds the options that
-an old checkpoint lacks, :func:`check_options` refuses values that are out of range, and :func:`step_options` makes the
-frozen :class:`~fgo_geo.paths.protocol.StepOptions` of a step. The last two run when a group is added, and in a step
-whose options differ from those of the step before.
+an old checkpoint lacks, :func:`check_options` refuses values that are out of range, and :func:`step_options` converts
+the dictionary to the frozen :class:`~fgo_geo.paths.rules.StepOptions` of a step. Checks run when a group is added, and
+in every step whose options differ from those of the step before.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Parameters that an optimiser is given: checks, names, step scales, and single-precision copies of half ones."""
+"""The parameters of an optimiser: checks when they are added, names in messages, and what is kept per parameter.
+
+:func:`parameters_given` and :func:`check_point` check what a constructor gets, :func:`name_in` names a parameter in
+messages, :class:`StepScales` maps parameters to the ``τ`` of a step, and :class:`Masters` holds single-precision copies
+of half-precision weights.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What execution paths have worked out of a manifold: kept with it, until its radii change.
+"""The cache of the paths: values computed from a manifold, kept until its radii change.
 
-This is the one cache of the paths, with one rule of staleness: an entry is thrown away when
-:func:`~fgo_geo.paths.protocol.configuration_of` the manifold changes, and with the manifold. What follows from a
-weight's strides, type or device has those in its key. Nothing here keeps a manifold, a weight or a model alive.
+There is one rule of staleness: an entry is dropped when :func:`~fgo_geo.paths.protocol.configuration_of` the manifold
+changes, or with the manifold. If a value depends on a weight's strides, type or device, these are in its key. The cache
+keeps no manifold, weight or model alive.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _of_manifold = weakref.WeakKeyDictionary()
 
 
 def kept(manifold: geoopt.Manifold, key: Hashable, build: Callable[[], _Value]) -> _Value:
-    """What ``build()`` returned for this manifold and key since the radii changed last.
+    """The value of ``build()`` for a manifold and a key, computed once after every change of the radii.
 
     Args:
         manifold: The manifold.
-        key: Everything else that the result depends on.
-        build: Makes it.
+        key: Everything else that the value depends on.
+        build: Computes the value.
 
     Returns:
-        The result.
+        The value.
 
     Example:
         >>> from fgo_geo import Oblique

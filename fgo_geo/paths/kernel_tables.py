@@ -1,8 +1,7 @@
-"""What the fused paths on kernels know of a weight: group and kind of every kernel, and where kernels are in memory.
+"""Tables for the fused paths on kernels: group and kind of every kernel, and where kernels are in memory.
 
-The kernels of a weight are described in the order in which it stores them, by one 32-bit *code* each: group number and
-the number of the manifold kind. That replaces the sorting by kind that the reference path needs, so a fused path reads
-and writes the weight where it is.
+A table has one 32-bit *code* per kernel, in the order of memory: its group and its manifold kind. The reference path
+sorts kernels by kind instead; with codes, a fused path reads and writes the weight in place.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _CODES = 4  # numbers of kinds
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class KernelTable:
-    """What the kernels of a weight are.
+    """Groups, kinds and radii of the kernels of a weight.
 
     Attributes:
         groups: Number of groups.
@@ -67,7 +66,7 @@ class Place:
     j_stride: int
 
 
-# -- what is refused ------------------------------------------------------------------------------
+# -- refusals -------------------------------------------------------------------------------------
 
 
 def step_problem(options: StepOptions) -> Refusal | None:
@@ -219,7 +218,7 @@ def place_of(weight: Weight, table: KernelTable, by_rows: bool = False) -> Place
     Args:
         weight: A weight.
         table: Its table.
-        by_rows: Keep rows of several kernels apart.
+        by_rows: Whether rows of several kernels stay separate rows.
 
     Returns:
         The place, or None if there is none for such strides.

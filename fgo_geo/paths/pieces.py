@@ -1,11 +1,11 @@
-"""How weights are cut into pieces for the batched torch code, and pieces joined into jobs.
+"""How the batched torch code cuts weights into pieces and joins pieces into jobs.
 
 A *piece* is one part of one weight: a batch of components on one manifold. Small pieces on equal manifolds are joined
-into one :class:`Job`, across layers, so that a network of many small weights costs a few batched calls; a large piece
-is a job of its own, since joining it would only copy.
+into one :class:`Job`, across layers, so that a network of many small weights takes a few batched calls; a large piece
+is a job of its own, since joining would only copy it.
 
-Which pieces are joined is worked out once, when a batch is built. In every step a job is loaded with points, gradients
-and momentum, and put back. No formula stands here: tensors are cut, joined and put back.
+Pieces are joined once, when a batch is built. Every step loads the jobs with points, gradients and momentum, and writes
+the results back. This module cuts and joins tensors; it contains no formula.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fgo_geo.weights.kinds import kind_of
 
 __all__ = ["Job", "Piece", "cut", "jobs_of", "put_back"]
 
-_JOIN_LIMIT = 2**16  # entries; larger pieces keep the cores busy on their own
+_JOIN_LIMIT = 2**16  # entries; larger pieces occupy all cores by themselves
 
 # Where products as sums of long vectors over the batch beat a call per matrix. Measured for steps on the oblique and
 # the Stiefel manifold: from 100 to 200 matrices on for 3 x 3 entries, from 100 to 1,000 on for 5 x 5, 7 x 7 and 16 x 4,
@@ -44,9 +44,9 @@ class Piece:
         weight: The weight.
         part: Number of the part.
         manifold: Where the components live.
-        smallest_radius: Of the manifold, now or since momentum has been gathered; one if it has none.
+        smallest_radius: The smallest radius that the manifold has had while momentum accumulated; one without radius.
         groups: Which components share a step size.
-        index: Where the numbers of the groups are among those of the batch, int64.
+        index: Position of the piece's groups among those of the batch, int64.
     """
 
     weight: Weight
@@ -123,8 +123,8 @@ class Job:
         manifold: Where all components live.
         smallest_radius: The smallest radius of the pieces, which is the same for all.
         groups: The groups of all pieces, one piece after the other.
-        index: Where the numbers of the groups are among those of the batch.
-        x: Components, while a step is on its way.
+        index: Position of the groups among those of the batch.
+        x: Components, during a step.
         grad: Gradients at the components.
         buffer: Momentum of the components; None without momentum, or before the first step.
     """

@@ -1,11 +1,11 @@
 r"""The reference path: the step in batched torch operations, for every manifold, type and device.
 
-This is where the formulas of a step are to be read; every other path is tested equal to it. One step is the composition
-of small pure functions on whole batches of components:
+The formulas of a step are here; every other path is tested against it. A step is the composition of small pure
+functions on whole batches of components:
 
 1. :meth:`~geoopt.Manifold.egrad2rgrad` projects the gradient onto the tangent space;
 2. sums over groups of its squared norm are ``R²``;
-3. a rule (:func:`~fgo_geo.paths.rules.momentum_sgd`) makes a direction of the gradient, divided by ``τ``, and momentum;
+3. a rule (:func:`~fgo_geo.paths.rules.momentum_sgd`) computes a direction from the gradient over ``τ`` and momentum;
 4. :func:`move_along` follows a retraction or the exponential map.
 """
 

@@ -204,25 +204,25 @@ def _claims_of(weight: Weight, options: StepOptions, is_recorded: bool) -> list[
 
 
 def explain(weight: Weight, options: StepOptions) -> tuple[list[str], list[str]]:
-    """Who steps a weight, and why it is not stepped faster.
+    """Which paths step a weight, and why no faster one does.
 
     Args:
         weight: A weight with its gradient.
         options: Hyper-parameters of the step.
 
     Returns:
-        The names of the paths that take its parts, and what the fused paths say of those that they leave.
+        The names of the paths that take its parts, and why fused paths refuse the others.
     """
     taken = _claims_of(weight, options, is_recorded=False)
     fused = {part for path, parts in taken if path in _FUSED for part in parts}
-    left = tuple(part for part in range(weight.n_parts) if part not in fused)
-    answers = [path.accepts(weight, left, options) for path in _FUSED] if left else []
+    remaining = tuple(part for part in range(weight.n_parts) if part not in fused)
+    answers = [path.accepts(weight, remaining, options) for path in _FUSED] if remaining else []
     refusals = [answer for answer in answers if isinstance(answer, Refusal)]
     reasons = [f"the path {_path!r} is chosen"] if _path == "reference" else _reasons(refusals)
-    return [path.name + _details(path) for path, _ in taken], reasons if left else []
+    return [path.name + _details(path) for path, _ in taken], reasons if remaining else []
 
 
-# -- what is said ------------------------------------------------------------------------------------------------------
+# -- log messages ------------------------------------------------------------------------------------------------------
 
 _FAILURES = (Reason.SIZE, Reason.DTYPE, Reason.LAYOUT, Reason.MISSING)  # of weights that are meant for fused paths
 
@@ -245,7 +245,7 @@ def _say_remaining(weight: Weight, is_partly: bool, refusals: Sequence[Refusal])
 
 
 def _reasons(refusals: Sequence[Refusal]) -> list[str]:
-    """What was refused for, once each; of other devices only if nothing else is in the way."""
+    """The reasons of refusals, once each; that of the device only if there is no other."""
     others = [refusal.detail for refusal in refusals if refusal.reason is not Reason.DEVICE]
     return list(dict.fromkeys(others or [refusal.detail for refusal in refusals]))
 

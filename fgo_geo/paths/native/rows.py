@@ -1,8 +1,8 @@
-"""The compiled path of kernels whose groups lie within rows (PO, channels_last): one sweep over memory.
+"""The compiled path of kernels whose groups are within rows (PO, channels_last): one sweep over memory.
 
-A row is measured and moved while it is in the cache, which saves two of seven passes. Since rows move before others are
-measured, this sweep is taken only where it is known beforehand that no row will be refused: a look at the gradients
-shows that no norm overflows, and the weights are as the step before has left them. Else the step takes the two sweeps.
+A row is measured and moved while it is in the cache, which saves two of seven passes. As rows move before others are
+measured, this sweep runs only if it is known beforehand that no row will be refused: the gradients show that no norm
+overflows, and the weights have not changed since the last step. Otherwise the step takes two sweeps.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ __all__ = ["NativeRows", "RowBatch"]
 
 
 class NativeRows(NativeKernels):
-    """The path of kernels side by side in memory, no group of which has kernels of two rows."""
+    """The path of planar kernels, no group of which has kernels of two rows."""
 
     name = "one compiled sweep over rows of kernels"
 
     def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...] | Refusal:
-        """All parts of a weight of such kernels; none where two sweeps are the way."""
+        """All parts of a weight of such kernels, or none."""
         param = weight.param
         if param.ndim < 3 or param.stride(1) != 1 or min(param.shape[:2]) == 1:
             return ()
         answer = super().accepts(weight, parts, options)
-        return answer if isinstance(answer, Refusal) or _are_apart(table_of(weight)) else ()
+        return answer if isinstance(answer, Refusal) or _has_groups_within_rows(table_of(weight)) else ()
 
     def batch(self, claims: Sequence[Claim]) -> RowBatch:
         """One call for all weights."""
@@ -43,10 +43,10 @@ class RowBatch(KernelBatch):
 
     def __init__(self, claims: Sequence[Claim]) -> None:
         super().__init__(claims)
-        self._known: list[tuple[int, int] | None] = [None] * len(self.weights)  # weights as the last step left them
+        self._known: list[tuple[int, int] | None] = [None] * len(self.weights)  # versions after the last step
 
     def is_moderate(self, options: StepOptions) -> bool:
-        """Whether weights are as the last step left them, and gradients show that all norms are finite."""
+        """Whether the weights have not changed since the last step, and gradients show that all norms are finite."""
         now = [_version(weight) for weight in self.weights]
         if None in now or now != self._known:
             return False
@@ -71,14 +71,14 @@ class RowBatch(KernelBatch):
 
 
 def _version(weight: Weight) -> tuple[int, int] | None:
-    """What differs after a change of the weight, None where nothing does."""
+    """Address and version of a weight; None if changes are not counted."""
     param = weight.param
     if param.is_inference():
         return None
     return param.data_ptr(), param._version  # pyright: ignore[reportPrivateUsage]
 
 
-def _are_apart(table: KernelTable) -> bool:
+def _has_groups_within_rows(table: KernelTable) -> bool:
     """Whether no group has kernels of two rows."""
     if table.row_groups is None:
         return False
