@@ -11,7 +11,7 @@ that operation itself, so that all orders exist. The eigenvectors of ``H`` come 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def polar_differential_square(x: Tensor, q: Tensor, w: Tensor) -> Tensor:
         tensor([[ 0., -1.],
                 [ 1.,  0.]])
     """
-    return q @ _turn(x, q, w)[0]
+    return q @ _rotation(x, q, w).generator
 
 
 def polar_differential_square_along(x: Tensor, q: Tensor, w: Tensor, x_t: Tensor, q_t: Tensor, w_t: Tensor) -> Tensor:
@@ -74,17 +74,26 @@ def polar_differential_square_along(x: Tensor, q: Tensor, w: Tensor, x_t: Tensor
         tensor([[ 0.,  1.],
                 [-1.,  0.]])
     """
-    turn, hermitian, v, h = _turn(x, q, w)
+    generator, hermitian, v, h = _rotation(x, q, w)
     hermitian_t = sym(q_t.mT @ x + q.mT @ x_t)
-    right = 2 * skew(q_t.mT @ w + q.mT @ w_t) - hermitian_t @ turn - turn @ hermitian_t
-    return q_t @ turn + q @ apply(_SkewEquation, hermitian, right, v, h)
+    right = 2 * skew(q_t.mT @ w + q.mT @ w_t) - hermitian_t @ generator - generator @ hermitian_t
+    return q_t @ generator + q @ apply(_SkewEquation, hermitian, right, v, h)
 
 
-def _turn(x: Tensor, q: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class _Rotation(NamedTuple):
+    """The skew ``L`` with which the polar factor moves by ``Q L``, and ``H`` with its eigenvectors and eigenvalues."""
+
+    generator: Tensor
+    hermitian: Tensor
+    v: Tensor
+    h: Tensor
+
+
+def _rotation(x: Tensor, q: Tensor, w: Tensor) -> _Rotation:
     hermitian = sym(q.mT @ x)
     h, v = torch.linalg.eigh(hermitian.detach())
     h = h.clamp_min(0)
-    return apply(_SkewEquation, hermitian, 2 * skew(q.mT @ w), v, h), hermitian, v, h
+    return _Rotation(apply(_SkewEquation, hermitian, 2 * skew(q.mT @ w), v, h), hermitian, v, h)
 
 
 class _SkewEquation(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,29 @@ from fgo_geo.weights.parts import Partition, Segments, entries_of, sorted_rows
 
 __all__ = ["BlockPartition"]
 
-_Shares = tuple[tuple[str, int, int], ...]  # manifold kind, rows and columns of every group of a section
-_PartKey = tuple[str, int, int, _Shares]
+
+class _Share(NamedTuple):
+    """A group that has some of the columns of its section."""
+
+    kind: str
+    rows: int
+    columns: int
+
+
+class _PartKey(NamedTuple):
+    """What the blocks of a part have in common; the shares are those of their section, if they have some columns."""
+
+    kind: str
+    rows: int
+    columns: int
+    shares: tuple[_Share, ...]
+
+
+class _Section(NamedTuple):
+    """The rows that the groups of a section share, and the columns of each group by part."""
+
+    rows: np.ndarray
+    columns: dict[_PartKey, list[np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -69,17 +91,18 @@ class BlockPartition(Partition):
         whole_rows: dict[_PartKey, list[np.ndarray]] = {}
         parts: dict[_PartKey, list[int]] = {}
         rectangles: dict[_PartKey, list[tuple[np.ndarray, np.ndarray]]] = {}
-        bands: dict[_Shares, list[tuple[np.ndarray, dict[_PartKey, list[np.ndarray]]]]] = {}
+        bands: dict[tuple[_Share, ...], list[_Section]] = {}
         number = 0
         for section, c in enumerate(collections):
             groups = list(c.groups)
             shares = tuple(
-                (g.manifold, len(g.rows), len(g.columns)) for g in groups if len(g.columns) < layout.in_channels
+                _Share(g.manifold, len(g.rows), len(g.columns)) for g in groups if len(g.columns) < layout.in_channels
             )
             rows, columns = np.arange(0), dict[_PartKey, list[np.ndarray]]()
             for group in groups:
                 is_share = len(group.columns) < layout.in_channels
-                key = (group.manifold, len(group.rows), len(group.columns) * len(entries), shares if is_share else ())
+                size = len(group.rows), len(group.columns) * len(entries)
+                key = _PartKey(group.manifold, *size, shares if is_share else ())
                 parts.setdefault(key, []).append(number)
                 number += 1
                 own_rows = group.rows + section * rows_per_section
@@ -91,13 +114,13 @@ class BlockPartition(Partition):
                 else:
                     whole_rows.setdefault(key, []).append(own_rows)
             if shares:
-                bands.setdefault(shares, []).append((rows, columns))
+                bands.setdefault(shares, []).append(_Section(rows, columns))
         ones = [np.ones(len(numbers), int) for numbers in parts.values()]
         super().__init__(layout, ones, [Segments(len(one), len(one)) for one in ones])
-        self.kinds = tuple(kind for kind, *_ in parts)
+        self.kinds = tuple(key.kind for key in parts)
         self.groups = tuple(np.array(numbers) for numbers in parts.values())
-        self.sizes = tuple((max(a, b), min(a, b)) for _, a, b, _ in parts)
-        self._wide = tuple(a < b for _, a, b, _ in parts)
+        self.sizes = tuple((max(key.rows, key.columns), min(key.rows, key.columns)) for key in parts)
+        self._wide = tuple(key.rows < key.columns for key in parts)
         self._rectangles = [
             tuple(torch.from_numpy(np.stack(lines).astype(np.int32)) for lines in zip(*blocks, strict=True))
             for blocks in rectangles.values()
@@ -107,13 +130,15 @@ class BlockPartition(Partition):
         self._bands: list[_Band] = []
         strips = [np.concatenate(rows) for rows in whole_rows.values()]
         for sections in bands.values():
-            strips.append(np.concatenate([rows for rows, _ in sections]))
-            first = sections[0][1]
+            strips.append(np.concatenate([section.rows for section in sections]))
+            first = sections[0].columns
             widths = tuple(sum(map(len, blocks)) for blocks in first.values())
             self._bands.append(
                 _Band(len(sections), tuple(position[key] for key in first), tuple(map(len, first.values())), widths)
             )
-            order = np.stack([np.concatenate([c for key in first for c in columns[key]]) for _, columns in sections])
+            order = np.stack([
+                np.concatenate([own for key in first for own in section.columns[key]]) for section in sections
+            ])  # fmt: skip
             self._register_order(f"_of_columns{len(self._bands) - 1}", order)
         self._heights = [len(rows) for rows in strips]
         self._register_order("", np.concatenate(strips))
