@@ -237,13 +237,14 @@ def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:
     counts = np.sum([np.bincount(c.group_kinds, minlength=len(c.kinds)) for c in entry.collections], axis=0)
     kernels = f"{'x'.join(map(str, manifold.layout.kernel))} kernels"
     noun = {"block": "blocks", "filter": "filters"}.get(first.components, kernels)
+    total = sum(manifold.partition.counts)
     ranges = [m.radius_range for m, _ in manifold.parts if isinstance(m, ComponentManifold)]
     low, high = min((low for low, _ in ranges), default=1.0), max((high for _, high in ranges), default=1.0)
     return (
         entry.name if len(entry.names) == 1 else f"{entry.name} (also {', '.join(entry.names[1:])})",
         "x".join(map(str, entry.shape)),
         entry.module,
-        f"{sum(manifold.partition.counts)} {noun}",
+        f"{total} {noun if total > 1 else noun[:-1]}",
         f"{manifold.n_groups} ({first.strategy})",
         " + ".join(f"{count} {kind}" for kind, count in zip(first.kinds, counts, strict=True) if count),
         (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}")
