@@ -43,6 +43,9 @@ PACKAGE = FilePath(fgo_geo.__file__).parent
 # -- a step is whole ---------------------------------------------------------------------------------------------------
 
 
+_ROUNDING = 1e-6  # what a path carries from another step is computed anew
+
+
 def interrupted_at(number: int, work: Callable[[], object]) -> tuple[int, bool]:
     """Raise KeyboardInterrupt at one of the calls that some work makes, of Python functions and of built-in ones.
 
@@ -116,7 +119,7 @@ def states_after_interrupts(optimizer: RiemannianFGSGD, path: Any) -> set[tuple[
             count, came_through = interrupted_at(number, optimizer.step)
             calls = max(calls, count)
             state = tuple(
-                0 if torch.equal(p, old) else 1 if torch.equal(p, new) else -1
+                0 if torch.equal(p, old) else 1 if torch.allclose(p, new, rtol=0, atol=_ROUNDING) else -1
                 for p, old, new in zip(params, start, after, strict=True)
             )
             assert -1 not in state, f"interrupted at call {number} of {calls}: {state}"
