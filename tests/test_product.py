@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import Grouped, grouped_weights
-from torch import Tensor
+from torch import Tensor, nn
 
 from fgo_geo import Ball, Oblique, ProductOfGroups, ScaledSphere, SpectralBall, Stiefel
 from fgo_geo.grouping import MANIFOLD_KINDS, collection
@@ -546,6 +546,12 @@ def test_says_what_it_is() -> None:
         (torch.ones(5), ValueError, r"shape \(8,\), one per group, or \(4, 3\), one per kernel; got \(5,\)"),
         (-torch.ones(4, 3), ValueError, "radius must be positive"),
         ([torch.full((1,), 1.5)] * 3, TypeError, "radius must be a real number"),
+        (torch.ones(4, 3, requires_grad=True), ValueError, r"^ProductOfGroups: the radius requires a gradient.*detach"),
+        (nn.Parameter(torch.ones(8), requires_grad=False), ValueError, "^ProductOfGroups: the radius is a Parameter"),
+        (torch.ones((), requires_grad=True), ValueError, "the radius requires a gradient"),
+        ([torch.ones(6, requires_grad=True), 1.0, 1.0], ValueError, "the radius requires a gradient"),
+        (dict.fromkeys(("sphere", "oblique", "stiefel"), torch.ones((), requires_grad=True)), ValueError, "a gradient"),
+        (lambda cut: torch.ones(8, requires_grad=True), ValueError, "the radius requires a gradient"),
     ],
     ids=repr,
 )

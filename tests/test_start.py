@@ -96,6 +96,26 @@ def test_what_a_low_rank_leaves_open_on_stiefel_is_drawn(rank: int, shape: tuple
     assert not all(torch.allclose(points[0], point, atol=1e-2) for point in points)
 
 
+@pytest.mark.parametrize("kind", ["ball", "spectral_ball"])
+def test_zero_is_a_point_of_a_ball_and_stays(kind: str) -> None:
+    plan, point = constrained(torch.zeros(4, 5, 3, 3), kind)
+    assert not point.any()
+    assert "Notes" not in str(plan)
+
+
+@pytest.mark.parametrize("kind", ["sphere", "oblique", "spectral_sphere"])
+def test_tiny_entries_that_fill_no_component_are_projected(kind: str) -> None:
+    """More of them than a component has, but never all of a kernel or of a column."""
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight[:, :, 0] = 0
+    plan, point = constrained(weight, kind)
+    assert "Notes" not in str(plan)
+    torch.testing.assert_close(point, plan.constrained[0].manifold().projx(weight))
+    weight[2, 3] = 0
+    plan, _ = constrained(weight, kind)
+    assert "1 of 30 components have no unique nearest point" in str(plan)
+
+
 def test_constant_initialisation_is_drawn_on_stiefel() -> None:
     layer = nn.Linear(20, 30)
     nn.init.constant_(layer.weight, 0.1)

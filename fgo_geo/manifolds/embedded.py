@@ -290,6 +290,21 @@ class EmbeddedManifold(geoopt.Manifold):
 _SMALLEST_RADIUS, _LARGEST_RADIUS = 1e-12, 1e12
 
 
+def require_constant_radius(radius: object, name: str) -> None:
+    """Raise ValueError for a radius that somebody means to train, which the constant copy of a manifold cannot be.
+
+    Args:
+        radius: What was passed as a radius.
+        name: Of the manifold, for the message.
+    """
+    if isinstance(radius, Tensor) and (radius.requires_grad or isinstance(radius, nn.Parameter)):
+        what = "requires a gradient" if radius.requires_grad else "is a Parameter"
+        raise ValueError(
+            f"{name}: the radius {what}, but a manifold keeps a constant copy of it; pass radius.detach(), or keep "
+            "radius 1 and multiply the weight by a parameter in the forward pass"
+        )
+
+
 class ComponentManifold(EmbeddedManifold):
     """An embedded manifold scaled by a radius: what one component lives on.
 
@@ -326,12 +341,7 @@ class ComponentManifold(EmbeddedManifold):
                 f"{self.name}: this manifold is a part of a ProductOfGroups, so its radius cannot be assigned, got "
                 f"{radius!r}; call set_radius of the product"
             )
-        if isinstance(radius, Tensor) and (radius.requires_grad or isinstance(radius, nn.Parameter)):
-            what = "requires a gradient" if radius.requires_grad else "is a Parameter"
-            raise ValueError(
-                f"{self.name}: the radius {what}, but a manifold keeps a constant copy of it; pass "
-                "radius.detach(), or keep radius 1 and multiply the weight by a parameter in the forward pass"
-            )
+        require_constant_radius(radius, self.name)
         if isinstance(radius, Tensor) and radius.ndim == 0:
             radius = radius.item()
         if isinstance(radius, Tensor):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fgo_geo.linalg import computes_in_float32, root_of_sum
-from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold, flat_shape
+from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold, flat_shape, require_constant_radius
 from fgo_geo.manifolds.sphere import SphericalManifold
 from fgo_geo.weights.components import Partition, Segments, partition
 from fgo_geo.weights.grouping import Collection
@@ -54,8 +54,8 @@ class ProductOfGroups(EmbeddedManifold):
         smallest_radii: For every part the smallest radius so far: momentum that was gathered there can be so long.
 
     Raises:
-        ValueError: If the collection does not fit the weight, a radius is not positive, or a component could not
-            move on its manifold.
+        ValueError: If the collection does not fit the weight, a radius is not positive or requires a gradient, or a
+            component could not move on its manifold.
 
     Example:
         >>> from fgo_geo.weights.grouping import collection
@@ -110,7 +110,8 @@ class ProductOfGroups(EmbeddedManifold):
             radius: As in the constructor.
 
         Raises:
-            ValueError: If a radius is not positive, or its shape does not fit. The radii are the old ones then.
+            ValueError: If a radius is not positive, its shape does not fit, or it requires a gradient. The radii are
+                the old ones then.
         """
         cut = self.partition
         manifolds: list[geoopt.Manifold] = []
@@ -134,6 +135,9 @@ class ProductOfGroups(EmbeddedManifold):
         with_radius = {name for name in kinds if kind(name).has_radius}
         if callable(radius):
             radius = radius(self.partition)
+        each = radius.values() if isinstance(radius, Mapping) else radius if isinstance(radius, Sequence) else (radius,)
+        for one in each:
+            require_constant_radius(one, "ProductOfGroups")
         if isinstance(radius, Mapping):
             missing = with_radius - set(radius)
             unknown = set(radius) - set(names())
@@ -153,7 +157,7 @@ class ProductOfGroups(EmbeddedManifold):
                 f"ProductOfGroups: a tensor radius needs shape ({self.n_groups},), one per group, or "
                 f"({layout.out_channels}, {layout.in_channels}), one per kernel; got {tuple(radius.shape)}"
             )
-        values = self.partition.per_component(radius.detach().cpu().double().numpy())
+        values = self.partition.per_component(radius.cpu().double().numpy())
         return [_number_if_constant(torch.from_numpy(np.ascontiguousarray(v))) for v in values]
 
     @property

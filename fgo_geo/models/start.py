@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fgo_geo.linalg import computes_in_float32
-from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, Stiefel
+from fgo_geo.manifolds import ComponentManifold, ConvexBall, Oblique, ProductOfGroups, Stiefel
 
 __all__ = ["Initial", "initial_point", "moved_to", "nearest_point"]
 
@@ -71,11 +71,12 @@ def initial_point(
         drawn = manifold.random(*value.shape, dtype=value.dtype, device=value.device)
         return manifold.where_constrained(drawn.as_subclass(Tensor), value), ()
     exact = value if value.dtype == torch.float64 else value.float()
-    least, largest = map(float, torch.aminmax(exact.abs()))
-    smallest, manifolds = torch.finfo(value.dtype).eps * largest, [each for each, _ in manifold.parts]
-    can_be_open = [isinstance(each, Stiefel if least > smallest else ComponentManifold) for each in manifolds]
-    if not any(can_be_open):
-        return nearest_point(manifold, exact).to(value.dtype), ()
+    size = exact.abs()
+    smallest = torch.finfo(value.dtype).eps * float(size.amax())
+    tiny = int((size <= smallest).sum())
+    manifold = moved_to(manifold, exact)
+    manifolds, sizes = [each for each, _ in manifold.parts], manifold.partition.sizes
+    can_be_open = [_can_be_open(each, *own, tiny) for each, own in zip(manifolds, sizes, strict=True)]
     parts = manifold.partition.split(exact)
     masks = [
         _is_open(each, part, smallest) if possible else torch.zeros(len(part), dtype=torch.bool, device=part.device)
@@ -90,16 +91,25 @@ def initial_point(
         parts = [part.clone() for part in parts]
         for each, part, mask in zip(manifolds, parts, masks, strict=True):
             part[mask] = _completed(each, part[mask], smallest, generator)
-        exact = manifold.partition.merge(parts, exact)
-    return nearest_point(manifold, exact).to(value.dtype), notes
+    points = [each.projx(part) for each, part in zip(manifolds, parts, strict=True)]
+    return manifold.partition.merge(points, like=exact).to(value.dtype), notes
+
+
+def _can_be_open(manifold: geoopt.Manifold, rows: int, columns: int, tiny: int) -> bool:
+    """Whether a component ``rows x columns`` can be open, in a weight with so many tiny entries; a cheap way out."""
+    if not isinstance(manifold, ComponentManifold) or isinstance(manifold, ConvexBall):
+        return False  # the nearest point of a ball is unique
+    if isinstance(manifold, Stiefel):
+        return True
+    return tiny >= (rows if isinstance(manifold, Oblique) else rows * columns)
 
 
 def _is_open(manifold: geoopt.Manifold, part: Tensor, smallest: float) -> Tensor:
     """Which components have no unique nearest point, up to the rounding of the largest component of the weight."""
     if isinstance(manifold, Oblique):
-        return torch.linalg.vector_norm(part, dim=-2).amin(-1) <= smallest
+        return (part.abs().amax(-2) <= smallest).any(-1)
     if not isinstance(manifold, Stiefel):
-        return torch.linalg.matrix_norm(part) <= smallest
+        return part.abs().amax((-2, -1)) <= smallest
     is_open = _independence(part) <= _SUSPECT
     if bool(is_open.any()):
         values = torch.linalg.svdvals(part[is_open].double())
@@ -133,7 +143,7 @@ def _completed(manifold: geoopt.Manifold, part: Tensor, smallest: float, generat
     """Components whose nearest point is unique: what was open is Gaussian, which projects to uniform."""
     gaussian = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.device)
     if isinstance(manifold, Oblique):
-        is_zero = torch.linalg.vector_norm(part, dim=-2, keepdim=True) <= smallest
+        is_zero = part.abs().amax(-2, keepdim=True) <= smallest
         return torch.where(is_zero, gaussian.to(part.dtype), part)
     if not isinstance(manifold, Stiefel):
         return gaussian.to(part.dtype)
