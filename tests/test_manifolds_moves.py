@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -286,6 +287,57 @@ def test_beyond_the_largest_bound_the_factorisation_is_used(bound: float | None)
     x = case.point()
     u = case.tangent(x, 100.05)
     assert torch.equal(case.manifold.retract_bounded(x, u, bound), case.manifold.retr(x, u))
+
+
+@pytest.mark.parametrize("radius", [0.05, 1.0, 20.0])
+def test_the_length_of_a_step_is_relative_to_the_radius(monkeypatch: pytest.MonkeyPatch, radius: float) -> None:
+    """Else steps on small spheres would seem too short to explain where they end, and be left to a factorisation."""
+    case = Case(ENTRIES[3], (3,), (6, 4), radius, torch.float64, seed=0)
+    x = case.point()
+    u = case.tangent(x, 50.0)
+    expected = case.manifold.retr(x, u)
+    monkeypatch.delattr(fgo_geo.manifolds.stiefel, "polar_factor")
+    case.close(case.manifold.retract_bounded(x, u, 60.0), expected, factor=16)
+
+
+@every_entry
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [0.55, 0.75, 0.95])  # of the largest number; squares overflow from a half on
+def test_vectors_too_long_to_be_squared_lead_to_points(entry: Entry, dtype: torch.dtype, exponent: float) -> None:
+    case = fixed(entry, 3, 6, 4, radius=2.0, dtype=dtype)
+    x = case.point()
+    length = torch.finfo(dtype).max ** exponent
+    u = case.tangent(x) * length
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ends = [case.manifold.retr(x, u), case.manifold.expmap(x, u), case.manifold.retract_bounded(x, u, None)]
+    for end in ends:
+        assert float(case.manifold.violation(end).max()) <= 64 * case.eps
+    direction = case.manifold.retr(torch.zeros_like(x), u / length)
+    case.close(ends[0], direction)
+    case.close(ends[2], direction)
+
+
+def test_a_long_and_a_short_vector_in_one_batch() -> None:
+    sphere, x = ScaledSphere(2.0), 2 * torch.eye(3)
+    u = torch.tensor([[0.0, 1e30, 0.0], [0.0, 0.0, 2.0], [0.0, 0.0, 0.0]])
+    expected = torch.tensor([[0.0, 2.0, 0.0], [0.0, 2**0.5, 2**0.5], [0.0, 0.0, 2.0]])
+    torch.testing.assert_close(sphere.retr(x, u), expected)
+    variable = u.clone().requires_grad_()
+    sphere.retr(x, variable)[1, 1].backward()
+    assert variable.grad is not None
+    torch.testing.assert_close(variable.grad[1], torch.tensor([0.0, 1, -1]) / 2**1.5)
+    assert not variable.grad[::2].any()
+
+
+def test_a_geodesic_whose_end_rounding_hides_is_cut_with_a_warning() -> None:
+    x = Stiefel(0.5).origin(5, 3, dtype=torch.float64).as_subclass(Tensor)
+    u = Stiefel(0.5).proju(x, torch.ones(5, 3, dtype=torch.float64))
+    u = u / u.norm()
+    Stiefel(0.5).expmap(x, 4.9e5 * u)  # 9.8e5 radii
+    with pytest.warns(UserWarning, match=r"vector is 1.1e\+06 radii long, and was shortened to 1e\+06"):
+        cut = Stiefel(0.5).expmap(x, 5.5e5 * u)
+    torch.testing.assert_close(cut, Stiefel(0.5).expmap(x, 5e5 * (1 - 1e-12) * u), rtol=0, atol=1e-3)
 
 
 def test_what_cannot_be_read_is_bounded_by_the_caller_alone() -> None:

@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import arctangent, cosine, inner_sum, root_of_sum, sinc, takes_real_tensors
+from fgo_geo.linalg import arctangent, cosine, inner_sum, reads_for_free, root_of_sum, sinc, takes_real_tensors
 from fgo_geo.manifolds.embedded import ComponentManifold
 from fgo_geo.weights.kinds import Kind, register
 
@@ -43,8 +43,12 @@ def normalise(x: Tensor, radius: Radius, dim: Dims) -> Tensor:
 
 
 def _onto(y: Tensor, radius: Radius, dim: Dims) -> Tensor:
-    """``r y / ‖y‖`` for a vector that is neither tiny nor huge."""
-    return y * (radius / root_of_sum(y, dim))
+    """``r y / ‖y‖`` for a vector that is not tiny, nor, where reading costs, too long to be squared."""
+    squared = inner_sum(y, y, dim)
+    if reads_for_free(squared) and math.isinf(float(squared.detach().sum())):
+        y = y / y.detach().abs().amax(dim, keepdim=True)  # which cancels
+        squared = inner_sum(y, y, dim)
+    return y * (radius * squared.rsqrt())
 
 
 def project_tangent(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
@@ -58,8 +62,11 @@ def retract(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
 
 
 def exponential(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
-    """Exponential map, ``cos(t) x + sin(t) / t u``, normalised so that rounding does not add up over many steps."""
-    squared = inner_sum(u, u, dim) / radius**2
+    """Exponential map, ``cos(t) x + sin(t) / t u``, normalised so that rounding does not add up over many steps.
+
+    Where ``t²`` overflows, rounding of ``u`` covers the great circle many times, and any of its points will do.
+    """
+    squared = (inner_sum(u, u, dim) / radius**2).clamp_max(torch.finfo(u.dtype).max)
     return _onto(cosine(squared) * x + sinc(squared) * u, radius, dim)
 
 

@@ -271,8 +271,8 @@ class Stiefel(ComponentManifold):
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Exponential map, in closed form through a ``2B x 2B`` matrix exponential, in double precision.
 
-        Vectors longer than 1e6 radii are shortened to that: there rounding of single precision leaves nothing of where
-        the geodesic ends.
+        Vectors longer than 1e6 radii are shortened to that, with a warning where reading is free: rounding leaves
+        nothing of where such a geodesic ends.
         """
         radius, wide = self.radius_for(x), wide_type(x)
         return radius * stiefel_geodesics.exponential(x.to(wide) / radius, u.to(wide) / radius).to(x.dtype)

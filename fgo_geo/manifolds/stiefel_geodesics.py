@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import matrix_exponential, polar_factor, polish, skew, sym
+from fgo_geo.linalg import matrix_exponential, polar_factor, polish, reads_for_free, skew, sym
 from fgo_geo.linalg.smooth import apply, save
 
 __all__ = ["exponential", "logarithm"]
@@ -40,7 +41,7 @@ def exponential(q: Tensor, v: Tensor) -> Tensor:
 
     Args:
         q: Points in double precision, shape ``(..., A, B)``.
-        v: Tangent vectors at ``q``. Longer ones than 1e6 are shortened to that.
+        v: Tangent vectors at ``q``. Longer ones than 1e6 are shortened to that, with a warning where reading is free.
 
     Returns:
         Points of the same shape.
@@ -56,6 +57,13 @@ def exponential(q: Tensor, v: Tensor) -> Tensor:
     q = polish(polish(q))
     v = _tangent(q, v)
     length = torch.linalg.matrix_norm(v.detach(), keepdim=True)
+    if reads_for_free(length) and bool((length > _LONGEST).any()):
+        warnings.warn(
+            f"Stiefel.expmap: a tangent vector is {float(length.max()):.3g} radii long, and was shortened to "
+            f"{_LONGEST:g}, beyond which rounding leaves nothing of where a geodesic ends; take shorter steps, or the "
+            "retraction",
+            stacklevel=2,
+        )
     v = v * (_LONGEST / length).clamp_max(1)
     scale = length.clamp(1, _LONGEST)  # a similarity of the block, which changes nothing
     unit = v / scale
