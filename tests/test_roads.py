@@ -15,7 +15,7 @@ from networks import CONSTRAINED, Net, assert_on_manifolds, images, net, train
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from fgo_geo import RiemannianFGSGD, Stiefel, constrain, plan_of, unconstrain
+from fgo_geo import RiemannianFGSGD, Stiefel, constrain, on_manifolds, plan_of, unconstrain
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "guides" / "roads.md"
@@ -66,8 +66,35 @@ def test_a_swap_on_conversion_of_a_constrained_model_is_noticed(swaps: None) -> 
     assert_on_manifolds(plan)
 
 
+@pytest.mark.parametrize("again", ["the same optimiser", "a copy", "a state dict"])
+@pytest.mark.parametrize("kind", ["ours", "attached"])
+def test_a_swap_on_conversion_of_a_weight_declared_by_hand_is_noticed(swaps: None, kind: str, again: str) -> None:
+    manifold, layer = Stiefel(), nn.Linear(3, 5)
+    layer.weight = geoopt.ManifoldParameter(manifold.random(5, 3), manifold=manifold)
+    build = RiemannianFGSGD if kind == "ours" else torch.optim.AdamW
+    optimizer = build(layer.parameters(), lr=0.1)
+    if kind == "attached":
+        on_manifolds(optimizer)
+    layer(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    if again == "a copy" and kind == "ours":
+        layer, optimizer = copy.deepcopy((layer, optimizer))
+    layer.double()
+    assert type(layer.weight) is nn.Parameter
+    if again == "a state dict":
+        optimizer.load_state_dict(optimizer.state_dict())
+    before = layer.weight.detach().clone()
+    layer(torch.ones(2, 3, dtype=torch.float64)).sum().backward()
+    for _ in range(2):
+        with pytest.raises(
+            RuntimeError, match=r"of shape \(5, 3\) was on Stiefel.*set_swap_module_params_on_conversion"
+        ):
+            optimizer.step()
+        assert torch.equal(layer.weight.detach(), before)
+
+
 def test_a_swap_on_conversion_of_a_weight_declared_by_hand_needs_a_new_declaration(swaps: None) -> None:
-    """Nothing of ours is asked; the guide says so."""
+    """Without an optimiser that was built before, nothing of ours is asked; the guide says so."""
     manifold, layer = Stiefel(), nn.Linear(3, 5)
     layer.weight = geoopt.ManifoldParameter(manifold.random(5, 3), manifold=manifold)
     layer.double()

@@ -7,7 +7,7 @@ formulas in :mod:`fgo_geo.paths.reference` and :mod:`fgo_geo.optim.step_size`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import geoopt
@@ -19,7 +19,7 @@ from torch.optim.optimizer import ParamsT
 from fgo_geo.manifolds import REPLACED, replaced_error
 from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
 from fgo_geo.optim.options import OPTIONS, Norm, check_options, fill_in, step_options
-from fgo_geo.optim.points import HALF, Masters, StepScales, check_point, name_in, parameters_given
+from fgo_geo.optim.points import HALF, Masters, StepScales, check_point, lost_manifold, name_in, parameters_given
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 from fgo_geo.paths.rules import momentum_sgd
 
@@ -137,6 +137,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             "master_weights": master_weights,
             "differentiable": False,  # load_state_dict of every torch optimiser adds it
         }
+        self._declared: dict[Tensor, geoopt.Manifold] = {}
         # Geoopt's constructor would drop the options that it does not know; its base class takes them all.
         OptimMixin.__init__(self, parameters_given(params, type(self).__name__), defaults, stabilize=stabilize)
         self._begin()
@@ -153,6 +154,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         for group in self.param_groups:
             fill_in(self.defaults, group)
             group.update(check_options(group, type(self).__name__))
+        self._declared = self.__dict__.get("_declared", {})  # loading a state dict comes here too
+        for group in self.param_groups:
+            self._declare(group["params"])
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -189,6 +193,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._declare(added["params"])
+
+    def _declare(self, params: Sequence[Tensor]) -> None:
+        """Remember the manifolds of parameters, so that losing one is noticed."""
+        self._declared.update((p, m) for p, m in zip(params, map(manifold_of, params), strict=True) if m is not None)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -209,8 +218,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
         Raises:
             ValueError: If an option that was changed since the last step is out of range. Nothing has changed then.
-            RuntimeError: If a gradient is sparse, or a parameter was replaced since, as by :func:`~fgo_geo.constrain`.
-                Nothing has changed then.
+            RuntimeError: If a gradient is sparse, or a parameter was replaced since, as by :func:`~fgo_geo.constrain`,
+                or has lost its manifold. Nothing has changed then.
             FloatingPointError: If a gradient on a manifold is not finite and ``check_finite`` applies. Nothing has
                 changed then.
 
@@ -296,6 +305,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 )
             manifold = manifold_of(param)
             point = param
+            if manifold is None and param in self._declared:
+                raise lost_manifold(self._declared[param], f"{type(self).__name__}: {self._name_of(param)}")
             if manifold is None and group["adapt_euclidean"]:
                 manifold = self._default_manifold
             elif manifold is not None and param.dtype in HALF and group["master_weights"]:

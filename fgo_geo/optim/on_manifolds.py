@@ -35,7 +35,7 @@ from torch.optim import LBFGS, Optimizer
 from fgo_geo.linalg import reads_for_free
 from fgo_geo.manifolds import REPLACED, replaced_error
 from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
-from fgo_geo.optim.points import StepScales, check_point, name_in
+from fgo_geo.optim.points import StepScales, check_point, lost_manifold, name_in
 from fgo_geo.optim.step_size import longest_step
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 from fgo_geo.weights.words import small
@@ -167,7 +167,7 @@ class OnManifolds:
         self._options = options
         self._check_finite = check_finite
         self._points: dict[Tensor, Tensor] = {}
-        self._checked: set[Tensor] = set()
+        self._checked: dict[Tensor, geoopt.Manifold] = {}
         self._stepper = Stepper("on_manifolds", self._name_of, {})
         self._is_active = False
 
@@ -265,7 +265,10 @@ class OnManifolds:
         for param in group["params"]:
             if getattr(param, REPLACED, False):
                 raise replaced_error(f"on_manifolds: {self._name_of(param)}")
-            if manifold_of(param) is None or param in self._checked:
+            manifold = manifold_of(param)
+            if manifold is None and param in self._checked:
+                raise lost_manifold(self._checked[param], f"on_manifolds: {self._name_of(param)}")
+            if manifold is None or param in self._checked:
                 continue
             if "lr" not in group:
                 raise ValueError(
@@ -273,7 +276,7 @@ class OnManifolds:
                     "has none in its param_groups"
                 )
             check_point(param, f"on_manifolds: {self._name_of(param)}", self._options.step_size)
-            self._checked.add(param)
+            self._checked[param] = manifold
 
     def _evaluated_once(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> Callable[[], Any]:
         """The closure, which raises if it is evaluated while the parameters are between two points."""

@@ -19,7 +19,16 @@ from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups
 from fgo_geo.optim.base import manifold_of
 from fgo_geo.optim.groups import group_norms
 
-__all__ = ["HALF", "Masters", "StepScales", "check_point", "known_name", "name_in", "parameters_given"]
+__all__ = [
+    "HALF",
+    "Masters",
+    "StepScales",
+    "check_point",
+    "known_name",
+    "lost_manifold",
+    "name_in",
+    "parameters_given",
+]
 
 HALF = (torch.float16, torch.bfloat16)
 """Types of weights that have a master copy."""
@@ -84,6 +93,21 @@ def known_name(param: Tensor) -> str | None:
     if not isinstance(manifold, ProductOfGroups):
         return None
     return re.sub(r"\[\d+\]$", "", manifold.collections[0].name) or None  # sections of a packed weight are numbered
+
+
+def lost_manifold(manifold: geoopt.Manifold, what: str) -> RuntimeError:
+    """The error that a parameter which was given on a manifold has become a plain one.
+
+    Args:
+        manifold: Its manifold.
+        what: Optimiser and name of the parameter.
+    """
+    return RuntimeError(
+        f"{what} was on {manifold} when the optimiser was given it, and is a plain parameter now; no parameter was "
+        "changed. Converting a module under torch.__future__.set_swap_module_params_on_conversion(True) does that: "
+        "declare the weight again, `module.weight = geoopt.ManifoldParameter(manifold.projx(module.weight.detach()), "
+        "manifold=manifold)`, and build the optimiser after that"
+    )
 
 
 def name_in(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
