@@ -1,15 +1,15 @@
 """Break each formula of the package once, and see which test notices.
 
-    python tests/mutations.py                # all mutants, a minute per ten of them on two cores
-    python tests/mutations.py sphere bounds  # those whose file or formula contains a word
+    python tests/mutations.py --results mutants.csv                 # all mutants, about half a minute each
+    python tests/mutations.py --results mutants.csv sphere bounds   # those whose file or formula contains a word
     python tests/mutations.py --list
 
 A mutant replaces one piece of source text: a sign, a factor, an axis, a radius, a term that is forgotten. For each one
-the package is copied, the text is replaced in the copy, and the test files named with it run there until one fails.
-The first failing test is printed. If no test notices, the mutant survives and the exit status is 1. It is 1 too if a
-text is not found exactly once: then the formula has changed, and the list has to follow.
-
-Mutants run in forked processes, so that torch is imported once.
+the package is copied, the text is replaced in the copy, and the tests named with it run there until one fails, in a
+process of its own with a limit on time and memory. The first failing test is printed, and written to the file of
+results; mutants that the file holds are not run again unless their text has changed. If no test notices, the mutant
+survives and the exit status is 1. It is 1 too if a text is not found exactly once: then the formula has changed, and
+the list has to follow.
 """
 
 # ruff: noqa: E501  the texts to replace are quoted whole
@@ -17,26 +17,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
-import io
-import multiprocessing
+import csv
+import hashlib
 import os
+import resource
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import hypothesis
-import pytest
-from hypothesis import Phase
-
 LONGEST = 300  # seconds for a mutant
-_IMPORTED_ONCE = ("torch", "geoopt", "matplotlib.pyplot", "mpmath", "numpy", "scipy.linalg")
+MEMORY = 6 * 2**30  # bytes that a mutant's process may allocate
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -52,6 +48,11 @@ class Mutant:
     def __str__(self) -> str:
         """File and replacement."""
         return f"{self.file}: {self.original.strip()}  ->  {self.replacement.strip()}"
+
+    @property
+    def key(self) -> str:
+        """What names it in a file of results."""
+        return hashlib.sha256(repr((self.file, self.original, self.replacement, self.tests)).encode()).hexdigest()[:12]
 
 
 def in_file(file: str, tests: str, *pairs: tuple[str, str]) -> Iterator[Mutant]:
@@ -148,15 +149,16 @@ MUTANTS = [
     *in_file(
         "manifolds/sphere.py",
         "manifolds:proju+projx manifolds_moves:geodesic+exp_log+transport manifolds_tensors:radius manifolds manifolds_moves manifolds_tensors derivatives",
-        ("return y * (radius / root_of_sum(y, dim))", "return y / root_of_sum(y, dim)"),
+        ("return y * (radius * squared.rsqrt())", "return y * squared.rsqrt()"),
         ("inner_sum(x, u, dim) / radius**2, value=-1)", "inner_sum(x, u, dim) / radius, value=-1)"),
         ("inner_sum(x, u, dim) / radius**2, value=-1)", "inner_sum(x, u, dim) / radius**2, value=1)"),
         ("return _onto(x + u, radius, dim)", "return _onto(x + 0.99 * u, radius, dim)"),
         ("cosine(squared) * x + sinc(squared) * u", "cosine(squared) * x - sinc(squared) * u"),
-        ("squared = inner_sum(u, u, dim) / radius**2\n    return _onto", "squared = inner_sum(u, u, dim)\n    return _onto"),
+        ("squared = (inner_sum(u, u, dim) / radius**2).clamp_max(", "squared = inner_sum(u, u, dim).clamp_max("),
         ("return 2 * torch.atan2(root_of_sum(x - y, dim), root_of_sum(x + y, dim))", "return torch.atan2(root_of_sum(x - y, dim), root_of_sum(x + y, dim))"),
         ("4 * squared * arctangent(squared) ** 2, angle", "squared * arctangent(squared) ** 2, angle"),
         ("(1 + squared) * arctangent(squared), stretch)", "arctangent(squared), stretch)"),
+        ("y = y / y.detach().abs().amax(dim, keepdim=True)  # which cancels", "pass"),
         ("stretch = torch.where(length > 0, radius * theta", "stretch = torch.where(length > 0, theta"),
         ("along = inner_sum(u, v, dim) / radius**2", "along = inner_sum(u, v, dim)"),
         ("(sinc(squared / 4) ** 2 / 2 * u + sinc(squared) * x)", "(sinc(squared / 4) ** 2 / 2 * u)"),
@@ -208,10 +210,36 @@ MUTANTS = [
         ("return before.index_copy(0, order, values)", "return values"),
     ),
     *in_file("manifolds/balls.py", "renormalize", ("(target / _spectral_norm(x).clamp(min=source))", "(target / _spectral_norm(x))")),
+    # -- paths -------------------------------------------------------------------------------------
+    *in_file(
+        "paths/reference.py",
+        "fgsgd:oracle+invariant+maximize+decay+tensor step_bound paths_reference fgsgd fgsgd_geoopt",
+        ("grad = -job.grad if options.maximize else job.grad", "grad = job.grad if options.maximize else -job.grad"),
+        ("grad = grad.add(job.x, alpha=options.weight_decay)", "grad = grad.add(job.x, alpha=-options.weight_decay)"),
+        ("job.grad = grad * manifold.radius_for(job.x) ** 2", "job.grad = grad * manifold.radius_for(job.x)"),
+        ("job.grad = grad = manifold.egrad2rgrad(job.x, grad)", "job.grad = grad"),
+        ("inner = manifold.inner(job.x, grad, job.grad)", "inner = manifold.inner(job.x, job.grad, job.grad)"),
+        ("grad = job.grad if scale is None else job.grad * job.spread(scale)", "grad = job.grad"),
+        ("manifold.retract_bounded(x, direction, bound, -lr), buffer", "manifold.retract_bounded(x, direction, bound, lr), buffer"),
+        ("step = -rate * direction", "step = rate * direction"),
+        ("return manifold.retr_transp(x, step, buffer)", "return manifold.retr(x, step), buffer"),
+        ("return manifold.expmap_transp(x, step, buffer)", "return manifold.expmap(x, step), buffer"),
+        ("return options.lr * options.longest_step / (1.0 if", "return options.longest_step / (1.0 if"),
+        ("(1.0 if options.radius_invariant else job.smallest_radius)", "(1.0 if options.radius_invariant else 1 / job.smallest_radius)"),
+    ),
+    *in_file(
+        "paths/rules.py",
+        "fgsgd:oracle paths_reference fgsgd",
+        ("own = (1 - options.dampening) * grad if", "own = (1 + options.dampening) * grad if"),
+        ("buffer = torch.add(own, carried, alpha=options.momentum)", "buffer = torch.add(own, carried, alpha=-options.momentum)"),
+        ("carried = manifold.proju(x, buffer) if isinstance(manifold, EmbeddedManifold) else buffer", "carried = buffer"),
+        ("(grad + options.momentum * buffer if options.nesterov else buffer)", "(grad + buffer if options.nesterov else buffer)"),
+        ("(grad + options.momentum * buffer if options.nesterov else buffer)", "(options.momentum * buffer if options.nesterov else buffer)"),
+    ),
     # -- optim -------------------------------------------------------------------------------------
     *in_file(
         "optim/step_size.py",
-        "step_size",
+        "step_size step_bound",
         ("second = 1 + curvature * (rho + norm)", "second = 1 + curvature * (rho - norm)"),
         ("second = 1 + curvature * (rho + norm)", "second = 1 + curvature * norm"),
         ("torch.maximum(2 * rho + norm, second.sqrt())", "torch.maximum(rho + norm, second.sqrt())"),
@@ -221,6 +249,55 @@ MUTANTS = [
         ("return 1 / (math.hypot(1, rho) + rho)", "return 1 / (math.hypot(1, rho) - rho)"),
         ("buffer = max(1.0, abs(1 - dampening) / (1 - momentum))", "buffer = max(1.0, abs(1 - dampening) / (1 + momentum))"),
         ("return 1 + momentum * buffer if nesterov else buffer", "return momentum * buffer if nesterov else buffer"),
+        ("tau = norm / (options.angle * norms)", "tau = norm / options.angle"),
+        ("tau = norm / (options.angle * norms)", "tau = norm * norms / options.angle"),
+        ("return spike * theorem_step_bound(options.rho) * gain", "return spike * theorem_step_bound(options.rho)"),
+        ("return spike * theorem_step_bound(options.rho) * gain", "return theorem_step_bound(options.rho) * gain"),
+        ("bound = options.curvature if curvatures is None else curvatures", "bound = options.curvature"),
+    ),
+    *in_file(
+        "optim/base.py",
+        "step_size fgsgd_refusals fgsgd fgsgd_precision paths_reference",
+        ("scale = None if tau is None else tau.reciprocal()", "scale = tau"),
+        ("scale = own.unit if scale is None else own.unit * scale", "scale = own.unit if scale is None else scale / own.unit"),
+        ("own.squared.sqrt() if own.unit is None else own.squared.sqrt() * own.unit", "own.squared.sqrt()"),
+        ("torch.ones_like(norm) if scale is None else scale, 0)", "torch.ones_like(norm) if scale is None else scale, 1)"),
+        ("return torch.where(mean.isnan(), norm, mean.sqrt())", "return torch.where(mean.isnan(), norm, mean)"),
+        ("shortest = norm / (SPIKE * theorem_step_bound(options.rho))", "shortest = norm / SPIKE"),
+        ("taken = torch.where(is_spike, norm * tau / shortest, norm)", "taken = norm"),
+        ("mean = torch.lerp(taken.square(), before.square(), _DECAY)", "mean = torch.lerp(before.square(), taken.square(), _DECAY)"),
+        ("return torch.maximum(tau, shortest)", "return tau"),
+        ("torch.where(mask, own, other.to(own)).to(dtype)", "own.to(dtype)"),
+        ("group_curvatures(m, shape, options.radius_invariant)", "group_curvatures(m, shape)"),
+        ("weight.owner.copy_(weight.param)", "pass"),
+    ),
+    *in_file(
+        "optim/groups.py",
+        "fgsgd paths_reference on_manifolds:angle+theorem step_size",
+        ("return _radii(own, batch) ** -2", "return _radii(own, batch) ** -1"),
+        ("return torch.zeros(batch, dtype=torch.float64)", "return torch.ones(batch, dtype=torch.float64)"),
+        ("lambda groups, values: groups.max(values))", "lambda groups, values: -groups.max(-values))"),
+        ("return _radii(own, batch) * kind.norms(rows, columns)[0]", "return _radii(own, batch) * kind.norms(rows, columns)[1]"),
+        ("lambda groups, values: groups.sum(values.square()).sqrt())", "lambda groups, values: groups.sum(values))"),
+    ),
+    *in_file(
+        "optim/finite.py",
+        "fgsgd_refusals step_size on_manifolds:finite",
+        ("own.squared = torch.where(finite, own.squared, 0)", "own.squared = own.squared"),
+        ("first / own.unit.square(), again)", "first / own.unit, again)"),
+        ("scaled = torch.ldexp(grad.detach(), torch.tensor(-exponent, device=grad.device))", "scaled = torch.ldexp(grad.detach(), torch.tensor(exponent, device=grad.device))"),
+        ("alpha=decay * (math.ldexp(1.0, -exponent) - 1))", "alpha=decay * math.ldexp(1.0, -exponent))"),
+        ("return math.ldexp(1.0, exponent)", "return math.ldexp(1.0, exponent - 1)"),
+        ("return float(squared.sum()) < _SMALLEST", "return False"),
+    ),
+    *in_file(
+        "optim/on_manifolds.py",
+        "step_bound on_manifolds",
+        ("_foreach.mul_(moved, -1 / lr)", "_foreach.mul_(moved, 1 / lr)"),
+        ("_foreach.mul_(moved, -1 / lr)", "_foreach.mul_(moved, -1.0)"),
+        ("_foreach.sub_(moved, points)", "pass"),
+        ("options = replace(options, longest_step=longest_step(options))", "options = replace(options, longest_step=0.1 * longest_step(options))"),
+        ("                _foreach.copy_(params, points)\n", "                pass\n"),
     ),
     *in_file(
         "optim/schedules.py",
@@ -307,35 +384,18 @@ MUTANTS = [
 class Outcome:
     """What became of a mutant: the test that noticed it, or what is wrong."""
 
-    mutant: Mutant
-    test: str | None
-    problem: str | None
-    seconds: float
-
-
-class _FirstFailure:
-    """A plugin of pytest that keeps the name of the first test that fails."""
-
-    name: str | None = None
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed and self.name is None:
-            self.name = report.nodeid
-
-    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
-        if report.failed and self.name is None:
-            self.name = f"{report.nodeid} (when collected)"
+    key: str
+    mutant: str
+    test: str
+    problem: str
+    seconds: int
 
 
 def _file_and_choice(test: str) -> tuple[str, str, str]:
-    """The file of some tests and which of them.
-
-    Without those that compile, which take minutes and add no formula, and those that start processes, which a fork
-    cannot.
-    """
+    """The file of some tests and which of them, without those that compile: they take minutes and add no formula."""
     name, _, words = test.partition(":")
     wanted = f"({' or '.join(words.split('+'))}) and " if words else ""
-    return f"tests/test_{name}.py", "-k", f"{wanted}not compil and not process"
+    return f"tests/test_{name}.py", "-k", f"{wanted}not compil"
 
 
 def stale(mutant: Mutant) -> str | None:
@@ -351,7 +411,7 @@ def stale(mutant: Mutant) -> str | None:
 
 
 def run(mutant: Mutant) -> Outcome:
-    """Make a mutant in a copy of the package and run its tests there, in this process: call it in a fork."""
+    """Make a mutant in a copy of the package, and run its tests there in another process."""
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
@@ -363,85 +423,109 @@ def run(mutant: Mutant) -> Outcome:
             (copy / name).symlink_to(ROOT / name)
         path = copy / "fgo_geo" / mutant.file
         path.write_text(path.read_text(encoding="utf-8").replace(mutant.original, mutant.replacement), encoding="utf-8")
-        os.chdir(copy)
-        sys.path[:] = [str(copy), str(copy / "tests"), *(p for p in sys.path if Path(p).resolve() != ROOT)]
-        first = _FirstFailure()
-        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", f"--rootdir={copy}"]
-        options += ["--hypothesis-profile=mutants"]
-        status: int = pytest.ExitCode.OK
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            for test in mutant.tests:
-                if status == pytest.ExitCode.OK:
-                    status = pytest.main([*options, *_file_and_choice(test)], plugins=[first])
-        os.chdir(ROOT)
-    problem = "SURVIVES" if status == pytest.ExitCode.OK else f"pytest ended with {status!r}"
-    return Outcome(mutant, first.name, None if first.name else problem, time.perf_counter() - began)
+        answer = copy / "answer"
+        command = [sys.executable, "-m", "mutations", "--inside", str(answer), *mutant.tests]
+        paths = os.pathsep.join((str(copy), str(copy / "tests")))
+        process = subprocess.Popen(
+            command,
+            cwd=copy,
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONDONTWRITEBYTECODE": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY)),
+        )
+        try:
+            status = process.wait(LONGEST)
+            problem = "SURVIVES" if status == 0 else f"the process ended with {status}"
+        except subprocess.TimeoutExpired:
+            problem = f"no answer in {LONGEST} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # with all that the tests have started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        test = answer.read_text(encoding="utf-8") if answer.is_file() else ""
+    return Outcome(mutant.key, str(mutant), test, "" if test else problem, round(time.perf_counter() - began))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the chosen mutants and print a line for each."""
-    parser = argparse.ArgumentParser(description="Break each formula once and report which test notices.")
-    parser.add_argument("words", nargs="*", help="only mutants whose file or text contains one of these")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (%(default)s)")
-    parser.add_argument("--list", action="store_true", help="list them, and those that are stale")
-    settings = parser.parse_args(arguments)
-    chosen = [m for m in MUTANTS if not settings.words or any(word in str(m) for word in settings.words)]
-    failed = 0
-    runnable: list[Mutant] = []
-    for mutant in chosen:
-        problem = stale(mutant)
-        if problem is None:
-            runnable.append(mutant)
-        if problem is not None or settings.list:
-            failed += problem is not None
-            print(f"{problem or 'ready'}: {mutant}", flush=True)
-    if settings.list:
-        return int(failed > 0)
+def inside(answer: str, tests: list[str]) -> int:
+    """Run tests in the copy until one fails, and write its name to a file."""
+    import hypothesis
+    import pytest
+    from hypothesis import Phase
 
-    for module in _IMPORTED_ONCE:
-        importlib.import_module(module)
+    class FirstFailure:
+        """A plugin of pytest that keeps the name of the first test that fails."""
+
+        def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+            self._keep(report.failed, report.nodeid)
+
+        def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+            self._keep(report.failed, f"{report.nodeid} (when collected)")
+
+        def _keep(self, failed: bool, name: str) -> None:
+            if failed and not Path(answer).exists():
+                Path(answer).write_text(name, encoding="utf-8")
+
     hypothesis.settings.register_profile(  # the first failure will do, without a smaller example of it
         "mutants", derandomize=True, deadline=None, database=None, phases=(Phase.explicit, Phase.generate)
     )
-    for outcome in outcomes(runnable, settings.jobs):
-        failed += outcome.test is None
-        print(f"{outcome.test or outcome.problem} [{outcome.seconds:.0f} s]: {outcome.mutant}", flush=True)
-    print(f"{len(chosen)} mutants, {len(chosen) - failed} noticed, {failed} not")
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", f"--rootdir={Path.cwd()}"]
+    for test in tests:
+        choice = [*options, "--hypothesis-profile=mutants", *_file_and_choice(test)]
+        status = pytest.main(choice, plugins=[FirstFailure()])
+        if status not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+            return int(status)
+    return 0
+
+
+def main() -> int:
+    """Run the chosen mutants and print a line for each."""
+    parser = argparse.ArgumentParser(description="Break each formula once and report which test notices.")
+    parser.add_argument("words", nargs="*", help="only mutants whose file or text contains one of these")
+    parser.add_argument("--results", type=Path, help="where results are kept; mutants that it holds are not run again")
+    parser.add_argument("--list", action="store_true", help="list them, and those that are stale")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    settings = parser.parse_args()
+    if settings.inside:
+        return inside(settings.inside, settings.words)
+    chosen = [m for m in MUTANTS if not settings.words or any(word in str(m) for word in settings.words)]
+    known = {outcome.key: outcome for outcome in read(settings.results)}
+    failed = 0
+    for mutant in chosen:
+        problem = stale(mutant)
+        if problem is not None or settings.list:
+            failed += problem is not None
+            print(f"{problem or 'ready'}: {mutant}", flush=True)
+            continue
+        outcome = known.get(mutant.key)
+        if outcome is None:
+            outcome = run(mutant)
+            if settings.results is not None:
+                write(settings.results, outcome)
+        failed += not outcome.test
+        print(f"{outcome.test or outcome.problem} [{outcome.seconds} s]: {mutant}", flush=True)
+    if not settings.list:
+        print(f"{len(chosen)} mutants, {len(chosen) - failed} noticed, {failed} not")
     return int(failed > 0)
 
 
-def outcomes(mutants: list[Mutant], jobs: int) -> Iterator[Outcome]:
-    """Run mutants, each in a process of its own: the package's modules that one has imported would stay."""
-    context = multiprocessing.get_context("fork")
-    waiting = list(reversed(mutants))
-    running: dict[Connection, tuple[Mutant, BaseProcess, float]] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            receiver, sender = context.Pipe(duplex=False)
-            mutant = waiting.pop()
-            process = context.Process(target=_send, args=(sender, mutant))
-            process.start()
-            sender.close()
-            running[receiver] = mutant, process, time.perf_counter()
-        ready = wait(list(running), timeout=1)
-        for receiver, (mutant, process, began) in list(running.items()):
-            seconds = time.perf_counter() - began
-            if receiver in ready:
-                try:
-                    yield receiver.recv()
-                except EOFError:
-                    yield Outcome(mutant, None, "the process died", seconds)
-            elif seconds > LONGEST:
-                process.kill()
-                yield Outcome(mutant, None, f"no answer in {LONGEST} s", seconds)
-            else:
-                continue
-            process.join()
-            del running[receiver]
+def read(path: Path | None) -> list[Outcome]:
+    """Results of earlier runs."""
+    if path is None or not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Outcome(**{**row, "seconds": int(row["seconds"])}) for row in csv.DictReader(file)]
 
 
-def _send(sender: Connection, mutant: Mutant) -> None:
-    sender.send(run(mutant))
+def write(path: Path, outcome: Outcome) -> None:
+    """Add a result to a file."""
+    is_new = not path.is_file()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, list(asdict(outcome)))
+        if is_new:
+            table.writeheader()
+        table.writerow(asdict(outcome))
 
 
 if __name__ == "__main__":
