@@ -1,42 +1,61 @@
 """How far weights leave their manifold in many steps, without ``stabilize``, beside Geoopt's.
 
-    python examples/drift.py                                                   # 100,000 steps each, ten minutes
-    python examples/drift.py --steps 2000 --figure drift.png
+    python examples/drift.py --data docs/_static/drift.csv --figure docs/_static/drift.png    # 40 minutes of one core
+    python examples/drift.py --steps 2000 --figure drift.png                                  # a minute
 
-Every run fits weights to a noisy target by momentum SGD: once at the largest learning rate of a list at which the loss
-still falls, and once at a small one, where a step changes little and rounding could add up. The figure shows the
-largest relative violation of the constraint, measured in double precision: what rounding leaves after a step does not
-add up where each step returns to the manifold itself.
+A run minimises a quadratic function of a batch of weights from noisy gradients, by momentum SGD. Each run is made
+twice: at the largest learning rate of a list that still brings the loss at least half as far down as the best one, and
+at a small one, where a step changes little and rounding could add up. Every hundredth step the relative violation of
+the constraint is measured in double precision. The figure shows the largest one since the mark before: what rounding
+leaves behind does not add up where each step returns to the manifold itself.
+
+Half-precision weights are stepped as a copy in single precision, which is the copy that is measured.
+
+With ``--data``, runs that the file holds are not made again, so that a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import geoopt
 import torch
 from torch import Tensor
 
 import fgo_geo
+from fgo_geo import Ball, Oblique, ProductOfGroups, ScaledSphere, SpectralBall, SpectralSphere, Stiefel
 
-RATES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1, 0.03)
+RATES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)
 SMALL_RATE = 0.01
-NOISES = 97  # gradients that follow each other again and again
-SHAPE = (16, 8, 4)  # a batch of matrices 8 x 4
+NOISES = 97  # gradients' noise, which comes again and again
+TRIAL = 1000  # steps with which a learning rate is tried
+EVERY = 100  # steps between two measurements
+MATRICES = (16, 8, 4)  # a batch of matrices 8 x 4
 Measure = Callable[[Tensor], Tensor]
+Curve = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One line of the figure: a manifold under an optimiser, in one type."""
+    """One line of the figure: weights on a manifold, in one type, under one optimiser."""
 
     label: str
     manifold: geoopt.Manifold
     violation: Measure
-    dtype: torch.dtype
-    ours: bool
+    shape: tuple[int, ...] = MATRICES
+    dtype: torch.dtype = torch.float32
+    update: str = "retraction"
+    ours: bool = True
+
+    @property
+    def panel(self) -> str:
+        """Where the figure shows it."""
+        return "Geoopt" if not self.ours else self.update if self.dtype == torch.float32 else str(self.dtype)[6:]
 
 
 def rows_to_columns(measure: Measure) -> Measure:
@@ -44,83 +63,159 @@ def rows_to_columns(measure: Measure) -> Measure:
     return lambda x: measure(x.mT)
 
 
+def ours(dtype: torch.dtype = torch.float32, update: str = "retraction") -> list[Run]:
+    """Every manifold of this package."""
+    made: list[tuple[str, fgo_geo.manifolds.EmbeddedManifold, tuple[int, ...]]] = [
+        ("sphere", ScaledSphere(ndim=2), MATRICES),
+        ("oblique", Oblique(), MATRICES),
+        ("Stiefel", Stiefel(), MATRICES),
+    ]
+    if update == "retraction":  # balls have no geodesics, and products those of their components
+        kinds = ("sphere", "oblique", "stiefel")
+        kernels = ProductOfGroups(fgo_geo.collection(8, 6, "pio", kinds), (8, 6, 3, 3))
+        blocks = ProductOfGroups(fgo_geo.collection(24, 32, "pio", kinds, components="block"), (24, 32))
+        made += [
+            ("product of kernels", kernels, (8, 6, 3, 3)),
+            ("product of blocks", blocks, (24, 32)),
+            ("ball", Ball(ndim=2), MATRICES),
+            ("spectral ball", SpectralBall(), MATRICES),
+            ("spectral sphere", SpectralSphere(), MATRICES),
+        ]
+    if update == "retraction" and dtype == torch.float32:
+        made.append(("large Stiefel", Stiefel(), (192, 128)))
+    return [Run(name, m, m.violation, shape, dtype, update) for name, m, shape in made]
+
+
 def runs() -> list[Run]:
-    """The runs: every manifold in single precision and bfloat16, and Geoopt's counterparts."""
-    sphere, oblique, stiefel = fgo_geo.ScaledSphere(ndim=2), fgo_geo.Oblique(), fgo_geo.Stiefel()
-    made = [
-        Run(f"{manifold.name}, {str(dtype)[6:]}", manifold, manifold.violation, dtype, ours=True)
-        for dtype in (torch.float32, torch.bfloat16)
-        for manifold in (sphere, oblique, stiefel)
+    """The runs: every manifold in single precision and bfloat16, along geodesics, and Geoopt's counterparts."""
+    columns, orthogonality = rows_to_columns(Oblique().violation), Stiefel().violation
+    theirs: list[tuple[geoopt.Manifold, Measure]] = [
+        (geoopt.Sphere(), columns),
+        (geoopt.SphereExact(), columns),
+        (geoopt.EuclideanStiefel(), orthogonality),
+        (geoopt.EuclideanStiefelExact(), orthogonality),
+        (geoopt.CanonicalStiefel(), orthogonality),
     ]
-    theirs = [
-        Run("Geoopt: Sphere (rows)", geoopt.Sphere(), rows_to_columns(oblique.violation), torch.float32, ours=False),
-        Run("Geoopt: EuclideanStiefel", geoopt.EuclideanStiefel(), stiefel.violation, torch.float32, ours=False),
-        Run("Geoopt: CanonicalStiefel", geoopt.CanonicalStiefel(), stiefel.violation, torch.float32, ours=False),
+    return [
+        *(Run(type(manifold).__name__, manifold, measure, ours=False) for manifold, measure in theirs),
+        *ours(),
+        *ours(torch.bfloat16),
+        *ours(update="exponential"),
     ]
-    return made + theirs
 
 
-def descend(run: Run, lr: float, steps: int, seed: int = 0) -> tuple[list[tuple[int, float]], float]:
-    """Violations after 1, 2, 4, ... steps and at the end, and the loss, summed over the last half."""
+def descend(run: Run, lr: float, steps: int, seed: int = 0) -> tuple[Curve, float]:
+    """The largest violations up to the steps 1, 2, 4, ... and the last one, and the mean loss of the last half.
+
+    The loss is the weighted squared distance to a point of the manifold, relative to that of the start.
+    """
     generator = torch.Generator().manual_seed(seed)
-    start, target = torch.randn(2, *SHAPE, generator=generator)
-    gradients = -(target + torch.randn(NOISES, *SHAPE, generator=generator)).to(run.dtype)
-    weight = geoopt.ManifoldParameter(run.manifold.projx(start).to(run.dtype), manifold=run.manifold)
-    kind = fgo_geo.RiemannianFGSGD if run.ours else geoopt.optim.RiemannianSGD
-    optimizer = kind([weight], lr=lr, momentum=0.9)
-    violations, losses = [], 0.0
+    start, target = (run.manifold.projx(torch.randn(run.shape, generator=generator)) for _ in range(2))
+    weighting = 10 ** -torch.rand(run.shape, generator=generator)
+    noise = 0.1 * torch.randn(NOISES, *run.shape, generator=generator)
+    first = float((weighting * (start - target) ** 2).sum())
+    weight = geoopt.ManifoldParameter(start.to(run.dtype), manifold=run.manifold)
+    if run.ours:
+        optimizer = fgo_geo.RiemannianFGSGD([weight], lr=lr, momentum=0.9, update=run.update)
+    else:
+        optimizer = geoopt.optim.RiemannianSGD([weight], lr=lr, momentum=0.9)
+    worst, curve, losses = 0.0, [], []
     for step in range(1, steps + 1):
-        weight.grad = gradients[step % NOISES]
+        difference = weight.detach().float() - target
+        weight.grad = torch.addcmul(noise[step % NOISES], weighting, difference).to(run.dtype)
         optimizer.step()
+        marked = step & (step - 1) == 0 or step == steps
+        if marked or step % EVERY == 0:
+            point = optimizer.state[weight].get("master", weight.detach())
+            violation = float(run.violation(point.double()).max())
+            worst = max(worst, math.inf if math.isnan(violation) else violation)
+        if marked:
+            curve.append((step, worst))
+            worst = 0.0
         if 2 * step > steps and step % 8 == 0:
-            losses -= float((target * weight.detach().float()).mean())
-        if step & (step - 1) == 0 or step == steps:
-            violations.append((step, float(run.violation(weight.detach().double()).max())))
-    return violations, losses
+            losses.append(float((weighting * difference**2).sum()) / first)
+    return curve, sum(losses) / max(1, len(losses))
 
 
-def largest_rate(run: Run, steps: int = 200) -> float:
-    """The largest learning rate with which the loss falls to within a half of the best."""
-    losses = {lr: descend(run, lr, steps)[1] for lr in RATES}
-    best = min(losses.values())
-    return next(lr for lr, loss in losses.items() if loss < best / 2)
+def largest_rate(run: Run, steps: int = TRIAL) -> float:
+    """The largest learning rate that brings the loss at least half as far down as the best one."""
+    gains = {lr: 1 - descend(run, lr, steps)[1] for lr in RATES}
+    best = max(gain for gain in gains.values() if gain == gain)  # without those that are not a number
+    return next(lr for lr, gain in gains.items() if gain >= best / 2)
 
 
-def draw(results: dict[tuple[str, float], list[tuple[int, float]]], path: str) -> None:
-    """The figure: violation against steps."""
+def draw(rows: list[dict[str, str]], path: str) -> None:
+    """The figure: violation against steps; a column per kind of run, a row per learning rate."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    for axes, small in zip(figure.subplots(1, 2, sharey=True), (False, True), strict=True):
-        for (label, lr), violations in results.items():
-            if (lr == SMALL_RATE) == small:
-                style = "--" if label.startswith("Geoopt") else ":" if label.endswith("bfloat16") else "-"
-                axes.loglog(*zip(*violations, strict=True), style, label=label)
-        title = f"learning rate {SMALL_RATE}" if small else "largest learning rate"
-        axes.set(xlabel="steps", ylabel="largest relative violation", title=title)
-        axes.label_outer()
-        axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    panels = list(dict.fromkeys(row["panel"] for row in rows))
+    figure = Figure(figsize=(3.2 * len(panels), 6.4), layout="constrained")
+    grid = figure.subplots(2, len(panels), sharex=True, sharey=True, squeeze=False)
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    for line, size in enumerate(("largest", "small")):
+        for axes, panel in zip(grid[line], panels, strict=True):
+            for label in labels:
+                own = [row for row in rows if (row["label"], row["panel"], row["size"]) == (label, panel, size)]
+                if own:
+                    points = [(int(row["step"]), max(1e-9, float(row["violation"]))) for row in own]
+                    colour = f"C{labels.index(label) % 10}"
+                    axes.loglog(*zip(*points, strict=True), color=colour, label=f"{label}, {float(own[0]['lr']):g}")
+            axes.axhline(1e-5, color="0.4", linewidth=0.8, linestyle=":")
+            axes.set(title=f"{panel}, {size} learning rate")
+            axes.title.set_fontsize(9)
+            axes.legend(fontsize=6)
+            axes.grid(alpha=0.3)
+    figure.supxlabel("steps", fontsize=9)
+    figure.supylabel("largest relative violation", fontsize=9)
     figure.savefig(path, dpi=150)
 
 
+FIELDS = ("panel", "label", "size", "lr", "step", "violation")
+
+
+def read(data: Path | None) -> list[dict[str, str]]:
+    """The runs that were made before."""
+    if data is None or not data.is_file():
+        return []
+    with data.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write(data: Path, rows: list[dict[str, str]]) -> None:
+    """All rows, by way of another file, so that none is lost if the program is stopped."""
+    whole = data.with_suffix(".part")
+    with whole.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    whole.replace(data)
+
+
 def main() -> None:
-    """Run all, print a table and draw the figure if asked to."""
+    """Make the runs, print a table, and draw the figure if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=100_000, help="steps of every run")
+    parser.add_argument("--data", type=Path, help="table of what was measured; runs that it holds are not made again")
     parser.add_argument("--figure", help="where to save the figure")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[tuple[str, float], list[tuple[int, float]]] = {}
-    print(f"{'run':<28} {'lr':>6} {'largest violation':>18} {'at the end':>12}")
+    rows = read(options.data)
+    print(f"{'':<12} {'run':<22} {'learning rate':>14} {'largest violation':>18} {'at the end':>12}")
     for run in runs():
-        for lr in (largest_rate(run), SMALL_RATE):
-            violations, _ = descend(run, lr, options.steps)
-            results[run.label, lr] = violations
-            worst, last = max(v for _, v in violations), violations[-1][1]
-            print(f"{run.label:<28} {lr:>6g} {worst:>18.1e} {last:>12.1e}", flush=True)
+        for size in ("largest", "small"):
+            own = [row for row in rows if (row["panel"], row["label"], row["size"]) == (run.panel, run.label, size)]
+            if not own:
+                lr = SMALL_RATE if size == "small" else largest_rate(run)
+                what = {"panel": run.panel, "label": run.label, "size": size, "lr": f"{lr:g}"}
+                curve, _ = descend(run, lr, options.steps)
+                own = [{**what, "step": str(step), "violation": f"{violation:.3g}"} for step, violation in curve]
+                rows += own
+                if options.data is not None:
+                    write(options.data, rows)
+            worst, last = max(float(row["violation"]) for row in own), float(own[-1]["violation"])
+            print(f"{run.panel:<12} {run.label:<22} {own[0]['lr']:>14} {worst:>18.1e} {last:>12.1e}", flush=True)
     if options.figure:
-        draw(results, options.figure)
+        draw(rows, options.figure)
 
 
 if __name__ == "__main__":
