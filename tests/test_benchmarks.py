@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import random
 import re
@@ -25,6 +26,7 @@ STEP_ROWS = [
     *contestants.PEERS,
     "memory",
     "fgo_geo, mixed, pio, channels_last, auto",
+    "fgo_geo, mixed, pio, channels_last, adamw",
     "fgo_geo, mixed, pio, channels_last, reference",
     "fgo_geo, mixed, pio, contiguous, auto",
     "fgo_geo, mixed, po, channels_last, auto",
@@ -56,6 +58,11 @@ KEYS = {
     "renormalize": {"milliseconds", "ratio", "rounds", "layer"},
 }
 HAS_MUON = hasattr(torch.optim, "Muon")
+HAS_POGO = importlib.util.find_spec("pogo") is not None
+MAY_BE_MISSING = {
+    *([] if HAS_MUON else ["torch Muon, SGD on vectors"]),
+    *([] if HAS_POGO else ["POGO, matrices", "POGO, kernels"]),
+}
 
 
 def run(name, tmp_path, capsys, *arguments):
@@ -77,7 +84,7 @@ def test_every_script_measures_all_its_rows(name, tmp_path, capsys):
     assert record["command"] == f"python examples/benchmarks/{name}.py --quick"
     assert {"rounds", "seed", "tables"} < record.keys()
     for table, names in zip(record["tables"], EXPECTED[name], strict=True):
-        assert set(table["left_out"]) <= (set() if HAS_MUON else {"torch Muon, SGD on vectors"})
+        assert set(table["left_out"]) <= MAY_BE_MISSING
         assert names_in(table) == [n for n in names if n not in table["left_out"]]
         assert table["title"] in printed
         for row in table["rows"]:

@@ -115,6 +115,11 @@ def torch_sgd(model: nn.Module, names: Sequence[str], **options: Any) -> Contest
     return Contestant(torch.optim.SGD(params, lr=LR, momentum=MOMENTUM, **options).step, params)
 
 
+def torch_adamw(model: nn.Module, names: Sequence[str]) -> Contestant:
+    params = _params(model, names)
+    return Contestant(torch.optim.AdamW(params, lr=LR, foreach=True).step, params)
+
+
 def torch_muon(model: nn.Module, names: Sequence[str]) -> Contestant:
     params = _params(model, names)
     if not hasattr(torch.optim, "Muon"):
@@ -133,6 +138,57 @@ def _rows(weight: Tensor) -> Tensor:
     if weight.ndim == 4 and not weight.is_contiguous():
         weight = weight.permute(0, 2, 3, 1)  # channels_last
     return weight.view(len(weight), -1)
+
+
+# -- POGO ---------------------------------------------------------------------------------------------------------
+
+
+def pogo(model: nn.Module, names: Sequence[str], view: str) -> Contestant:
+    """POGO, which keeps batches of matrices near orthogonality by two products (arXiv 2602.14656).
+
+    Args:
+        model: The model.
+        names: Parameters to update.
+        view: ``"matrices"``, one of every weight, or ``"kernels"``, of spatial convolutions alone.
+    """
+    try:
+        from pogo import POGO, base  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise NotImplementedError("POGO is not installed: pip install pogo-torch") from error
+    params = _params(model, names)
+    wanted = [p for p in params if is_kernels(p) or (is_matrix(p) and view == "matrices")]
+    if not wanted:
+        raise NotImplementedError(f"there are no {view} among the parameters")
+    aliases: list[Any] = []
+    groups: list[dict[str, Any]] = [{"params": [], "rows": True}, {"params": [], "rows": False}]
+    with torch.no_grad():
+        for param in wanted:
+            of_view = _batch if view == "kernels" else _one_matrix
+            batch = of_view(param.detach())
+            is_tall = batch.shape[-2] > batch.shape[-1]
+            batch.copy_(torch.linalg.qr(batch)[0] if is_tall else torch.linalg.qr(batch.mT)[0].mT)
+            aliases.append((param, nn.Parameter(batch), of_view))
+            groups[is_tall]["params"].append(aliases[-1][1])
+    own = [group for group in groups if group["params"]]
+    optimizers: list[torch.optim.Optimizer] = [POGO(own, base.SGD(momentum=MOMENTUM), lr=LR)]
+    others = [p for p in params if all(p is not q for q in wanted)]
+    if others:
+        optimizers.append(torch.optim.SGD(others, lr=LR, momentum=MOMENTUM, foreach=True))
+
+    def violation() -> float:
+        points = (_upright(a.detach().double()) for _, a, _ in aliases)
+        return max(float((x.mT @ x - torch.eye(x.shape[-1], dtype=x.dtype)).abs().amax()) for x in points)
+
+    return Contestant(lambda: [optimizer.step() for optimizer in optimizers], params, aliases, violation)
+
+
+def _batch(weight: Tensor) -> Tensor:
+    """The kernels of a weight as a batch of matrices, in the memory where it is."""
+    return weight.view(-1, *weight.shape[-2:])
+
+
+def _one_matrix(weight: Tensor) -> Tensor:
+    return _rows(weight)[None]
 
 
 # -- Geoopt -------------------------------------------------------------------------------------------------------
@@ -226,8 +282,8 @@ def ours(
         kind: Manifold kind, or ``"mixed"`` for all four.
         strategy: How to group.
         path: ``"auto"``, ``"fused"``, ``"reference"``; ``"unchecked"`` for ``"auto"`` without a look at the
-            gradients, ``"bfloat16"`` for ``"auto"`` with ``torch.set_float32_matmul_precision("medium")``, or
-            ``"compile"`` for ``torch.compile`` of it.
+            gradients, ``"adamw"`` for torch's AdamW under ``on_manifolds`` in its place, ``"bfloat16"`` for ``"auto"``
+            with ``torch.set_float32_matmul_precision("medium")``, or ``"compile"`` for ``torch.compile`` of it.
         only: Constrain only ``"kernels"`` or ``"matrices"``.
     """
     wanted = [n for n in names_of(model, only) if n in set(names)]
@@ -243,6 +299,10 @@ def ours(
         initial="uniform",
     )
     params = _params(model, names)
+    if path == "adamw":
+        adamw = torch.optim.AdamW(params, lr=LR, foreach=True)
+        fgo_geo.on_manifolds(adamw)
+        return Contestant(adamw.step, params, violation=lambda: _violation(params))
     check = False if path == "unchecked" else None
     optimizer = fgo_geo.RiemannianFGSGD(params, lr=LR, momentum=MOMENTUM, foreach=True, check_finite=check)
     if path == "compile":
@@ -286,7 +346,10 @@ def _violation(params: Iterable[Tensor]) -> float:
 PEERS: dict[str, Builder] = {
     REFERENCE: partial(torch_sgd, foreach=True),
     "torch SGD, fused": partial(torch_sgd, fused=True),
+    "torch AdamW, foreach": torch_adamw,
     "torch Muon, SGD on vectors": torch_muon,
+    "POGO, matrices": partial(pogo, view="matrices"),
+    "POGO, kernels": partial(pogo, view="kernels"),
     "Geoopt, no manifold": partial(geoopt_sgd, manifold=None, view="rows"),
     "Geoopt, Sphere rows": partial(geoopt_sgd, manifold=geoopt.Sphere(), view="rows"),
     "Geoopt, EuclideanStiefel matrices": partial(geoopt_sgd, manifold=geoopt.EuclideanStiefel(), view="tall"),

@@ -13,7 +13,8 @@ momentum, write weight and momentum; the row *memory* does just that, in one add
 the largest violation of a constraint after all steps (``|xᵀx - I|``, relative), in double precision.
 
 The path *fused* takes no other way and *auto* the fastest for each weight; *unchecked* is *auto* with
-``check_finite=False``, *bfloat16* is *auto* where torch may round the factors of products to bfloat16; *compile* is
+``check_finite=False``, *adamw* is ``torch.optim.AdamW`` under ``on_manifolds`` in place of FG-SGD, *bfloat16* is *auto*
+where torch may round the factors of products to bfloat16; *compile* is
 ``torch.compile`` of *auto*; *reference* is the batched torch code. Rows of this package differ from the first value of
 every axis (kinds, strategies, formats, paths) in one axis at most, or are all combinations, with ``--full``. Layer-wise
 groups have one kind: there, *mixed* becomes *stiefel*.
@@ -38,11 +39,11 @@ AXES = {
     "kinds": ("mixed", *MIXED[:-1]),
     "strategies": ("pio", "po", "pi", "layer"),
     "formats": ("channels_last", "contiguous"),
-    "paths": ("auto", "fused", "unchecked", "bfloat16", "compile", "reference"),
+    "paths": ("auto", "fused", "unchecked", "adamw", "bfloat16", "compile", "reference"),
 }
 DEFAULTS = {
-    None: AXES | {"paths": ("auto", "reference")},
-    "kernels": AXES | {"paths": ("fused", "reference")},
+    None: AXES | {"paths": ("auto", "adamw", "reference")},
+    "kernels": AXES | {"paths": ("fused", "adamw", "reference")},
     "matrices": {
         "kinds": ("stiefel", "sphere", "oblique"),
         "strategies": ("layer",),
