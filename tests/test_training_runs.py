@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import math
 import signal
 from pathlib import Path
@@ -399,6 +400,21 @@ def test_settings_beside_the_results_repeat_the_run(tmp_path):
     assert yaml.safe_load(text)["lr"] == 0.07
     run(tmp_path / "second", "--config", str(tmp_path / "first" / "run.yaml"))
     assert bits(load(tmp_path / "first")) == bits(load(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("optimizer", ["fgsgd", "adamw"])
+def test_telemetry_gives_the_angle_of_every_weight_in_every_epoch_and_changes_nothing(tmp_path, optimizer):
+    flags = ("--epochs", "2", "--optimizer", optimizer, *QUICK)
+    run(tmp_path / "bare", *flags)
+    run(tmp_path / "measured", "--telemetry", "5", *flags)
+    assert bits(load(tmp_path / "bare")["model"]) == bits(load(tmp_path / "measured")["model"])
+    history = json.loads((tmp_path / "measured" / "results.json").read_text())["epochs"]
+    for epoch in history:
+        angles = {name: value for name, value in epoch.items() if name.startswith("angle/")}
+        assert angles
+        assert all(0 < angle < 1 for angle in angles.values())
+        assert {f"radial/{name.removeprefix('angle/')}" for name in angles} <= set(epoch)
+    assert "angle/" in (tmp_path / "measured" / "epochs.csv").read_text()
 
 
 def test_tensorboard_gets_a_number_for_every_epoch(tmp_path):

@@ -102,6 +102,7 @@ class Run:
     order: data.Order
     batches: DataLoader[Any]
     held_out: DataLoader[Any]
+    watched: fgo_geo.optim.Telemetry | None = None
     progress: Progress = field(default_factory=Progress)
     signals: Signals = field(default_factory=Signals)
 
@@ -196,6 +197,7 @@ def build(settings: Settings) -> Run:
         order,
         batches,
         held_out,
+        fgo_geo.telemetry(optimizer, model, every=settings.run.telemetry) if settings.run.telemetry else None,
     )
 
 
@@ -279,6 +281,7 @@ def train_epoch(
         "train_accuracy": correct / count,
         "skipped_steps": progress.skipped,
         **measures.tau_of_epoch([tau.cpu() for tau in taus]),
+        **(run.watched.scalars() if run.watched else {}),
     }
 
 

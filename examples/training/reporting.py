@@ -143,9 +143,9 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def write_csv(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write records of equal keys as a table, all at once."""
+    """Write records as a table, all at once; what some of them lack is left empty."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for record in records for key in record)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
     checkpoints.write(path, text.getvalue().encode())

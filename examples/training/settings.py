@@ -44,7 +44,7 @@ SCHEDULES = ("robbins-monro", "cosine", "step", "constant")
 DEFAULT_LR = {"sgd": 0.05, "radam": 0.01, "adamw": 0.003}
 
 NOT_PART_OF_THE_RUN = {"runs", "output", "resume", "overwrite"}
-MAY_CHANGE_ON_RESUME = {"epochs", "data_dir", "download", "workers", "device", "threads", "tensorboard"}
+MAY_CHANGE_ON_RESUME = {"epochs", "data_dir", "download", "workers", "device", "threads", "tensorboard", "telemetry"}
 
 
 class SettingsError(ValueError):
@@ -213,6 +213,8 @@ class Running:
     """Epochs between two evaluations (0: only after the last)."""
     tensorboard: bool = False
     """Write the figures of the epochs for TensorBoard, too."""
+    telemetry: Natural = 0
+    """Measure by which angle every so many steps turns each weight (0: off)."""
 
 
 @dataclass(frozen=True)
