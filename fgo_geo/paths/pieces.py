@@ -13,19 +13,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import geoopt
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg import Workspace, reads_for_free
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 from fgo_geo.paths.native import blocks
 from fgo_geo.paths.native.library import library
 from fgo_geo.paths.protocol import Claim, Weight
-from fgo_geo.weights.components import BlockPartition, FilterPartition, Segments
+from fgo_geo.weights.components import BlockPartition, FilterPartition, KernelPartition, Segments
 from fgo_geo.weights.kinds import kind_of
 
-__all__ = ["Job", "Piece", "cut", "jobs_of", "put_back"]
+__all__ = ["Job", "LargeKernels", "Piece", "Purpose", "cut", "jobs_of", "put_back"]
+
+Purpose: TypeAlias = Literal["x", "grad", "momentum"]
 
 _JOIN_LIMIT = 2**16  # entries; larger pieces occupy all cores by themselves
 
@@ -200,6 +204,67 @@ class Job:
         self.buffer = None
         for name in ("x", "grad"):
             self.__dict__.pop(name, None)
+
+
+class LargeKernels:
+    """A weight of large kernels, whose components are put in memory that is kept from step to step.
+
+    The system has to find and clear fresh memory of this size in every step, which takes a quarter of the time. Points
+    and gradients have memory of their own, since all weights are measured before one moves; the rest is shared.
+
+    Args:
+        weight: A weight of which :meth:`takes` is true.
+        shared: Memory that all weights use in turn.
+    """
+
+    def __init__(self, weight: Weight, shared: Workspace) -> None:
+        self._weight = weight
+        self._shared = shared
+        self._own = Workspace()
+        self._partition = _kernels_of(weight)
+        self._planes: dict[str, Tensor] = {}
+
+    @staticmethod
+    def takes(claim: Claim) -> bool:
+        """Whether all parts of a weight are large kernels in the precision of the step, on the host."""
+        manifold, param, grad = claim.weight.manifold, claim.weight.param, claim.weight.grad
+        if not isinstance(manifold, ProductOfGroups) or not isinstance(manifold.partition, KernelPartition):
+            return False
+        partition = manifold.partition
+        smallest = min(partition.counts) * math.prod(partition.layout.kernel)
+        is_plain = param.dtype in (torch.float32, torch.float64) and reads_for_free(param)
+        return is_plain and smallest > _JOIN_LIMIT and grad is not None and partition.takes_planes(param, grad.dtype)
+
+    def cut(self, tensor: Tensor, purpose: Purpose) -> dict[int, Tensor]:
+        """The parts of the weight, or of its gradient or momentum; in own memory but for momentum."""
+        partition = self._partition
+        planes = self._memory(purpose)
+        partition.take_planes(tensor.detach(), self._memory("sorting"), planes)
+        self._planes[purpose] = planes
+        return dict(enumerate(partition.parts_of(planes)))
+
+    def keep(self, purpose: Purpose, part: int, components: Tensor) -> Tensor:
+        """A part that replaces what was cut for a purpose, in the same memory."""
+        planes = self._planes.setdefault(purpose, self._memory(purpose))
+        return self._partition.parts_of(planes)[part].copy_(components)
+
+    def write(self) -> None:
+        """Write momentum, if any is kept, and points, each in one operation."""
+        for purpose, target in (("momentum", self._weight.buffer), ("x", self._weight.param)):
+            planes = self._planes.pop(purpose, None)
+            if planes is not None and target is not None:
+                self._partition.put_planes_(planes, target.detach(), self._memory("sorting"))
+
+    def _memory(self, purpose: str) -> Tensor:
+        workspace = self._own if purpose in ("x", "grad") else self._shared
+        shape = (math.prod(self._partition.layout.kernel), sum(self._partition.counts))
+        return workspace.empty(shape, self._weight.param.detach(), purpose)
+
+
+def _kernels_of(weight: Weight) -> KernelPartition:
+    assert isinstance(weight.manifold, ProductOfGroups)
+    assert isinstance(weight.manifold.partition, KernelPartition)
+    return weight.manifold.partition
 
 
 def cut(claim: Claim, tensor: Tensor) -> dict[int, Tensor]:

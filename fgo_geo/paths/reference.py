@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import geoopt
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg import Workspace
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold
-from fgo_geo.paths.pieces import Job, cut, jobs_of, put_back
+from fgo_geo.paths.pieces import Job, LargeKernels, Piece, Purpose, cut, jobs_of, put_back
 from fgo_geo.paths.protocol import Batch, Claim, Path, StepOptions, Weight
 
 __all__ = ["JobBatch", "Reference", "fgsgd_update", "measure", "move_along", "step_bound"]
@@ -49,32 +51,41 @@ class JobBatch(Batch):
         self.stages = not all(claim.is_whole for claim in claims)
         self._jobs = jobs_of(claims)
         self._order = torch.cat([job.index for job in self._jobs])
+        shared = Workspace()
+        self._large = {
+            claim.weight: LargeKernels(claim.weight, shared) for claim in claims if LargeKernels.takes(claim)
+        }
 
     def measure(self, options: StepOptions) -> Tensor:
         """Project all gradients; ``R²`` of all groups."""
-        points = self._cut([weight.param for weight in self.weights])
-        grads = self._cut([weight.grad for weight in self.weights])
+        points, grads = self._cut("x"), self._cut("grad")
+        sums: list[Tensor] = []
         for job in self._jobs:
-            job.x = job.join([points[piece.weight][piece.part] for piece in job.pieces])
-            job.grad = job.join([grads[piece.weight][piece.part] for piece in job.pieces])
-        del points, grads
-        sums = torch.cat([self.measure_job(job, options) for job in self._jobs])
-        return sums.new_zeros(sum(self.counts)).index_copy_(0, self._order, sums)
+            job.x, job.grad = self._joined(job, points, "x"), self._joined(job, grads, "grad")
+            sums.append(self.measure_job(job, options))
+            large = self._large.get(job.pieces[0].weight)
+            if large is not None:
+                job.grad = large.keep("grad", job.pieces[0].part, job.grad)
+        squared = torch.cat(sums)
+        return squared.new_zeros(sum(self.counts)).index_copy_(0, self._order, squared)
 
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
-        """Move all jobs, then write every weight at once."""
-        momentum = self._cut([None if weight.first else weight.buffer for weight in self.weights])
+        """Move all jobs, and write every weight at once."""
+        momentum = self._cut("momentum")
         held: dict[Weight, dict[int, tuple[Tensor, Tensor | None]]] = {}
         for job in self._jobs:
-            if momentum[job.pieces[0].weight]:
-                job.buffer = job.join([momentum[piece.weight][piece.part] for piece in job.pieces])
+            if _tensor(job.pieces[0].weight, "momentum") is not None:
+                job.buffer = self._joined(job, momentum, "momentum")
             factors = None if scale is None else scale.index_select(0, job.index).to(job.x.dtype)
             if leaves_out and factors is not None:
                 job.grad = torch.where(job.spread(factors > 0), job.grad, 0)
             x, buffer = self.move_job(job, options, factors)
             buffers = [None] * len(job.pieces) if buffer is None else job.split(buffer)
             for piece, own, own_buffer in zip(job.pieces, job.split(x), buffers, strict=True):
-                if job.is_whole:
+                large = self._large.get(piece.weight)
+                if large is not None:
+                    _keep(large, piece, own, own_buffer)
+                elif job.is_whole:
                     _write(piece.weight, {0: (own, own_buffer)})
                 else:
                     held.setdefault(piece.weight, {})[piece.part] = (own, own_buffer)
@@ -94,9 +105,32 @@ class JobBatch(Batch):
         grad = job.grad if scale is None else job.grad * job.spread(scale)
         return fgsgd_update(job.manifold, job.x, grad, job.buffer, options, step_bound(options, job))
 
-    def _cut(self, tensors: Sequence[Tensor | None]) -> dict[Weight, dict[int, Tensor]]:
-        pairs = zip(self.claims, tensors, strict=True)
-        return {claim.weight: {} if tensor is None else cut(claim, tensor) for claim, tensor in pairs}
+    def _cut(self, purpose: Purpose) -> dict[Weight, dict[int, Tensor]]:
+        """The parts of all weights but large kernels, whose turn comes with their jobs."""
+        tensors = [(claim, _tensor(claim.weight, purpose)) for claim in self.claims if claim.weight not in self._large]
+        return {claim.weight: cut(claim, tensor) for claim, tensor in tensors if tensor is not None}
+
+    def _joined(self, job: Job, parts: dict[Weight, dict[int, Tensor]], purpose: Purpose) -> Tensor:
+        """The components of a job."""
+        weight = job.pieces[0].weight
+        if weight not in parts:  # the parts of a large weight follow each other
+            parts[weight] = self._large[weight].cut(cast(Tensor, _tensor(weight, purpose)), purpose)
+        return job.join([parts[piece.weight][piece.part] for piece in job.pieces])
+
+
+def _tensor(weight: Weight, purpose: Purpose) -> Tensor | None:
+    if purpose == "momentum":
+        return None if weight.first else weight.buffer
+    return weight.param if purpose == "x" else weight.grad
+
+
+def _keep(large: LargeKernels, piece: Piece, x: Tensor, buffer: Tensor | None) -> None:
+    """Keep what becomes of a part of a large weight; with the last part, write the weight."""
+    large.keep("x", piece.part, x)
+    if buffer is not None:
+        large.keep("momentum", piece.part, buffer)
+    if piece.part == piece.weight.n_parts - 1:
+        large.write()
 
 
 def _write(weight: Weight, parts: dict[int, tuple[Tensor, Tensor | None]]) -> None:

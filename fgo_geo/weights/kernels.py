@@ -57,9 +57,7 @@ class KernelPartition(Partition):
     def split(self, weight: Tensor) -> list[Tensor]:
         """The kernels of every kind, in their order."""
         planes = _planes(self.layout.channels(weight).flatten(2))
-        kernels = _stored(_sorted_planes(planes, self.order)).unflatten(0, self._matrix)
-        kernels = kernels.permute(2, 1, 0) if self._wide else kernels.permute(2, 0, 1)
-        return list(kernels.split(list(self.counts)))
+        return self.parts_of(_stored(_sorted_planes(planes, self.order)))
 
     def merge(self, parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
         """Inverse of :meth:`split`."""
@@ -75,17 +73,51 @@ class KernelPartition(Partition):
 
     def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
         """Write ``merge(parts)`` into a weight; kernels that have to be sorted are sorted into its memory."""
-        is_dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()
-        takes_planes = is_dense and self.layout.storage == "conv" and parts[0].dtype == weight.dtype
-        if torch.compiler.is_compiling() or not takes_planes:
+        if torch.compiler.is_compiling() or not self.takes_planes(weight, parts[0].dtype):
             super().put_(parts, weight)
             return
-        planes = _joined_planes([(part.mT if self._wide else part).flatten(1).mT for part in parts])
+        self.put_planes_(_joined_planes([(part.mT if self._wide else part).flatten(1).mT for part in parts]), weight)
+
+    # Planes are the components of all parts stored entry by entry, shape (K, n).
+
+    def parts_of(self, planes: Tensor) -> list[Tensor]:
+        """The components of every part as views of planes, shape ``(n, A, B)``."""
+        kernels = planes.unflatten(0, self._matrix)
+        kernels = kernels.permute(2, 1, 0) if self._wide else kernels.permute(2, 0, 1)
+        return list(kernels.split(list(self.counts)))
+
+    def take_planes(self, weight: Tensor, memory: Tensor, out: Tensor) -> None:
+        """Split a weight into given planes.
+
+        Args:
+            weight: The weight, of the type of the planes.
+            memory: For temporaries, shape ``(K, n)``.
+            out: The planes.
+        """
+        channels = self.layout.channels(weight).flatten(2)
+        planes = out if self.inverse is None else memory
+        if _channels_last(channels):
+            planes.unflatten(1, channels.shape[:2]).copy_(channels.permute(2, 0, 1))
+        elif self.inverse is None:
+            planes[None].copy_(channels.flatten(0, 1).mT[None])
+        else:
+            planes = channels.flatten(0, 1).mT
+        if self.inverse is not None:
+            out.scatter_(1, self.inverse.to(out.device, torch.int64).expand(len(out), -1), planes)
+
+    def takes_planes(self, weight: Tensor, dtype: torch.dtype) -> bool:
+        """Whether planes of a type can be written into a weight with its strides."""
+        is_dense = weight.is_contiguous() or weight.movedim(1, -1).is_contiguous()
+        return is_dense and self.layout.storage == "conv" and dtype == weight.dtype
+
+    def put_planes_(self, planes: Tensor, weight: Tensor, memory: Tensor | None = None) -> None:
+        """Write planes into a weight that :meth:`takes_planes`; ``memory`` is for temporaries, of their size."""
         position = None if self.inverse is None else self.inverse.to(planes.device, torch.int64)
         channels = weight.flatten(2)
         if weight.is_contiguous():
             kernels = channels.flatten(0, 1)
-            rows = kernels if position is None else torch.empty_like(kernels)
+            memory = torch.empty_like(kernels) if memory is None else memory.view(kernels.shape)
+            rows = kernels if position is None else memory
             torch.stack(planes.unbind(), 1, out=rows)  # several times as fast as copying the transposed matrix
             if position is not None:
                 torch.index_select(rows, 0, position, out=kernels)
