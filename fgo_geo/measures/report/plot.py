@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
+_COLUMNS = 2  # of panels: more, and labels are illegible where the figure is as wide as a page
 _TITLES = {"frobenius": r"$\|w_G\|_F$", "spectral": r"$\|w_G\|_2$", "two_to_one": r"$\|w_G\|_{2\to1}$"}
 _COLOURS: dict[Kind, str] = {
     "plain": "tab:gray",
@@ -50,12 +52,14 @@ def draw(report: Record, title: str | None = None) -> Figure:
         name = os.fspath(title)
         raise ValueError(f"plot: title is {name!r}, the name of a file; save the picture with plot(path={name!r})")
     shown = [*_TITLES, *(["factors"] if report.measures else [])]
-    heights = [0.17 * len(report.layers) + 1.2, *([2.0] if report.measures else [])]
-    figure: Any = pyplot.figure(figsize=(3.0 * len(shown) + 1.5, sum(heights)), layout="constrained")
-    grid = figure.add_gridspec(len(heights), len(shown), height_ratios=heights)
+    rows = math.ceil(len(shown) / _COLUMNS)
+    heights = [0.19 * len(report.layers) + 1.2] * rows + ([2.2] if report.measures else [])
+    figure: Any = pyplot.figure(figsize=(8.5, sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), _COLUMNS, height_ratios=heights)
     first: Any = None
-    for column, what in enumerate(shown):
-        ax = figure.add_subplot(grid[0, column], sharey=first)
+    for number, what in enumerate(shown):
+        row, column = divmod(number, _COLUMNS)
+        ax = figure.add_subplot(grid[row, column], sharey=first)
         first = first or ax
         if what == "factors":
             _draw_factors(report, ax)
@@ -69,11 +73,13 @@ def draw(report: Record, title: str | None = None) -> Figure:
             ax.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
             ax.xaxis.set_minor_locator(ticker.NullLocator())
     names = [layer.name.removesuffix(".weight") for layer in report.layers]
-    first.set_yticks(range(len(names)), names, fontsize=7)
+    first.set_yticks(range(len(names)), names)
+    for ax in figure.axes:
+        ax.tick_params(axis="y", labelsize=9)
     first.set_ylim(len(names) - 0.4, -0.6)
     if report.measures:
-        _draw_measures(report, figure.add_subplot(grid[1, :]))
-    figure.legend(*first.get_legend_handles_labels(), loc="outside upper left", ncols=5, fontsize=8, frameon=False)
+        _draw_measures(report, figure.add_subplot(grid[rows, :]))
+    figure.legend(*first.get_legend_handles_labels(), loc="outside upper left", ncols=5, fontsize=9, frameon=False)
     figure.suptitle(title)
     return figure
 
@@ -102,9 +108,9 @@ def _draw_factors(report: Record, ax: Any) -> None:
         places = np.arange(len(factors)) + 0.4 * offset - 0.2
         drawn = np.where(np.isfinite(factors), factors, np.nan)
         ax.barh(places, drawn, 0.4, color=f"C{offset + 1}", label=_TITLES[norm])
-    ax.axvline(0, color="black", lw=0.8)
+    ax.axvline(0, color=ax.spines["left"].get_edgecolor(), lw=0.8)
     ax.set_title("log of the product over the groups", fontsize=9)
-    ax.legend(fontsize=8)
+    ax.legend(fontsize=9)
 
 
 def _draw_measures(report: Record, ax: Any) -> None:
@@ -114,10 +120,10 @@ def _draw_measures(report: Record, ax: Any) -> None:
         values = np.array([measure.value for measure in report.measures if measure.heading == heading])
         places = np.arange(len(names)) + 0.4 * offset - 0.2
         bars = ax.barh(places, np.where(np.isfinite(values), values, 0), 0.36, label=heading, color=f"C{offset}")
-        ax.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=8, padding=3)
-    ax.axvline(0, color="black", lw=0.8)
+        ax.bar_label(bars, [f"{value:.0f}" for value in values], fontsize=9, padding=3)
+    ax.axvline(0, color=ax.spines["left"].get_edgecolor(), lw=0.8)
     ax.margins(x=0.12)
-    ax.set_yticks(range(len(names)), names, fontsize=8)
+    ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
     ax.set_title(f"natural logarithm of the measures, N = {report.n_samples:,}", fontsize=9)
-    ax.legend(fontsize=8, frameon=False)
+    ax.legend(fontsize=9, frameon=False)
