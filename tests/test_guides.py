@@ -1,0 +1,51 @@
+"""The Python blocks of the documentation run, in the order of their page; those with prompts are doctests besides."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = {
+    page.relative_to(DOCS).as_posix(): BLOCK.findall(page.read_text(encoding="utf-8")) for page in DOCS.rglob("*.md")
+}
+
+
+class Writer:
+    """What a page takes for granted of TensorBoard."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        assert isinstance(name, str)
+        assert isinstance(value, float)
+
+
+def given(page: str) -> dict[str, object]:
+    """What the blocks of a page take for granted."""
+    import torchvision
+
+    import fgo_geo
+
+    layers = {name: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)) for name in ("backbone", "head", "decoder")}
+    names: dict[str, object] = {"writer": Writer(), "step": 0, "torch": torch, "torchvision": torchvision, **layers}
+    if page != "guides/channel-directed.md":
+        return {**names, "fgo_geo": fgo_geo}
+    loss = sum((layer(torch.ones(1, 3, 8, 8)).sum() for layer in layers.values()), torch.zeros(()))
+    return {**names, "loss": loss, "scaler": torch.amp.GradScaler("cpu")}
+
+
+@pytest.mark.parametrize("page", sorted(page for page, blocks in PAGES.items() if blocks))
+def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    namespace = given(page)
+    for number, block in enumerate(PAGES[page]):
+        exec(compile(block.replace("resnet50", "resnet18"), f"{page}, block {number}", "exec"), namespace)
+
+
+def test_the_pages_have_blocks():
+    assert sum(map(len, PAGES.values())) > 10
