@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,11 @@ from fgo_geo.kernels import use_path
 from fgo_geo.manifolds import EmbeddedManifold
 from fgo_geo.optim import theorem_step_bound
 from fgo_geo.optim.on_manifolds import handle_of
+from fgo_geo.paths.native.kernels import NativeKernels
+from fgo_geo.paths.native.library import library
+from fgo_geo.paths.native.lines import NativeLines
+from fgo_geo.paths.reference import Reference
+from fgo_geo.paths.shared_products import SharedProducts
 
 KINDS = ("sphere", "oblique", "stiefel", "euclidean")
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -457,3 +463,76 @@ def test_blocks_of_one_matrix_are_stepped_by_their_groups():
     assert handle.step_scales()[weight].shape == (manifold.n_groups,)
     assert handle.skipped_groups() == 0
     assert float(manifold.violation(weight.detach()).max()) < 1e-6
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def weight_of(manifold: ProductOfGroups, *shape: int) -> geoopt.ManifoldParameter:
+    weight = geoopt.ManifoldParameter(manifold.random(*shape))
+    weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return weight
+
+
+@pytest.mark.skipif(library() is None, reason="the compiled library is not built")
+@pytest.mark.parametrize(
+    ("components", "kinds", "shape", "path"),
+    [
+        ("kernel", KINDS, (8, 6, 3, 3), "NativeKernels"),
+        ("filter", ("sphere",), (16, 6, 3, 3), "NativeLines"),
+        ("block", ("sphere", "oblique"), (32, 32), "NativeLines"),
+        ("block", ("stiefel",), (32, 32), "Reference"),
+    ],
+)
+def test_the_fused_paths_take_it(components, kinds, shape, path, monkeypatch):
+    """Every path makes batches of what it takes; the displacement of another optimiser is a gradient for them."""
+    taken: list[str] = []
+    for own in (NativeKernels, NativeLines, SharedProducts, Reference):
+
+        def batch(self, claims, _make=own.batch, _name=own.__name__):
+            taken.append(_name)
+            return _make(self, claims)
+
+        monkeypatch.setattr(own, "batch", batch)
+    groups = collection(*shape[:2], "po", kinds, components=components)
+    weight = weight_of(ProductOfGroups(groups, shape), *shape)
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    on_manifolds(optimizer)
+    optimizer.step()
+    assert taken == [path]
+
+
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_a_step_makes_as_many_calls_for_many_groups_as_for_few(path):
+    counts = []
+    for channels in (8, 64):
+        groups = collection(channels, channels, "pio", ("sphere", "stiefel"))
+        weight = weight_of(ProductOfGroups(groups, (channels, channels, 3, 3)), channels, channels, 3, 3)
+        optimizer = torch.optim.AdamW([weight], lr=0.1)
+        on_manifolds(optimizer)
+        calls = 0
+
+        def count(frame: Any, event: str, argument: Any) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        with use_path(path):
+            for _ in range(3):
+                optimizer.step()  # what is kept is there
+            sys.setprofile(count)
+            optimizer.step()
+            sys.setprofile(None)
+        counts.append(calls)
+    assert counts[1] <= counts[0] + 40, counts
+
+
+def test_the_memory_is_one_copy_of_the_constrained_weights():
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = on_manifolds(optimizer)
+    train(model, optimizer, 3)
+    constrained = [p for p in model.parameters() if isinstance(p, geoopt.ManifoldParameter)]
+    assert set(handle._points) == set(constrained)
+    assert sum(x.numel() for x in handle._points.values()) == sum(p.numel() for p in constrained)
+    handle.remove()
+    assert not handle._points
