@@ -22,11 +22,24 @@ def product(shape: tuple[int, ...], strategy: str, own: Any, selection: str, rad
     return ProductOfGroups(collection(*shape[:2], strategy, own, selection, components="filter"), shape, radius)
 
 
-def trained(path: Any, manifold: ProductOfGroups, dtype: torch.dtype, **options: Any) -> Tensor:
+FORMATS = (torch.contiguous_format, torch.channels_last)
+
+
+def stored(weight: Tensor, memory_format: torch.memory_format) -> Tensor:
+    return weight.contiguous(memory_format=memory_format) if weight.ndim == 4 else weight
+
+
+def trained(
+    path: Any,
+    manifold: ProductOfGroups,
+    dtype: torch.dtype,
+    memory_format: Any = torch.contiguous_format,
+    **options: Any,
+) -> Tensor:
     """A weight after three steps, in double precision."""
     shape, generator = manifold.layout.shape, torch.Generator().manual_seed(7)
     start = manifold.random(shape, dtype=torch.float64, generator=generator).detach().as_subclass(Tensor)
-    weight = geoopt.ManifoldParameter(start.to(dtype), manifold=manifold)
+    weight = geoopt.ManifoldParameter(stored(start.to(dtype), memory_format), manifold=manifold)
     with kernels.use_path(path):
         optimizer = RiemannianFGSGD([weight], lr=0.5, **options)
         for _ in range(3):
@@ -48,7 +61,7 @@ def test_a_fused_step_is_that_of_the_reference(data: st.DataObject) -> None:
         radius = 0.5 + torch.rand(groups, generator=torch.Generator().manual_seed(3))
     manifold = product(shape, strategy, own, draw(st.sampled_from(["random", "deterministic"])), radius)
     options = {"momentum": draw(st.sampled_from([0.0, 0.9])), "weight_decay": draw(st.sampled_from([0.0, 0.1]))}
-    fused = trained("auto", manifold, torch.float32, **options)
+    fused = trained("auto", manifold, torch.float32, draw(st.sampled_from(FORMATS)), **options)
     exact = trained("reference", manifold, torch.float64, **options)
     assert float(manifold.violation(fused).max()) <= 5e-6
     assert float(((fused - exact) / manifold.radius_map(fused)).abs().max()) <= 2e-5
@@ -57,9 +70,11 @@ def test_a_fused_step_is_that_of_the_reference(data: st.DataObject) -> None:
 @pytest.mark.parametrize("strategy", ["layer", "pi", "po", "pio"])
 @pytest.mark.parametrize("selection", ["random", "deterministic"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_filters_are_lines(strategy: str, selection: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_filters_are_lines(strategy: str, selection: str, shape: tuple[int, ...], memory_format: Any) -> None:
     own = ("sphere", "euclidean", "oblique")[: 1 if strategy == "layer" else 3]
-    table = line_tables.table_of(product(shape, strategy, own, selection, 1.0), torch.zeros(shape))
+    weight = stored(torch.zeros(shape), memory_format)
+    table = line_tables.table_of(product(shape, strategy, own, selection, 1.0), weight)
     assert table is not None
     assert (table.lines, table.other_parts) == (shape[0], ())
     if table.blocks is not None:  # no index of the size of the weight

@@ -231,9 +231,9 @@ class _Block:
 
 def _build_by_blocks(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
     cut = manifold.partition
-    matrix = manifold.layout.channels(weight).flatten(1)
     if not isinstance(cut, (BlockPartition, FilterPartition)) or not any(map(_has_lines, cut.kinds)):
         return None
+    matrix = _matrix_of(manifold.layout.channels(weight), cut)
     if matrix.data_ptr() != weight.data_ptr() or not matrix.is_contiguous():
         return None
     blocks = [block for part in range(len(cut.kinds)) for block in _blocks_of(manifold, cut, part)]
@@ -255,6 +255,21 @@ def _build_by_blocks(manifold: ProductOfGroups, weight: Tensor) -> LineTable | N
         blocks=_block_table(blocks, matrix.shape[0]),
         other_parts=tuple(part for part, name in enumerate(cut.kinds) if not _has_lines(name)),
     )
+
+
+def _matrix_of(channels: Tensor, cut: BlockPartition | FilterPartition) -> Tensor:
+    """The matrix ``(D, C K)``.
+
+    Where all components are single filters, and lines, the order of a row's entries is that of memory: it changes
+    nothing about them, and weights that are stored channels_last have rows too.
+    """
+    are_rows = isinstance(cut, FilterPartition) and all(
+        rows.shape[1] == 1 and _has_lines(name) for rows, name in zip(cut.rows, cut.kinds, strict=True)
+    )
+    sizes = sorted(zip(channels.shape[1:], channels.stride()[1:], strict=True), key=lambda size: -size[1])
+    if are_rows and _is_contiguous([(channels.shape[0], channels.stride(0)), *sizes]):
+        return channels.as_strided((channels.shape[0], channels[0].numel()), (channels.stride(0), 1))
+    return channels.flatten(1)
 
 
 def _blocks_of(manifold: ProductOfGroups, cut: BlockPartition | FilterPartition, part: int) -> list[_Block]:
