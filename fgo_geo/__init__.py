@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from fgo_geo import (
     _former_names,
     _geoopt,  # noqa: F401  # pyright: ignore  first: it imports Geoopt
+    distributed,
     optim,
 )
 from fgo_geo.manifolds import Ball, Oblique, ProductOfGroups, ScaledSphere, SpectralBall, SpectralSphere, Stiefel
@@ -48,6 +49,7 @@ __all__ = [  # noqa: RUF022  in groups, for readers
     "RiemannianFGSGD",
     "channel_directed",
     "channel_directed_gradient",
+    "distributed",
     "kernels",
     "on_manifolds",
     "optim",

@@ -35,7 +35,7 @@ MAY_IMPORT = {
 # Every file of every room, so that a missing one and one that nobody placed are noticed.
 FILES = {
     "": ["__init__.py", "__main__.py", "_former_names.py", "_geoopt.py"],
-    "distributed": ["__init__.py"],
+    "distributed": ["__init__.py", "checkpoints.py", "exchange.py", "owners.py", "sharding.py"],
     "linalg": [
         "__init__.py",
         "closed_forms.py",
@@ -46,6 +46,7 @@ FILES = {
         "polar_derivative.py",
         "precision.py",
         "products.py",
+        "shards.py",
         "smooth.py",
         "spectral.py",
         "values.py",
@@ -54,6 +55,7 @@ FILES = {
     "manifolds": [
         "__init__.py",
         "balls.py",
+        "declared.py",
         "embedded.py",
         "oblique.py",
         "product.py",
@@ -81,8 +83,11 @@ FILES = {
         "entry.py",
         "feature_stats.py",
         "folding.py",
+        "loading.py",
         "plan.py",
         "renormalize.py",
+        "replicas.py",
+        "sharded.py",
         "sites.py",
         "slips.py",
         "start.py",

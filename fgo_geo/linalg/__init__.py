@@ -1,6 +1,6 @@
 """Batched tensor algebra: the matrix functions that the manifolds are built from.
 
-Nothing here depends on a manifold. There are twelve modules, and each imports only those above it:
+Nothing here depends on a manifold. There are thirteen modules, and each imports only those above it:
 
 * :mod:`~fgo_geo.linalg.precision`: upcasting of half precision, and full products of float32 matrices;
 * :mod:`~fgo_geo.linalg.values`: whether values can be read, and whether they are finite;
@@ -14,6 +14,7 @@ Nothing here depends on a manifold. There are twelve modules, and each imports o
 * :mod:`~fgo_geo.linalg.smooth`: functions with derivatives of every order, backward and forward;
 * :mod:`~fgo_geo.linalg.polar_derivative`: the derivatives of the polar factor;
 * :mod:`~fgo_geo.linalg.closed_forms`: closed forms for matrices with three columns;
+* :mod:`~fgo_geo.linalg.shards`: tensors of which every process has a part;
 * :mod:`~fgo_geo.linalg.factors`: factors of every matrix, by a factorisation.
 
 All functions act on the last two dimensions and batch over the rest. The rest of the package imports them from here.
@@ -56,6 +57,7 @@ from fgo_geo.linalg.products import (
     subtract_product,
     sym,
 )
+from fgo_geo.linalg.shards import Cut, cut_of, is_sharded, local_part, processes_of, whole, write_whole
 from fgo_geo.linalg.smooth import arctangent, cosine, sinc
 from fgo_geo.linalg.spectral import gram_iteration_bound, largest_eigenvalue, short_side_gram
 from fgo_geo.linalg.values import reads_for_free, require_finite, traces
@@ -63,12 +65,14 @@ from fgo_geo.linalg.workspace import Workspace
 
 __all__ = [
     "REFINED",
+    "Cut",
     "Memory",
     "Workspace",
     "arctangent",
     "at_least_single",
     "computes_in_float32",
     "cosine",
+    "cut_of",
     "frobenius_norm",
     "gram_blocks",
     "gram_excess",
@@ -78,7 +82,9 @@ __all__ = [
     "in_double",
     "inner_sum",
     "inverse_root_gap",
+    "is_sharded",
     "largest_eigenvalue",
+    "local_part",
     "lowers_products",
     "matrix_exponential",
     "newton_schulz_schedule",
@@ -86,6 +92,7 @@ __all__ = [
     "polar_newton_schulz",
     "polar_series",
     "polish",
+    "processes_of",
     "qr_factor",
     "reads_for_free",
     "refine_gap",
@@ -106,4 +113,6 @@ __all__ = [
     "takes_real_tensors",
     "traces",
     "unrefined_precision",
+    "whole",
+    "write_whole",
 ]

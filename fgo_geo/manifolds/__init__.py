@@ -3,10 +3,11 @@
 import geoopt
 from torch import Tensor
 
+from fgo_geo.manifolds.declared import STEPS_SHARDS, declare, is_declared
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold
 from fgo_geo.manifolds.oblique import Oblique
 from fgo_geo.manifolds.product import ProductOfGroups
-from fgo_geo.manifolds.replaced import REPLACED, mark_replaced, replaced_error, was_replaced
+from fgo_geo.manifolds.replaced import REPLACED, mark_replaced, replaced_error, replacements, was_replaced
 from fgo_geo.manifolds.sphere import ScaledSphere
 from fgo_geo.manifolds.stiefel import Stiefel
 
@@ -20,6 +21,7 @@ from fgo_geo.weights.kinds import Kind, register
 
 __all__ = [
     "REPLACED",
+    "STEPS_SHARDS",
     "Ball",
     "ComponentManifold",
     "ConvexBall",
@@ -30,8 +32,11 @@ __all__ = [
     "SpectralBall",
     "SpectralSphere",
     "Stiefel",
+    "declare",
+    "is_declared",
     "mark_replaced",
     "replaced_error",
+    "replacements",
     "was_replaced",
 ]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["REPLACED", "mark_replaced", "replaced_error", "was_replaced"]
+__all__ = ["REPLACED", "mark_replaced", "replaced_error", "replacements", "was_replaced"]
 
 REPLACED = "_fgo_geo_replaced"
 """Name of the attribute that marks such a parameter."""
@@ -34,6 +34,11 @@ def mark_replaced(param: Tensor) -> None:
     if _replacements == 0:
         register_optimizer_step_pre_hook(_refuse_replaced)
     _replacements += 1
+
+
+def replacements() -> int:
+    """How many parameters have been replaced so far, in this process."""
+    return _replacements
 
 
 def was_replaced(param: Tensor) -> bool:

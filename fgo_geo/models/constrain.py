@@ -19,7 +19,7 @@ import geoopt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fgo_geo.linalg import require_finite
+from fgo_geo.linalg import is_sharded, require_finite
 from fgo_geo.models.choose import (
     Components,
     Settings,
@@ -30,11 +30,13 @@ from fgo_geo.models.choose import (
 )
 from fgo_geo.models.feature_stats import LambdaRule
 from fgo_geo.models.plan import Plan, plans_of
+from fgo_geo.models.sharded import reshard, sharded_manifold
 from fgo_geo.models.sites import Pattern, sites_of
 from fgo_geo.models.slips import require_model
 from fgo_geo.models.start import Initial, initial_point, moved_to
 from fgo_geo.models.surgery import (
     Target,
+    declare_sharded,
     plain_parameter,
     put_on_manifolds,
     replace_parameter,
@@ -177,9 +179,12 @@ def unconstrain(model: nn.Module) -> nn.Module:
         The model, with no trace of the plan.
     """
     require_model(model, "unconstrain")
+    reshard(model)
     for site in sites_of(model):
         if isinstance(site.param, geoopt.ManifoldParameter):
             replace_parameter(model, site.names, plain_parameter(site.param))
+        elif sharded_manifold(site.param) is not None:
+            declare_sharded(model, site.names, None)
     for plan in plans_of(model):
         plan.release()
     return model
@@ -190,6 +195,10 @@ def _require_fresh(model: nn.Module) -> None:
         raise ValueError(
             "constrain: this model is wrapped in DistributedDataParallel, which would go on with the old parameters; "
             "constrain the model before wrapping it"
+        )
+    if any(is_sharded(param) for param in model.parameters()):
+        raise ValueError(
+            "constrain: this model is sharded; constrain it before, and shard it with fgo_geo.distributed.fully_shard"
         )
     if plans_of(model) or any(isinstance(p, geoopt.ManifoldParameter) for p in model.parameters()):
         raise ValueError(

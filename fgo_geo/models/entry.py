@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg import whole
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 from fgo_geo.models.feature_stats import LambdaRule, component_lambda
 from fgo_geo.weights.components import Partition
@@ -97,7 +98,7 @@ class PlanEntry:
         return [gamma / lam for gamma, lam in zip(radii, scales, strict=True)]
 
     def checked_value(self, value: object, key: str) -> Tensor:
-        """A value for this parameter, from a state dict.
+        """A value for this parameter, from a state dict; of a sharded one, all processes have to ask.
 
         Args:
             value: What the state dict has.
@@ -107,7 +108,7 @@ class PlanEntry:
             ValueError: If it is no tensor of real numbers, or of another shape.
         """
         if isinstance(value, Tensor) and value.shape == self.shape and value.is_floating_point():
-            return value.detach()
+            return whole(value.detach())
         found = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(
             f"{key!r} in the state_dict: expected floating-point numbers of shape {self.shape}, got {found}; load a "

@@ -24,9 +24,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fgo_geo.linalg import write_whole
 from fgo_geo.manifolds import ProductOfGroups, mark_replaced
 from fgo_geo.models.entry import PlanEntry, table_of
 from fgo_geo.models.feature_stats import is_tracked, track, untrack
+from fgo_geo.models.loading import OF_AN_AVERAGE, WITHOUT_PLAN
+from fgo_geo.models.replicas import check_replicas
+from fgo_geo.models.sharded import recover, reshard, value_of
 from fgo_geo.models.slips import NoModel
 from fgo_geo.models.start import nearest_point
 from fgo_geo.models.surgery import (
@@ -88,6 +92,7 @@ class Plan(NoModel):
         """
         self.check()
         model = self._require_model()
+        reshard(model)
         return {e.name: cast(geoopt.ManifoldParameter, model.get_parameter(e.name)) for e in self.constrained}
 
     def check(self) -> None:
@@ -101,9 +106,9 @@ class Plan(NoModel):
         if lost:
             raise RuntimeError(
                 f"{len(lost)} constrained parameter(s) have become plain parameters or are gone: {few(lost)}. Moving "
-                "to the meta device, to_empty and sharding drop the manifold: load the values, call "
-                "plan_of(model).attach(model), and build the optimiser after that. If you have replaced a layer, call "
-                "unconstrain(model) and constrain it anew"
+                "to the meta device, to_empty and torch's sharding drop the manifold (fgo_geo.distributed.fully_shard "
+                "keeps it): load the values, call plan_of(model).attach(model), and build the optimiser after that. If "
+                "you have replaced a layer, call unconstrain(model) and constrain it anew"
             )
 
     def attach(self, model: nn.Module, *, project: bool = False) -> Plan:
@@ -127,11 +132,14 @@ class Plan(NoModel):
             raise ValueError(
                 "this plan belongs to another model already; attach a copy, Plan.from_json(plan.to_json()), instead"
             )
+        reshard(model)
         targets = targets_of(model, self.constrained)
+        if recover(model, (param for _, param, _ in targets)):
+            targets = targets_of(model, self.constrained)
         points: list[Tensor | None] = []
         for entry, param, manifold in targets:
             require_ties(model, entry)
-            value = param.detach().as_subclass(Tensor)
+            value = value_of(param)
             if not (project or value.is_meta):
                 manifold.require_point(value, repr(entry.name), "pass project=True to project it")
             points.append(nearest_point(manifold, value) if project and not value.is_meta else None)
@@ -148,7 +156,7 @@ class Plan(NoModel):
         """
         with torch.no_grad():
             for param in self.parameters().values():
-                param.copy_(nearest_point(cast(Any, param).manifold, param.detach()))
+                write_whole(param, nearest_point(cast(Any, param).manifold, value_of(param)))
         self._off = ()
 
     def projected(self, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -292,7 +300,7 @@ class Plan(NoModel):
         try:
             for name in self._off:
                 if params[name].requires_grad:
-                    cast(Any, params[name]).manifold.require_point(params[name].detach(), repr(name), "")
+                    cast(Any, params[name]).manifold.require_point(value_of(params[name]), repr(name), "")
         except ValueError as error:
             raise RuntimeError(
                 f"{len(self._off)} constrained parameter(s) were loaded off their manifolds and cannot be trained: "
@@ -313,6 +321,7 @@ class Plan(NoModel):
                 not finite, or is off its manifold and the model no average. Nothing has changed then.
         """
         model, text = self._require_model(), local_metadata.get(_METADATA)
+        reshard(model)
         entries = self.entries if text is None else _stored_entries(text)
         targets = targets_of(model, (entry for entry in entries if entry.constrained))
         present = [target for target in targets if prefix + target[0].name in state_dict]
@@ -330,7 +339,9 @@ class Plan(NoModel):
             if value.is_meta:
                 continue
             try:
-                manifold.require_point(value, f"{key!r} in the state_dict", _WITHOUT_PLAN if text is None else _AVERAGE)
+                manifold.require_point(
+                    value, f"{key!r} in the state_dict", WITHOUT_PLAN if text is None else OF_AN_AVERAGE
+                )
             except ValueError:
                 if not (self.is_average and bool(value.isfinite().all())):
                     raise
@@ -351,7 +362,7 @@ class Plan(NoModel):
             for entry, param, manifold in targets:
                 require_ties(model, entry)
                 if not (param.is_meta or entry.name in self._off):
-                    manifold.require_point(param.detach().as_subclass(Tensor), repr(entry.name), "load all weights")
+                    manifold.require_point(value_of(param), repr(entry.name), "load all weights")
             put_on_manifolds(model, targets)
         kept = set(map(id, model.parameters()))
         for param in self._before_assign:
@@ -464,6 +475,7 @@ def _guard(module: nn.Module, inputs: Any) -> None:
         plan: Plan = module.__dict__[PLAN_ATTRIBUTE]
         plan.check()
         plan.check_training()
+        check_replicas(module, plan.entries)
         if plan.watches:
             plan.__dict__.setdefault("watch", Watch()).before_pass(module, plan.entries)
 
@@ -476,17 +488,3 @@ def _stored_entries(text: object) -> tuple[PlanEntry, ...]:
         return Plan.from_json(cast(str, text)).entries
     except ValueError as error:
         raise ValueError(f"the plan in the metadata of the state_dict cannot be read: {error}") from error
-
-
-_AVERAGE = (
-    "the state_dict comes from a constrained model, so this may be an average of weights: load it into the object that "
-    "it was saved from, or into a model that is not constrained; to train on, load "
-    "plan_of(model).projected(state_dict), which moves it to the nearest points"
-)
-_WITHOUT_PLAN = (
-    "the state_dict carries no plan, as safetensors, Accelerate, distributed checkpoints and rebuilt dictionaries do "
-    "not. If it was saved from a constrained model, give this one the same groups: constrain it with the same settings "
-    "and seed, or call Plan.from_json(text).attach(model, project=True) with the plan that was saved beside it; "
-    'torch.nn.modules.utils.consume_prefix_in_state_dict_if_present strips "module." and keeps the plan. If it was '
-    "not, load plain weights before constrain(), or load plan_of(model).projected(state_dict)"
-)

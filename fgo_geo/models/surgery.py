@@ -14,15 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fgo_geo.linalg import require_finite
+from fgo_geo.linalg import is_sharded, require_finite, whole, write_whole
 from fgo_geo.manifolds import ProductOfGroups, mark_replaced
 from fgo_geo.models.entry import PlanEntry
 from fgo_geo.models.feature_stats import LambdaRule, TrackingHandle, rescaling_lambda
+from fgo_geo.models.sharded import declare_in, declared_in, sharded_manifold
 from fgo_geo.models.start import moved_to
 from fgo_geo.weights.layout import CONVOLUTIONS
 
 __all__ = [
     "Target",
+    "declare_sharded",
     "dilate",
     "is_lost",
     "layers_of",
@@ -61,13 +63,13 @@ def measured_scales(model: nn.Module, entry: PlanEntry, group: dist.ProcessGroup
 def dilate(param: geoopt.ManifoldParameter, radii: list[Tensor], momentum: Tensor | None) -> None:
     """Give the manifold of a parameter other radii, and multiply point and momentum by the ratio."""
     manifold = cast(ProductOfGroups, cast(Any, param).manifold)
-    like = param.detach().to(torch.promote_types(param.dtype, torch.float32))
+    like = torch.empty(param.shape, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
     before = manifold.radius_map(like)
     manifold.set_radius(radii)
     ratio = moved_to(manifold, param).radius_map(like) / before
-    param.copy_(param * ratio)
-    if momentum is not None:
-        momentum.copy_(momentum * ratio)
+    for tensor in (param, momentum):
+        if tensor is not None:
+            write_whole(tensor, whole(tensor.detach()) * ratio)
 
 
 Target = tuple[PlanEntry, Tensor, ProductOfGroups]
@@ -99,7 +101,7 @@ def require_ties(model: nn.Module, entry: PlanEntry) -> None:
     """Raise ValueError if a tied weight has different values at its places."""
     first, *others = (model.get_parameter(name) for name in entry.names)
     for name, param in zip(entry.names[1:], others, strict=True):
-        if param is not first and not (param.is_meta or torch.equal(param, first)):
+        if param is not first and not (param.is_meta or torch.equal(whole(param), whole(first))):
             raise ValueError(
                 f"the plan expects {entry.name!r} and {name!r} to be one tied weight, the model has different values "
                 "there; attach the plan to the architecture that it was made for"
@@ -110,7 +112,7 @@ def write_points(targets: Sequence[Target], points: Sequence[Tensor | None]) -> 
     """Write new values into parameters."""
     for (_, param, _), point in zip(targets, points, strict=True):
         if point is not None:
-            param.detach().copy_(point.clone())  # a projected point may be a view of what it is copied to
+            write_whole(param.detach(), point.clone())  # a projected point may be a view of what it is copied to
 
 
 def put_on_manifolds(model: nn.Module, targets: Sequence[Target], before: Iterable[PlanEntry] = ()) -> None:
@@ -119,9 +121,16 @@ def put_on_manifolds(model: nn.Module, targets: Sequence[Target], before: Iterab
     params = dict(model.named_parameters(remove_duplicate=False))
     for entry in before:
         param = params.get(entry.name)
-        if param is not None and isinstance(param, geoopt.ManifoldParameter) and entry.name not in kept:
+        if entry.name in kept or param is None:
+            continue
+        if isinstance(param, geoopt.ManifoldParameter):
             replace_parameter(model, entry.names, plain_parameter(param))
+        elif is_sharded(param):
+            declare_sharded(model, entry.names, None)
     for entry, param, manifold in targets:
+        if is_sharded(param):
+            declare_sharded(model, entry.names, manifold)
+            continue
         if isinstance(param, geoopt.ManifoldParameter):
             cast(Any, param).manifold = manifold
             new = param
@@ -129,6 +138,13 @@ def put_on_manifolds(model: nn.Module, targets: Sequence[Target], before: Iterab
             data = param.detach().as_subclass(Tensor)
             new = geoopt.ManifoldParameter(data, manifold=manifold, requires_grad=param.requires_grad)
         replace_parameter(model, entry.names, new)
+
+
+def declare_sharded(model: nn.Module, names: Iterable[str], manifold: geoopt.Manifold | None) -> None:
+    """Say of a sharded parameter, under all of its names, which manifold it is on."""
+    for name in names:
+        path, _, local = name.rpartition(".")
+        declare_in(model.get_submodule(path), local, manifold)
 
 
 def plain_parameter(param: Tensor) -> Tensor:
@@ -149,14 +165,24 @@ def replace_parameter(model: nn.Module, names: Iterable[str], param: Tensor) -> 
 
 def parameter_of(model: nn.Module, name: str) -> Tensor | None:
     """A parameter, None if there is none: get_parameter takes ten times as long, and every forward pass asks."""
-    *path, local = name.split(".")
-    module: nn.Module | None = model
-    for part in path:
-        module = module._modules.get(part) if module is not None else None  # pyright: ignore[reportPrivateUsage]
+    path, _, local = name.rpartition(".")
+    module = _module_of(model, path)
     return None if module is None else module._parameters.get(local)  # pyright: ignore[reportPrivateUsage]
+
+
+def _module_of(model: nn.Module, path: str) -> nn.Module | None:
+    module: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        module = module._modules.get(part) if module is not None else None  # pyright: ignore[reportPrivateUsage]
+    return module
 
 
 def is_lost(model: nn.Module, name: str) -> bool:
     """Whether a parameter is gone or has become a plain one; a tensor that functional_call swapped in has not."""
     param = parameter_of(model, name)
-    return param is None or (isinstance(param, nn.Parameter) and not isinstance(param, geoopt.ManifoldParameter))
+    if param is None or not isinstance(param, nn.Parameter) or isinstance(param, geoopt.ManifoldParameter):
+        return param is None
+    path, _, local = name.rpartition(".")
+    module = _module_of(model, path)
+    behind = param if is_sharded(param) else None if module is None else declared_in(module, local)
+    return sharded_manifold(behind) is None

@@ -13,7 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import geoopt
 import torch
@@ -25,7 +25,7 @@ from fgo_geo.optim.step_size import SPIKE, step_scale, theorem_step_bound
 from fgo_geo.paths.protocol import Batch, StepOptions, Weight
 from fgo_geo.paths.router import Router
 
-__all__ = ["StepRequest", "Stepper", "between_graphs", "manifold_of"]
+__all__ = ["Exchange", "StepRequest", "Stepper", "between_graphs", "exchange_by", "manifold_of"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -47,6 +47,34 @@ class StepRequest:
     weights: Sequence[Weight]
     check_finite: bool | None = None
     running: bool = False
+
+
+class Exchange(Protocol):
+    """What a step of sharded weights needs of other processes; :mod:`fgo_geo.distributed.exchange` has it."""
+
+    def collect(self, requests: Sequence[StepRequest]) -> list[StepRequest]:
+        """The same requests with whole weights on manifolds: those that this process steps for all."""
+        ...
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on all processes if one of them has an error."""
+        ...
+
+    def put_back(self, scales: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+        """Return whole weights to their shards; give all processes the ``τ`` of all weights, and return them."""
+        ...
+
+
+_make_exchange: list[Callable[[dict[Tensor, Any], Callable[[Tensor], str]], Exchange]] = []
+
+
+def exchange_by(make: Callable[[dict[Tensor, Any], Callable[[Tensor], str]], Exchange]) -> None:
+    """Say who exchanges sharded weights; the floor above this one does, when it is imported.
+
+    Args:
+        make: From the optimiser's state and the function that names parameters, an exchange.
+    """
+    _make_exchange[:] = [make]
 
 
 @dataclass(frozen=True)
@@ -75,6 +103,8 @@ class Stepper:
         self._records: list[_Record] = []
         self._left_out: dict[torch.device, Tensor] = {}
         self._shortened: dict[torch.device, Tensor] = {}
+        self._exchange: Exchange | None = None
+        self._received: dict[Tensor, Tensor] = {}
         self._constants: weakref.WeakKeyDictionary[Batch, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
 
     def step(self, requests: Sequence[StepRequest]) -> None:
@@ -86,30 +116,54 @@ class Stepper:
         Raises:
             FloatingPointError: If a gradient on a manifold is not finite and that is checked. Nothing has changed then.
         """
+        if self._exchange is None and any(_is_shared(weight) for own in requests for weight in own.weights):
+            self._exchange = _make_exchange[0](self._state, self._name_of)
+        if self._exchange is None:
+            self._take(requests)
+        else:
+            self._take(self._exchange.collect(requests), self._exchange)
+            _write_back(requests)
+
+    def refuse(self, error: Exception) -> None:
+        """Raise an error on all processes that share weights with this one; return if there are none."""
+        if self._exchange is not None:
+            self._exchange.agree(error)
+
+    def _take(self, requests: Sequence[StepRequest], exchange: Exchange | None = None) -> None:
+        """Route, measure, refuse, and move; after a collective refusal nothing has changed on any process."""
         self._routers = {n: self._routers.get(n) or Router() for n in range(len(requests))}
         batches: list[tuple[StepRequest, Batch, bool]] = []
-        for request, router in zip(requests, self._routers.values(), strict=True):
-            routed = router.route(request.weights, request.options)
-            batches += [(request, b, not router.is_recorded and b.device.type == "cpu") for b in routed]
         try:
-            swept = [(r, batch) for r, batch, is_free in batches if is_free and _is_swept(r, batch)]
-            measured = [
-                (r, Measured(batch, r.options, is_free, r.check_finite, batch.measure(r.options)))
-                for r, batch, is_free in batches
-                if (r, batch) not in swept
-            ]
-            if not all(_is_finite(own) for _, own in measured):
-                for count in settle([own for _, own in measured], self._name_of, self._optimizer):
-                    self._count(self._left_out, count)
+            try:
+                for request, router in zip(requests, self._routers.values(), strict=True):
+                    routed = router.route(request.weights, request.options)
+                    batches += [(request, b, not router.is_recorded and b.device.type == "cpu") for b in routed]
+                swept = [(r, batch) for r, batch, is_free in batches if is_free and _is_swept(r, batch)]
+                measured = [
+                    (r, Measured(batch, r.options, is_free, r.check_finite, batch.measure(r.options)))
+                    for r, batch, is_free in batches
+                    if (r, batch) not in swept
+                ]
+                left_out: list[Tensor] = []
+                if not all(_is_finite(own) for _, own in measured):
+                    left_out = settle([own for _, own in measured], self._name_of, self._optimizer)
+            except Exception as error:
+                if exchange is not None:
+                    exchange.agree(error)
+                raise
+            if exchange is not None:
+                exchange.agree(None)
+            for count in left_out:
+                self._count(self._left_out, count)
             self._records.clear()
+            self._received = {}
             for request, own in measured:
                 self._move(request, own)
             for request, batch in swept:
                 self._sweep(request, batch)
-            for request in requests:
-                for weight in request.weights:
-                    if weight.owner is not weight.param:
-                        weight.owner.copy_(weight.param)
+            if exchange is not None:
+                self._received = exchange.put_back(self._scales())
+            _write_back(requests)
         finally:
             for _, batch, _ in batches:  # hold on to no gradient until the next step
                 for weight in batch.weights:
@@ -157,7 +211,7 @@ class Stepper:
         if any(batch.counts):
             self._records.append(_Record(batch, [weight.owner for weight in batch.weights], tau))
         for weight in batch.weights:
-            if weight.buffer is not None and not weight.staged:
+            if weight.buffer is not None and not weight.staged and not _is_lent(weight):
                 self._state[weight.owner]["momentum_buffer"] = weight.buffer
 
     def _constants_of(self, batch: Batch, options: StepOptions) -> tuple[Tensor | None, Tensor | None]:
@@ -227,6 +281,11 @@ class Stepper:
 
     def step_scales(self, param_groups: Sequence[dict[str, Any]]) -> dict[Tensor, Tensor]:
         """``τ`` of every group in the latest step, by parameter, in the order of the parameter groups."""
+        scales = {**self._scales(), **self._received}
+        return {param: scales[param] for group in param_groups for param in group["params"] if param in scales}
+
+    def _scales(self) -> dict[Tensor, Tensor]:
+        """``τ`` of the groups that were moved here."""
         scales: dict[Tensor, Tensor] = {}
         for record in self._records:
             batch, total = record.batch, sum(record.batch.counts)
@@ -239,7 +298,7 @@ class Stepper:
                 own = own.clamp_max(torch.finfo(dtype).max).to(dtype)
                 others = scales.get(owner)
                 scales[owner] = own.clone() if mask is None or others is None else torch.where(mask, own, others)
-        return {param: scales[param] for group in param_groups for param in group["params"] if param in scales}
+        return scales
 
     def left_out(self) -> int:
         """How many group steps were left out because the gradient was not finite (synchronises)."""
@@ -248,6 +307,24 @@ class Stepper:
     def shortened(self) -> int:
         """How many gradients of groups were shortened under ``norm="running"`` (synchronises)."""
         return sum(int(count) for count in self._shortened.values())
+
+
+def _is_shared(weight: Weight) -> bool:
+    """Whether other processes have parts of a weight, and its step needs all of it."""
+    return weight.manifold is not None and hasattr(weight.param, "device_mesh")
+
+
+def _is_lent(weight: Weight) -> bool:
+    """Whether a weight is whole here, for the time of a step, and sharded where it belongs."""
+    return hasattr(weight.owner, "device_mesh") and not hasattr(weight.param, "device_mesh")
+
+
+def _write_back(requests: Sequence[StepRequest]) -> None:
+    """Give parameters the values of what was moved in their place."""
+    for request in requests:
+        for weight in request.weights:
+            if weight.owner is not weight.param and not _is_lent(weight):
+                weight.owner.copy_(weight.param)
 
 
 def _is_swept(request: StepRequest, batch: Batch) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fgo_geo.linalg import is_sharded
 from fgo_geo.optim.channel_metrics import (
     Direction,
     Ends,
@@ -285,6 +286,12 @@ class ChannelDirected:
                 return _Choice(name, None, layout)
         elif not self._select(name, parameter):
             return _Choice(name, None, "is not selected")
+        if is_sharded(parameter):
+            raise ValueError(
+                f"{name} (shape {tuple(parameter.shape)}) is sharded, and its channels are on several processes: "
+                "directing its gradient is not supported; train with DistributedDataParallel, or leave it out with "
+                "select="
+            )
         _check_manifold(parameter, name)
         return _Choice(name, settings.direction(plain if isinstance(layout, str) else layout, name))
 

@@ -16,10 +16,20 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fgo_geo.manifolds import REPLACED, replaced_error
+from fgo_geo.linalg import whole, write_whole
+from fgo_geo.manifolds import REPLACED, STEPS_SHARDS, replaced_error
 from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
 from fgo_geo.optim.options import OPTIONS, Norm, check_options, fill_in, step_options
-from fgo_geo.optim.points import HALF, Masters, StepScales, check_point, lost_manifold, name_in, parameters_given
+from fgo_geo.optim.points import (
+    HALF,
+    Masters,
+    StepScales,
+    check_point,
+    lost_manifold,
+    name_in,
+    parameters_given,
+    require_copyable,
+)
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 from fgo_geo.paths.rules import momentum_sgd
 
@@ -170,8 +180,15 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned; what belongs to half-precision weights keeps its own precision."""
+        """Load what ``state_dict`` returned; what belongs to half-precision weights keeps its own precision.
+
+        Raises:
+            ValueError: If a parameter does not lie on its manifold: weights are to be loaded first.
+        """
         super().load_state_dict(state_dict)
+        for group in self.param_groups:  # weights that were loaded in place, by what knows no manifold
+            for param in group["params"]:
+                check_point(param, f"{type(self).__name__}: {self._name_of(param)}", group["step_size"])
         self._masters.load(self.param_groups, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -190,6 +207,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         try:
             for param in added["params"]:
                 check_point(param, f"{type(self).__name__}: {self._name_of(param)}", added["step_size"])
+                if added["master_weights"]:
+                    require_copyable(param, f"{type(self).__name__}: {self._name_of(param)}")
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -230,7 +249,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._stepper.step([self._request(*numbered) for numbered in enumerate(self.param_groups)])
+        try:
+            requests = [self._request(*numbered) for numbered in enumerate(self.param_groups)]
+        except Exception as error:
+            self._stepper.refuse(error)
+            raise
+        self._stepper.step(requests)
         for group in self.param_groups:
             for param in group["params"] if group["master_weights"] else ():
                 if param.dtype in HALF:
@@ -271,7 +295,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 point = self._masters.project(param, manifold)
                 buffer = self._stepper.momentum_of(param, point)
                 if buffer is not None:
-                    buffer.copy_(manifold.proju(point, buffer))
+                    write_whole(buffer, manifold.proju(whole(point), whole(buffer)))
 
     # -- what a step works on --------------------------------------------------------------------------------
 
@@ -314,3 +338,6 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             buffer = self._stepper.momentum_of(param, point) if options.momentum != 0 else None
             weights.append(Weight(point, param, manifold, grad, buffer, buffer is None and options.momentum != 0))
         return StepRequest(options, weights, group["check_finite"], group["norm"] == "running")
+
+
+setattr(RiemannianFGSGD, STEPS_SHARDS, True)

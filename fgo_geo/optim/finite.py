@@ -19,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg import is_sharded, local_part
 from fgo_geo.paths.protocol import Batch, StepOptions, Weight
 
 __all__ = ["Measured", "is_tiny", "settle"]
@@ -134,7 +135,8 @@ def _refusal(
 ) -> FloatingPointError:
     weights = [weight for other in measured for weight in other.batch.weights]
     for weight in weights:  # a weight that is not finite has such gradients, and so have all others
-        if not bool(torch.isfinite(weight.param).all()):
+        here = local_part(weight.param) if is_sharded(weight.param) else weight.param
+        if not bool(torch.isfinite(here).all()):
             return FloatingPointError(
                 f"{optimizer}: {name_of(weight.owner)} is not finite itself; no parameter was changed. Go back to a "
                 "checkpoint"

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from fgo_geo.linalg import reads_for_free
+from fgo_geo.linalg import is_sharded, local_part, reads_for_free
 from fgo_geo.manifolds import REPLACED, replaced_error
 from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
 from fgo_geo.optim.points import StepScales, check_point, lost_manifold, name_in
@@ -242,7 +242,7 @@ class OnManifolds:
                 self._points[param] = torch.empty_like(param.detach())
         points = [self._points[p] for p in params]
         with torch.no_grad():
-            _foreach.copy_(points, params)
+            _foreach.copy_(_here(points), _here(params))
         try:
             loss = _call(inner, None if closure is None else self._evaluated_once(closure, params))
             with torch.no_grad():
@@ -250,7 +250,7 @@ class OnManifolds:
                 self._stepper.step([request for request in requests if request is not None])
         except BaseException:
             with torch.no_grad():
-                _foreach.copy_(params, points)
+                _foreach.copy_(_here(params), _here(points))
             raise
         return loss
 
@@ -268,6 +268,8 @@ class OnManifolds:
             manifold = manifold_of(param)
             if manifold is None and param in self._checked:
                 raise lost_manifold(self._checked[param], f"on_manifolds: {self._name_of(param)}")
+            if manifold is None and not self._points:  # before the first step
+                check_point(param, f"on_manifolds: {self._name_of(param)}", self._options.step_size)
             if manifold is None or param in self._checked:
                 continue
             if "lr" not in group:
@@ -299,8 +301,9 @@ class OnManifolds:
         lr = lr if isinstance(lr, Tensor) and not reads_for_free(lr) else float(lr)
         if not moved or lr == 0:
             return None
-        _foreach.sub_(moved, points)
-        _foreach.mul_(moved, -1 / lr)
+        here = _here(moved)
+        _foreach.sub_(here, _here(points))
+        _foreach.mul_(here, -1 / lr)
         options = replace(self._options, lr=lr)
         options = replace(options, longest_step=longest_step(options))
         weights = [Weight(self._points[p], p, manifold_of(p), p.detach()) for p in moved]
@@ -308,6 +311,11 @@ class OnManifolds:
 
     def _name_of(self, param: Tensor) -> str:
         return name_in(self.optimizer, param)
+
+
+def _here(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What this process has of tensors."""
+    return [local_part(tensor) if is_sharded(tensor) else tensor for tensor in tensors]
 
 
 def _call(inner: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:

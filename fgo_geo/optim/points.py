@@ -15,7 +15,8 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
-from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups
+from fgo_geo.linalg import cut_of, is_sharded, local_part, whole, write_whole
+from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups, is_declared
 from fgo_geo.optim.base import manifold_of
 from fgo_geo.optim.groups import group_norms
 
@@ -28,6 +29,7 @@ __all__ = [
     "lost_manifold",
     "name_in",
     "parameters_given",
+    "require_copyable",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -35,7 +37,9 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def check_point(param: Tensor, what: str, step_size: str) -> None:
-    """Raise if a parameter is far from its manifold; move the manifold to the parameter's device.
+    """Raise if a parameter is far from its manifold or in shards that hide it; move the manifold to its device.
+
+    Of a sharded parameter all processes have to ask.
 
     Args:
         param: Any parameter.
@@ -46,9 +50,10 @@ def check_point(param: Tensor, what: str, step_size: str) -> None:
         ValueError: If the parameter is off its manifold, or its norm is to be known and is not.
     """
     manifold = manifold_of(param)
+    _require_known_shards(param, what)
     if isinstance(manifold, EmbeddedManifold) and not param.is_meta:
         manifold.to(param.device)
-        manifold.require_point(param.detach(), what, "move it there by `with torch.no_grad(): param.proj_()`")
+        manifold.require_point(whole(param).detach(), what, "move it there by `with torch.no_grad(): param.proj_()`")
     if step_size == "angle" and manifold is not None:
         has_free = isinstance(manifold, ProductOfGroups) and "euclidean" in manifold.partition.kinds
         if bool(group_norms(manifold, tuple(param.shape)).isnan().any()) and not has_free:
@@ -56,6 +61,46 @@ def check_point(param: Tensor, what: str, step_size: str) -> None:
                 f"{what}: step_size='angle' needs a weight of fixed norm, and {manifold} fixes none; take "
                 "step_size='constant' for it, in a parameter group of its own"
             )
+
+
+def _require_known_shards(param: Tensor, what: str) -> None:
+    """Raise if a parameter is a shard whose manifold is not known, or cannot be kept."""
+    if getattr(param, "_is_flat_param", False) or (getattr(param, "_fsdp_flattened", False) and manifold_of(param)):
+        raise ValueError(
+            f"{what} is a flat shard of FullyShardedDataParallel, in which a point on a manifold cannot be told from "
+            "a part of one; shard the model with fgo_geo.distributed.fully_shard (FSDP2) instead"
+        )
+    if not is_sharded(param):
+        return
+    if not is_declared(param):
+        raise ValueError(
+            f"{what} is a sharded tensor (DTensor), and sharding drops the manifold of a parameter: shard the model "
+            "with fgo_geo.distributed.fully_shard, which takes the arguments of torch's and keeps manifolds; or, if it "
+            "is sharded already, call plan_of(model).attach(model) if it was constrained by fgo_geo.constrain, or "
+            "fgo_geo.distributed.declare_plain(model) if none of its parameters is on a manifold"
+        )
+    if manifold_of(param) is None:
+        return
+    try:
+        cut_of(param)
+    except ValueError as error:
+        raise ValueError(f"{what} is on a manifold and has {error}") from error
+    device = getattr(param, "device_mesh").device_type  # noqa: B009  a DTensor has it
+    if not param.is_meta and local_part(param).device.type != device:
+        raise ValueError(
+            f"{what} is on a manifold, and its shards are on {local_part(param).device.type} while its device mesh is "
+            f"of {device}: CPU offload is not supported; leave offload_policy out"
+        )
+
+
+def require_copyable(param: Tensor, what: str) -> None:
+    """Raise ValueError if a parameter needs a copy in single precision and cannot have one, as it is sharded."""
+    if param.dtype in HALF and is_sharded(param) and manifold_of(param) is not None:
+        raise ValueError(
+            f"{what} is sharded, on a manifold and of type {param.dtype}: copies in single precision of shards are "
+            "not supported. Keep the weights in float32 and compute with "
+            "MixedPrecisionPolicy(param_dtype=torch.bfloat16), or pass master_weights=False"
+        )
 
 
 def parameters_given(params: object, optimizer: str) -> list[Any]:
@@ -180,7 +225,7 @@ class Masters:
     def project(self, param: Tensor, manifold: geoopt.Manifold) -> Tensor:
         """Project a weight onto its manifold; returns what a step moves: the weight, or its copy."""
         point: Tensor = self._state.get(param, {}).get("master", param)
-        point.copy_(manifold.projx(point))
+        write_whole(point, manifold.projx(whole(point)))
         if point is not param:
             param.copy_(point)
             self.written(param)

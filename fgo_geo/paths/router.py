@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 )
 
+from fgo_geo.linalg import is_sharded
 from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.paths.native.kernels import NativeKernels
 from fgo_geo.paths.native.library import instruction_set, library
@@ -165,10 +166,10 @@ def _stamp(weight: Weight) -> tuple[object, ...]:
 
 def _batches(weights: Sequence[Weight], options: StepOptions, is_recorded: bool) -> list[Batch]:
     """Assign weights to paths, and make one batch per path and device."""
-    claims: dict[tuple[Path, torch.device | None], list[Claim]] = {}
+    claims: dict[tuple[Path, torch.device | bool], list[Claim]] = {}
     for weight in weights:
-        if weight.manifold is None:
-            claims.setdefault((_PLAIN, None), []).append(Claim(weight, (0,), is_whole=True))
+        if weight.manifold is None:  # torch steps sharded tensors in one call, or others, not both
+            claims.setdefault((_PLAIN, is_sharded(weight.param)), []).append(Claim(weight, (0,), is_whole=True))
             continue
         for path, parts in _claims_of(weight, options, is_recorded):
             claim = Claim(weight, parts, is_whole=len(parts) == weight.n_parts)

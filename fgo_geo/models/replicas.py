@@ -1,0 +1,82 @@
+"""Constrained models under DistributedDataParallel: what it would get wrong in silence.
+
+DistributedDataParallel shares weights and gradients between processes, and nothing else. It averages the gradients of
+the parameters that it found when it was built: of one that was put in its place later, every process would go its own
+way. And it does not share plans: with other seeds or radii, processes would be on other manifolds. Both are looked for
+in a forward pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fgo_geo.manifolds import replacements
+from fgo_geo.models.entry import PlanEntry
+from fgo_geo.models.surgery import parameter_of
+from fgo_geo.weights.words import few
+
+__all__ = ["check_replicas"]
+
+_seen: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDictionary()
+
+
+def check_replicas(model: nn.Module, entries: Sequence[PlanEntry]) -> None:
+    """Raise if a wrapper does not know a model's parameters, or its processes have different plans.
+
+    The processes compare their plans in the first forward pass of a wrapper that gradients follow, and all raise if one
+    of them does. Later the parameters alone are looked at, after something has replaced parameters.
+
+    Args:
+        model: The constrained model, in a forward pass.
+        entries: Its plan.
+
+    Raises:
+        RuntimeError: If the wrapper does not know a parameter.
+        ValueError: If the plans differ.
+    """
+    replica = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if replica is None or not torch.is_grad_enabled():
+        return
+    checked = _seen.setdefault(replica, {})
+    number, is_first = replacements(), id(model) not in checked
+    if checked.get(id(model)) == number:
+        return
+    known = set(map(id, replica._module_parameters))  # pyright: ignore
+    params = [(entry.name, parameter_of(model, entry.name)) for entry in entries if entry.constrained]
+    unknown = [n for n, param in params if param is not None and param.requires_grad and id(param) not in known]
+    digests = [_digest(entry) for entry in entries]
+    told: list[Any] = [(unknown, digests)]
+    if is_first:
+        told = [None] * dist.get_world_size(replica.process_group)
+        dist.all_gather_object(told, (unknown, digests), replica.process_group)
+    for names, _ in told:
+        if names:
+            raise RuntimeError(
+                f"DistributedDataParallel does not know {len(names)} constrained parameter(s): {few(names)}. Their "
+                "gradients would not be averaged, and every process would go its own way: constrain the model, and "
+                "load with assign=True, before wrapping it"
+            )
+    for _, others in told:
+        if others != digests:
+            first = next((n for n, own in enumerate(digests) if others[n : n + 1] != [own]), 0)
+            raise ValueError(
+                f"the processes have different plans, first of {entries[first].name!r}: DistributedDataParallel "
+                "shares weights, not manifolds. Call fgo_geo.constrain with the same arguments and seed on all "
+                "processes, or let all load the same state_dict"
+            )
+    checked[id(model)] = number
+
+
+def _digest(entry: PlanEntry) -> bytes:
+    stored = entry.to_dict()
+    del stored["notes"]
+    return hashlib.sha256(json.dumps(stored, sort_keys=True).encode()).digest()

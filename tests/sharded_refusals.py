@@ -1,0 +1,322 @@
+"""What every process of a group does to see a wrong use refused; run by ``test_sharded_refusals.py``."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import geoopt
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from fgo_geo import RiemannianFGSGD, ScaledSphere, channel_directed, constrain, on_manifolds, plan_of
+from fgo_geo.distributed import declare_plain, fully_shard
+
+
+def mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.Flatten(), nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 3)
+    ).double()
+
+
+def constrained(**settings: Any) -> nn.Sequential:
+    model = net()
+    constrain(model, **settings)
+    return model
+
+
+def images(seed: int = 0) -> Tensor:
+    return torch.randn(4, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def backward(model: nn.Module, seed: int = 0) -> None:
+    model(images(seed)).square().mean().backward()
+
+
+def sharded(shard: Callable[..., Any] = fully_shard, **settings: Any) -> nn.Sequential:
+    model = constrained(**settings)
+    shard(model[2], mesh=mesh())
+    shard(model, mesh=mesh())
+    return model
+
+
+def whole(model: nn.Module) -> list[Tensor]:
+    return [p.detach().full_tensor() for p in model.parameters()]  # pyright: ignore
+
+
+def violation(model: nn.Module) -> float:
+    params = plan_of(model).parameters().values()
+    return max(float(p.manifold.violation(p.detach().full_tensor()).max()) for p in params)  # pyright: ignore
+
+
+# -- replicas -------------------------------------------------------------------------------------------------
+
+
+def check_constrain_after_wrapping(rank: int, folder: Path) -> None:
+    wrapper = DistributedDataParallel(net(), find_unused_parameters=True)
+    constrain(wrapper.module)
+    with pytest.raises(RuntimeError, match=r"does not know 2 constrained.*'?2\.weight'?.*before wrapping"):
+        wrapper(images(rank))
+    with torch.no_grad():
+        wrapper(images(rank))
+
+
+def check_a_load_that_replaces_after_wrapping(rank: int, folder: Path) -> None:
+    wrapper = DistributedDataParallel(constrained(), find_unused_parameters=True)
+    backward(wrapper, rank)
+    wrapper.module.load_state_dict(copy.deepcopy(wrapper.module.state_dict()), assign=True)
+    with pytest.raises(RuntimeError, match="load with assign=True, before wrapping it"):
+        wrapper(images(rank))
+
+
+def check_a_part_that_is_constrained_after_wrapping(rank: int, folder: Path) -> None:
+    model = net()
+    wrapper = DistributedDataParallel(nn.Sequential(model, nn.Linear(3, 2).double()), find_unused_parameters=True)
+    constrain(model)
+    with pytest.raises(RuntimeError, match="does not know"):
+        wrapper(images(rank))
+
+
+def check_seeds_that_differ(rank: int, folder: Path) -> None:
+    wrapper = DistributedDataParallel(constrained(seed=rank))
+    with pytest.raises(ValueError, match=r"different plans, first of '2\.weight'.*same arguments and seed"):
+        wrapper(images(rank))
+
+
+def check_radii_that_differ(rank: int, folder: Path) -> None:
+    wrapper = DistributedDataParallel(constrained(radius={"4": 1.0 + rank}))
+    with pytest.raises(ValueError, match=r"different plans, first of '4\.weight'"):
+        wrapper(images(rank))
+
+
+def check_equal_plans_are_compared_once(rank: int, folder: Path) -> None:
+    wrapper = DistributedDataParallel(constrained())
+    backward(wrapper)
+    if rank == 0:  # what replaces parameters of another model asks nobody else
+        constrained()
+        backward(wrapper.module)
+    backward(wrapper)
+
+
+# -- sharded by torch ------------------------------------------------------------------------------------------
+
+REFUSED = r"'2\.weight'.*is a sharded tensor \(DTensor\).*fgo_geo\.distributed\.fully_shard.*attach\(model\)"
+
+
+def check_an_optimiser_of_what_torch_has_sharded(rank: int, folder: Path) -> None:
+    model = sharded(torch_fully_shard)
+    with pytest.raises(ValueError, match=r"RiemannianFGSGD: '0\.weight'.*is a sharded tensor"):
+        RiemannianFGSGD(model.named_parameters(), lr=0.1)
+    params = [(n, p) for n, p in model.named_parameters() if n == "2.weight"]
+    with pytest.raises(ValueError, match=REFUSED):
+        RiemannianFGSGD(params, lr=0.1)
+    with pytest.raises(ValueError, match=r"on_manifolds: .*is a sharded tensor"):
+        on_manifolds(torch.optim.AdamW(model.parameters()))
+
+
+def check_the_guard_says_what_works(rank: int, folder: Path) -> None:
+    model = sharded(torch_fully_shard)
+    with pytest.raises(RuntimeError, match=r"fgo_geo\.distributed\.fully_shard keeps it.*attach\(model\)"):
+        backward(model)
+    plan_of(model).attach(model)
+    declare_plain(model)
+    optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.5, momentum=0.9)
+    for seed in range(3):
+        backward(model, seed)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert violation(model) < 1e-12
+
+
+def check_compiled_and_sharded_by_torch(rank: int, folder: Path) -> None:
+    """Inside a graph nothing guards; the optimiser does."""
+    model = sharded(torch_fully_shard)
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match="is a sharded tensor"):
+        RiemannianFGSGD(model.parameters(), lr=0.1)
+    ours, eager = sharded(), sharded()
+    ours.compile(backend="eager")
+    for own in (ours, eager):
+        optimizer = RiemannianFGSGD(own.parameters(), lr=0.1)
+        backward(own)
+        optimizer.step()
+    for a, b in zip(whole(ours), whole(eager), strict=True):
+        torch.testing.assert_close(a, b)
+    assert violation(ours) < 1e-12
+
+
+def check_a_forward_pass_through_a_part(rank: int, folder: Path) -> None:
+    model = nn.Sequential(net())
+    constrain(model)
+    torch_fully_shard(model[0], mesh=mesh())
+    backward(model[0])  # past the guard
+    with pytest.raises(ValueError, match="is a sharded tensor"):
+        RiemannianFGSGD(model[0].parameters(), lr=0.1)
+    model = nn.Sequential(net())
+    constrain(model)
+    fully_shard(model[0], mesh=mesh())
+    optimizer = RiemannianFGSGD(model[0].parameters(), lr=0.5)
+    backward(model[0])
+    optimizer.step()
+    assert violation(model) < 1e-12
+
+
+def check_weights_declared_by_hand(rank: int, folder: Path) -> None:
+    def layer() -> nn.Linear:
+        own = nn.Linear(6, 4, dtype=torch.float64)
+        own.weight = geoopt.ManifoldParameter(ScaledSphere(ndim=1).projx(own.weight.detach()), ScaledSphere(ndim=1))
+        return own
+
+    torch.manual_seed(0)
+    model = layer()
+    other = copy.deepcopy(model)
+    single = copy.deepcopy(model)
+    torch_fully_shard(other, mesh=mesh())
+    with pytest.raises(ValueError, match="is a sharded tensor"):
+        RiemannianFGSGD(other.parameters(), lr=0.1)
+    fully_shard(model, mesh=mesh())
+    x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for own in (model, single):
+        optimizer = RiemannianFGSGD(own.parameters(), lr=0.5)
+        own(x).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(whole(model)[0], single.weight.detach().as_subclass(Tensor))
+
+
+def check_tensor_parallel_without_a_declaration(rank: int, folder: Path) -> None:
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    model = constrained()
+    parallelize_module(model[4], mesh(), ColwiseParallel())
+    with pytest.raises(ValueError, match="is a sharded tensor"):
+        RiemannianFGSGD(model[4].parameters(), lr=0.1)
+
+
+def check_flat_shards(rank: int, folder: Path) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    for original in (True, False):
+        model = nn.Linear(6, 4)
+        model.weight = geoopt.ManifoldParameter(geoopt.Sphere().projx(model.weight.detach()), geoopt.Sphere())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = FullyShardedDataParallel(model, use_orig_params=original, device_id=torch.device("cpu"))
+        for build in (
+            lambda params: RiemannianFGSGD(params, lr=0.1),
+            lambda params: on_manifolds(torch.optim.SGD(params, lr=0.1)),
+        ):
+            with pytest.raises(ValueError, match=r"flat shard of FullyShardedDataParallel.*FSDP2"):
+                build(model.parameters())
+
+
+def check_constraining_what_is_sharded(rank: int, folder: Path) -> None:
+    model = net()
+    torch_fully_shard(model, mesh=mesh())
+    with pytest.raises(ValueError, match="sharded; constrain it before"):
+        constrain(model)
+
+
+# -- sharded, and not supported --------------------------------------------------------------------------------
+
+
+def check_optimisers_that_do_not_know_shards(rank: int, folder: Path) -> None:
+    model = sharded()
+    backward(model)
+    before = whole(model)
+    for kind in (geoopt.optim.RiemannianSGD, geoopt.optim.RiemannianAdam):
+        with pytest.raises(RuntimeError, match=f"{kind.__name__} does not know sharded weights"):
+            kind(model.parameters(), lr=0.1).step()
+    assert all(torch.equal(a, b) for a, b in zip(before, whole(model), strict=True))
+
+
+def check_channel_directed_gradients(rank: int, folder: Path) -> None:
+    with pytest.raises(ValueError, match="its channels are on several processes"):
+        channel_directed(torch.optim.SGD(sharded().parameters(), lr=0.1))
+
+
+def check_half_precision(rank: int, folder: Path) -> None:
+    model = net().bfloat16()
+    constrain(model)
+    fully_shard(model, mesh=mesh())
+    with pytest.raises(ValueError, match=r"copies in single precision.*MixedPrecisionPolicy"):
+        RiemannianFGSGD(model.parameters(), lr=0.1)
+    RiemannianFGSGD(model.parameters(), lr=0.1, master_weights=False)
+
+
+def check_an_optimiser_that_was_built_before(rank: int, folder: Path) -> None:
+    model = constrained()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    fully_shard(model, mesh=mesh())
+    backward(model)
+    with pytest.raises(RuntimeError, match="is no parameter of its model any more"):
+        optimizer.step()
+
+
+# -- one process has an error, and all raise -------------------------------------------------------------------
+
+
+def check_a_gradient_that_is_not_finite_on_one_process(rank: int, folder: Path) -> None:
+    model = sharded()
+    optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    backward(model)
+    if rank == 1:
+        model[2].weight.grad.to_local()[-1] = torch.nan  # pyright: ignore
+    before = whole(model)
+    with pytest.raises(FloatingPointError, match=r"the gradient of '2\.weight'.*is not finite"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, whole(model), strict=True))
+    assert not optimizer.state
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+    assert violation(model) < 1e-12
+
+
+def check_manifolds_that_differ(rank: int, folder: Path) -> None:
+    model = sharded(manifolds=("sphere", "oblique"))
+    optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.1)
+    backward(model)
+    manifold: Any = plan_of(model).parameters()["4.weight"].manifold
+    parts = zip(manifold.manifolds, manifold.partition.counts, strict=True)
+    radii = [torch.as_tensor(part.radius, dtype=torch.float64).expand(count) for part, count in parts]
+    if rank == 1:
+        manifold.set_radius([radius * (1 + 1e-6) for radius in radii])
+    with pytest.raises(ValueError, match=r"different manifolds, first of '4\.weight'.*no parameter was changed"):
+        optimizer.step()
+    if rank == 1:
+        manifold.set_radius(radii)
+    optimizer.step()
+
+
+def check_a_gradient_that_is_missing_on_one_process(rank: int, folder: Path) -> None:
+    model = sharded()
+    optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.1)
+    backward(model)
+    if rank == 0:
+        model[2].weight.grad = None
+    with pytest.raises(ValueError, match=r"different manifolds.*which weights have gradients"):
+        optimizer.step()
+
+
+def check_an_option_that_is_wrong_on_one_process(rank: int, folder: Path) -> None:
+    model = sharded()
+    optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.1)
+    backward(model)
+    optimizer.step()
+    if rank == 1:
+        optimizer.param_groups[0]["rho"] = -1.0
+    with pytest.raises(ValueError, match="rho must be at least 0"):
+        optimizer.step()

@@ -1,0 +1,362 @@
+"""Training a sharded model, and the same model on one process beside it; run by ``test_sharded.py``."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import Shard
+
+from fgo_geo import RiemannianFGSGD, constrain, on_manifolds, plan_of, unconstrain
+from fgo_geo.distributed import fully_shard
+
+PER_PROCESS = 4
+
+
+class Block(nn.Module):
+    """A residual block of two convolutions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        self.norm = nn.GroupNorm(2, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(self.norm(self.first(x)).relu())
+
+
+def residual_net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3),
+        Block(6),
+        nn.Conv2d(6, 9, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(9, 7),
+        nn.ReLU(),
+        nn.Linear(7, 3),
+    )
+
+
+def transformer() -> nn.Sequential:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    return nn.Sequential(nn.Linear(5, 8), layer, copy.deepcopy(layer), nn.Flatten(), nn.Linear(8 * 3, 2))
+
+
+NETS: dict[str, tuple[Callable[[], nn.Sequential], tuple[int, ...]]] = {
+    "residual": (residual_net, (3, 6, 6)),
+    "transformer": (transformer, (3, 5)),
+}
+
+
+def data(net: str, step: int, count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(count, *NETS[net][1], generator=generator, dtype=torch.float64).to(dtype)
+
+
+def pair(net: str, dtype: torch.dtype = torch.float64, **settings: Any) -> tuple[nn.Sequential, nn.Sequential]:
+    """The same constrained model sharded, in two groups of parameters, and whole."""
+    models = []
+    for _ in range(2):
+        model = NETS[net][0]().to(dtype)
+        constrain(model, **settings)
+        models.append(model)
+    sharded, single = models
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(sharded[1], mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    return sharded, single
+
+
+def loss(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).square().mean()
+
+
+def own_share(x: Tensor, rank: int) -> Tensor:
+    return x[rank * PER_PROCESS : (rank + 1) * PER_PROCESS]
+
+
+def whole(tensor: Any) -> Tensor:
+    return tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach().as_subclass(Tensor)
+
+
+def assert_equal(sharded: nn.Module, single: nn.Module, tolerance: float) -> None:
+    for (name, a), b in zip(sharded.named_parameters(), single.parameters(), strict=True):
+        difference = float((whole(a) - whole(b)).abs().max())
+        assert difference <= tolerance, f"{name}: {difference}"
+
+
+def train_both(
+    rank: int,
+    net: str,
+    build: Callable[[nn.Module], torch.optim.Optimizer],
+    between: Callable[[nn.Module, torch.optim.Optimizer], None] = lambda model, optimizer: None,
+    steps: int = 6,
+    **settings: Any,
+) -> tuple[nn.Sequential, nn.Sequential, torch.optim.Optimizer, torch.optim.Optimizer]:
+    """Train on a share of every batch, and on all of it."""
+    models = pair(net, **settings)
+    optimizers = [build(model) for model in models]
+    for step in range(steps):
+        x = data(net, step, PER_PROCESS * dist.get_world_size())
+        for model, optimizer, own in zip(models, optimizers, (own_share(x, rank), x), strict=True):
+            optimizer.zero_grad()
+            loss(model, own).backward()
+            between(model, optimizer)
+            optimizer.step()
+    return *models, *optimizers
+
+
+def fg_sgd(**options: Any) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: RiemannianFGSGD(model.named_parameters(), lr=0.05, **options)
+
+
+# -- as on one process ------------------------------------------------------------------------------------------
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "pi": ("residual", {"strategy": "pi"}, {"momentum": 0.9, "weight_decay": 1e-3}),
+    "po": ("residual", {"strategy": "po", "radius": "bound"}, {"momentum": 0.9, "nesterov": True}),
+    "pio": ("transformer", {"strategy": "pio", "classifier": True}, {"momentum": 0.9, "dampening": 0.1}),
+    "layer": ("transformer", {"strategy": "layer", "manifolds": "stiefel"}, {"norm": "running", "momentum": 0.8}),
+    "angle": ("residual", {"manifolds": ("sphere", "oblique")}, {"step_size": "angle", "angle": 0.1}),
+    "stabilised": ("residual", {}, {"momentum": 0.9, "stabilize": 2, "update": "exponential"}),
+    "adapted": ("transformer", {}, {"adapt_euclidean": True, "momentum": 0.5}),
+}
+
+
+def check_steps_are_those_of_one_process(rank: int, folder: Path) -> None:
+    for name, (net, settings, options) in CASES.items():
+        sharded, single, own, other = train_both(rank, net, fg_sgd(**options), **settings)
+        try:
+            assert_equal(sharded, single, 1e-9)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+        scales, expected = own.step_scales(), other.step_scales()  # pyright: ignore
+        assert len(scales) == len(expected) > 0
+        for a, b in zip(scales.values(), expected.values(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def check_another_optimiser_on_manifolds(rank: int, folder: Path) -> None:
+    def build(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+        on_manifolds(optimizer, step_size="constant")
+        return optimizer
+
+    sharded, single, *_ = train_both(rank, "transformer", build)
+    assert_equal(sharded, single, 1e-6)
+
+
+def check_clipped_gradients(rank: int, folder: Path) -> None:
+    norms: list[float] = []
+
+    def clip(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        norm: Any = nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+        norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))
+
+    sharded, single, *_ = train_both(rank, "residual", fg_sgd(momentum=0.9), clip)
+    assert_equal(sharded, single, 1e-9)
+    assert all(abs(a - b) < 1e-9 and a > 0.05 for a, b in zip(norms[::2], norms[1::2], strict=True))
+
+
+def check_radii_that_follow_the_features(rank: int, folder: Path) -> None:
+    """Statistics are of what a process has seen: both see everything here."""
+    sharded, single = pair("residual", statistics="std", radius=0.5)
+    optimizers = [fg_sgd(momentum=0.9)(model) for model in (sharded, single)]
+    for step in range(4):
+        x = data("residual", step, PER_PROCESS)
+        for model, optimizer in zip((sharded, single), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss(model, x).backward()
+            optimizer.step()
+            plan_of(model).update_scales(optimizer)
+    assert_equal(sharded, single, 1e-9)
+    scales = [entry.channel_scales for entry in plan_of(sharded).constrained]
+    assert scales == [entry.channel_scales for entry in plan_of(single).constrained]
+    assert any(abs(scale - 1) > 1e-2 for own in scales for scale in own)
+
+
+# -- to the bit ------------------------------------------------------------------------------------------------
+
+
+def check_identical_gradients_give_identical_bits(rank: int, folder: Path) -> None:
+    """The owner steps the whole weight by the path that one process takes."""
+    from torch.distributed.tensor import distribute_tensor
+
+    for net in NETS:
+        # Stiefel matrices of one shape are multiplied in one batch, and not where they have different owners.
+        kinds = ("sphere", "oblique", "stiefel") if net == "residual" else ("sphere", "oblique", "euclidean")
+        for strategy in ("po", "pio", "layer"):
+            settings = {"strategy": strategy, "manifolds": kinds[1] if strategy == "layer" else kinds}
+            sharded, single = pair(net, torch.float32, **settings)
+            optimizers = [fg_sgd(momentum=0.9, weight_decay=1e-3)(model) for model in (sharded, single)]
+            for step in range(4):
+                optimizers[1].zero_grad()
+                loss(single, data(net, step, 8, torch.float32)).backward()
+                for a, b in zip(sharded.parameters(), single.parameters(), strict=True):
+                    assert b.grad is not None
+                    a.grad = distribute_tensor(b.grad.as_subclass(Tensor), a.device_mesh, a.placements)  # pyright: ignore
+                for optimizer in optimizers:
+                    optimizer.step()
+            assert_equal(sharded, single, 0.0)
+            for a, b in zip(sharded.parameters(), single.parameters(), strict=True):
+                buffers = [own.state[p]["momentum_buffer"] for own, p in zip(optimizers, (a, b), strict=True)]
+                assert torch.equal(*map(whole, buffers))
+
+
+# -- what FSDP2 offers -----------------------------------------------------------------------------------------
+
+
+def check_accumulated_gradients(rank: int, folder: Path) -> None:
+    sharded, single = pair("residual")
+    optimizers = [fg_sgd(momentum=0.9)(model) for model in (sharded, single)]
+    for step in range(3):
+        x = data("residual", step, PER_PROCESS * dist.get_world_size())
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss(single, x).backward()
+        for number, part in enumerate(own_share(x, rank).chunk(2)):
+            sharded.set_requires_gradient_sync(number == 1)  # pyright: ignore
+            (loss(sharded, part) / 2).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_equal(sharded, single, 1e-9)
+
+
+def check_mixed_precision(rank: int, folder: Path) -> None:
+    model = residual_net()
+    plan = constrain(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model[1], mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        value = loss(model, data("residual", rank, PER_PROCESS, torch.float32))
+        assert value.dtype == torch.bfloat16
+        value.backward()
+        optimizer.step()
+        losses.append(float(value.detach()))
+    assert losses[-1] < losses[0]
+    for param in plan.parameters().values():
+        assert param.dtype == torch.float32
+        assert float(param.manifold.violation(whole(param)).max()) < 1e-5  # pyright: ignore
+
+
+def check_another_dimension_is_sharded(rank: int, folder: Path) -> None:
+    models = [nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)).double() for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        dist.broadcast_object_list(states := [model.state_dict()])
+        model.load_state_dict(states[0])
+        constrain(model, classifier=True)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(models[0], mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
+    x = torch.randn(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for model in models:
+        optimizer = fg_sgd(momentum=0.9)(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(model, x).backward()
+            optimizer.step()
+    assert_equal(*models, 1e-9)
+
+
+def check_tensor_parallel(rank: int, folder: Path) -> None:
+    """The plan says by name where a weight lives; whoever dealt it."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        constrain(model, classifier=True)
+        models.append(model)
+    parallel, single = models
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(parallel, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    plan_of(parallel).attach(parallel)
+    from fgo_geo.distributed import declare_plain
+
+    declare_plain(parallel)
+    optimizers = [fg_sgd(momentum=0.9, weight_decay=1e-2)(model) for model in models]
+    for step in range(4):
+        x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss(model, x).backward()
+            optimizer.step()
+    assert_equal(parallel, single, 1e-9)
+
+
+# -- the plan of a sharded model -------------------------------------------------------------------------------
+
+
+def check_projection_and_the_way_back(rank: int, folder: Path) -> None:
+    sharded, single = pair("residual")
+    x = data("residual", 0, 4)
+    for model in (sharded, single):
+        with torch.no_grad():
+            loss(model, x)  # leaves the parameters of the root whole
+            params = plan_of(model).parameters()
+            for param in params.values():
+                param.mul_(1.5)
+            plan_of(model).project()
+            for name in params:
+                assert model.get_parameter(name) is params[name]
+    assert_equal(sharded, single, 1e-12)
+    unconstrain(sharded)
+    optimizer = RiemannianFGSGD(sharded.parameters(), lr=0.1)
+    loss(sharded, x).backward()
+    optimizer.step()
+    assert not optimizer.step_scales()
+
+
+def check_a_state_dict_of_another_plan(rank: int, folder: Path) -> None:
+    """Loading takes over the plan, as without shards, and refuses values that are off."""
+    sharded, _ = pair("residual", seed=1)
+    other, single = pair("residual", seed=2)
+    state = other.state_dict()
+    assert sharded.load_state_dict(state).missing_keys == []
+    assert plan_of(sharded).to_json() == plan_of(single).to_json()
+    optimizer = fg_sgd()(sharded)
+    loss(sharded, data("residual", 0, 4)).backward()
+    optimizer.step()
+    key = plan_of(sharded).constrained[0].name
+    state[key] = state[key] * 1.5
+    with pytest.raises(ValueError, match="does not lie on its"):
+        sharded.load_state_dict(state)
+
+
+def check_saving_and_loading_the_optimiser(rank: int, folder: Path) -> None:
+    sharded, _ = pair("residual")
+    optimizer = fg_sgd(momentum=0.9, norm="running")(sharded)
+
+    def go_on(model: nn.Module, own: torch.optim.Optimizer, steps: range) -> list[Tensor]:
+        for step in steps:
+            own.zero_grad()
+            loss(model, own_share(data("residual", step, PER_PROCESS * dist.get_world_size()), rank)).backward()
+            own.step()
+        return [whole(param) for param in model.parameters()]
+
+    go_on(sharded, optimizer, range(3))
+    saved = copy.deepcopy((sharded.state_dict(), optimizer.state_dict()))
+    expected = go_on(sharded, optimizer, range(3, 6))
+    twin, _ = pair("residual", seed=5)
+    again = fg_sgd(momentum=0.9, norm="running")(twin)
+    twin.load_state_dict(saved[0])
+    again.load_state_dict(saved[1])
+    assert all(torch.equal(a, b) for a, b in zip(expected, go_on(twin, again, range(3, 6)), strict=True))

@@ -1,0 +1,50 @@
+"""Distributed checkpoints carry the plan, to another number of processes and to models of another seed, or of none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import groups
+import pytest
+import sharded_checkpoints
+import torch
+import torch.distributed.checkpoint as dcp
+from sharded_steps import data, loss, residual_net
+
+from fgo_geo import RiemannianFGSGD, constrain, plan_of
+from fgo_geo.distributed import TrainingState
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> groups.Outcomes:
+    return groups.run("sharded_checkpoints", groups.checks_of(sharded_checkpoints), folder)
+
+
+@pytest.mark.parametrize("name", groups.checks_of(sharded_checkpoints))
+def test_on_two_processes(outcomes: groups.Outcomes, name: str) -> None:
+    assert outcomes[name] == ["", ""], "\n".join(outcomes[name])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("is_constrained", [True, False])
+def test_one_process_loads_what_two_have_saved(outcomes: groups.Outcomes, folder: Path, is_constrained: bool) -> None:
+    assert outcomes["check_saved_for_one_process"] == ["", ""]
+    model = residual_net().double()
+    optimizer = None
+    if is_constrained:
+        constrain(model, seed=11)
+        optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.05, momentum=0.9, norm="running")
+    dcp.load({"app": TrainingState(model, optimizer)}, checkpoint_id=folder / "one", no_dist=True)
+    expected = torch.load(folder / "weights.pt", weights_only=True)
+    for name, param in model.named_parameters():
+        assert torch.equal(param.detach(), expected[name]), name
+    if optimizer is not None:
+        loss(model, data("residual", 0, 4)).backward()
+        optimizer.step()
+        for param in plan_of(model).parameters().values():
+            assert float(param.manifold.violation(param.detach()).max()) < 1e-12
