@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,21 @@ def check_saved_for_one_process(rank: int, folder: Path) -> None:
     if rank == 0:
         names = [name for name, _ in built[0].named_parameters()]
         torch.save(dict(zip(names, weights, strict=True)), folder / "weights.pt")
+
+
+def check_the_guide_runs(rank: int, folder: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "guides" / "many-gpus.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    assert len(blocks) > 5
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        namespace: dict[str, Any] = {}
+        for number, block in enumerate(blocks):
+            exec(compile(block, f"many-gpus.md, block {number}", "exec"), namespace)
+    finally:
+        os.chdir(before)
+    model, resumed = namespace["model"], namespace["resumed"]
+    assert plan_of(model).to_json() == plan_of(resumed).to_json()
+    for param in plan_of(resumed).parameters().values():
+        assert float(param.manifold.violation(whole(param)).max()) < 1e-5  # pyright: ignore

@@ -215,6 +215,39 @@ def check_identical_gradients_give_identical_bits(rank: int, folder: Path) -> No
                 assert torch.equal(*map(whole, buffers))
 
 
+def check_the_bytes_of_a_step(rank: int, folder: Path) -> None:
+    """Weight, gradient and momentum in, weight and momentum out, and ``τ`` to everybody; and two words of agreement."""
+    counted: dict[str, int] = {"all_to_all_single": 0, "all_reduce": 0}
+    originals = {name: getattr(dist, name) for name in counted}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            sent = arguments[1] if name == "all_to_all_single" else arguments[0]
+            counted[name] += sent.numel() * sent.element_size()
+            return originals[name](*arguments, **options)
+
+        return call
+
+    sharded, _ = pair("transformer")
+    optimizer = fg_sgd(momentum=0.9)(sharded)
+    for step in range(2):
+        loss(sharded, data("transformer", step, PER_PROCESS)).backward()
+        counted.update(dict.fromkeys(counted, 0))
+        for name in counted:
+            setattr(dist, name, counting(name))
+        optimizer.step()
+        for name, original in originals.items():
+            setattr(dist, name, original)
+        total = torch.tensor(counted["all_to_all_single"])
+        dist.all_reduce(total)
+        params: Any = plan_of(sharded).parameters().values()
+        numbers = sum(p.numel() for p in params)
+        groups = sum(p.manifold.n_groups for p in params)
+        copies = 5 if step else 4  # no momentum comes in in the first step
+        assert int(total) == 8 * (copies * numbers + dist.get_world_size() * groups)
+        assert counted["all_reduce"] == 2 * 3 * 8
+
+
 # -- what FSDP2 offers -----------------------------------------------------------------------------------------
 
 

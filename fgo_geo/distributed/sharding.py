@@ -19,7 +19,7 @@ _Modules = TypeVar("_Modules", nn.Module, Sequence[nn.Module])
 
 
 def fully_shard(module: _Modules, **kwargs: Any) -> _Modules:
-    """Shard a module's parameters, by :func:`torch.distributed.fsdp.fully_shard`, and keep them on their manifolds.
+    """Shard a module's parameters, by ``torch.distributed.fsdp.fully_shard``, and keep them on their manifolds.
 
     Use it wherever torch's function would be called, part by part from the bottom up, after
     :func:`~fgo_geo.constrain` and before the optimiser is built. Weights that were declared on manifolds by hand are

@@ -1,7 +1,7 @@
 """Tensors that are dealt to several processes: what of them is here, and how to see them whole.
 
-A sharded tensor is a :class:`torch.distributed.tensor.DTensor`, as FSDP2 and tensor parallelism make them. Along one
-dimension of its device mesh it is cut as :func:`torch.chunk` cuts, along all others every process has a copy; that is
+A sharded tensor is a ``torch.distributed.tensor.DTensor``, as FSDP2 and tensor parallelism make them. Along one
+dimension of its device mesh it is cut as ``torch.chunk`` cuts, along all others every process has a copy; that is
 what a :class:`Cut` describes.
 """
 
