@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
 import groups
 import pytest
 import sharded_meshes
 import sharded_steps
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from fgo_geo import Oblique, ProductOfGroups, ScaledSphere, Stiefel, collection
+from fgo_geo import Oblique, ProductOfGroups, ScaledSphere, Stiefel, collection, plan_of
 from fgo_geo.distributed import owners_of, step_cost
 from fgo_geo.linalg import Cut
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+counting = importlib.import_module("sharded")
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +76,22 @@ def test_costs_follow_what_a_step_computes() -> None:
     kernels = ProductOfGroups(collection(8, 4, "po", ("stiefel",)), (8, 4, 3, 3))
     assert step_cost(kernels, (8, 4, 3, 3)) == 8 * 4 * 9 * (1 + 3 / 32)
     assert step_cost(ScaledSphere(ndim=2), (5, 4, 3)) == 60
+
+
+def test_the_bytes_of_a_step_are_counted_on_every_process() -> None:
+    """Of every weight, others send three halves to the owner, and it sends two back, with a number per group."""
+    total, numbers, n_groups = 0.0, 0, 0
+    for rank in range(2):
+        model = counting.sharded(
+            lambda: nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4)), 2, rank, ("sphere",)
+        )
+        try:
+            params: list[Any] = list(plan_of(model).parameters().values())
+            row = counting.step_of_one_process(model)
+        finally:
+            dist.destroy_process_group()
+        total += row["sent"]
+        numbers, n_groups = sum(p.numel() for p in params), sum(p.manifold.n_groups for p in params)
+        assert row["all"] == 4 * (8 * 6 + 6 + 6 * 4 + 4)
+    assert numbers
+    assert total == 4 * (5 * numbers / 2 + n_groups)
