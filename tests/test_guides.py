@@ -1,7 +1,8 @@
-"""The Python blocks of the documentation run, in the order of their page; those with prompts are doctests besides."""
+"""What pages quote: their Python blocks run, in order (those with prompts are doctests), and messages exist."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -51,3 +52,24 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch):
 
 def test_the_pages_have_blocks():
     assert sum(map(len, PAGES.values())) > 10
+
+
+def texts_of_the_package() -> str:
+    """Every text in the code of the package, with ``...`` in place of what a message fills in."""
+    found = []
+    for path in (DOCS.parent / "fgo_geo").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(str(v.value) if isinstance(v, ast.Constant) else "..." for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_the_messages_that_are_explained_exist():
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\*\*`(.*)`\*\*$", page, re.MULTILINE)
+    assert len(quoted) > 10
+    texts = texts_of_the_package()
+    missing = [part for message in quoted for part in map(str.strip, message.split("...")) if part not in texts]
+    assert not missing
