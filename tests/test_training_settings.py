@@ -87,7 +87,7 @@ REFUSED = {
     "--warmup 30": "--warmup 30.0 leaves nothing of --epochs 30",
     "--ema 0.9 --scales max1": "--ema cannot follow --scales",
     "--amp fp16 --device cpu": "--amp fp16 needs a GPU",
-    "--parallel fsdp2": "fgo_geo cannot shard weights on manifolds yet",
+    "--parallel fsdp2": "this program does not shard its networks",
     "--config missing.yaml": "--config: cannot read missing.yaml: No such file",
     "--config": "--config needs a value",
 }

@@ -317,8 +317,8 @@ def resolve(s: Settings) -> Settings:
         )
     if s.run.parallel == "fsdp2":
         raise SettingsError(
-            "--parallel fsdp2: fgo_geo cannot shard weights on manifolds yet, their steps would be plain SGD's. Take "
-            "ddp, with --recompute and --accumulate to save memory"
+            "--parallel fsdp2: this program does not shard its networks, as fgo_geo.distributed.fully_shard "
+            "would. Take ddp, with --recompute and --accumulate to save memory"
         )
     if optim.warmup >= optim.epochs:
         raise SettingsError(f"--warmup {optim.warmup} leaves nothing of --epochs {optim.epochs}")

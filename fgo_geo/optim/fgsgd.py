@@ -165,6 +165,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             fill_in(self.defaults, group)
             group.update(check_options(group, type(self).__name__))
         self._declared = self.__dict__.get("_declared", {})  # loading a state dict comes here too
+        self._counts: list[int] = []
         for group in self.param_groups:
             self._declare(group["params"])
         self._begin()
@@ -217,6 +218,13 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     def _declare(self, params: Sequence[Tensor]) -> None:
         """Remember the manifolds of parameters, so that losing one is noticed."""
         self._declared.update((p, m) for p, m in zip(params, map(manifold_of, params), strict=True) if m is not None)
+        self._counts = [len(group["params"]) for group in self.param_groups]
+
+    def _forget_others(self) -> None:
+        """Hold no parameter that has been taken out of the parameter groups."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        self._declared = {param: self._declared[param] for param in params if param in self._declared}
+        self._counts = [len(group["params"]) for group in self.param_groups]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -249,6 +257,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._counts != [len(group["params"]) for group in self.param_groups]:
+            self._forget_others()
         try:
             requests = [self._request(*numbered) for numbered in enumerate(self.param_groups)]
         except Exception as error:
