@@ -247,6 +247,22 @@ def check_channel_directed_gradients(rank: int, folder: Path) -> None:
         channel_directed(torch.optim.SGD(sharded().parameters(), lr=0.1))
 
 
+def check_weights_that_are_cut_twice(rank: int, folder: Path) -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    layer = nn.Linear(6, 4, dtype=torch.float64)
+    constrain(layer, classifier=True)
+    manifold = plan_of(layer).parameters()["weight"].manifold
+    both = init_device_mesh("cpu", (dist.get_world_size(), 1))
+    layer.weight = nn.Parameter(
+        distribute_tensor(layer.weight.detach().as_subclass(Tensor), both, [Shard(0), Shard(1)])
+    )
+    plan_of(layer).attach(layer)
+    assert layer.weight.manifold is not manifold  # pyright: ignore
+    with pytest.raises(ValueError, match=r"'weight'.* is on a manifold and has placements .*, expected one Shard"):
+        RiemannianFGSGD([("weight", layer.weight)], lr=0.1)
+
+
 def check_half_precision(rank: int, folder: Path) -> None:
     model = net().bfloat16()
     constrain(model)

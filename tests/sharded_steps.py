@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import Shard
 
-from fgo_geo import RiemannianFGSGD, constrain, on_manifolds, plan_of, unconstrain
+from fgo_geo import RiemannianFGSGD, channel_directed, constrain, on_manifolds, plan_of, unconstrain
 from fgo_geo.distributed import fully_shard
 
 PER_PROCESS = 4
@@ -156,6 +156,25 @@ def check_another_optimiser_on_manifolds(rank: int, folder: Path) -> None:
 
     sharded, single, *_ = train_both(rank, "transformer", build)
     assert_equal(sharded, single, 1e-6)
+
+
+def check_directed_gradients_of_replicas(rank: int, folder: Path) -> None:
+    """Under DistributedDataParallel gradients are averaged before they are smoothed along the channels."""
+    models: list[nn.Module] = []
+    for is_replica in (True, False):
+        model = residual_net().double()
+        constrain(model)
+        models.append(nn.parallel.DistributedDataParallel(model) if is_replica else model)
+    optimizers = [fg_sgd(momentum=0.9)(model) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        assert channel_directed(optimizer, "h1", 2.0, module=model).parameters
+    for step in range(4):
+        x = data("residual", step, PER_PROCESS * dist.get_world_size())
+        for model, optimizer, own in zip(models, optimizers, (own_share(x, rank), x), strict=True):
+            optimizer.zero_grad()
+            loss(model, own).backward()
+            optimizer.step()
+    assert_equal(*models, 1e-9)
 
 
 def check_clipped_gradients(rank: int, folder: Path) -> None:
