@@ -148,7 +148,7 @@ MUTANTS = [
     # -- manifolds ---------------------------------------------------------------------------------
     *in_file(
         "manifolds/sphere.py",
-        "manifolds:proju+projx manifolds_moves:geodesic+exp_log+transport manifolds_tensors:radius manifolds manifolds_moves manifolds_tensors derivatives",
+        "manifolds:proju+projx manifolds_moves:geodesic+exp_log+transport+too_long manifolds_tensors:radius manifolds manifolds_moves manifolds_tensors derivatives",
         ("return y * (radius * squared.rsqrt())", "return y * squared.rsqrt()"),
         ("inner_sum(x, u, dim) / radius**2, value=-1)", "inner_sum(x, u, dim) / radius, value=-1)"),
         ("inner_sum(x, u, dim) / radius**2, value=-1)", "inner_sum(x, u, dim) / radius**2, value=1)"),
@@ -170,7 +170,7 @@ MUTANTS = [
     *in_file("manifolds/oblique.py", "manifolds", ("_dims = (-2,)", "_dims = (-1,)")),
     *in_file(
         "manifolds/stiefel.py",
-        "manifolds:proju+moments+columns manifolds_moves:geodesic+oracle+bounded manifolds_tensors:radius manifolds manifolds_moves manifolds_tensors norms",
+        "manifolds:proju+moments+columns manifolds_moves:geodesic+oracle+bounded+relative manifolds_tensors:radius manifolds manifolds_moves manifolds_tensors norms",
         ("return subtract_product(u, x, twice, alpha=0.5 / radius**2)", "return subtract_product(u, x, twice, alpha=1.0 / radius**2)"),
         ("return subtract_product(u, x, twice, alpha=0.5 / radius**2)", "return subtract_product(u, x, twice, alpha=0.5 / radius)"),
         ("return subtract_product(u, x, twice / (2 * radius**2))", "return subtract_product(u, x, twice / (2 * radius))"),
@@ -213,7 +213,7 @@ MUTANTS = [
     # -- paths -------------------------------------------------------------------------------------
     *in_file(
         "paths/reference.py",
-        "fgsgd:oracle+invariant+maximize+decay+tensor step_bound paths_reference fgsgd fgsgd_geoopt",
+        "fgsgd:oracle+invariant+maximize+decay+tensor+transported step_bound paths_reference fgsgd fgsgd_geoopt",
         ("grad = -job.grad if options.maximize else job.grad", "grad = job.grad if options.maximize else -job.grad"),
         ("grad = grad.add(job.x, alpha=options.weight_decay)", "grad = grad.add(job.x, alpha=-options.weight_decay)"),
         ("job.grad = grad * manifold.radius_for(job.x) ** 2", "job.grad = grad * manifold.radius_for(job.x)"),
@@ -273,7 +273,7 @@ MUTANTS = [
     ),
     *in_file(
         "optim/groups.py",
-        "fgsgd paths_reference on_manifolds:angle+theorem step_size",
+        "step_size fgsgd paths_reference on_manifolds:angle+theorem",
         ("return _radii(own, batch) ** -2", "return _radii(own, batch) ** -1"),
         ("return torch.zeros(batch, dtype=torch.float64)", "return torch.ones(batch, dtype=torch.float64)"),
         ("lambda groups, values: groups.max(values))", "lambda groups, values: -groups.max(-values))"),

@@ -176,6 +176,22 @@ def test_a_finite_gradient_of_any_magnitude_takes_the_step_of_double_precision(m
     torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("magnitude", [1e18, 1e22, 1e30])
+def test_weight_decay_is_not_multiplied_with_the_unit_of_a_gradient_that_is_divided(magnitude, maximize):
+    moved: list[Tensor] = []
+    entries = torch.randn(2, 4, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float64, torch.float32):
+        manifold = ProductOfGroups(collection(4, 3, "pi", ("sphere", "euclidean")), (4, 3, 3, 3))
+        param = geoopt.ManifoldParameter(manifold.projx(entries[0]).to(dtype), manifold=manifold)
+        lr = 0.5 / magnitude
+        optimizer = RiemannianFGSGD([param], lr=lr, weight_decay=0.4, step_size="constant", maximize=maximize)
+        param.grad = (magnitude * entries[1]).to(dtype)
+        optimizer.step()
+        moved.append(param.detach().double())
+    torch.testing.assert_close(moved[1], moved[0], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("step_size", ["theorem", "constant", "angle"])
 def test_without_the_check_a_bad_group_is_left_out_and_counted(value, step_size):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import Tensor
 
-from fgo_geo import ProductOfGroups, RiemannianFGSGD, ScaledSphere
+from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, kernels
 from fgo_geo.grouping import collection
 from fgo_geo.optim import RobbinsMonroLR, theorem_step_bound, theorem_step_scale
 from fgo_geo.optim.step_size import SPIKE, momentum_gain
@@ -276,6 +277,46 @@ def test_the_running_norm_is_kept_per_group_and_in_checkpoints():
     mean = optimizers[0].state[weights[0]]["norm_squared"]
     assert mean.shape == (weights[0].manifold.n_groups,)
     assert bool((mean > 0).all())
+
+
+def test_the_running_norm_of_blocks_that_several_paths_step_is_that_of_one_path():
+    """The sweeps take some groups of the matrix, the reference the others; each writes the norms of its own."""
+    means: list[Tensor] = []
+    for path in ("auto", "reference"):
+        blocks = collection(32, 48, "pio", ("sphere", "stiefel"), components="block")
+        manifold = ProductOfGroups(blocks, (32, 48))
+        start = manifold.random(32, 48, generator=torch.Generator().manual_seed(0))
+        weight = geoopt.ManifoldParameter(start, manifold=manifold)
+        optimizer = RiemannianFGSGD([weight], lr=0.1, norm="running")
+        generator = torch.Generator().manual_seed(1)
+        with kernels.use_path(path):
+            for step in range(3):
+                weight.grad = (1 + step) * torch.randn(32, 48, generator=generator)
+                optimizer.step()
+        means.append(optimizer.state[weight]["norm_squared"])
+    assert bool((means[0] > 0).all())
+    torch.testing.assert_close(*means, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("form", ["by hand", "product"])
+def test_the_largest_curvature_of_a_group_enters_its_step(form):
+    """A group of spheres of several radii has the curvature of the smallest one."""
+    radii = torch.tensor([[0.05, 0.5, 2.0], [1.0, 0.1, 3.0]], dtype=torch.float64)
+    if form == "by hand":
+        manifold, smallest = Oblique(radii), double(0.05)
+    else:
+        manifold = ProductOfGroups(collection(2, 3, "po", ("oblique",)), (2, 3, 3, 3), radii)
+        smallest = double(0.05, 0.1)
+    weight = geoopt.ManifoldParameter(manifold.random(2, 3, 3, 3, dtype=torch.float64), manifold=manifold)
+    optimizer = RiemannianFGSGD([weight], lr=1e-3, rho=0.1, curvature="manifold")
+    grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight.grad = manifold.proju(weight.detach(), grad)
+    norms = weight.grad.norm() if form == "by hand" else weight.grad.flatten(1).norm(dim=1)
+    weight.grad /= norms.reshape(-1, *(1,) * 3) * 4
+    optimizer.step()
+    exact = [float(exact_scale(0.25, 0.1, r**-2)) for r in smallest.tolist()]
+    assert exact[0] > 2
+    torch.testing.assert_close(optimizer.step_scales()[weight], double(*exact), rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("angle", [0.01, 0.2])
