@@ -192,21 +192,3 @@ def test_ten_thousand_float32_steps_do_not_drift(manifold, shape):
         grad = manifold.egrad2rgrad(x, gradients[step * 7 % 16])
         x, buffer = fgsgd_update(manifold, x, grad, buffer, options, bound=0.1 * KNEE * gain)
     assert manifold.violation(x).max().item() < 1e-5
-
-
-@pytest.mark.parametrize("has_gradient", [True, False])
-def test_a_weight_that_was_written_between_steps_is_taken_as_written(has_gradient):
-    """Its master copy is made anew, even if a step in which the weight has no gradient comes first."""
-    sphere = ScaledSphere()
-    weight = geoopt.ManifoldParameter(sphere.projx(torch.arange(1.0, 9.0)).bfloat16(), sphere)
-    other = torch.nn.Parameter(torch.ones(3))
-    optimizer = RiemannianFGSGD([weight, other], lr=1e-3)
-    weight.grad, other.grad = torch.ones_like(weight), torch.ones_like(other)
-    optimizer.step()
-    with torch.no_grad():
-        weight.copy_(sphere.projx(torch.arange(9.0, 1.0, -1)))
-    written = weight.detach().clone()
-    for has_it in (has_gradient, True):
-        weight.grad = torch.zeros_like(weight) if has_it else None
-        optimizer.step()
-        assert torch.equal(weight.detach(), written)

@@ -267,7 +267,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._stepper.step(requests)
         for group in self.param_groups:
             for param in group["params"] if group["master_weights"] else ():
-                if param.dtype in HALF and param.grad is not None:
+                if param.dtype in HALF:
                     self._masters.written(param)
             if group["stabilize"] is not None:
                 group["step"] += 1
