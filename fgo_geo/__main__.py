@@ -115,7 +115,7 @@ def _complaint(check: Callable[[], str]) -> str:
     """What a check finds wrong, an error that it raises included."""
     try:
         return check()
-    except Exception as error:
+    except Exception as error:  # whatever it is, the check is to name it
         return f"{type(error).__name__}: {error}"
 
 
@@ -131,8 +131,8 @@ def _steps(kind: str, noun: str) -> str:
                 optimizer.step()
     off = float(one.manifold.violation(one.detach()).max())
     apart = float((weights[0].detach() - weights[1].detach()).abs().max())
-    problems = [f"off its manifold by {off:.1e}"] if off > 1e-5 else []
-    problems += [f"{apart:.1e} from the reference"] if apart > 1e-5 else []
+    problems = [f"off its manifold by {off:.1e}"] if not off <= 1e-5 else []
+    problems += [f"{apart:.1e} from the reference"] if not apart <= 1e-5 else []
     return ", ".join(problems)
 
 

@@ -192,3 +192,39 @@ def test_ten_thousand_float32_steps_do_not_drift(manifold, shape):
         grad = manifold.egrad2rgrad(x, gradients[step * 7 % 16])
         x, buffer = fgsgd_update(manifold, x, grad, buffer, options, bound=0.1 * KNEE * gain)
     assert manifold.violation(x).max().item() < 1e-5
+
+
+# -- copies in single precision --------------------------------------------------------------------------------------
+
+
+def test_a_half_precision_weight_that_was_written_to_between_steps_is_kept():
+    """Also where the steps in between give it no gradient."""
+    w = on(ScaledSphere(), 4, 8, seed=0, dtype=torch.bfloat16)
+    other = on(ScaledSphere(), 4, 8, seed=1, dtype=torch.bfloat16)
+    optimizer = RiemannianFGSGD([w], lr=0.1)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    with torch.no_grad():
+        w.copy_(other)
+    w.grad = None
+    optimizer.step()
+    w.grad = torch.zeros_like(w)
+    optimizer.step()
+    assert float((w.detach().float() - other.detach().float()).abs().max()) < 0.01
+
+
+@pytest.mark.parametrize("how", ["converted", "without copies"])
+def test_stabilize_projects_what_is_stepped(how):
+    w = on(ScaledSphere(), 4, 8, seed=0, dtype=torch.bfloat16)
+    optimizer = RiemannianFGSGD([w], lr=1.0)
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    if how == "converted":
+        w.data = w.manifold.projx(w.data.float())
+    else:
+        optimizer.param_groups[0]["master_weights"] = False
+    w.grad = 0.5 * torch.ones_like(w)
+    optimizer.step()
+    before = w.detach().float().clone()
+    optimizer.stabilize()
+    assert float((w.detach().float() - before).abs().max()) < 0.01

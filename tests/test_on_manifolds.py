@@ -322,21 +322,63 @@ def test_an_optimiser_that_evaluates_inside_its_step_is_refused_and_nothing_has_
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("by_closure", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_displacement_that_is_not_finite_is_refused_by_name_and_nothing_on_manifolds_has_moved(value):
+def test_a_gradient_that_is_not_finite_is_refused_by_name_before_anything_has_changed(value, by_closure):
+    """Neither plain parameters nor the moments: the next step is as if there had been none."""
+    model, twin = network(), network()
+    optimizers = [torch.optim.AdamW(m.named_parameters(), lr=0.1) for m in (model, twin)]
+    for optimizer in optimizers:
+        on_manifolds(optimizer)
+
+    def closure() -> float:
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        model[7].weight.grad[3, 2] = value
+        return 0.0
+
+    closure()
+    message = r"on_manifolds: the gradient of '7.weight'.* no parameter was changed"
+    with pytest.raises(FloatingPointError, match=message):
+        optimizers[0].step(closure) if by_closure else optimizers[0].step()
+    assert not optimizers[0].state
+    for own, optimizer in zip((model, twin), optimizers, strict=True):
+        for param in own.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=0, atol=0)
+
+
+def test_a_displacement_that_is_not_finite_is_refused_and_nothing_on_manifolds_has_moved():
+    """Its gradient is finite: the optimiser itself overflows, and what it has changed is said."""
     model = network()
-    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
     on_manifolds(optimizer)
-    before = points_of(model)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
-    model[7].weight.grad[3, 2] = value
-    with pytest.raises(
-        FloatingPointError, match=r"on_manifolds: the gradient of '7.weight'.* no parameter was changed"
-    ):
+    optimizer.step()
+    optimizer.state[model[7].weight]["momentum_buffer"].fill_(math.inf)
+    before = points_of(model)
+    with pytest.raises(FloatingPointError, match=r"'7.weight'.* no weight on a manifold was changed, other parameters"):
         optimizer.step()
     for a, b in zip(points_of(model), before, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_a_model_that_is_converted_is_stepped_in_its_new_type():
+    """In double precision, the kept points must not round to single."""
+    w: Any = geoopt.ManifoldParameter(Oblique().random(5, 3).detach(), manifold=Oblique())
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    on_manifolds(optimizer, step_size="constant")
+    for _ in range(2):
+        w.grad = torch.ones_like(w)
+        optimizer.step()
+        w.data = w.manifold.projx(w.data.double())
+    w.grad = torch.full_like(w, math.pi)
+    optimizer.step()
+    assert float((w.detach() - w.detach().float()).abs().max()) > 1e-10
+    assert float(w.manifold.violation(w.detach()).max()) < 1e-14
 
 
 def test_an_interrupt_in_the_optimiser_leaves_points(monkeypatch):

@@ -304,12 +304,16 @@ def test_a_model_that_is_gone_is_gone(path: Any, by: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["auto", "reference"])
-def test_gradients_are_let_go_after_a_step(path: Any) -> None:
+@pytest.mark.parametrize("steps", [1, 4])
+def test_gradients_are_let_go_after_a_step(path: Any, steps: int) -> None:
+    """Rows of kernels that are stored channels_last are measured and moved at once, from the third step on."""
     params = list(small_parameters().values())
+    params.append(weight_on(product("po", (4, 6, 3, 3)), torch.float32, torch.channels_last, 0))
     optimizer = RiemannianFGSGD(params, lr=0.1, momentum=0.9)
-    set_gradients(params, 0)
     with kernels.use_path(path):
-        optimizer.step()
+        for step in range(steps):
+            set_gradients(params, step)
+            optimizer.step()
     gradients = [weakref.ref(param.grad) for param in params]
     optimizer.zero_grad()
     assert [gradient() for gradient in gradients] == [None] * len(params)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from parameters import on
 from torch import Tensor
 
 from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, kernels
@@ -339,3 +340,36 @@ def on_product(seed: int) -> geoopt.ManifoldParameter:
     manifold = ProductOfGroups(collection(4, 3, "pio", ("sphere", "oblique", "stiefel")), (4, 3, 3, 3), 0.7)
     generator = torch.Generator().manual_seed(seed)
     return geoopt.ManifoldParameter(manifold.random(4, 3, 3, 3, dtype=torch.float64, generator=generator))
+
+
+def test_a_changed_option_changes_the_curvature_of_the_groups():
+    """A sphere of radius 0.01 has the curvature 10,000; on the manifold of radius one it is one."""
+    w = on(ScaledSphere(0.01), 8, seed=0)
+    optimizer = RiemannianFGSGD([w], lr=1e-6, curvature="manifold")
+    scales = []
+    for invariant in (False, True):
+        optimizer.param_groups[0]["radius_invariant"] = invariant
+        fresh = RiemannianFGSGD(
+            [on(ScaledSphere(0.01), 8, seed=0)], lr=1e-6, curvature="manifold", radius_invariant=invariant
+        )
+        for own in (optimizer, fresh):
+            (param,) = own.param_groups[0]["params"]
+            param.grad = torch.ones_like(param)
+            own.step()
+            scales.append(float(own.step_scales()[param].max()))
+    assert scales[0] == pytest.approx(scales[1])
+    assert scales[2] == pytest.approx(scales[3])
+    assert scales[0] > 10 * scales[2]
+
+
+def test_a_running_norm_learns_nothing_from_gradients_that_are_skipped():
+    w = on(ScaledSphere(), 8, seed=0)
+    optimizer = RiemannianFGSGD([w], lr=0.01, norm="running", check_finite=False)
+    for value in (math.nan, 1.0, math.inf, 1.0):
+        before = w.detach().clone()
+        w.grad = torch.full_like(w, value)
+        optimizer.step()
+        moved = 2 * math.asin(min(1.0, float((w.detach() - before).norm()) / 2))
+        assert moved <= 0.01 * theorem_step_bound() * (1 + 1e-4)
+    assert optimizer.shortened_gradients() == 0
+    assert optimizer.skipped_groups() == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from networks import images, net
+from path_helpers import as_parameter
 from torch import Tensor, nn
 
 from fgo_geo import (
@@ -274,10 +276,80 @@ def test_remove_stops_it():
     assert "SGD" in repr(watched)
 
 
+def turned(size: float) -> Tensor:
+    """A gradient that turns the weight (1, 0) by atan(size), at learning rate one."""
+    return torch.tensor([[0.0, -size]])
+
+
+def test_a_mean_is_over_all_steps_whatever_else_was_stepped():
+    a, b = (nn.Parameter(torch.tensor([[1.0, 0.0]])) for _ in range(2))
+    optimizer = torch.optim.SGD([("a", a), ("b", b)], lr=1.0)
+    watched = telemetry(optimizer)
+    a.grad, b.grad = turned(1.0), turned(1.0)
+    optimizer.step()
+    a.grad, b.grad = torch.zeros(1, 2), None
+    optimizer.step()
+    assert watched.scalars()["angle/a"] == pytest.approx(math.pi / 8)
+
+
+def test_what_is_done_to_a_weight_between_steps_is_no_step():
+    w = nn.Parameter(torch.tensor([[1.0, 0.0]]))
+    optimizer = torch.optim.SGD([("w", w)], lr=1.0)
+    watched = telemetry(optimizer)
+    w.grad = turned(1e-3)
+    optimizer.step()
+    with torch.no_grad():
+        w.copy_(torch.tensor([[0.0, 1.0]]))
+    assert watched.scalars()["angle/w"] == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_step_that_is_refused_is_left_out():
+    w = as_parameter(torch.tensor([[1.0, 0.0]]), ScaledSphere())
+    optimizer = torch.optim.SGD([("w", w)], lr=1.0)
+    on_manifolds(optimizer, step_size="constant")
+    watched = telemetry(optimizer)
+    w.grad = torch.full((1, 2), math.nan)
+    with pytest.raises(FloatingPointError):
+        optimizer.step()
+    assert watched.scalars() == {}
+    w.grad = turned(0.1)
+    optimizer.step()
+    assert watched.scalars()["angle/w"] == pytest.approx(math.atan(0.1), rel=1e-5)
+
+
+def test_manifolds_of_other_packages_have_no_radial_share():
+    """``proju`` of the canonical Stiefel manifold is no projection."""
+    x = torch.linalg.qr(torch.randn(6, 3, generator=torch.Generator().manual_seed(0))).Q
+    w = as_parameter(x, geoopt.CanonicalStiefel())
+    assert radial_share(w, x, x @ torch.tensor([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])).isnan()
+
+
+def test_a_copy_watches_the_copy_of_the_optimiser():
+    w = nn.Parameter(torch.tensor([[1.0, 0.0]]))
+    watched = copy.deepcopy(telemetry(torch.optim.SGD([("w", w)], lr=1.0)))
+    own = watched.optimizer.param_groups[0]["params"][0]
+    assert own is not w
+    own.grad = turned(1.0)
+    watched.optimizer.step()
+    assert watched.scalars()["angle/w"] == pytest.approx(math.pi / 4)
+
+
+def test_a_weight_that_is_converted_is_copied_in_its_new_type():
+    w = nn.Parameter(torch.tensor([[1.0, 0.0]]))
+    optimizer = torch.optim.SGD([("w", w)], lr=1.0)
+    watched = telemetry(optimizer)
+    for dtype, size in ((torch.float32, 1.0), (torch.float64, 1e-12)):
+        w.data = torch.tensor([[1.0, 0.0]], dtype=dtype)
+        w.grad = turned(size).to(dtype)
+        optimizer.step()
+        assert watched.scalars()["angle/w"] == pytest.approx(math.atan(size), rel=1e-3)
+
+
 def test_nothing_is_read_in_a_step(monkeypatch):
     model = net()
     constrain(model)
-    optimizer = on_manifolds(torch.optim.SGD(model.parameters(), lr=0.1), check_finite=False).optimizer
+    handle = on_manifolds(torch.optim.SGD(model.parameters(), lr=0.1), check_finite=False)
+    optimizer = handle.optimizer
     watched = telemetry(optimizer, model)
     reads: list[str] = []
     for name in ("item", "tolist", "cpu", "__float__", "__bool__"):
@@ -290,6 +362,8 @@ def test_nothing_is_read_in_a_step(monkeypatch):
         reads.clear()
         watched._before_step(optimizer, (), {})
         watched._after_step(optimizer, (), {})
+        while handle._waiting:
+            handle._waiting.pop()()
         assert not reads
         assert point
     watched.scalars()

@@ -356,3 +356,17 @@ def test_components_that_are_too_large_to_be_seen_are_left_out():
     assert looks_at(manifold) == []
     manifold = ProductOfGroups(collection(*shape, "layer", "stiefel", components="block"), shape)
     assert [weight.shape for weight in (torch.zeros(shape)[index] for _, index in looks_at(manifold))] == [(1, 1024, 4)]
+
+
+def test_nothing_is_asked_while_a_graph_is_captured(monkeypatch):
+    """There an event must not be asked whether it is done."""
+    model = net()
+    constrain(model)
+    plan = plan_of(model)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(watching.Watch, "_read", lambda self, answer: pytest.fail("read"))
+    monkeypatch.setattr(watching.Watch, "_look", lambda self, name, param: pytest.fail("looked"))
+    for seed in range(4):
+        model(images(seed=seed))
+    assert plan is not None

@@ -19,10 +19,8 @@ from dataclasses import dataclass, field
 import geoopt
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import (
-    _get_current_dispatch_mode,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
-)
 
+from fgo_geo.linalg import traces
 from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, SpectralBall, Stiefel
 from fgo_geo.manifolds.embedded import point_tolerance
 from fgo_geo.manifolds.product import violation_of
@@ -93,10 +91,12 @@ class Watch:
         """
         if self.has_warned or not (model.training and torch.is_grad_enabled()):
             return
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # where no event may be asked
+            return
         self.passes += 1
         if self._answer is not None:
             self._read(self._answer)
-        if (self.passes % _EVERY and self.passes not in _EARLY) or _is_recorded():
+        if (self.passes % _EVERY and self.passes not in _EARLY) or traces():
             return
         names = [entry.name for entry in entries if entry.constrained]
         for _ in names:
@@ -112,8 +112,6 @@ class Watch:
             return False
         if param.is_meta or hasattr(param, "device_mesh"):  # no values, or some on other devices
             return False
-        if param.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
         sample = self._samples.get(name)
         if sample is None or sample.of is not manifold.manifolds or sample.device != param.device:
             places = looks_at(manifold, param.device)
@@ -126,7 +124,7 @@ class Watch:
         arrived = None
         if worst.is_cuda:
             worst, arrived = worst.to("cpu", non_blocking=True), torch.cuda.Event()
-            arrived.record()
+            arrived.record(torch.cuda.current_stream(param.device))
         self._answer = _Answer(name, point_tolerance(param.dtype), worst, arrived)
         if arrived is None:
             self._read(self._answer)
@@ -192,10 +190,3 @@ def looks_at(
         places = tuple(index.to(device) for index in torch.unravel_index(entries, shape))
         found.append((kind.build(radius), places))
     return found
-
-
-def _is_recorded() -> bool:
-    """Whether operations are recorded by a mode or a transform of torch, and not run."""
-    transform = torch._C._functorch.peek_interpreter_stack()  # pyright: ignore
-    is_tracing = torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
-    return transform is not None or _get_current_dispatch_mode() is not None or is_tracing

@@ -93,9 +93,17 @@ class Stepper:
         optimizer: Name of the optimiser, for messages.
         name_of: The name of a parameter, for messages.
         state: The optimiser's state by parameter, which holds momentum and running norms.
+        unchanged: What a refusal leaves as it was, for messages.
     """
 
-    def __init__(self, optimizer: str, name_of: Callable[[Tensor], str], state: dict[Tensor, Any]) -> None:
+    def __init__(
+        self,
+        optimizer: str,
+        name_of: Callable[[Tensor], str],
+        state: dict[Tensor, Any],
+        unchanged: str = "no parameter was changed",
+    ) -> None:
+        self._unchanged = unchanged
         self._optimizer = optimizer
         self._name_of = name_of
         self._state = state
@@ -105,7 +113,8 @@ class Stepper:
         self._shortened: dict[torch.device, Tensor] = {}
         self._exchange: Exchange | None = None
         self._received: dict[Tensor, Tensor] = {}
-        self._constants: weakref.WeakKeyDictionary[Batch, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+        self._constants: weakref.WeakKeyDictionary[Batch, dict[bool, tuple[Tensor, Tensor]]]
+        self._constants = weakref.WeakKeyDictionary()
 
     def step(self, requests: Sequence[StepRequest]) -> None:
         """Take one step.
@@ -138,15 +147,15 @@ class Stepper:
                 for request, router in zip(requests, self._routers.values(), strict=True):
                     routed = router.route(request.weights, request.options)
                     batches += [(request, b, not router.is_recorded and b.device.type == "cpu") for b in routed]
-                swept = [(r, batch) for r, batch, is_free in batches if is_free and _is_swept(r, batch)]
+                swept = {batch: r for r, batch, is_free in batches if is_free and _is_swept(r, batch)}
                 measured = [
                     (r, Measured(batch, r.options, is_free, r.check_finite, batch.measure(r.options)))
                     for r, batch, is_free in batches
-                    if (r, batch) not in swept
+                    if batch not in swept
                 ]
                 left_out: list[Tensor] = []
                 if not all(_is_finite(own) for _, own in measured):
-                    left_out = settle([own for _, own in measured], self._name_of, self._optimizer)
+                    left_out = settle([own for _, own in measured], self._name_of, self._optimizer, self._unchanged)
             except Exception as error:
                 if exchange is not None:
                     exchange.agree(error)
@@ -159,8 +168,8 @@ class Stepper:
             self._received = {}
             for request, own in measured:
                 self._move(request, own)
-            for request, batch in swept:
-                self._sweep(request, batch)
+            for batch, request in swept.items():
+                self._sweep(request.options, batch)
             if exchange is not None:
                 self._received = exchange.put_back(self._scales())
             _write_back(requests)
@@ -184,7 +193,7 @@ class Stepper:
             before = self._norm_before(batch, norm) if request.running else None
             tau = step_scale(norm if before is None else before, options, *self._constants_of(batch, options))
             if before is not None and tau is not None:
-                tau = self._shortening(batch, options, norm, before, tau)
+                tau = self._shortening(own, norm, before, tau)
             if tau is not None and own.is_free and bool((tau == 1).all()):
                 tau = None
             scale = None if tau is None else tau.reciprocal()
@@ -195,16 +204,16 @@ class Stepper:
         batch.move(options, scale, leaves_out=own.kept is not None)
         self._record(batch, lambda: tau)
 
-    def _sweep(self, request: StepRequest, batch: Batch) -> None:
+    def _sweep(self, options: StepOptions, batch: Batch) -> None:
         """Measure and move a batch at once, and record."""
-        _allocate(batch, request.options)
-        curvatures, norms = self._constants_of(batch, request.options)
-        squared = batch.sweep(request.options, curvatures)
+        _allocate(batch, options)
+        curvatures, norms = self._constants_of(batch, options)
+        squared = batch.sweep(options, curvatures)
         if not math.isfinite(float(squared.sum())):
             finite = torch.isfinite(squared)
             self._count(self._left_out, (~finite).sum())
             squared = torch.where(finite, squared, 0)
-        self._record(batch, lambda: step_scale(squared.sqrt(), request.options, curvatures, norms))
+        self._record(batch, lambda: step_scale(squared.sqrt(), options, curvatures, norms))
 
     def _record(self, batch: Batch, tau: Callable[[], Tensor | None]) -> None:
         """Keep ``τ`` for those who ask, and momentum for the next step."""
@@ -219,12 +228,14 @@ class Stepper:
         wants_curvature = options.step_size == "theorem" and options.curvature is None
         if not wants_curvature and options.step_size != "angle":
             return None, None
-        if batch not in self._constants:
+        known = self._constants.setdefault(batch, {})
+        if options.radius_invariant not in known:
             manifolds = [(weight.manifold, tuple(weight.param.shape)) for weight in batch.weights]
             bounds = [group_curvatures(m, shape, options.radius_invariant) for m, shape in manifolds]
             norms = [group_norms(m, shape) for m, shape in manifolds]
-            self._constants[batch] = torch.cat(bounds).to(batch.device), torch.cat(norms).to(batch.device)
-        bounds, norms = self._constants[batch]
+            constants = torch.cat(bounds).to(batch.device), torch.cat(norms).to(batch.device)
+            known[options.radius_invariant] = constants
+        bounds, norms = known[options.radius_invariant]
         return (bounds if wants_curvature else None), norms
 
     def _norm_before(self, batch: Batch, norm: Tensor) -> Tensor:
@@ -237,15 +248,21 @@ class Stepper:
         ])  # fmt: skip
         return torch.where(mean.isnan(), norm, mean.sqrt())
 
-    def _shortening(self, batch: Batch, options: StepOptions, norm: Tensor, before: Tensor, tau: Tensor) -> Tensor:
-        """``τ``, larger for gradients that would step ``SPIKE`` times the bound; updates the running norm."""
+    def _shortening(self, measured: Measured, norm: Tensor, before: Tensor, tau: Tensor) -> Tensor:
+        """``τ``, larger for gradients that would step ``SPIKE`` times the bound; updates the running norm.
+
+        A gradient that is skipped tells nothing of the norm.
+        """
+        batch, options = measured.batch, measured.options
         shortest = norm / (SPIKE * theorem_step_bound(options.rho))
         is_spike = shortest > tau
         self._count(self._shortened, is_spike.sum())
         taken = torch.where(is_spike, norm * tau / shortest, norm)
         mean = torch.lerp(taken.square(), before.square(), _DECAY)
-        owned = batch.owned
-        parts = (mean, torch.ones_like(mean, dtype=torch.bool) if owned is None else owned)
+        is_new = torch.ones_like(mean, dtype=torch.bool)
+        for mask in (batch.owned, measured.kept):
+            is_new = is_new if mask is None else is_new & mask
+        parts = (mean, is_new)
         for weight, own, mask in zip(batch.weights, *(t.split(batch.counts) for t in parts), strict=True):
             state = self._state[weight.owner]
             other = state.get("norm_squared", own.new_full((), math.nan))

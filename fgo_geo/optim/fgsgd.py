@@ -265,10 +265,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             self._stepper.refuse(error)
             raise
         self._stepper.step(requests)
+        for request in requests:
+            for weight in request.weights:
+                if weight.owner.dtype in HALF and weight.owner is not weight.param:
+                    self._masters.written(weight.owner)
         for group in self.param_groups:
-            for param in group["params"] if group["master_weights"] else ():
-                if param.dtype in HALF:
-                    self._masters.written(param)
             if group["stabilize"] is not None:
                 group["step"] += 1
                 if group["step"] % group["stabilize"] == 0:
@@ -302,7 +303,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         for param in group["params"]:
             manifold = manifold_of(param)
             if manifold is not None:
-                point = self._masters.project(param, manifold)
+                point = self._masters.project(param, manifold, keeps=group["master_weights"])
                 buffer = self._stepper.momentum_of(param, point)
                 if buffer is not None:
                     write_whole(buffer, manifold.proju(whole(point), whole(buffer)))
@@ -315,11 +316,15 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     def _options_of(self, number: int, group: dict[str, Any]) -> StepOptions:
         """The hyper-parameters of a group, checked and made anew if they differ from those of its latest step."""
         known, values = self._options.get(number), [group[name] for name in OPTIONS]
-        if known is not None and known[0] == values and not isinstance(group["lr"], Tensor):
+        is_number = not isinstance(group["lr"], Tensor)  # comparing tensors would wait for the device
+        if known is not None and is_number and known[0] == values:
             return known[1]
         group.update(check_options(group, type(self).__name__, number))
         options = step_options(group, self.rule)
-        self._options[number] = [group[name] for name in OPTIONS], options
+        if is_number:
+            self._options[number] = [group[name] for name in OPTIONS], options
+        else:
+            self._options.pop(number, None)
         return options
 
     def _request(self, number: int, group: dict[str, Any]) -> StepRequest:

@@ -50,13 +50,16 @@ class Measured:
     unit: Tensor | None = None
 
 
-def settle(measured: Sequence[Measured], name_of: Callable[[Tensor], str], optimizer: str) -> list[Tensor]:
+def settle(
+    measured: Sequence[Measured], name_of: Callable[[Tensor], str], optimizer: str, unchanged: str
+) -> list[Tensor]:
     """Measure again, refuse or leave out what is not finite, before anything has moved.
 
     Args:
         measured: All batches of the step. Groups that are left out have ``R² = 0`` afterwards.
         name_of: Says which parameter one is, for messages.
         optimizer: Name of the optimiser, for messages.
+        unchanged: What a refusal leaves as it was, for messages.
 
     Returns:
         How many groups of each batch are left out, where any may be.
@@ -74,7 +77,7 @@ def settle(measured: Sequence[Measured], name_of: Callable[[Tensor], str], optim
         if own in readable and bool(finite.all()):
             continue
         if own.is_free if own.check_finite is None else own.check_finite:
-            raise _refusal(own, finite, measured, name_of, optimizer)
+            raise _refusal(own, finite, measured, name_of, optimizer, unchanged)
         own.kept = finite
         own.squared = torch.where(finite, own.squared, 0)
         left_out.append((~finite).sum())
@@ -132,18 +135,18 @@ def _refusal(
     measured: Sequence[Measured],
     name_of: Callable[[Tensor], str],
     optimizer: str,
+    unchanged: str,
 ) -> FloatingPointError:
     weights = [weight for other in measured for weight in other.batch.weights]
     for weight in weights:  # a weight that is not finite has such gradients, and so have all others
         here = local_part(weight.param) if is_sharded(weight.param) else weight.param
         if not bool(torch.isfinite(here).all()):
             return FloatingPointError(
-                f"{optimizer}: {name_of(weight.owner)} is not finite itself; no parameter was changed. Go back to a "
-                "checkpoint"
+                f"{optimizer}: {name_of(weight.owner)} is not finite itself; {unchanged}. Go back to a checkpoint"
             )
     per_weight = zip(own.batch.weights, finite.split(own.batch.counts), strict=True)
     bad = next(weight for weight, ok in per_weight if not bool(ok.all()))
     return FloatingPointError(
-        f"{optimizer}: the gradient of {name_of(bad.owner)} on {bad.manifold} is not finite; no parameter was changed. "
+        f"{optimizer}: the gradient of {name_of(bad.owner)} on {bad.manifold} is not finite; {unchanged}. "
         "Lower the learning rate, clip the gradient, or use a GradScaler in half precision"
     )

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -168,8 +169,13 @@ class OnManifolds:
         self._check_finite = check_finite
         self._points: dict[Tensor, Tensor] = {}
         self._checked: dict[Tensor, geoopt.Manifold] = {}
-        self._stepper = Stepper("on_manifolds", self._name_of, {})
+        unchanged = (
+            "no weight on a manifold was changed, other parameters and the optimiser's state were, so go back to a "
+            "checkpoint"
+        )
+        self._stepper = Stepper("on_manifolds", self._name_of, {}, unchanged)
         self._is_active = False
+        self._waiting: list[Callable[[], None]] = []
 
     def _attach(self, inner: Callable[..., Any]) -> None:
         @functools.wraps(inner)
@@ -214,6 +220,14 @@ class OnManifolds:
         if handle_of(self.optimizer) is self:
             del vars(self.optimizer)[_HANDLE], vars(self.optimizer)["__deepcopy__"]
 
+    def after_step(self, call: Callable[[], None]) -> None:
+        """Have a function called once when the step under way is complete; not if it is refused.
+
+        Args:
+            call: The function.
+        """
+        self._waiting.append(call)
+
     @property
     def step_size(self) -> StepSize:
         """How the steps of groups are scaled."""
@@ -234,15 +248,23 @@ class OnManifolds:
     # -- the step --------------------------------------------------------------------------------------------
 
     def _step(self, inner: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
-        """Let the optimiser move, and move along the manifolds instead; on any error, all weights are as they were."""
+        """Let the optimiser move, and move along the manifolds instead.
+
+        On any error the weights on manifolds are as they were. Gradients that are not finite are refused before the
+        optimiser has moved, so that nothing else has changed then.
+        """
         constrained = [[p for p in group["params"] if manifold_of(p) is not None] for group in self._groups()]
         params = [p for own in constrained for p in own]
         for param in params:
-            if param not in self._points or self._points[param].shape != param.shape:
+            point = self._points.get(param)
+            if point is None or _form(point) != _form(param):
                 self._points[param] = torch.empty_like(param.detach())
         points = [self._points[p] for p in params]
         with torch.no_grad():
             _foreach.copy_(_here(points), _here(params))
+        self._waiting.clear()
+        if closure is None:
+            self._refuse_gradients(params)
         try:
             loss = _call(inner, None if closure is None else self._evaluated_once(closure, params))
             with torch.no_grad():
@@ -252,7 +274,22 @@ class OnManifolds:
             with torch.no_grad():
                 _foreach.copy_(_here(params), _here(points))
             raise
+        for call in self._waiting:
+            call()
         return loss
+
+    def _refuse_gradients(self, params: Sequence[Tensor]) -> None:
+        """Raise if the gradient of a weight on a manifold is not finite, where that is checked."""
+        for param in params:
+            grad = param.grad
+            if grad is None or not (self._check_finite or (self._check_finite is None and reads_for_free(grad))):
+                continue
+            if not math.isfinite(float(grad.detach().sum())) and not bool(torch.isfinite(grad.detach()).all()):
+                raise FloatingPointError(
+                    f"on_manifolds: the gradient of {self._name_of(param)} on {manifold_of(param)} is not finite; no "
+                    "parameter was changed. Lower the learning rate, clip the gradient, or use a GradScaler in half "
+                    "precision"
+                )
 
     def _groups(self) -> list[dict[str, Any]]:
         groups = self.optimizer.param_groups
@@ -289,7 +326,9 @@ class OnManifolds:
                     f"on_manifolds: {type(self.optimizer).__name__} evaluates the model inside its step, off the "
                     "manifolds; no parameter was changed. Use an optimiser that takes one step per gradient"
                 )
-            return closure()
+            loss = closure()
+            self._refuse_gradients(params)
+            return loss
 
         return evaluate
 
@@ -311,6 +350,11 @@ class OnManifolds:
 
     def _name_of(self, param: Tensor) -> str:
         return name_in(self.optimizer, param)
+
+
+def _form(tensor: Tensor) -> tuple[object, ...]:
+    """What a copy of a tensor has to share with it."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _here(tensors: Sequence[Tensor]) -> list[Tensor]:

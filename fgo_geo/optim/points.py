@@ -222,9 +222,18 @@ class Masters:
         """Remember that the weight is its copy, rounded."""
         self._versions[param] = param._version
 
-    def project(self, param: Tensor, manifold: geoopt.Manifold) -> Tensor:
-        """Project a weight onto its manifold; returns what a step moves: the weight, or its copy."""
-        point: Tensor = self._state.get(param, {}).get("master", param)
+    def project(self, param: Tensor, manifold: geoopt.Manifold, *, keeps: bool) -> Tensor:
+        """Project a weight onto its manifold; returns what a step moves: the weight, or its copy.
+
+        Args:
+            param: The weight.
+            manifold: Its manifold.
+            keeps: Whether its steps keep a copy. One that they do not keep is dropped.
+        """
+        state = self._state.get(param, {})
+        if not keeps or param.dtype not in HALF:
+            state.pop("master", None)
+        point = self.of(param, manifold) if "master" in state else param
         write_whole(point, manifold.projx(whole(point)))
         if point is not param:
             param.copy_(point)

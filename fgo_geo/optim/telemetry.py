@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fgo_geo.linalg import root_of_sum
+from fgo_geo.manifolds import EmbeddedManifold
 from fgo_geo.optim.base import between_graphs, manifold_of
 from fgo_geo.optim.fgsgd import RiemannianFGSGD
 from fgo_geo.optim.on_manifolds import handle_of
@@ -64,7 +65,10 @@ def telemetry(optimizer: Optimizer, module: nn.Module | None = None, *, every: i
         {'angle/w': 0.6435, 'radial/w': 0.0}
     """
     if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"telemetry: expected a torch optimiser, got {type(optimizer).__name__}")
+        raise TypeError(
+            f"telemetry: expected a torch optimiser, got {type(optimizer).__name__}; pass the optimiser itself, also "
+            "where it is under on_manifolds or channel_directed"
+        )
     if not isinstance(every, int) or isinstance(every, bool) or every < 1:
         raise ValueError(f"telemetry: every must be a whole number of at least 1, got {every!r}")
     return Telemetry(optimizer, module, every)
@@ -93,6 +97,7 @@ class Telemetry:
 
     def __init__(self, optimizer: Optimizer, module: nn.Module | None, every: int) -> None:
         self.optimizer = optimizer
+        self._module = module
         self._names: dict[Tensor, str] = {} if module is None else {p: name for name, p in module.named_parameters()}
         self._every = every
         self._steps = 0
@@ -113,25 +118,27 @@ class Telemetry:
             By kind and name of the weight, e.g. ``"angle/layer1.0.conv1.weight"``:
 
             * ``angle``: radians by which a step turned the weight. For the groups of a constrained weight it is the
-              root mean square of their angles, weighted by their squared norms;
+              root mean square of their angles, weighted by their squared norms, as long as angles are small;
             * ``shortened``: share of its groups with ``τ > 1``, of weights that are stepped with
               ``step_size="theorem"``;
             * ``radial``: share of the gradient that cannot turn the weight, between 0 and 1. On a manifold it is the
               length of the normal part, which the tangent projection removes, by that of the gradient; of a free weight
-              ``|cos|`` of the angle between weight and gradient.
+              ``|cos|`` of the angle between weight and gradient. It is left out on manifolds of other packages.
 
             Weights that took no step are left out, and so are steps whose numbers were not finite.
         """
-        self._finish()
-        values: dict[str, float] = {}
+        totals: dict[tuple[str, Tensor], list[float]] = {}  # sum and count; a weight may be in several sets
         for own in self._sums.values():
             sums, counts = torch.stack((own.sums, own.counts)).cpu().tolist()
             for key, key_sums, key_counts in zip(KEYS, sums, counts, strict=True):
-                for weight, total, count in zip(own.weights, key_sums, key_counts, strict=True):
-                    if count:
-                        values[f"{key}/{self._name_of(weight)}"] = total / count
+                for weight, more, count in zip(own.weights, key_sums, key_counts, strict=True):
+                    total = totals.setdefault((key, weight), [0.0, 0.0])
+                    total[0] += more
+                    total[1] += count
         self._sums.clear()
-        return values
+        return {
+            f"{key}/{self._name_of(weight)}": total / count for (key, weight), (total, count) in totals.items() if count
+        }
 
     def remove(self) -> None:
         """Detach from the optimiser; a second call does nothing."""
@@ -139,6 +146,9 @@ class Telemetry:
             hook.remove()
         self._copies.clear()
         self._copied, self._moved = [], []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Telemetry, (self.optimizer, self._module, self._every)  # a copy watches the copy of the optimiser, anew
 
     def __repr__(self) -> str:
         return f"Telemetry({type(self.optimizer).__name__}, every={self._every})"
@@ -149,8 +159,7 @@ class Telemetry:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Copy the weights, if this step is to be measured."""
-        self._finish()
-        self._copied = []
+        self._copied, self._moved, self._radial = [], [], []
         self._steps += 1
         if (self._steps - 1) % self._every:
             return
@@ -158,18 +167,23 @@ class Telemetry:
             self._copied += [p for p in group["params"] if p.requires_grad and _is_weight(p)]
         for param in self._copied:
             copy = self._copies.get(param)
-            if copy is None or copy.shape != param.shape or copy.device != param.device:
-                dtype = torch.promote_types(param.dtype, torch.float32)
+            dtype = torch.promote_types(param.dtype, torch.float32)
+            if copy is None or (copy.shape, copy.device, copy.dtype) != (param.shape, param.device, dtype):
                 self._copies[param] = torch.empty_like(param.detach().as_subclass(Tensor), dtype=dtype)
             self._copies[param].copy_(param.detach())
 
     @between_graphs
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Look at the gradients while they are there. Under ``on_manifolds`` the weights are still to come back."""
+        """Look at the gradients while they are there; under ``on_manifolds`` the weights have yet to come back."""
         self._moved = [p for p in self._copied if p.grad is not None]
         self._radial = [radial_share(p, self._copies[p], p.grad) for p in self._moved if p.grad is not None]
         self._copied = []
+        handle = handle_of(optimizer)
+        if handle is None:
+            self._finish()
+        else:
+            handle.after_step(self._finish)
 
     @torch.no_grad()
     def _finish(self) -> None:
@@ -230,8 +244,8 @@ def angle_between(before: Tensor, after: Tensor) -> Tensor:
     It is exact for small angles too, unlike the arc cosine.
 
     Args:
-        before: A tensor.
-        after: Another.
+        before: A tensor of any shape.
+        after: One of the same shape.
 
     Returns:
         Radians between 0 and π, float64; not a number if one of them is zero.
@@ -254,7 +268,8 @@ def radial_share(param: Tensor, point: Tensor, grad: Tensor) -> Tensor:
 
     Returns:
         ``‖g - P(g)‖ / ‖g‖`` with the tangent projection of its manifold, ``|<g, w>| / (‖g‖ ‖w‖)`` of a free weight;
-        float64, not a number for a gradient of zero.
+        float64 without dimensions. Not a number for a gradient of zero, and on manifolds of other packages, whose
+        ``proju`` need not be a projection.
 
     Example:
         >>> w = torch.tensor([3.0, 4.0])
@@ -265,8 +280,10 @@ def radial_share(param: Tensor, point: Tensor, grad: Tensor) -> Tensor:
         grad = grad.to_dense()
     grad = grad.detach().as_subclass(Tensor).to(point.dtype)
     manifold = manifold_of(param)
-    if manifold is not None:
+    if isinstance(manifold, EmbeddedManifold):
         return _norm(grad - manifold.proju(point, grad)) / _norm(grad)
+    if manifold is not None:
+        return torch.full((), torch.nan, dtype=torch.float64, device=grad.device)
     return (grad * point).sum(dtype=torch.float64).abs() / (_norm(grad) * _norm(point))
 
 
