@@ -44,7 +44,10 @@ def run(settings: Settings, here: folder.RunFolder, display: reporting.Display) 
     results = processes.from_first(here.finished())
     if results and results["settings"]["epochs"] >= settings.optim.epochs:
         display.say(f"This run is finished:\n{verdict(results, here)}")
-        display.say("Train it again with --overwrite, longer with --resume and more --epochs, or take another --seed.")
+        display.say(
+            "Train it again with --overwrite, take another --seed, or train it longer with\n"
+            f"--resume --time-constant {settings.optim.time_constant:g} and more --epochs."
+        )
         return 0
     run = engine.build(settings)
     if processes.is_first():

@@ -551,7 +551,9 @@ def test_says_what_it_is() -> None:
         (torch.ones((), requires_grad=True), ValueError, "the radius requires a gradient"),
         ([torch.ones(6, requires_grad=True), 1.0, 1.0], ValueError, "the radius requires a gradient"),
         (dict.fromkeys(("sphere", "oblique", "stiefel"), torch.ones((), requires_grad=True)), ValueError, "a gradient"),
-        (lambda cut: torch.ones(8, requires_grad=True), ValueError, "the radius requires a gradient"),
+        pytest.param(
+            lambda cut: torch.ones(8, requires_grad=True), ValueError, "the radius requires a gradient", id="callable"
+        ),
     ],
     ids=repr,
 )

@@ -74,7 +74,7 @@ SLIPS = {
     "the plan's table of parameters": (
         lambda net: RiemannianFGSGD(constrain(net).parameters(), lr=0.1),
         TypeError,
-        f"params is a dict with names as keys, expected parameters; pass its items(), or {NAMED}",
+        f"params is a dict with names as keys, expected parameters; {NAMED}",
     ),
     "one parameter without a list": (
         lambda net: RiemannianFGSGD(net[0].weight, lr=0.1),

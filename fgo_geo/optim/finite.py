@@ -148,5 +148,6 @@ def _refusal(
     bad = next(weight for weight, ok in per_weight if not bool(ok.all()))
     return FloatingPointError(
         f"{optimizer}: the gradient of {name_of(bad.owner)} on {bad.manifold} is not finite; {unchanged}. "
-        "Lower the learning rate, clip the gradient, or use a GradScaler in half precision"
+        "Look for such values in the inputs and the loss; lower the learning rate if they came up in training, or use "
+        "a GradScaler in half precision"
     )

@@ -287,8 +287,8 @@ class OnManifolds:
             if not math.isfinite(float(grad.detach().sum())) and not bool(torch.isfinite(grad.detach()).all()):
                 raise FloatingPointError(
                     f"on_manifolds: the gradient of {self._name_of(param)} on {manifold_of(param)} is not finite; no "
-                    "parameter was changed. Lower the learning rate, clip the gradient, or use a GradScaler in half "
-                    "precision"
+                    "parameter was changed. Look for such values in the inputs and the loss; lower the learning rate "
+                    "if they came up in training, or use a GradScaler in half precision"
                 )
 
     def _groups(self) -> list[dict[str, Any]]:

@@ -118,7 +118,9 @@ def parameters_given(params: object, optimizer: str) -> list[Any]:
     if isinstance(params, Tensor):
         raise TypeError(f"{what}, expected a list of parameters; put it into brackets, [w]")
     if isinstance(params, Mapping):
-        raise TypeError(f"{what} with names as keys, expected parameters; pass its items(), or {remedy}")
+        raise TypeError(
+            f"{what} with names as keys, expected parameters; {remedy} (those of a plan are constrained ones)"
+        )
     if isinstance(params, (str, nn.Module)) or not isinstance(params, Iterable):
         raise TypeError(f"{what}, expected parameters; {remedy}")
     listed = list(cast("Iterable[Any]", params))

@@ -190,8 +190,9 @@ def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
     if parameter.ndim < 2:
         return "has one dimension: no kernels or blocks to form components of"
     return (
-        f"is {name!r} of {type(module).__name__}, of unknown layout: if it is to be constrained, say how it is stored "
-        "(fgo_geo.register_layout), or declare it by hand as a geoopt.ManifoldParameter"
+        f"is {name!r} of {type(module).__name__}, of unknown layout, and stays free, as tokens and position "
+        "embeddings usually do: to constrain it, say how it is stored (fgo_geo.register_layout), or declare it by hand "
+        "as a geoopt.ManifoldParameter"
     )
 
 

@@ -144,7 +144,10 @@ def _step_scales(optimizer: torch.optim.Optimizer | None) -> Mapping[Tensor, Ten
         return {}
     read: Callable[[], Mapping[Tensor, Tensor]] | None = getattr(optimizer, "step_scales", None)
     if read is None:
-        raise TypeError(f"report: optimizer is {type(optimizer).__name__}, which has no step_scales(); expected FG-SGD")
+        raise TypeError(
+            f"report: optimizer is {type(optimizer).__name__}, which has no step_scales(); expected "
+            "FG-SGD, or what on_manifolds(optimizer) returned"
+        )
     return read()
 
 
