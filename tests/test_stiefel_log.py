@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import geoopt
@@ -46,7 +47,8 @@ def test_long_geodesics_end_on_the_manifold(
     u[..., :, rank:] = 0 if rank else u[..., :, rank:]
     u = stiefel.proju(0.01 * x, u)
     u = u * (0.01 * length / torch.linalg.matrix_norm(u, keepdim=True).clamp_min(1e-30))
-    y = stiefel.expmap(0.01 * x, u)
+    with contextlib.nullcontext() if length <= 1e6 else pytest.warns(UserWarning, match="was shortened to 1e"):
+        y = stiefel.expmap(0.01 * x, u)
     assert float(stiefel.violation(y.double()).max()) <= 8 * torch.finfo(dtype).eps
 
 
