@@ -233,7 +233,7 @@ sphinx_gallery_conf = {
     "write_computation_times": False,
     "capture_repr": (),
     "image_srcset": ["2x"],
-    "reset_modules": ("matplotlib", "figures.figure_style"),
+    "reset_modules": ("matplotlib", "figures.figure_style", "figures.default_type"),
 }
 
 # -- HTML ----------------------------------------------------------------------------------------

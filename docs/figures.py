@@ -1,8 +1,14 @@
-"""How the figures of the gallery look."""
+"""What each page of the gallery starts with: the looks of figures, and torch's default type."""
 
 from __future__ import annotations
 
+import torch
 from matplotlib import rcParams
+
+
+def default_type(gallery_conf: dict[str, object], name: str) -> None:
+    """Single precision: all pages run in one process, and some compute in double."""
+    torch.set_default_dtype(torch.float32)
 
 
 def figure_style(gallery_conf: dict[str, object], name: str) -> None:
