@@ -22,7 +22,7 @@ from torch import Tensor
 from fgo_geo.linalg import is_sharded, local_part
 from fgo_geo.paths.protocol import Batch, StepOptions, Weight
 
-__all__ = ["Measured", "is_tiny", "settle"]
+__all__ = ["Measured", "gradient_refusal", "is_tiny", "settle"]
 
 _SMALLEST = 1e-30  # of R² over a weight: below, its digits are lost in single precision
 
@@ -146,8 +146,23 @@ def _refusal(
             )
     per_weight = zip(own.batch.weights, finite.split(own.batch.counts), strict=True)
     bad = next(weight for weight, ok in per_weight if not bool(ok.all()))
+    return gradient_refusal(optimizer, name_of(bad.owner), bad.manifold, unchanged)
+
+
+def gradient_refusal(optimizer: str, name: str, manifold: object, unchanged: str) -> FloatingPointError:
+    """The error of a gradient that is not finite.
+
+    Args:
+        optimizer: Name of the optimiser.
+        name: Name of the parameter.
+        manifold: Its manifold.
+        unchanged: What the refusal leaves as it was.
+
+    Returns:
+        The error.
+    """
     return FloatingPointError(
-        f"{optimizer}: the gradient of {name_of(bad.owner)} on {bad.manifold} is not finite; {unchanged}. "
+        f"{optimizer}: the gradient of {name} on {manifold} is not finite; {unchanged}. "
         "Look for such values in the inputs and the loss; lower the learning rate if they came up in training, or use "
         "a GradScaler in half precision"
     )

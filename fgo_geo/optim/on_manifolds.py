@@ -36,6 +36,7 @@ from torch.optim import LBFGS, Optimizer
 from fgo_geo.linalg import is_sharded, local_part, reads_for_free
 from fgo_geo.manifolds import REPLACED, replaced_error
 from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
+from fgo_geo.optim.finite import gradient_refusal
 from fgo_geo.optim.points import StepScales, check_point, lost_manifold, name_in
 from fgo_geo.optim.step_size import longest_step
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
@@ -285,11 +286,8 @@ class OnManifolds:
             if grad is None or not (self._check_finite or (self._check_finite is None and reads_for_free(grad))):
                 continue
             if not math.isfinite(float(grad.detach().sum())) and not bool(torch.isfinite(grad.detach()).all()):
-                raise FloatingPointError(
-                    f"on_manifolds: the gradient of {self._name_of(param)} on {manifold_of(param)} is not finite; no "
-                    "parameter was changed. Look for such values in the inputs and the loss; lower the learning rate "
-                    "if they came up in training, or use a GradScaler in half precision"
-                )
+                unchanged = "no parameter was changed"
+                raise gradient_refusal("on_manifolds", self._name_of(param), manifold_of(param), unchanged)
 
     def _groups(self) -> list[dict[str, Any]]:
         groups = self.optimizer.param_groups
