@@ -174,6 +174,33 @@ def test_a_weight_that_became_no_number_behind_autograds_back_is_refused_a_step_
         torch.testing.assert_close(weight.detach(), old, rtol=0, atol=0, equal_nan=True)
 
 
+def test_without_the_check_nothing_is_looked_at():
+    weights = weights_of((4, 6, 3, 3), (5, 7, 7, 7))
+    optimizer = RiemannianFGSGD(weights, lr=0.1, momentum=0.9, check_finite=False)
+    give_gradients(weights)
+    assert [sweeps_of(optimizer.step) for _ in range(3)] == [{"fgo_step": 1}] * 3
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 1e30])
+def test_without_the_check_a_bad_group_is_left_out_and_the_rest_of_its_row_moves(value: float):
+    """As on every path; the square of the last gradient overflows in single precision."""
+    results, counts = [], []
+    for path in ("fused", "reference"):
+        weights = weights_of((4, 6, 3, 3), (5, 7, 3, 3))
+        optimizer = RiemannianFGSGD(weights, lr=0.1, momentum=0.9, check_finite=False)
+        for step in range(3):
+            give_gradients(weights)
+            if step == 1:
+                weights[1].grad[4, 6, 2, 2] = value
+            with kernels.use_path(path):
+                optimizer.step()
+        results.append([w.detach() for w in weights])
+        counts.append(optimizer.skipped_groups())
+    assert counts == [1, 1]
+    for swept, expected in zip(*results, strict=True):
+        torch.testing.assert_close(swept, expected, rtol=0, atol=TOLERANCE[torch.float32])
+
+
 @pytest.mark.parametrize("invariant", [False, True])
 def test_a_gradient_whose_square_overflows_takes_the_bounded_step(invariant: bool):
     weight = weights_of((4, 6, 3, 3))[0]

@@ -169,7 +169,7 @@ class Stepper:
             for request, own in measured:
                 self._move(request, own)
             for batch, request in swept.items():
-                self._sweep(request.options, batch)
+                self._sweep(request, batch)
             if exchange is not None:
                 self._received = exchange.put_back(self._scales())
             _write_back(requests)
@@ -204,11 +204,12 @@ class Stepper:
         batch.move(options, scale, leaves_out=own.kept is not None)
         self._record(batch, lambda: tau)
 
-    def _sweep(self, options: StepOptions, batch: Batch) -> None:
+    def _sweep(self, request: StepRequest, batch: Batch) -> None:
         """Measure and move a batch at once, and record."""
+        options = request.options
         _allocate(batch, options)
         curvatures, norms = self._constants_of(batch, options)
-        squared = batch.sweep(options, curvatures)
+        squared = batch.sweep(options, curvatures, leaves_out=request.check_finite is False)
         if not math.isfinite(float(squared.sum())):
             finite = torch.isfinite(squared)
             self._count(self._left_out, (~finite).sum())
@@ -348,7 +349,7 @@ def _is_swept(request: StepRequest, batch: Batch) -> bool:
     """Whether a batch is measured and moved at once, by a step size that needs nothing but the norm of the group."""
     if not batch.sweeps or request.running or request.options.step_size == "angle":
         return False
-    return batch.is_moderate(request.options)
+    return request.check_finite is False or batch.is_moderate(request.options)
 
 
 def _allocate(batch: Batch, options: StepOptions) -> None:

@@ -2,11 +2,11 @@
 
 All ``R²`` are known before anything moves. If some are not finite:
 
-* A gradient that is finite itself, but too large or too small to be squared in its type, is divided by a power of two
-  and measured again; the step is the same.
-* Where values can be read without waiting, or with ``check_finite=True``, any other such gradient is refused: nothing
-  has changed.
-* Elsewhere the group gets no gradient in this step, stays on its manifold, and is counted.
+* Where values can be read without waiting, or with ``check_finite=True``, a gradient that is finite itself, but too
+  large or too small to be squared in its type, is divided by a power of two and measured again; the step is the same.
+  Any other such gradient is refused: nothing has changed.
+* Elsewhere, and with ``check_finite=False``, the group gets no gradient in this step, stays on its manifold, and is
+  counted.
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ def _rescale(measured: Sequence[Measured]) -> None:
     units: dict[Weight, float] = {}
     for own in measured:
         for weight, squared in zip(own.batch.weights, own.squared.split(own.batch.counts), strict=True):
-            is_tiny = own.options.step_size == "angle" and _is_tiny(squared)
-            if weight not in units and (is_tiny or not bool(torch.isfinite(squared).all())):
+            is_small = own.options.step_size == "angle" and _is_tiny(squared)
+            is_large = own.check_finite is not False and not bool(torch.isfinite(squared).all())
+            if weight not in units and (is_small or is_large):
                 units[weight] = _unit_of(weight, own.options)
     units = {weight: unit for weight, unit in units.items() if unit != 1}
     for own in measured:

@@ -163,15 +163,17 @@ class Batch(abc.ABC):
         """Whether the whole step may be one :meth:`sweep`: all ``R²`` are known to be finite. Changes no weight."""
         raise NotImplementedError
 
-    def sweep(self, options: StepOptions, curvatures: Tensor | None) -> Tensor:
-        """Take the whole step where :meth:`is_moderate` has allowed it; ``"theorem"`` and ``"constant"`` steps only.
+    def sweep(self, options: StepOptions, curvatures: Tensor | None, leaves_out: bool) -> Tensor:
+        """Take the whole step at once; ``"theorem"`` and ``"constant"`` steps only.
 
         Args:
             options: Those that :meth:`is_moderate` was given.
             curvatures: Bound on the curvature of every group, float64, if ``options.curvature`` is None.
+            leaves_out: Whether a group without a finite ``R²`` gets no gradient. Otherwise :meth:`is_moderate` has
+                allowed the sweep, and such a group, and what is moved with it, stays as it was.
 
         Returns:
-            ``R²`` as :meth:`measure` returns it. A group without a finite one has not moved, nor has its row.
+            ``R²`` as :meth:`measure` returns it.
         """
         raise NotImplementedError
 

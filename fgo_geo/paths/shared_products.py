@@ -16,7 +16,7 @@ carried with ``B``. Before they exceed the rounding of a few steps, and after a 
 instead, and the next step computes ``B`` as a product.
 
 If ``x`` or ``m`` was changed between two steps, by a checkpoint or an average of weights, the path notices it before it
-uses what it carries: ``xᵀ(x v) = r² v`` and ``xᵀ(m v) = B v`` are checked for one vector ``v``, at the cost of four
+uses what it carries: ``xᵀ(x v) = r² v`` and ``xᵀ(m v) = B v`` are checked for one vector ``v``, at the cost of two
 products of a matrix and a vector.
 
 Where ``I - Z`` is small, as in training, and the processor multiplies bfloat16 in hardware, the products with it are in
@@ -102,16 +102,19 @@ class _SharedBatch(JobBatch):
         self._workspace = Workspace()
         self._along: dict[Job, Tensor | None] = {}  # xᵀ grad; None if the gradient is projected
         self._carried: dict[Job, Carried] = {}  # what the step before has left
+        self._spare: dict[Job, Tensor] = {}  # memory for the next xᵀ grad
 
     def measure_job(self, job: Job, options: StepOptions) -> Tensor:
         """The squared norm of every group, from ``xᵀ grad``; the gradients are not projected unless that cancels."""
         manifold = cast(Stiefel, job.manifold)
         grad = job.grad
-        along = small_product(job.x.mT, grad)
+        memory = self._spare.pop(job, None)
+        memory = Workspace().square(job.x, "along") if memory is None else memory
+        along = small_product(job.x.mT, grad, out=memory)
         radius = manifold.radius_for(job.x)
         inner = tangent_square(grad, along, radius, self._workspace)
         if inner is None:  # the difference is mostly rounding
-            self._along[job] = None
+            self._along[job], self._spare[job] = None, along
             return measure(job, options)
         self._along[job] = along
         if options.radius_invariant:
@@ -127,7 +130,8 @@ class _SharedBatch(JobBatch):
         factor: float | Tensor = 1.0 if job.buffer is None else 1 - options.dampening
         factor = -factor if options.maximize else factor
         if scale is not None:
-            along = torch.where(job.spread(scale) > 0, along, 0)  # a skipped gradient may not be finite
+            if not bool((scale > 0).all()):  # a skipped gradient may not be finite
+                along = torch.where(job.spread(scale) > 0, along, 0)
             factor = factor * (float(scale) if scale.numel() == 1 else job.spread(scale))
         if options.radius_invariant:
             factor = factor * manifold.radius_for(job.x) ** 2
@@ -146,6 +150,10 @@ class _SharedBatch(JobBatch):
         )
         if left is not None:
             self._carried[job] = left
+        if left is None or left.along is None:
+            self._spare[job] = along
+        elif carried is not None and carried.along is not None:
+            self._spare[job] = carried.along
         return x, buffer
 
 
@@ -220,7 +228,7 @@ def is_product(product: Tensor | None, x: Tensor, y: Tensor, radius: float | Ten
     image = y @ v
     rest = x.mT @ image - (radius**2 * v if product is None else product @ v)
     bound = _ROUNDING * torch.finfo(x.dtype).eps * radius * image.norm(dim=-2, keepdim=True)
-    return bool((rest.abs() <= bound).all())
+    return bool((rest.abs() < bound).all())
 
 
 def shared_products_step(
@@ -267,15 +275,16 @@ def shared_products_step(
     workspace = Workspace() if workspace is None else workspace
     radius = manifold.radius_for(x)
     drift, slip = math.inf, 0.0
-    if carried is not None and is_product(None, x, x, radius):
-        drift = carried.drift
+    before = None if carried is None else carried.along
+    if carried is not None and before is not None and buffer is not None and is_product(before, x, buffer, radius):
+        drift, slip = carried.drift, carried.slip  # a change of x would show in the product, too
+    else:
+        before = None
+        if carried is not None and is_product(None, x, x, radius):
+            drift = carried.drift
     along.mul_(scale)
     if buffer is not None:
-        before = None if carried is None else carried.along
-        if before is not None and carried is not None and is_product(before, x, buffer, radius):
-            slip = carried.slip
-        else:
-            before = small_product(x.mT, buffer, out=workspace.square(x, "excess"))
+        before = small_product(x.mT, buffer, out=workspace.square(x, "excess")) if before is None else before
         along.add_(before, alpha=momentum)
     normal = torch.add(along, along.mT, out=workspace.square(x, "gap")).div_(2 * radius**2)
     total, factor = _weighted_sum(grad, scale, buffer, momentum, workspace.like(x, "momentum"))

@@ -6,7 +6,7 @@
 //
 // Between the two sweeps the caller computes step sizes from the norms and may refuse the step. Together the sweeps are
 // seven passes over memory, and nothing is allocated per component.
-// Where no group has kernels of two rows, and the gradients are known to be moderate, one sweep does both:
+// Where no group has kernels of two rows, and no step is refused, one sweep does both:
 //
 //   fgo_large    reads the gradients: how many weights have some that are not moderate;
 //   fgo_step     measures and moves each row while it is in the cache, five passes over memory.
@@ -59,7 +59,7 @@ struct fgo_kernels {
   double radius[4];
   int64_t rows, columns, row_stride, column_stride;
   int32_t a, b, i_stride, j_stride;
-  int32_t first, skips;    // the buffer is uninitialised; some scale is zero
+  int32_t first, skips;    // the buffer is uninitialised; some scale is zero, or in fgo_step: may be
   int64_t groups;
 };
 

@@ -779,13 +779,14 @@ struct update_sweep {
   }
 };
 
-// Both at once, where no group has kernels of two rows: what the norms have read is still in the cache for the step. A row
-// whose norm is not finite stays as it is.
+// Both at once, where no group has kernels of two rows: what the norms have read is still in the cache for the step. A group
+// whose norm is not finite gets no gradient if the task skips such groups; otherwise its row stays as it is.
 struct rows_sweep {
   template <class T, int A, int B, layout P>
   FGO_TARGET static int64_t run(const fgo_kernels *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
     int64_t offset[max_a * max_b];
-    const setting<T> s = setting_of<T>(*task, *options, offset);
+    setting<T> s = setting_of<T>(*task, *options, offset), skipping = s;
+    s.skips = false;
     for (int64_t row = begin; row < end; ++row) {
       const int32_t *groups = s.row_groups + 4 * row;
       double row_sums[4] = {};
@@ -797,11 +798,12 @@ struct rows_sweep {
         if (groups[k] < 0) continue;
         const double curvature = task->curvatures ? task->curvatures[groups[k]] : options->curvature;
         const double tau = options->constant ? 1.0 : step_scale(std::sqrt(row_sums[k]), options->rho, curvature);
-        row_scales[k] = T(1 / tau);
+        row_scales[k] = std::isfinite(row_sums[k]) ? T(1 / tau) : T(0);
         task->squared_norms[groups[k]] = row_sums[k];
         is_finite = is_finite && std::isfinite(row_sums[k]);
       }
-      if (is_finite) step_columns<T, A, B, P>(s, row, 0, s.columns, row_scales, prefetched::next_row);
+      if (is_finite || skipping.skips)
+        step_columns<T, A, B, P>(is_finite ? s : skipping, row, 0, s.columns, row_scales, prefetched::next_row);
     }
     return 0;
   }

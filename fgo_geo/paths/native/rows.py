@@ -1,8 +1,9 @@
 """The compiled path of kernels whose groups are within rows (PO, channels_last): one sweep over memory.
 
-A row is measured and moved while it is in the cache, which saves two of seven passes. As rows move before others are
-measured, this sweep runs only if it is known beforehand that no row will be refused: the gradients show that no norm
-overflows, and the weights have not changed since the last step. Otherwise the step takes two sweeps.
+A row is measured and moved while it is in the cache, which saves two of seven passes. Rows move before others are
+measured. So where gradients are checked, this sweep runs only if it is known beforehand that no row will be refused:
+the gradients show that no norm overflows, and the weights have not changed since the last step. Otherwise the step
+takes two sweeps. Where the check is off, nothing is refused, and no look at the gradients is needed.
 """
 
 from __future__ import annotations
@@ -53,13 +54,14 @@ class RowBatch(KernelBatch):
         self.read()
         return self.run("fgo_large", options) == 0
 
-    def sweep(self, options: StepOptions, curvatures: Tensor | None) -> Tensor:
+    def sweep(self, options: StepOptions, curvatures: Tensor | None, leaves_out: bool) -> Tensor:
         """Measure and move, row by row."""
+        self.read()
         for _, entry in self.entries:
             place = entry.squared_norms - self.norms.data_ptr()
             entry.curvatures = None if curvatures is None else curvatures.data_ptr() + place
         self.norms.zero_()
-        self.write("fgo_step", options, leaves_out=False)
+        self.write("fgo_step", options, leaves_out)
         is_finite = bool(self.norms.sum().isfinite())
         self._known = [_version(weight) if is_finite else None for weight in self.weights]
         return self.norms.clone()  # its memory is used again
