@@ -96,8 +96,8 @@ MUTANTS = [
     *in_file(
         "linalg/polar_derivative.py",
         "linalg:derivative+gradient derivatives:polar linalg derivatives",
-        ("rotation = q @ apply(_SkewEquation, hermitian, along - along.mT, v, h)", "rotation = q @ apply(_SkewEquation, hermitian, along + along.mT, v, h)"),
-        ("return rotation + (w - q @ along) @ apply(_Inverse, hermitian, v, h)", "return rotation - (w - q @ along) @ apply(_Inverse, hermitian, v, h)"),
+        ("generator = apply(_SkewEquation, hermitian, along - along.mT, v, h)", "generator = apply(_SkewEquation, hermitian, along + along.mT, v, h)"),
+        ("return _product(w, inverse) + _product(q, inside)", "return _product(w, inverse) - _product(q, inside)"),
         ("h.unsqueeze(-1) + h.unsqueeze(-2)) @ v.mT", "h.unsqueeze(-1) * 2) @ v.mT"),
         ("return -inverse @ grad @ inverse, None, None", "return inverse @ grad @ inverse, None, None"),
         ("return k @ solution + solution @ k, k, None, None", "return k @ solution, k, None, None"),

@@ -38,6 +38,7 @@ FILES = {
     "distributed": ["__init__.py", "checkpoints.py", "exchange.py", "owners.py", "sharding.py"],
     "linalg": [
         "__init__.py",
+        "chebyshev.py",
         "closed_forms.py",
         "factors.py",
         "matmul.py",

@@ -1,6 +1,6 @@
 """Batched tensor algebra: the matrix functions that the manifolds are built from.
 
-Nothing here depends on a manifold. There are thirteen modules, and each imports only those above it:
+Nothing here depends on a manifold. There are fourteen modules, and each imports only those above it:
 
 * :mod:`~fgo_geo.linalg.precision`: upcasting of half precision, and full products of float32 matrices;
 * :mod:`~fgo_geo.linalg.values`: whether values can be read, and whether they are finite;
@@ -11,6 +11,8 @@ Nothing here depends on a manifold. There are thirteen modules, and each imports
 * :mod:`~fgo_geo.linalg.spectral`: spectral norms of matrices of any size, from Gram matrices;
 * :mod:`~fgo_geo.linalg.newton_schulz`: polar factors by matrix products alone, for matrices whose singular values are
   in a known interval;
+* :mod:`~fgo_geo.linalg.chebyshev`: functions of symmetric matrices with eigenvalues in a narrow interval, by
+  polynomials;
 * :mod:`~fgo_geo.linalg.smooth`: functions with derivatives of every order, backward and forward;
 * :mod:`~fgo_geo.linalg.polar_derivative`: the derivatives of the polar factor;
 * :mod:`~fgo_geo.linalg.closed_forms`: closed forms for matrices with three columns;

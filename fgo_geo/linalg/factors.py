@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg.chebyshev import inverse_root_polynomial, polynomial, spectral_interval
 from fgo_geo.linalg.closed_forms import has_closed_form, polar_factor_3
 from fgo_geo.linalg.memory import Memory
-from fgo_geo.linalg.newton_schulz import polish
+from fgo_geo.linalg.newton_schulz import polish, unrefined_precision
 from fgo_geo.linalg.polar_derivative import polar_differential
+from fgo_geo.linalg.products import gram_excess, gram_matrix, small_product, subtract_product
 from fgo_geo.linalg.smooth import apply, save
 from fgo_geo.linalg.values import reads_for_free
 
@@ -26,6 +28,13 @@ __all__ = ["matrix_exponential", "polar_factor", "qr_factor"]
 # this size on, and up to this condition, they leave less than 1e-4, which one Newton-Schulz step takes to rounding.
 _GRAM_FROM = 32
 _GRAM_CONDITION = 16.0
+
+# From this size on products take less than eigenvectors, up to a bound on the distance of the eigenvalues of xᵀx from
+# their middle, relative to that: singular values differ by a factor of 2.4. Beyond the other bound, of a factor of
+# 1.4, rounding errors of xᵀx need the Newton-Schulz step.
+_PRODUCTS_FROM = 160
+_SPREAD = 0.7
+_POLISHED_SPREAD = 1 / 3
 
 
 def qr_factor(x: Tensor) -> Tensor:
@@ -87,19 +96,17 @@ def polar_factor(x: Tensor, memory: Memory | None = None) -> Tensor:
 
 
 class _PolarFactor(torch.autograd.Function):
-    """``x = Q H`` with ``H = V diag(h) Vᵀ``; returns ``(Q, V, h)``, differentiable in Q alone."""
+    """``x = Q H``; returns ``(Q, v, h)`` as :func:`polar_differential` takes them, differentiable in Q alone."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # pyright: ignore
-        if reads_for_free(x) and x.shape[-1] >= _GRAM_FROM and x.numel() > 0:
-            squares, v = torch.linalg.eigh(x.mT @ x)
-            if bool((squares[..., 0] * _GRAM_CONDITION**2 >= squares[..., -1]).all()):
-                h = squares.sqrt()
-                return polish(x @ ((v / h.unsqueeze(-2)) @ v.mT)), v, h
-        u, h, vh = torch.linalg.svd(x, full_matrices=False)
-        return polish(u @ vh), vh.mT.contiguous(), h
+        result = _by_gram_matrix(x)
+        if result is None:
+            u, h, vh = torch.linalg.svd(x, full_matrices=False)
+            return polish(u @ vh), vh.mT.contiguous(), h
+        return result
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -115,7 +122,9 @@ class _PolarFactor(torch.autograd.Function):
     @staticmethod
     def push(ctx: Any, tangent: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         x, q, v, h = ctx.saved_tensors
-        return polar_differential(x, q, v, h, tangent), None, None
+        along = polar_differential(x, q, v, h, tangent)
+        along = along.contiguous() if q.is_contiguous() else along.mT.contiguous().mT  # torch wants the layout of q
+        return along, None, None
 
 
 class _KnownPolarFactor(_PolarFactor):
@@ -132,6 +141,45 @@ class _KnownPolarFactor(_PolarFactor):
     @staticmethod
     def push(ctx: Any, tangent: Tensor, *_: Any) -> tuple[Tensor, None, None]:  # pyright: ignore
         return _PolarFactor.push(ctx, tangent)
+
+
+def _by_gram_matrix(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The polar factor from ``xᵀx``; None if it is small, cannot be read, or loses too many digits."""
+    if x.shape[-1] < _GRAM_FROM or x.numel() == 0 or not reads_for_free(x):
+        return None
+    gram = gram_matrix(x, precise=True)
+    known = _by_products(x, gram) if x.shape[-1] >= _PRODUCTS_FROM else None
+    if known is not None:
+        return known
+    squares, v = torch.linalg.eigh(gram)
+    if not bool((squares[..., 0] * _GRAM_CONDITION**2 > squares[..., -1]).all()):
+        return None
+    h = squares.sqrt()
+    return polish(small_product(x, small_product(v / h.unsqueeze(-2), v.mT))), v, h
+
+
+def _by_products(x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The polar factor as ``x p(xᵀx)`` with a polynomial ``p``; None if singular values are too different."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    squared = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    excess = gram / squared - identity
+    low, high = spectral_interval(excess)
+    middle = 1 + (low + high) / 2
+    spread = (high - low) / (2 * middle)
+    if not (low > -1 and spread <= _SPREAD):
+        return None
+    excess = (excess + (1 - middle) * identity) / middle
+    precision = torch.finfo(x.dtype).eps / 2
+    polishes = spread > _POLISHED_SPREAD
+    coefficients = inverse_root_polynomial(spread, unrefined_precision(precision) if polishes else precision)
+    scale = (squared * middle).rsqrt()
+    variable = polynomial(excess, coefficients)
+    q = subtract_product(x, x, variable, beta=coefficients[0], alpha=-1.0).mul_(scale)
+    inverse = variable.add_(identity, alpha=coefficients[0]).mul_(scale)
+    if polishes:
+        rest = gram_excess(q)
+        q, inverse = (subtract_product(factor, factor, rest, alpha=0.5) for factor in (q, inverse))
+    return q, inverse, torch.cat([scale, torch.full_like(scale, spread)], -1)
 
 
 # Up to torch 2.14 the exponential of a matrix that comes alone can be off by 2e-5 in single and 1e-10 in double

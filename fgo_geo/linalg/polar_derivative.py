@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg.products import divide_or_zero, skew, sym
+from fgo_geo.linalg.chebyshev import solve_skew
+from fgo_geo.linalg.products import divide_or_zero, skew, small_product, sym
 from fgo_geo.linalg.smooth import apply, save
+from fgo_geo.linalg.values import is_differentiated, reads_for_free
 
 __all__ = ["polar_differential", "polar_differential_square", "polar_differential_square_along"]
 
@@ -28,8 +30,10 @@ def polar_differential(x: Tensor, q: Tensor, v: Tensor, h: Tensor, w: Tensor) ->
     Args:
         x: Matrices, shape ``(..., A, B)``.
         q: Their polar factors.
-        v: Eigenvectors of ``H``, shape ``(..., B, B)``: constants.
-        h: Its eigenvalues, shape ``(..., B)``: constants. Pairs of zeros have no derivative and contribute nothing.
+        v: Eigenvectors of ``H``, or ``H⁻¹``, shape ``(..., B, B)``: constants.
+        h: Eigenvalues of ``H``, shape ``(..., B)``: constants. Pairs of zeros have no derivative and contribute
+            nothing. With ``H⁻¹``, shape ``(..., 1, 2)``: a factor by which it is divided, and the bound ``e`` that
+            :func:`~fgo_geo.linalg.chebyshev.solve_skew` takes for the quotient.
         w: Directions, shape ``(..., A, B)``.
 
     Returns:
@@ -42,12 +46,15 @@ def polar_differential(x: Tensor, q: Tensor, v: Tensor, h: Tensor, w: Tensor) ->
                 [ 1.,  0.]])
     """
     v, h = v.detach(), h.detach()
-    hermitian = sym(q.mT @ x)
-    along = q.mT @ w
-    rotation = q @ apply(_SkewEquation, hermitian, along - along.mT, v, h)
+    along = _product(q.mT, w)
+    is_function = is_differentiated(x) or is_differentiated(q) or not reads_for_free(x)  # so that H is one, too
+    hermitian = sym(_product(q.mT, x)) if is_function else v
+    generator = apply(_SkewEquation, hermitian, along - along.mT, v, h)
     if q.shape[-2] == q.shape[-1]:
-        return rotation  # the other term is zero; its rounding errors, divided by a small h, would not be small
-    return rotation + (w - q @ along) @ apply(_Inverse, hermitian, v, h)  # pyright: ignore
+        return _product(q, generator)  # the rest is zero; its rounding errors, divided by a small h, would not be
+    inverse = apply(_Inverse, hermitian, v, h)
+    inside = generator - _product(along, inverse)
+    return _product(w, inverse) + _product(q, inside)
 
 
 def polar_differential_square(x: Tensor, q: Tensor, w: Tensor) -> Tensor:
@@ -96,6 +103,11 @@ def _rotation(x: Tensor, q: Tensor, w: Tensor) -> _Rotation:
     return _Rotation(apply(_SkewEquation, hermitian, 2 * skew(q.mT @ w), v, h), hermitian, v, h)
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b``; if it is computed at once, by the library that is faster."""
+    return small_product(a, b) if reads_for_free(a) else a @ b
+
+
 class _SkewEquation(torch.autograd.Function):
     """The skew solution of ``H L + L H = K`` for skew ``K``; the solution operator is self-adjoint."""
 
@@ -103,8 +115,11 @@ class _SkewEquation(torch.autograd.Function):
 
     @staticmethod
     def forward(hermitian: Tensor, k: Tensor, v: Tensor, h: Tensor) -> Tensor:  # pyright: ignore
-        turned = skew(v.mT @ k @ v)  # makes the diagonal exactly zero before it is divided by h
-        return v @ divide_or_zero(turned, h.unsqueeze(-1) + h.unsqueeze(-2)) @ v.mT
+        if h.ndim == v.ndim:
+            scale, spread = h.unbind(-1)
+            return solve_skew(v / scale.unsqueeze(-1), k * scale.unsqueeze(-1), float(spread.amax()))
+        turned = skew(_product(v.mT, _product(k, v)))  # a diagonal of zeros, before it is divided by h
+        return _product(v, _product(divide_or_zero(turned, h.unsqueeze(-1) + h.unsqueeze(-2)), v.mT))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -133,7 +148,7 @@ class _Inverse(torch.autograd.Function):
 
     @staticmethod
     def forward(hermitian: Tensor, v: Tensor, h: Tensor) -> Tensor:  # pyright: ignore
-        return divide_or_zero(v, h.unsqueeze(-2)) @ v.mT
+        return v.clone() if h.ndim == v.ndim else _product(divide_or_zero(v, h.unsqueeze(-2)), v.mT)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,177 @@
+"""The polar factor of large matrices by products alone, and its derivatives, against those by eigenvectors."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fgo_geo.linalg import factors, polar_factor
+from fgo_geo.linalg.chebyshev import inverse_root_polynomial, polynomial, solve_skew, spectral_interval
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def with_spectrum(seed: int, rows: int, values: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix with these singular values, and its polar factor."""
+    columns = len(values)
+    u, v = (torch.linalg.qr(normal(seed + k, n, columns))[0] for k, n in enumerate((rows, columns)))
+    return u * values @ v.mT, u @ v.mT
+
+
+@pytest.fixture
+def eigenvectors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the matrices whose eigenvectors are computed; products serve all sizes."""
+    sizes: list[int] = []
+    real = torch.linalg.eigh
+
+    def counted(a: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(a.shape[-1])
+        return real(a)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    monkeypatch.setattr(factors, "_GRAM_FROM", 2)
+    monkeypatch.setattr(factors, "_PRODUCTS_FROM", 2)
+    return sizes
+
+
+# -- the interval, the polynomial and the equation ---------------------------------------------------------------------
+
+
+@given(st.integers(0, 99), st.integers(1, 60), st.floats(1e-12, 2.0), st.sampled_from(["even", "an outlier", "equal"]))
+def test_the_interval_holds_the_eigenvalues(seed: int, size: int, width: float, shape: str) -> None:
+    values = torch.zeros(size, dtype=torch.float64)
+    if shape == "even":
+        values = torch.linspace(-width, width, size, dtype=torch.float64)
+    elif shape == "an outlier":
+        values[-1] = width
+    q, _ = torch.linalg.qr(normal(seed, size, size))
+    low, high = spectral_interval((q * values) @ q.mT)
+    slack = 1e-12 + 0.02 * width  # of the 5 % that are added, most may be needed
+    assert low - slack / 50 <= float(values.min()) + 1e-12
+    assert high + slack / 50 >= float(values.max()) - 1e-12
+    assert high - low <= 1.1 * float(values.max() - values.min()) + slack
+
+
+def test_the_interval_of_a_batch_and_of_nan() -> None:
+    low, high = spectral_interval(torch.stack([torch.eye(5), -2 * torch.eye(5)]))
+    assert -2.2 <= low <= -2
+    assert 1 <= high <= 1.2
+    assert all(math.isnan(end) for end in spectral_interval(torch.full((4, 4), torch.nan)))
+
+
+@given(st.floats(0.0, 0.7), st.floats(1e-14, 1e-3))
+def test_the_polynomial_reaches_its_precision(spread: float, precision: float) -> None:
+    coefficients = inverse_root_polynomial(spread, precision)
+    t = np.linspace(-spread, spread, 501)
+    error = np.abs(np.polynomial.polynomial.polyval(t, coefficients) * np.sqrt(1 + t) - 1).max()
+    assert error <= precision + 1e-13  # rounding of the powers
+
+
+@given(st.integers(0, 99), st.sampled_from([1, 2, 4, 6, 9, 12, 16, 20]))
+def test_a_polynomial_in_blocks_is_the_sum_of_its_powers(seed: int, degree: int) -> None:
+    t, coefficients = normal(seed, 2, 3, 3) / 3, normal(seed + 1, degree + 1).tolist()
+    expected = sum(c * torch.linalg.matrix_power(t, k) for k, c in enumerate(coefficients) if k)
+    torch.testing.assert_close(polynomial(t, coefficients), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 0.1, 0.5, 0.7])
+def test_the_skew_equation(spread: float, dtype: torch.dtype) -> None:
+    values = torch.linspace(1 - spread, 1 + spread, 20, dtype=torch.float64).sqrt()
+    q, _ = torch.linalg.qr(normal(0, 20, 20))
+    h, z = ((q * v) @ q.mT for v in (values, 1 / values))
+    k = normal(1, 20, 20)
+    k = (k - k.mT).to(dtype)
+    solution = solve_skew(z.to(dtype), k, spread).double()
+    torch.testing.assert_close(h @ solution + solution @ h, k.double(), rtol=0, atol=100 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(solution, -solution.mT, rtol=0, atol=30 * torch.finfo(dtype).eps)
+
+
+# -- the polar factor --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("condition", [1.0, 1.0001, 1.05, 1.3, 1.41, 1.45, 1.9])
+@pytest.mark.parametrize("rows", [140, 300])
+def test_products_give_the_polar_factor(
+    rows: int, condition: float, dtype: torch.dtype, eigenvectors: list[int]
+) -> None:
+    for seed, values in enumerate(
+        [torch.linspace(1, condition, 140), torch.cat([torch.ones(139), torch.full((1,), condition)])]
+    ):
+        x, expected = with_spectrum(seed, rows, 0.03 * values.double())
+        q = polar_factor(x.to(dtype)).double()
+        eps = torch.finfo(dtype).eps
+        assert float((q - expected).abs().max()) <= 8 * eps
+        assert float((q.mT @ q - torch.eye(140)).abs().max()) <= (16 if dtype == torch.float32 else 45) * eps
+    assert eigenvectors == []
+
+
+def test_what_is_too_wide_for_products_takes_eigenvectors(eigenvectors: list[int]) -> None:
+    x, expected = with_spectrum(0, 50, torch.linspace(1, 3.0, 40).double())
+    torch.testing.assert_close(polar_factor(x), expected, rtol=0, atol=1e-13)
+    assert eigenvectors == [40]
+
+
+def test_scales_of_a_batch_may_differ(eigenvectors: list[int]) -> None:
+    pairs = [
+        with_spectrum(seed, 60, scale * torch.linspace(1, 1.2, 35).double()) for seed, scale in ((0, 1e-3), (1, 50.0))
+    ]
+    q = polar_factor(torch.stack([x for x, _ in pairs]))
+    torch.testing.assert_close(q, torch.stack([expected for _, expected in pairs]), rtol=0, atol=1e-14)
+    assert eigenvectors == []
+
+
+@pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf])
+def test_no_number_comes_out_of_what_is_none(bad: float) -> None:
+    x = torch.full((190, 180), bad)
+    if bad == 0:
+        q = polar_factor(x)
+        torch.testing.assert_close(q.mT @ q, torch.eye(180), rtol=0, atol=1e-5)
+    else:
+        with pytest.raises(RuntimeError):
+            polar_factor(x)
+
+
+# -- derivatives -------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 99), st.sampled_from([(6, 4), (5, 5), (7, 2)]), st.floats(1.0, 2.0))
+def test_gradients_of_every_order(seed: int, size: tuple[int, int], condition: float) -> None:
+    rows, columns = size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factors, "_GRAM_FROM", 2)
+        patch.setattr(factors, "_PRODUCTS_FROM", 2)
+        patch.delattr(torch.linalg, "eigh")
+        x, _ = with_spectrum(seed, rows, torch.linspace(1, condition, columns).double())
+        x = torch.stack([x, 3 * x]).requires_grad_()
+        assert torch.autograd.gradcheck(polar_factor, (x,), check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(polar_factor, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("condition", [1.0, 1.2, 1.9])
+@pytest.mark.parametrize("rows", [150, 400])
+def test_gradients_are_those_by_eigenvectors(
+    rows: int, condition: float, dtype: torch.dtype, eigenvectors: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, _ = with_spectrum(0, rows, torch.linspace(1, condition, 150).double())
+    weight = normal(7, rows, 150)
+    by_products = x.to(dtype, copy=True).requires_grad_()
+    (polar_factor(by_products) * weight.to(dtype)).sum().backward()
+    assert eigenvectors == []
+    monkeypatch.setattr(factors, "_PRODUCTS_FROM", 10**9)
+    exact = x.clone().requires_grad_()
+    (polar_factor(exact) * weight).sum().backward()
+    assert eigenvectors == [150]
+    bound = 40 * torch.finfo(dtype).eps * float(exact.grad.abs().max())
+    torch.testing.assert_close(by_products.grad.double(), exact.grad, rtol=0, atol=bound)
