@@ -31,12 +31,16 @@ def main(arguments: list[str] | None = None) -> int:
         with processes.group(settings.run.device or "cpu"), folder.opened(settings) as here:
             return run(settings, here, display)
     except checkpoints.WriteError as error:
-        print(f"error: {error}: the checkpoint before it is kept; make room, then --resume", file=sys.stderr)
-        return 2
+        return refuse(f"{error}: the checkpoint before it is kept; make room, then --resume")
     except (FileNotFoundError, ValueError, folder.FolderError) as error:
-        if processes.is_first():
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
+
+
+def refuse(reason: object) -> int:
+    """Say what is wrong, once; return the exit status."""
+    if processes.is_first():
+        print(f"error: {reason}", file=sys.stderr)
+    return 2
 
 
 def run(settings: Settings, here: folder.RunFolder, display: reporting.Display) -> int:
@@ -102,7 +106,7 @@ def restore(run: engine.Run, here: folder.RunFolder, display: reporting.Display)
     if found.state is None:
         display.say(f"Nothing to resume in {here.path}: starting")
         return False
-    run.restore(found.state)
+    run.restore(found.state, found.path)
     progress = run.progress
     display.say(f"Resumed after {progress.step:,} steps, in epoch {progress.epoch}")
     return True
@@ -111,11 +115,16 @@ def restore(run: engine.Run, here: folder.RunFolder, display: reporting.Display)
 def save(run: engine.Run, here: folder.RunFolder) -> None:
     """Write a checkpoint, and the figures of the epochs so far."""
     state = run.state()
-    if not processes.is_first():
-        return
     if not engine.is_finite(run.model):
         raise engine.Diverged(f"a weight is not finite after step {run.progress.step} in epoch {run.progress.epoch}")
-    checkpoints.save(here.checkpoints, run.progress.step, state)
+    if run.is_sharded:
+        from training import sharded
+
+        sharded.save(here.checkpoints, run.progress.step, state, run.shards(state["has_stepped"]))
+    if not processes.is_first():
+        return
+    if not run.is_sharded:
+        checkpoints.save(here.checkpoints, run.progress.step, state)
     history = run.progress.history
     if history:
         reporting.write_csv(here.path / "epochs.csv", history)
@@ -134,8 +143,8 @@ def write(run: engine.Run, here: folder.RunFolder) -> dict[str, object]:
         "epochs": run.progress.history,
         "versions": reporting.versions(),
     }
+    engine.save_model(run, here.path / "model.pt")
     if processes.is_first():
-        engine.save_model(run, here.path / "model.pt")
         reporting.draw_curves(here.path / "curves.png", run.progress.history)
         reporting.write_json(here.results, results)
     return results

@@ -1,7 +1,7 @@
 """Kill a training run at many moments, resume it, and compare it to the bit with a run that nobody killed.
 
-    python tests/kill_training.py                              # 20 moments, one and two processes
-    python tests/kill_training.py --moments 5 --processes 2
+    python tests/kill_training.py                    # 20 moments; one process, and two by DDP and by FSDP2
+    python tests/kill_training.py --moments 5 --only fsdp2
 
 A moment is a call of something that matters: gradients, an evaluation, or, while a checkpoint is written, the flush to
 the disk and the renaming, before and after each. ``SIGKILL`` leaves no time for anything there. The processes are
@@ -11,6 +11,7 @@ forked from a server that has imported everything, so that a moment takes a seco
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import signal
@@ -138,20 +139,65 @@ def kill_and_resume(folder: Path, moments: int, world: int, flags: Sequence[str]
     return outcomes
 
 
+def elastic(arguments: Sequence[str], log: Path, at: int) -> None:
+    """What torchrun does with ``--max-restarts 1 --nproc-per-node 2``; the first time, process 1 dies in a step."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.dup2(os.open(log.with_suffix(".agent.log"), os.O_WRONLY | os.O_CREAT), 2)
+    config = LaunchConfig(
+        1,
+        1,
+        2,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=1,
+        start_method="forkserver",
+        local_addr="localhost",
+    )
+    elastic_launch(config, worker)(list(arguments), log, at)
+
+
+def worker(arguments: list[str], log: Path, at: int) -> None:
+    """One of the processes that torchrun starts, and starts again."""
+    is_restarted = os.environ["TORCHELASTIC_RESTART_COUNT"] != "0"
+    with log.with_suffix(f".{os.environ['RANK']}.{int(is_restarted)}.log").open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    engine, steps = trainer.modules["engine"], itertools.count(1)
+    take_step = engine.take_step
+
+    def fatal(*args: Any) -> Any:
+        if next(steps) == at and not is_restarted and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return take_step(*args)
+
+    engine.take_step = fatal
+    if trainer.train.main(arguments):
+        raise RuntimeError("the run has failed")
+
+
+WAYS = {
+    "one": (1, ()),
+    "ddp": (2, ()),
+    "fsdp2": (2, ("--parallel", "fsdp2", "--norm", "batch", "--ema", "0.9")),
+}
+
+
 def main() -> int:
     """Print the outcome of every moment; return the exit status."""
     parser = argparse.ArgumentParser(description="Kill a training run at many moments, and resume it.")
     parser.add_argument("--moments", type=int, default=20)
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--only", choices=WAYS, nargs="+", default=list(WAYS))
     settings = parser.parse_args()
     good = True
-    for world in settings.processes:
+    for name in settings.only:
+        world, flags = WAYS[name]
         with tempfile.TemporaryDirectory() as folder:
-            outcomes = kill_and_resume(Path(folder), settings.moments, world)
+            outcomes = kill_and_resume(Path(folder), settings.moments, world, flags)
         for at, victim, outcome in outcomes:
-            print(f"{world} process(es), killed process {victim} at moment {at}: {outcome}")
+            print(f"{name}: killed process {victim} of {world} at moment {at}: {outcome}")
         same = sum(outcome == "identical" for *_, outcome in outcomes)
-        print(f"{world} process(es): {same} of {len(outcomes)} identical", flush=True)
+        print(f"{name}, {world} process(es): {same} of {len(outcomes)} identical", flush=True)
         good &= same == len(outcomes)
     return 0 if good else 1
 

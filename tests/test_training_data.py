@@ -205,6 +205,20 @@ def test_resnet_runs_on_an_image_folder_without_a_last_batch_of_one(tmp_path, fo
     assert len(names) == 20
 
 
+@pytest.mark.parametrize("kind", ["digits", "imagefolder"])
+def test_a_process_without_a_share_of_the_last_batch_gets_an_empty_one(folder, monkeypatch, kind):
+    """It has to take part in what the processes do together."""
+    splits = load(data=kind, data_dir=folder, image_size=8, fraction=0.5)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        order = data.Order(2, 64, None)
+        shares += [list(data.loader(splits.test, order, 0, "cpu"))]
+    assert [len(labels) for ((_, labels),) in shares] == [1, 1, 0]
+    assert len({(images.shape[1:], images.dtype, labels.dtype) for ((images, labels),) in shares}) == 1
+
+
 UNUSABLE = {
     "--data cifar10": "no complete cifar10 in data: add --download, or name the folder that holds cifar-10-batches-py",
     "--data cifar100": "no complete cifar100 in data",

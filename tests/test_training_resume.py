@@ -81,6 +81,7 @@ def ctrl_c_interrupts():
         ("--method", "adamw", "--mixup", "0.2", "--ema", "0.9"),
         ("--method", "pio-scales", "--warmup", "1", "--schedule", "cosine"),
         ("--method", "pio-channel", "--amp", "bf16"),
+        ("--method", "pio", "--amp", "fp16", "--width", "4", "--lr", "0.05"),
     ],
     ids=" ".join,
 )

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import signal
+import warnings
 from pathlib import Path
 
 import geoopt
@@ -21,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler
 from trainer import bits, load, run, train
 
 import fgo_geo
@@ -275,6 +277,9 @@ def trained(**flags):
     return made
 
 
+SMALL = {"width": 4, "fraction": 0.1, "batch_size": 16, "lr": 0.05}
+
+
 def difference(one, other):
     pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
     return max(float((a - b).detach().abs().max()) for a, b in pairs)
@@ -290,6 +295,49 @@ def test_accumulated_and_recomputed_gradients_are_those_of_the_whole_batch():
     torch.testing.assert_close(*statistics)
     inner = (dict(r.model.named_buffers())["blocks.3.bn1.running_var"] for r in (plain, again))
     torch.testing.assert_close(*inner, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_computed_again_once(recompute):
+    """Besides the forward pass, and only in blocks: the first convolution is in none."""
+    made = engine.build(command_line.make({**SMALL, "model": "narrow18", "recompute": recompute}))
+    passes = []
+    for name, layer in made.model.named_modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda *_, name=name: passes.append(name))
+    engine.take_step(made, *next(iter(made.batches)))
+    assert passes.count("conv1") == 1
+    assert {passes.count(name) for name in {*passes} - {"conv1"}} == {1 + recompute}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_compiled_network_trains_as_it_does_without(monkeypatch):
+    plain = trained(**SMALL)
+    compiled = []
+    original = torch.nn.Module.compile
+
+    def quickly(self, *args, **kwargs):
+        compiled.append(self)
+        return original(self, *args, backend="aot_eager", **kwargs)  # without half a minute of a C++ compiler
+
+    monkeypatch.setattr(torch.nn.Module, "compile", quickly)
+    again = trained(**SMALL, compile=True)
+    assert compiled == [again.model]
+    assert list(again.model.state_dict()) == list(plain.model.state_dict())
+    assert difference(plain, again) < 1e-5
+
+
+def test_losses_are_scaled_for_half_precision_and_steps_that_overflow_are_skipped():
+    made = trained(**SMALL, amp="fp16")
+    assert made.scaler.get_scale() == 2**16
+    assert made.progress.skipped == 0
+    made = engine.build(command_line.make({**SMALL, "amp": "fp16"}))
+    made.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = [weight.detach().clone() for weight in made.model.parameters()]
+    engine.take_step(made, *next(iter(made.batches)))
+    assert made.progress.skipped == 1
+    assert made.scaler.get_scale() == 2.0**39
+    assert all(map(torch.equal, before, made.model.parameters()))
 
 
 def test_the_averages_are_evaluated_and_on_the_manifolds():
@@ -333,11 +381,19 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize(("schedule", "warmup"), SCHEDULES)
-def test_learning_rates_follow_their_formula(schedule, warmup):
+def test_learning_rates_follow_their_formula(schedule, warmup, monkeypatch):
     flags = {"schedule": schedule, "warmup": warmup, "lr": 0.4, "epochs": 6}
     made = command_line.make({**flags, "time_constant": 2})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
     scheduler = trainer.importlib.import_module("training.optimisers").schedule(made.optim, optimizer, 14)
+    if warmup and hasattr(LRScheduler, "_update_lr"):
+        update = LRScheduler._update_lr
+
+        def warned(self, epoch):  # as torch 2.6 does where the second schedule begins
+            warnings.warn(EPOCH_DEPRECATION_WARNING, UserWarning, stacklevel=2)
+            update(self, epoch)
+
+        monkeypatch.setattr(LRScheduler, "_update_lr", warned)
     for t in range(84):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(0.4 * SCHEDULES[schedule, warmup](t), rel=1e-6), t
         optimizer.step()

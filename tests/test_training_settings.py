@@ -86,8 +86,7 @@ REFUSED = {
     "--accumulate 65": "--batch-size 64 is less than one image for each of 65 accumulated parts",
     "--warmup 30": "--warmup 30.0 leaves nothing of --epochs 30",
     "--ema 0.9 --scales max1": "--ema cannot follow --scales",
-    "--amp fp16 --device cpu": "--amp fp16 needs a GPU",
-    "--parallel fsdp2": "this program does not shard its networks",
+    "--parallel fsdp2": "--parallel fsdp2 deals weights to several processes: start the run with torchrun",
     "--config missing.yaml": "--config: cannot read missing.yaml: No such file",
     "--config": "--config needs a value",
 }

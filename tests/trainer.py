@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import io
 import json
 import pickle
 import struct
 import sys
+import tempfile
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torchvision import datasets
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -39,6 +43,8 @@ def bits(value: object) -> object:
     """Return nested containers with every tensor replaced by its type, shape and bytes."""
     if isinstance(value, torch.Tensor):
         return value.dtype, tuple(value.shape), value.contiguous().numpy().tobytes()
+    if isinstance(value, io.BytesIO):
+        return value.getvalue()
     if isinstance(value, dict):
         return {key: bits(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -53,9 +59,14 @@ def run(output: Path, *arguments: str) -> dict:
 
 
 def load(output: Path) -> dict:
-    """Return the newest checkpoint without the times, which no two runs share."""
-    state = modules["checkpoints"].load(output / "checkpoints").state
+    """Return the newest checkpoint without the times, which no two runs share; that of many processes put together."""
+    state, path, _ = modules["checkpoints"].load(output / "checkpoints")
     assert state is not None
+    if path.is_dir():
+        with tempfile.NamedTemporaryFile() as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp_to_torch_save(path, file.name)
+            state |= torch.load(file.name, weights_only=False)
     state["progress"].pop("seconds")
     for epoch in state["progress"]["history"]:
         del epoch["seconds"]

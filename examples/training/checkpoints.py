@@ -4,16 +4,21 @@ A checkpoint is a file of :func:`torch.save` whose name holds its step and the b
 torch's model hub do. It is written under another name, flushed to the disk and renamed, so that a file with a
 checkpoint's name is always complete; a flipped bit, a cut, a foreign file do not agree with the name. The last two
 are kept: should the newest be damaged, the one before takes its place.
+
+Of a network that is dealt to many processes, a checkpoint is a folder, with the same promises: see
+:mod:`training.sharded`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import pickle
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +27,8 @@ import numpy as np
 import torch
 
 KEPT = 2
-_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
+REST, SUMS = "run.pt", "checksums.json"  # of a folder: what is not a weight, and the SHA-256 of every file
+_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})(\.pt)?")
 _UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError)
 
 
@@ -31,7 +37,7 @@ class WriteError(RuntimeError):
 
 
 class DamageError(RuntimeError):
-    """Checkpoints of which none is whole."""
+    """A checkpoint that is not whole: the message says what is wrong with it."""
 
 
 class Found(NamedTuple):
@@ -70,44 +76,98 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     content = buffer.getvalue()
-    path = folder / f"step-{step:08d}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+    path = folder / f"step-{step:08d}-{digest(content)}.pt"
     write(path, content)
-    for old in list(_newest_first(folder))[KEPT:]:
-        old.unlink(missing_ok=True)
+    delete_old(folder)
     return path
+
+
+def digest(content: bytes) -> str:
+    """The beginning of the SHA-256, as it is in names."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def digest_of_file(path: Path) -> str:
+    """The SHA-256 of a file that need not fit in memory."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            found.update(part)
+    return found.hexdigest()
+
+
+def put_in_place(unfinished: Path, path: Path) -> None:
+    """Give a folder its name in one step."""
+    _sync_folder(unfinished)
+    if path.exists():  # the same content, or a damaged one
+        delete(path)
+    unfinished.replace(path)
+    _sync_folder(path.parent)
+
+
+def delete(path: Path) -> None:
+    """Delete a file or folder; a folder in one step, as it would be damaged for some time."""
+    if path.is_dir():
+        path = path.replace(path.with_name(path.name + ".tmp"))
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def delete_old(folder: Path) -> None:
+    """Delete all but the newest checkpoints."""
+    for old in list(_newest_first(folder))[KEPT:]:
+        delete(old)
 
 
 def load(folder: Path) -> Found:
     """Read the newest checkpoint that is whole, on the CPU and without executing code from the file."""
     damage = []
     for path in _newest_first(folder):
-        reason = None
-        content = path.read_bytes()
-        digest = hashlib.sha256(content).hexdigest()[:16]
-        if not content:
-            reason = "is empty"
-        elif path.name.split("-")[-1] != f"{digest}.pt":
-            reason = "is cut or changed: its content does not agree with the checksum in its name"
-        else:
-            try:
-                state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-                if not (isinstance(state, dict) and {"model", "optimizer", "progress"} <= state.keys()):
-                    raise ValueError("it holds no run")
-                return Found(state, path, damage)
-            except _UNREADABLE as error:
-                reason = f"is no checkpoint of a run ({str(error).splitlines()[0][:60]})"
-        damage.append(f"damaged checkpoint: {path} {reason}")
+        try:
+            return Found(_read_folder(path) if path.is_dir() else _read_file(path), path, damage)
+        except DamageError as error:
+            damage.append(f"damaged checkpoint: {path} {error}")
     return Found(None, None, damage)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    content = path.read_bytes()
+    if not content:
+        raise DamageError("is empty")
+    if path.name.split("-")[-1] != f"{digest(content)}.pt":
+        raise DamageError("is cut or changed: its content does not agree with the checksum in its name")
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if not (isinstance(state, dict) and {"model", "optimizer", "progress"} <= state.keys()):
+            raise ValueError("it holds no run")
+    except _UNREADABLE as error:
+        raise DamageError(f"is no checkpoint of a run ({str(error).splitlines()[0][:60]})") from error
+    return state
+
+
+def _read_folder(path: Path) -> dict[str, Any]:
+    """What is not a weight, if all files are whole."""
+    listed = path / SUMS
+    content = listed.read_bytes() if listed.is_file() else b""
+    if path.name.split("-")[-1] != digest(content):
+        raise DamageError("is cut or changed: its list of files does not agree with the checksum in its name")
+    for name, expected in json.loads(content).items():
+        if not (path / name).is_file():
+            raise DamageError(f"is cut: {name} is missing")
+        if digest_of_file(path / name) != expected:
+            raise DamageError(f"is cut or changed: {name} does not agree with its checksum")
+    return torch.load(path / REST, map_location="cpu", weights_only=True)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Delete what a killed process was writing."""
     for path in folder.glob("*.tmp"):
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _newest_first(folder: Path) -> Iterator[Path]:
-    named = [(int(match[1]), path) for path in folder.glob("step-*.pt") if (match := _NAME.fullmatch(path.name))]
+    named = [(int(match[1]), path) for path in folder.glob("step-*") if (match := _NAME.fullmatch(path.name))]
     # Of one step there can be two, from a run that was continued from before it: the one written last counts.
     yield from (path for *_, path in sorted(((s, p.stat().st_mtime_ns, p) for s, p in named), reverse=True))
 

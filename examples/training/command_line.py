@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 import tyro
 import yaml
 
+from training import processes
 from training.flag_types import one_of
 from training.methods import METHODS
 from training.settings import Settings, SettingsError, resolve
@@ -73,7 +74,8 @@ def parse(arguments: Sequence[str] | None = None, prog: str = "train.py", first:
 
 def fail(error: Exception | str) -> Any:
     """End the program with a message, as a bad flag does."""
-    print(f"error: {error}", file=sys.stderr)
+    if processes.is_first():
+        print(f"error: {error}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -44,10 +44,8 @@ class Tensors(Dataset[Any]):
         return len(self.labels)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor]:
-        chosen = torch.tensor([index for _, index in keys])
+        chosen = torch.tensor([index for _, index in keys], dtype=torch.long)
         return self.images[chosen], self.labels[chosen]
-
-    collate = staticmethod(lambda batch: batch)
 
 
 class Files(Dataset[Any]):
@@ -69,7 +67,10 @@ class Files(Dataset[Any]):
         finally:
             generator.set_state(before)
 
-    collate = staticmethod(default_collate)
+    def __getitems__(self, keys: Sequence[Key]) -> list[Tensor]:
+        # Of the last batch of few held-out images a process may get none; it has to take part all the same.
+        batch = default_collate([self[key] for key in keys or [(1, 0)]])
+        return [part[: len(keys)] for part in batch]
 
 
 class Splits(NamedTuple):
@@ -205,13 +206,17 @@ class Order(Sampler[list[Key]]):
             yield [(self.epoch, index) for index in share.tolist()]
 
 
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
 def loader(images: Tensors | Files, order: Order, workers: int, device: str) -> DataLoader[Any]:
     """The batches of a data set in an order, which may change between epochs."""
     return DataLoader(
         images,
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=images.collate,
+        collate_fn=_as_it_is,
         pin_memory=device.startswith("cuda"),
         persistent_workers=workers > 0,
         # Drawn from a generator of their own: the workers' seeds are not used, and the run's numbers stay its own.

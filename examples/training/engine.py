@@ -11,7 +11,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,12 +30,14 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
 import fgo_geo
+from fgo_geo.linalg import is_sharded, local_part, whole
 from fgo_geo.models.renormalize import update_scales
 from training import checkpoints, data, measures, models, optimisers, processes
 from training.settings import Settings
 
 Epoch = dict[str, Any]
 STATEFUL = ("model", "optimizer", "scheduler", "scaler", "ema")
+SHARDED = ("model", "optimizer", "ema")
 
 
 class Stopped(Exception):
@@ -106,35 +109,67 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     signals: Signals = field(default_factory=Signals)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the weights are dealt to the processes."""
+        return self.settings.run.parallel == "fsdp2"
+
     def state(self) -> dict[str, Any]:
-        """Everything that decides what the run will do next; to be called on all processes at once."""
-        parts = {name: getattr(self, name) for name in STATEFUL}
+        """Everything that decides what the run will do next; to be called on all processes at once.
+
+        What is dealt to the processes is left out: :meth:`shards` has it.
+        """
+        parts = {name: getattr(self, name) for name in STATEFUL if not (self.is_sharded and name in SHARDED)}
         of_process: dict[str, Any] = {"random": checkpoints.random_state(), "sums": self.progress.sums}
         if processes.count() > 1:  # statistics of what this process has seen
-            of_process["buffers"] = {name: buffer.cpu() for name, buffer in self.model.named_buffers()}
+            of_process["buffers"] = {name: buffer.cpu() for name, buffer in self._buffers().items()}
         return {
             "settings": self.settings.plain(),
             "progress": vars(self.progress),
+            "has_stepped": bool(self.optimizer.state),
             "processes": processes.gathered(of_process),
             **{name: part.state_dict() for name, part in parts.items() if part is not None},
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go back to where a state was taken."""
+    def shards(self, has_stepped: bool) -> dict[str, Any]:
+        """The dealt parts of the state; those of an optimiser only once it has any, since torch would make them up."""
+        from fgo_geo.distributed import TrainingState
+
+        parts = {"model": TrainingState(self.model, self.optimizer if has_stepped else None)}
+        return parts | ({} if self.ema is None else {"ema": TrainingState(self.ema.module)})
+
+    def restore(self, state: dict[str, Any], path: Path | None = None) -> None:
+        """Go back to where a state was taken.
+
+        Args:
+            state: From :meth:`state`.
+            path: The checkpoint that it is from, for what is dealt to the processes.
+        """
+        if self.is_sharded and path is not None:
+            from training import sharded
+
+            sharded.load(path, self.shards(state["has_stepped"]))
         for name in STATEFUL:
-            if getattr(self, name) is not None:
+            if getattr(self, name) is not None and name in state:
                 getattr(self, name).load_state_dict(state[name])
         if isinstance(self.optimizer, geoopt.optim.RiemannianAdam):
             # It counts steps in whole numbers, of which loading makes float32 tensors: other bits would follow.
             for moments in self.optimizer.state.values():
                 moments["step"] = int(moments["step"])
         self.progress = Progress(**state["progress"])
-        own = state["processes"][min(processes.rank(), len(state["processes"]) - 1)]
-        self.progress.sums = list(own["sums"])
+        of_all, rank = state["processes"], processes.rank()
+        own = of_all[min(rank, len(of_all) - 1)]
+        sums = [each["sums"] for each in of_all]
+        if len(of_all) != processes.count():  # what all have summed, once
+            sums = [list(map(sum, zip(*sums, strict=True))), *([0.0, 0.0, 0.0] for _ in range(rank))]
+        self.progress.sums = list(sums[rank])
         checkpoints.restore_random_state(own["random"])
-        for name, buffer in self.model.named_buffers() if processes.count() > 1 else ():
+        for name, buffer in self._buffers().items() if processes.count() > 1 else ():
             if name in own.get("buffers", {}):
                 buffer.copy_(own["buffers"][name])
+
+    def _buffers(self) -> dict[str, Tensor]:
+        return dict(self.model.named_buffers()) | dict(self.ema.named_buffers() if self.ema else ())
 
     @property
     def trained(self) -> nn.Module:
@@ -157,13 +192,18 @@ def build(settings: Settings) -> Run:
     checkpoints.seed_everything(settings.run.seed)
     splits = data.load(settings.data, settings.run.seed)
     model = models.build(settings.model, splits.channels, splits.classes, splits.size)
-    if settings.model.channels_last:
+    if settings.model.channels_last and settings.run.parallel == "ddp":
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore
     model.to(device)
     plan = models.constrain(model, settings.geometry, settings.run.seed)
     ema = None
     if optim.ema:
-        ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(optim.ema), use_buffers=True)
+        ema = AveragedModel(model, multi_avg_fn=averaging(optim.ema), use_buffers=True)
+    if settings.run.parallel == "fsdp2":
+        from training import sharded  # a second, which other runs save
+
+        for each in (model, ema.module) if ema else (model,):
+            sharded.shard(each, device)
     optimizer = optimisers.build(optim, model)
     models.freeze(model, optim.freeze)
     least = 2 * processes.count() * optim.accumulate
@@ -176,14 +216,14 @@ def build(settings: Settings) -> Run:
     workers = settings.data.workers
     batches = data.loader(splits.train, order, workers, device)
     held_out = data.loader(splits.test, data.Order(len(splits.test), optim.batch_size, None), workers, device)
-    if settings.model.recompute:
-        models.recompute_blocks(model)
     if settings.model.compile:
         model.compile()
     net = model
-    if processes.count() > 1:
+    if processes.count() > 1 and settings.run.parallel == "ddp":
         devices = [device] if device.startswith("cuda") else None
-        net = DistributedDataParallel(model, devices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # but in what is wanted here
+            net = DistributedDataParallel(model, devices, broadcast_buffers=False)
     return Run(
         settings,
         splits,
@@ -199,6 +239,21 @@ def build(settings: Settings) -> Run:
         held_out,
         fgo_geo.telemetry(optimizer, model, every=settings.run.telemetry) if settings.run.telemetry else None,
     )
+
+
+def averaging(decay: float) -> Any:
+    """How averages of weights move, for :class:`torch.optim.swa_utils.AveragedModel`, whole or dealt to processes."""
+    of_tensors = get_ema_multi_avg_fn(decay)
+
+    def average(averages: Sequence[Tensor], values: Sequence[Tensor], count: Any) -> None:
+        of_tensors([here(a) for a in averages], [here(v) for v in values], count)
+
+    return average
+
+
+def here(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor."""
+    return local_part(tensor) if is_sharded(tensor) else tensor
 
 
 # -- training -------------------------------------------------------------------------------------------------
@@ -309,7 +364,7 @@ def take_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
     if optim.spike != 1 and (progress.epoch, progress.batch) == (2, 0):
         for weight in weights:
             weight.grad.mul_(optim.spike)  # pyright: ignore
-    norm = get_total_norm([w.grad for w in weights if w.grad is not None])
+    norm = whole(get_total_norm([w.grad for w in weights if w.grad is not None]))
     bad = ~(torch.isfinite(norm) & torch.isfinite(measured[0])).cpu()
     flags = torch.tensor([float(bad), float(run.signals.received is not None)], device=norm.device)
     bad, stop = map(bool, processes.largest(flags).tolist())
@@ -324,7 +379,9 @@ def take_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
                 f"step {progress.step + 1} in epoch {progress.epoch}"
             )
         run.scaler.update() if run.scaler.is_enabled() else None
-        run.scheduler.step()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")  # of the first step, if skipped
+            run.scheduler.step()
         return torch.zeros(3, dtype=torch.float64), stop
     progress.bad_in_row = 0
     if optim.clip is not None:
@@ -384,9 +441,12 @@ def _moved(run: Run, tensor: Tensor) -> Tensor:
 
 
 def _synchronised(net: nn.Module, wanted: bool) -> AbstractContextManager[Any]:
-    if wanted or not isinstance(net, DistributedDataParallel):
-        return nullcontext()
-    return net.no_sync()
+    """Whether the backward pass adds up the gradients of the processes."""
+    if isinstance(net, DistributedDataParallel) and not wanted:
+        return net.no_sync()
+    if hasattr(net, "set_requires_gradient_sync"):
+        net.set_requires_gradient_sync(wanted)  # pyright: ignore - of FSDP2
+    return nullcontext()
 
 
 # -- measuring ------------------------------------------------------------------------------------------------
@@ -415,6 +475,9 @@ def predictions(run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     run.trained.eval()
     for images, labels in run.held_out:
         yield forward(run, run.trained, images), _moved(run, labels)
+    for module in run.trained.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # FSDP2 waits for a backward pass with it
 
 
 def final_figures(run: Run) -> Epoch:
@@ -440,8 +503,9 @@ def calibrated(run: Run) -> float | None:
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether all weights are finite."""
-    return all(bool(torch.isfinite(weight).all()) for weight in model.parameters())
+    """Whether all weights are finite; to be called on all processes at once."""
+    bad = torch.stack([~torch.isfinite(here(weight)).all() for weight in model.parameters()])
+    return not bool(processes.largest(bad.any().float()))
 
 
 def bytes_of_state(model: nn.Module) -> int:
@@ -455,7 +519,11 @@ def chance(classes: int) -> Epoch:
 
 
 def save_model(run: Run, path: Path) -> None:
-    """Leave the weights of the trained network, with their plan, for ``torch.load``."""
-    buffer = io.BytesIO()
-    torch.save(run.trained.state_dict(), buffer)
-    checkpoints.write(path, buffer.getvalue())
+    """Leave the weights of the trained network, with their plan, for ``torch.load``; all processes take part."""
+    state = run.trained.state_dict()  # with the plan in its metadata, which a new dict would not have
+    for name, value in state.items():
+        state[name] = whole(value)
+    if processes.is_first():
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        checkpoints.write(path, buffer.getvalue())

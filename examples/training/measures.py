@@ -6,12 +6,15 @@ once per epoch return plain numbers.
 
 from __future__ import annotations
 
+from typing import Any
+
 import geoopt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import fgo_geo
+from fgo_geo.linalg import whole
 
 TAU = ("median_tau", "largest_tau", "share_tau_above_1")
 
@@ -38,13 +41,14 @@ def tau_of_epoch(steps: list[Tensor]) -> dict[str, float | None]:
 @torch.no_grad()
 def largest_violation(model: nn.Module) -> float | None:
     """Return the largest relative constraint violation of all weights, None without constraints."""
-    violations = (w.manifold.violation(w).max().item() for w in constrained(model).values())
+    violations = (w.manifold.violation(whole(w)).max().item() for w in constrained(model).values())
     return max(violations, default=None)
 
 
 def constrained(model: nn.Module) -> dict[str, geoopt.ManifoldParameter]:
     """Return the weights that live on manifolds, by name."""
-    return {name: weight for name, weight in model.named_parameters() if isinstance(weight, geoopt.ManifoldParameter)}
+    named: list[tuple[str, Any]] = list(model.named_parameters())
+    return {name: weight for name, weight in named if getattr(weight, "manifold", None) is not None}
 
 
 def calibrated_loss(logits: Tensor, labels: Tensor) -> float:

@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
-import geoopt
 import torchvision
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import SqueezeExcitation
 
 import fgo_geo
-from training import settings
+from training import measures, settings
 
 KINDS_OF_LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -171,13 +170,17 @@ def start_orthogonal(model: nn.Module) -> None:
             nn.init.orthogonal_(matrix, (2 * max(matrix.shape) / matrix.shape[1]) ** 0.5)
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The residual blocks, or the layers of a transformer."""
+    kinds = (BasicBlock, Bottleneck, torchvision.models.vision_transformer.EncoderBlock)
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
 def recompute_blocks(model: nn.Module) -> None:
     """Let residual blocks and layers of transformers compute their activations again in the backward pass."""
-    kinds = (BasicBlock, Bottleneck, torchvision.models.vision_transformer.EncoderBlock)
-    for module in model.modules():
-        if isinstance(module, kinds):
-            contexts = partial(_recomputing, module)
-            module.forward = partial(checkpoint, module.forward, use_reentrant=False, context_fn=contexts)
+    for block in blocks(model):
+        contexts = partial(_recomputing, block)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
 
 
 def _recomputing(block: nn.Module) -> tuple[Any, Any]:
@@ -237,9 +240,8 @@ def weights_by_kind(model: nn.Module) -> dict[str, list[str]]:
     """Names of the weights of convolutions and linear layers, by what they are to a network on manifolds."""
     layers = [name for name, module in model.named_modules() if isinstance(module, KINDS_OF_LAYERS)]
     weights = dict(model.named_parameters())
-    constrained = [name for name, weight in weights.items() if isinstance(weight, geoopt.ManifoldParameter)]
     return {
-        "constrained": constrained,
+        "constrained": list(measures.constrained(model)),
         "biases": [f"{name}.bias" for name in layers if f"{name}.bias" in weights],
         "first": [f"{layers[0]}.weight"],
         "classifier": [f"{layers[-1]}.weight"],

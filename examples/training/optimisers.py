@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import geoopt
@@ -106,6 +107,7 @@ def schedule(wanted: settings.Optimisation, optimizer: torch.optim.Optimizer, st
     main = _main(wanted, optimizer, steps, steps_per_epoch)
     if not warm:
         return main
+    warnings.filterwarnings("ignore", "The epoch parameter in `scheduler.step")  # torch 2.6's SequentialLR passes it
     return SequentialLR(optimizer, [LinearLR(optimizer, 0.01, 1.0, warm), main], [warm])
 
 

@@ -45,11 +45,16 @@ def group(device: str) -> Iterator[None]:
     if count() == 1:
         yield
         return
+    # torchrun may keep its store when it restarts the processes, and the addresses of those that have died with it.
+    store, number, world = next(dist.rendezvous("env://"))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    found: dict[str, Any] = {"rank": number, "world_size": world}
+    found["store"] = dist.PrefixStore(f"attempt {attempt} of {world} processes", store)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=torch.device(device))
+        dist.init_process_group("nccl", device_id=torch.device(device), **found)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", **found)
     try:
         yield
     finally:

@@ -92,7 +92,7 @@ class Model:
     start: Annotated[str, choice("default", "orthogonal")] = "default"
     """First weights of plain layers: those of the architecture, or orthogonal ones on the scale of He."""
     channels_last: bool = False
-    """Keep images and kernels channels last."""
+    """Keep images and kernels channels last (fsdp2, which deals contiguous kernels only: images alone)."""
     compile: bool = False
     """torch.compile the network."""
     recompute: bool = False
@@ -316,10 +316,7 @@ def resolve(s: Settings) -> Settings:
             f"parts on {processes.count()} processes"
         )
     if s.run.parallel == "fsdp2":
-        raise SettingsError(
-            "--parallel fsdp2: this program does not shard its networks, as fgo_geo.distributed.fully_shard "
-            "would. Take ddp, with --recompute and --accumulate to save memory"
-        )
+        _require_shards(s)
     if optim.warmup >= optim.epochs:
         raise SettingsError(f"--warmup {optim.warmup} leaves nothing of --epochs {optim.epochs}")
     if s.model.norm and s.model.model not in PLAINLY_BUILT:
@@ -335,6 +332,24 @@ def resolve(s: Settings) -> Settings:
     changes["device"] = s.run.device or processes.device()
     small = s.data.data in ("digits", "fashion") and changes["device"] == "cpu"
     changes["threads"] = s.run.threads or (1 if small or processes.count() > 1 else torch.get_num_threads())
-    if optim.amp == "fp16" and changes["device"] == "cpu":
-        raise SettingsError("--amp fp16 needs a GPU: on the CPU take --amp bf16")
     return s.with_(**changes)
+
+
+def _require_shards(s: Settings) -> None:
+    """Refuse what needs all of a weight in one process."""
+    optim = s.optim
+    if processes.count() == 1:
+        raise SettingsError("--parallel fsdp2 deals weights to several processes: start the run with torchrun")
+    if optim.optimizer in ("rsgd", "radam"):
+        raise SettingsError(
+            f"--parallel fsdp2: {optim.optimizer} is Geoopt's, which does not know sharded weights. Take --optimizer "
+            "fgsgd, --on-manifolds, or --parallel ddp"
+        )
+    for name, given in (
+        ("channel-directed", optim.channel_directed != "none"),
+        ("tangent-steps", optim.tangent_steps),
+        ("renormalize", s.geometry.renormalize),
+        ("telemetry", s.run.telemetry > 0),
+    ):
+        if given:
+            raise SettingsError(f"--{name} needs whole weights: take --parallel ddp, with --recompute to save memory")

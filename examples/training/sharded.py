@@ -1,0 +1,101 @@
+"""FSDP2: networks whose weights are dealt to the processes, and checkpoints of which every process writes its part.
+
+A checkpoint is a folder of ``torch.distributed.checkpoint`` with two files besides: what is not a weight, and the
+SHA-256 of every file. The folder gets its name, in which the beginning of that list's SHA-256 is, when all of it is on
+the disk.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+
+from fgo_geo.distributed import TrainingState, fully_shard
+from training import checkpoints, models, processes
+
+
+def shard(model: nn.Module, device: str) -> None:
+    """Deal the weights of a network to the processes, block by block."""
+    mesh = init_device_mesh(device.partition(":")[0], (processes.count(),))
+    for part in [*models.blocks(model), model]:
+        fully_shard(part, mesh=mesh)
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, step: int, rest: dict[str, Any], parts: dict[str, TrainingState]) -> None:
+    """Write a checkpoint with all processes, and delete all but the newest.
+
+    Raises:
+        WriteError: On all processes, if one of them could not write; the checkpoints before are as they were.
+    """
+    unfinished = folder / f"step-{step:08d}.tmp"
+    sums: dict[str, str] = {}
+    with _agreed(unfinished):
+        if processes.is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+    with _agreed(unfinished), _quiet():
+        dcp.save(parts, storage_writer=dcp.FileSystemWriter(unfinished))
+        mine = sorted(unfinished.iterdir())[processes.rank() :: processes.count()]
+        sums = {path.name: checkpoints.digest_of_file(path) for path in mine}
+    sums = {name: digest for own in processes.gathered(sums) for name, digest in own.items()}
+    with _agreed(unfinished):
+        if processes.is_first():
+            buffer = io.BytesIO()
+            torch.save(rest, buffer)
+            checkpoints.write(unfinished / checkpoints.REST, buffer.getvalue())
+            listed = json.dumps(
+                sums | {checkpoints.REST: checkpoints.digest_of_file(unfinished / checkpoints.REST)}
+            ).encode()
+            checkpoints.write(unfinished / checkpoints.SUMS, listed)
+            checkpoints.put_in_place(unfinished, folder / f"step-{step:08d}-{checkpoints.digest(listed)}")
+            checkpoints.delete_old(folder)
+
+
+def load(path: Path, parts: dict[str, TrainingState]) -> None:
+    """Read the weights of a checkpoint that is known to be whole, each process its part."""
+    with _quiet():
+        dcp.load(parts, storage_reader=dcp.FileSystemReader(path))
+
+
+@contextmanager
+def _agreed(unfinished: Path) -> Iterator[None]:
+    """Raise on all processes, and leave nothing behind, if one of them cannot write."""
+    problem = None
+    try:
+        yield
+    except checkpoints.WriteError as error:
+        problem = str(error)
+    except CheckpointException as error:
+        reason, _ = next(iter(error.failures.values()))
+        problem = f"cannot write {unfinished} ({getattr(reason, 'strerror', None) or reason})"
+    except OSError as error:
+        problem = f"cannot write {unfinished} ({error.strerror})"
+    problems = [each for each in processes.gathered(problem) if each is not None]
+    if problems:
+        if processes.is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise checkpoints.WriteError(problems[0])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remarks on its own modules."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
