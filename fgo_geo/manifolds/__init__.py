@@ -7,7 +7,14 @@ from fgo_geo.manifolds.declared import STEPS_SHARDS, declare, is_declared
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold
 from fgo_geo.manifolds.oblique import Oblique
 from fgo_geo.manifolds.product import ProductOfGroups
-from fgo_geo.manifolds.replaced import REPLACED, mark_replaced, replaced_error, replacements, was_replaced
+from fgo_geo.manifolds.replaced import (
+    REPLACED,
+    lost_manifold,
+    mark_replaced,
+    replaced_error,
+    replacements,
+    was_replaced,
+)
 from fgo_geo.manifolds.sphere import ScaledSphere
 from fgo_geo.manifolds.stiefel import Stiefel
 
@@ -34,6 +41,7 @@ __all__ = [
     "Stiefel",
     "declare",
     "is_declared",
+    "lost_manifold",
     "mark_replaced",
     "replaced_error",
     "replacements",

@@ -1,4 +1,4 @@
-"""Parameters that a model no longer has: an optimiser that still holds one raises an error.
+"""Parameters that a model, or a manifold, no longer has: an optimiser that still holds one raises an error.
 
 Constraining a weight creates a new parameter, and so do :func:`~fgo_geo.unconstrain` and
 ``load_state_dict(assign=True)``. An optimiser that was built before would keep the old parameter, which gets no
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import geoopt
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["REPLACED", "mark_replaced", "replaced_error", "replacements", "was_replaced"]
+__all__ = ["REPLACED", "lost_manifold", "mark_replaced", "replaced_error", "replacements", "was_replaced"]
 
 REPLACED = "_fgo_geo_replaced"
 """Name of the attribute that marks such a parameter."""
@@ -75,6 +76,21 @@ def replaced_error(what: str) -> RuntimeError:
         f"{what} is no parameter of its model any more: constrain, unconstrain or load_state_dict(assign=True) has put "
         "another in its place; no parameter was changed. Build the optimiser after that, from what "
         "model.named_parameters() gives now"
+    )
+
+
+def lost_manifold(manifold: geoopt.Manifold, what: str) -> RuntimeError:
+    """The error that a parameter which was given on a manifold has become a plain one.
+
+    Args:
+        manifold: Its manifold.
+        what: Optimiser and name of the parameter.
+    """
+    return RuntimeError(
+        f"{what} was on {manifold} when the optimiser was given it, and is a plain parameter now; no parameter was "
+        "changed. Converting a module under torch.__future__.set_swap_module_params_on_conversion(True) does that: "
+        "declare the weight again, `module.weight = geoopt.ManifoldParameter(manifold.projx(module.weight.detach()), "
+        "manifold=manifold)`, and build the optimiser after that"
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -19,6 +19,8 @@ import geoopt
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg import whole, write_whole
+from fgo_geo.manifolds import REPLACED, lost_manifold, replaced_error
 from fgo_geo.optim.finite import Measured, is_tiny, settle
 from fgo_geo.optim.groups import group_curvatures, group_norms
 from fgo_geo.optim.step_size import SPIKE, step_scale, theorem_step_bound
@@ -179,6 +181,34 @@ class Stepper:
                     weight.grad = weight.buffer = None
                     weight.staged.clear()
 
+    def collect(
+        self, params: Iterable[Tensor], manifolds: Mapping[Tensor, geoopt.Manifold]
+    ) -> Iterator[tuple[Tensor, geoopt.Manifold | None, Tensor]]:
+        """Parameters that have a gradient, each with its manifold and its gradient.
+
+        Args:
+            params: Parameters.
+            manifolds: Those on which the optimiser was given its parameters.
+
+        Raises:
+            RuntimeError: If a parameter was replaced or has lost its manifold, or its gradient is sparse.
+        """
+        for param in params:
+            if getattr(param, REPLACED, False):
+                raise replaced_error(f"{self._optimizer}: {self._name_of(param)}")
+            grad = param.grad
+            if grad is None or param.numel() == 0:
+                continue
+            if grad.is_sparse:
+                raise RuntimeError(
+                    f"{self._optimizer}: the gradient of {self._name_of(param)} is sparse, expected a dense one; build "
+                    "the layer with sparse=False or use geoopt's SparseRiemannianSGD for it"
+                )
+            manifold = manifold_of(param)
+            if manifold is None and param in manifolds:
+                raise lost_manifold(manifolds[param], f"{self._optimizer}: {self._name_of(param)}")
+            yield param, manifold, grad
+
     def forget(self) -> None:
         """Drop all work that is kept from step to step, so that continuing and resuming give identical bits."""
         self._routers.clear()
@@ -296,6 +326,18 @@ class Stepper:
         if buffer.dtype != point.dtype or buffer.device != point.device or buffer.stride() != point.stride():
             buffer = state["momentum_buffer"] = torch.empty_like(point.detach()).copy_(buffer)
         return buffer
+
+    def project_momentum(self, param: Tensor, point: Tensor, manifold: geoopt.Manifold) -> None:
+        """Project the momentum of a parameter onto the tangent space at a point.
+
+        Args:
+            param: A parameter of the optimiser.
+            point: What a step moves: the parameter, or a copy of it in another type.
+            manifold: Its manifold.
+        """
+        buffer = self.momentum_of(param, point)
+        if buffer is not None:
+            write_whole(buffer, manifold.proju(whole(point), whole(buffer)))
 
     def step_scales(self, param_groups: Sequence[dict[str, Any]]) -> dict[Tensor, Tensor]:
         """``τ`` of every group in the latest step, by parameter, in the order of the parameter groups."""

@@ -7,7 +7,7 @@ formulas in :mod:`fgo_geo.paths.reference` and :mod:`fgo_geo.optim.step_size`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import geoopt
@@ -16,20 +16,10 @@ from geoopt.optim.mixin import OptimMixin
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fgo_geo.linalg import whole, write_whole
-from fgo_geo.manifolds import REPLACED, STEPS_SHARDS, replaced_error
+from fgo_geo.manifolds import STEPS_SHARDS
 from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
 from fgo_geo.optim.options import OPTIONS, Norm, check_options, fill_in, step_options
-from fgo_geo.optim.points import (
-    HALF,
-    Masters,
-    StepScales,
-    check_point,
-    lost_manifold,
-    name_in,
-    parameters_given,
-    require_copyable,
-)
+from fgo_geo.optim.points import HALF, Held, Masters, StepScales, parameters_given
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 from fgo_geo.paths.rules import momentum_sgd
 
@@ -71,8 +61,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         update: ``"retraction"`` or ``"exponential"`` (map).
         adapt_euclidean: Divide by ``τ`` on plain parameters too.
         check_finite: Raise on a gradient on a manifold that is not finite, before anything has changed. None does so
-            on the CPU; elsewhere such a group gets no gradient in this step, stays on its manifold, and is counted in
-            :meth:`skipped_groups`. Plain parameters are checked only if they are adapted.
+            on the CPU. Elsewhere, and with False, a group whose norm is not finite gets no gradient in this step, stays
+            on its manifold, and is counted in :meth:`skipped_groups`. Plain parameters are checked only if adapted.
         master_weights: Step a single-precision copy of half-precision weights on manifolds, kept in the state, so that
             rounding does not lose small steps. Otherwise steps are computed in single precision and rounded.
         maximize: Ascend instead of descend.
@@ -123,38 +113,26 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        defaults = {
+        defaults: dict[str, Any] = {
             "lr": lr,
             "momentum": momentum,
             "dampening": dampening,
             "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "stabilize": stabilize,
-            "step": 0,
-            "longest_step": 0.0,
-            "step_size": step_size,
-            "angle": angle,
-            "norm": norm,
-            "rho": rho,
-            "curvature": curvature,
-            "radius_invariant": radius_invariant,
-            "update": update,
-            "adapt_euclidean": adapt_euclidean,
-            "check_finite": check_finite,
-            "master_weights": master_weights,
-            "differentiable": False,  # load_state_dict of every torch optimiser adds it
         }
-        self._declared: dict[Tensor, geoopt.Manifold] = {}
+        defaults |= {"nesterov": nesterov, "maximize": maximize, "foreach": foreach, "fused": fused}
+        defaults |= {"stabilize": stabilize, "step": 0, "longest_step": 0.0, "check_finite": check_finite}
+        defaults |= {"step_size": step_size, "angle": angle, "norm": norm, "rho": rho, "curvature": curvature}
+        defaults |= {"radius_invariant": radius_invariant, "update": update, "adapt_euclidean": adapt_euclidean}
+        defaults |= {"master_weights": master_weights}
+        defaults["differentiable"] = False  # load_state_dict of every torch optimiser adds it
+        self._held = Held(self)
         # Geoopt's constructor would drop the options that it does not know; its base class takes them all.
         OptimMixin.__init__(self, parameters_given(params, type(self).__name__), defaults, stabilize=stabilize)
         self._begin()
 
     def _begin(self) -> None:
         """Forget what was kept from step to step."""
-        self._stepper = Stepper(type(self).__name__, self._name_of, self.state)
+        self._stepper = Stepper(type(self).__name__, self._held.name_of, self.state)
         self._masters = Masters(self.state)
         self._options: dict[int, tuple[list[Any], StepOptions]] = {}  # of every group's latest step
 
@@ -164,10 +142,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         for group in self.param_groups:
             fill_in(self.defaults, group)
             group.update(check_options(group, type(self).__name__))
-        self._declared = self.__dict__.get("_declared", {})  # loading a state dict comes here too
-        self._counts: list[int] = []
-        for group in self.param_groups:
-            self._declare(group["params"])
+        self._held = self.__dict__.get("_held", Held(self))  # loading a state dict comes here too
+        self._held.renew()
         self._begin()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,8 +164,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         """
         super().load_state_dict(state_dict)
         for group in self.param_groups:  # weights that were loaded in place, by what knows no manifold
-            for param in group["params"]:
-                check_point(param, f"{type(self).__name__}: {self._name_of(param)}", group["step_size"])
+            self._held.check(group)
         self._masters.load(self.param_groups, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -204,27 +179,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         stabilize = param_group.get("stabilize", self._stabilize)
         words = check_options({**self.defaults, "stabilize": stabilize, **param_group}, type(self).__name__)
         super().add_param_group({**param_group, **words})
-        added = self.param_groups[-1]
         try:
-            for param in added["params"]:
-                check_point(param, f"{type(self).__name__}: {self._name_of(param)}", added["step_size"])
-                if added["master_weights"]:
-                    require_copyable(param, f"{type(self).__name__}: {self._name_of(param)}")
+            self._held.check(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._declare(added["params"])
-
-    def _declare(self, params: Sequence[Tensor]) -> None:
-        """Remember the manifolds of parameters, so that losing one is noticed."""
-        self._declared.update((p, m) for p, m in zip(params, map(manifold_of, params), strict=True) if m is not None)
-        self._counts = [len(group["params"]) for group in self.param_groups]
-
-    def _forget_others(self) -> None:
-        """Hold no parameter that has been taken out of the parameter groups."""
-        params = [param for group in self.param_groups for param in group["params"]]
-        self._declared = {param: self._declared[param] for param in params if param in self._declared}
-        self._counts = [len(group["params"]) for group in self.param_groups]
+        self._held.renew()
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -257,18 +217,16 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._counts != [len(group["params"]) for group in self.param_groups]:
-            self._forget_others()
+        if self._held.counts != [len(group["params"]) for group in self.param_groups]:
+            self._held.renew()
         try:
             requests = [self._request(*numbered) for numbered in enumerate(self.param_groups)]
         except Exception as error:
             self._stepper.refuse(error)
             raise
         self._stepper.step(requests)
-        for request in requests:
-            for weight in request.weights:
-                if weight.owner.dtype in HALF and weight.owner is not weight.param:
-                    self._masters.written(weight.owner)
+        if self._masters.versions:
+            self._masters.written_back(requests)
         for group in self.param_groups:
             if group["stabilize"] is not None:
                 group["step"] += 1
@@ -304,14 +262,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             manifold = manifold_of(param)
             if manifold is not None:
                 point = self._masters.project(param, manifold, keeps=group["master_weights"])
-                buffer = self._stepper.momentum_of(param, point)
-                if buffer is not None:
-                    write_whole(buffer, manifold.proju(whole(point), whole(buffer)))
-
-    # -- what a step works on --------------------------------------------------------------------------------
-
-    def _name_of(self, param: Tensor) -> str:
-        return name_in(self, param)
+                self._stepper.project_momentum(param, point, manifold)
 
     def _options_of(self, number: int, group: dict[str, Any]) -> StepOptions:
         """The hyper-parameters of a group, checked and made anew if they differ from those of its latest step."""
@@ -321,31 +272,15 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             return known[1]
         group.update(check_options(group, type(self).__name__, number))
         options = step_options(group, self.rule)
-        if is_number:
-            self._options[number] = [group[name] for name in OPTIONS], options
-        else:
-            self._options.pop(number, None)
+        self._options[number] = [group[name] for name in OPTIONS], options
         return options
 
     def _request(self, number: int, group: dict[str, Any]) -> StepRequest:
         """What a parameter group passes to a step: options, and the weights with gradients and their momentum."""
         options = self._options_of(number, group)
         weights: list[Weight] = []
-        for param in group["params"]:
-            if getattr(param, REPLACED, False):
-                raise replaced_error(f"{type(self).__name__}: {self._name_of(param)}")
-            grad = param.grad
-            if grad is None or param.numel() == 0:
-                continue
-            if grad.is_sparse:
-                raise RuntimeError(
-                    f"{type(self).__name__}: the gradient of {self._name_of(param)} is sparse, expected a dense one; "
-                    "build the layer with sparse=False or use geoopt's SparseRiemannianSGD for it"
-                )
-            manifold = manifold_of(param)
+        for param, manifold, grad in self._stepper.collect(group["params"], self._held.manifolds):
             point = param
-            if manifold is None and param in self._declared:
-                raise lost_manifold(self._declared[param], f"{type(self).__name__}: {self._name_of(param)}")
             if manifold is None and group["adapt_euclidean"]:
                 manifold = self._default_manifold
             elif manifold is not None and param.dtype in HALF and group["master_weights"]:

@@ -1,8 +1,8 @@
 """The parameters of an optimiser: checks when they are added, names in messages, and what is kept per parameter.
 
 :func:`parameters_given` and :func:`check_point` check what a constructor gets, :func:`name_in` names a parameter in
-messages, :class:`StepScales` maps parameters to the ``τ`` of a step, and :class:`Masters` holds single-precision copies
-of half-precision weights.
+messages, :class:`Held` remembers on which manifolds parameters were given, :class:`StepScales` maps parameters to the
+``τ`` of a step, and :class:`Masters` holds single-precision copies of half-precision weights.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from torch import Tensor, nn
 
 from fgo_geo.linalg import cut_of, is_sharded, local_part, whole, write_whole
 from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups, is_declared
-from fgo_geo.optim.base import manifold_of
+from fgo_geo.optim.base import StepRequest, manifold_of
 from fgo_geo.optim.groups import group_norms
 
 __all__ = [
     "HALF",
+    "Held",
     "Masters",
     "StepScales",
     "check_point",
     "known_name",
-    "lost_manifold",
     "name_in",
     "parameters_given",
-    "require_copyable",
 ]
 
 HALF = (torch.float16, torch.bfloat16)
@@ -93,7 +92,7 @@ def _require_known_shards(param: Tensor, what: str) -> None:
         )
 
 
-def require_copyable(param: Tensor, what: str) -> None:
+def _require_copyable(param: Tensor, what: str) -> None:
     """Raise ValueError if a parameter needs a copy in single precision and cannot have one, as it is sharded."""
     if param.dtype in HALF and is_sharded(param) and manifold_of(param) is not None:
         raise ValueError(
@@ -142,21 +141,6 @@ def known_name(param: Tensor) -> str | None:
     return re.sub(r"\[\d+\]$", "", manifold.collections[0].name) or None  # sections of a packed weight are numbered
 
 
-def lost_manifold(manifold: geoopt.Manifold, what: str) -> RuntimeError:
-    """The error that a parameter which was given on a manifold has become a plain one.
-
-    Args:
-        manifold: Its manifold.
-        what: Optimiser and name of the parameter.
-    """
-    return RuntimeError(
-        f"{what} was on {manifold} when the optimiser was given it, and is a plain parameter now; no parameter was "
-        "changed. Converting a module under torch.__future__.set_swap_module_params_on_conversion(True) does that: "
-        "declare the weight again, `module.weight = geoopt.ManifoldParameter(manifold.projx(module.weight.detach()), "
-        "manifold=manifold)`, and build the optimiser after that"
-    )
-
-
 def name_in(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
     """What a parameter is called in messages: its name and its place.
 
@@ -171,6 +155,51 @@ def name_in(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
                 place = f"param_groups[{number}]['params'][{position}] of shape {tuple(param.shape)}"
                 return place if name is None else f"{name!r}, {place}"
     return f"a parameter of shape {tuple(param.shape)}" if name is None else f"{name!r} of shape {tuple(param.shape)}"
+
+
+class Held:
+    """The parameters that an optimiser holds, and the manifolds on which it was given them.
+
+    Args:
+        optimizer: The optimiser. Its groups have the options ``"step_size"`` and ``"master_weights"``.
+
+    Attributes:
+        manifolds: The manifolds by parameter.
+        counts: How many parameters each group had at the latest :meth:`renew`.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self.manifolds: dict[Tensor, geoopt.Manifold] = {}
+        self.counts: list[int] = []
+
+    def name_of(self, param: Tensor) -> str:
+        """What a parameter is called in messages."""
+        return name_in(self._optimizer, param)
+
+    def _what(self, param: Tensor) -> str:
+        return f"{type(self._optimizer).__name__}: {self.name_of(param)}"
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Raise if the parameters of a group cannot be stepped, see :func:`check_point`.
+
+        Args:
+            group: The parameter group.
+
+        Raises:
+            ValueError: If they cannot.
+        """
+        for param in group["params"]:
+            check_point(param, self._what(param), group["step_size"])
+            if group["master_weights"]:
+                _require_copyable(param, self._what(param))
+
+    def renew(self) -> None:
+        """Take note of parameters that were added to the groups, and hold none that was taken out."""
+        groups = self._optimizer.param_groups
+        self.counts = [len(group["params"]) for group in groups]
+        manifolds = {p: self.manifolds.get(p) or manifold_of(p) for group in groups for p in group["params"]}
+        self.manifolds = {param: manifold for param, manifold in manifolds.items() if manifold is not None}
 
 
 class StepScales(dict[Tensor, Tensor]):
@@ -204,17 +233,20 @@ class Masters:
 
     Args:
         state: The optimiser's state by parameter.
+
+    Attributes:
+        versions: Torch's count of changes of each weight, when it was the same as its copy.
     """
 
     def __init__(self, state: dict[Tensor, Any]) -> None:
         self._state = state
-        self._versions: dict[Tensor, int] = {}
+        self.versions: dict[Tensor, int] = {}
 
     def of(self, param: Tensor, manifold: geoopt.Manifold) -> Tensor:
         """The copy of a weight, made anew if somebody has written to the weight since it was last written back."""
         state = self._state[param]
         master = state.get("master")
-        if master is None or master.device != param.device or self._versions.get(param) != param._version:
+        if master is None or master.device != param.device or self.versions.get(param) != param._version:
             if master is None or not torch.equal(master.to(param), param):
                 master = state["master"] = manifold.projx(param.detach().float())
             self.written(param)
@@ -222,7 +254,14 @@ class Masters:
 
     def written(self, param: Tensor) -> None:
         """Remember that the weight is its copy, rounded."""
-        self._versions[param] = param._version
+        self.versions[param] = param._version
+
+    def written_back(self, requests: Sequence[StepRequest]) -> None:
+        """The same for all weights of a step that have moved as their copies."""
+        for request in requests:
+            for weight in request.weights:
+                if weight.owner is not weight.param and weight.owner.dtype in HALF:
+                    self.written(weight.owner)
 
     def project(self, param: Tensor, manifold: geoopt.Manifold, *, keeps: bool) -> Tensor:
         """Project a weight onto its manifold; returns what a step moves: the weight, or its copy.
