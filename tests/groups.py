@@ -23,7 +23,7 @@ def _process(rank: int, world: int, folder: str, module: str, names: Sequence[st
         init_method=f"file://{folder}/rendezvous-{world}-{module}",
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=90),
+        timeout=datetime.timedelta(seconds=180),
     )
     checks = importlib.import_module(module)
     outcomes: dict[str, str] = {}

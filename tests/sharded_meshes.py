@@ -20,6 +20,10 @@ def check_four_processes(rank: int, folder: Path) -> None:
         assert_equal(sharded, single, 1e-9)
 
 
+def check_fifty_steps(rank: int, folder: Path) -> None:
+    sharded_steps.fifty_steps(rank)
+
+
 def check_replicas_of_shards(rank: int, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     models = []

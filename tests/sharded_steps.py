@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -148,6 +150,51 @@ def check_steps_are_those_of_one_process(rank: int, folder: Path) -> None:
             torch.testing.assert_close(a, b)
 
 
+LONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "pi": ("residual", {"strategy": "pi", "radius": "bound"}),
+    "po": ("residual", {"strategy": "po"}),
+    "pio": ("residual", {"strategy": "pio", "statistics": "std"}),
+    "layer": ("residual", {"strategy": "layer", "manifolds": "oblique"}),
+    "transformer, pi": ("transformer", {"strategy": "pi"}),
+    "transformer, pio": ("transformer", {"strategy": "pio", "manifolds": ("sphere", "stiefel"), "statistics": "max1"}),
+    "transformer, layer": ("transformer", {"strategy": "layer", "manifolds": "stiefel"}),
+}
+
+
+def fifty_steps(rank: int) -> None:
+    """Fifty steps with momentum of a global batch are those of one process, which the first one takes beside.
+
+    Statistics of features are unbiased estimates over what each process sees: where they count, all see everything.
+    """
+    alone = dist.new_group([0])
+    for name, (net, settings) in LONG.items():
+        sharded, single = pair(net, **settings)
+        optimizers = [fg_sgd(momentum=0.9, weight_decay=1e-3)(model) for model in (sharded, single)]
+        has_statistics = "statistics" in settings
+        for step in range(50):
+            x = data(net, step % 7, PER_PROCESS * dist.get_world_size())
+            share = x if has_statistics else own_share(x, rank)
+            for model, optimizer, own in zip((sharded, single), optimizers, (share, x), strict=True):
+                if model is sharded or rank == 0:
+                    optimizer.zero_grad()
+                    loss(model, own).backward()
+                    optimizer.step()
+                    if has_statistics and step % 10 == 9:
+                        plan_of(model).update_scales(optimizer, None if model is sharded else alone)
+        differences = torch.zeros(2, dtype=torch.float64)
+        for a, b in zip(sharded.parameters(), single.parameters(), strict=True):
+            found = whole(a), whole(optimizers[0].state[a]["momentum_buffer"])
+            expected = (b, optimizers[1].state[b]["momentum_buffer"]) if rank == 0 else found
+            more = [(u - whole(v)).abs().max() for u, v in zip(found, expected, strict=True)]
+            differences = torch.maximum(differences, torch.stack(more))
+        dist.broadcast(differences, 0)
+        assert float(differences.max()) <= 1e-6, f"{name}: {differences.tolist()} of weights and momentum"
+
+
+def check_fifty_steps(rank: int, folder: Path) -> None:
+    fifty_steps(rank)
+
+
 def check_another_optimiser_on_manifolds(rank: int, folder: Path) -> None:
     def build(model: nn.Module) -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
@@ -234,37 +281,111 @@ def check_identical_gradients_give_identical_bits(rank: int, folder: Path) -> No
                 assert torch.equal(*map(whole, buffers))
 
 
-def check_the_bytes_of_a_step(rank: int, folder: Path) -> None:
-    """Weight, gradient and momentum in, weight and momentum out, and ``τ`` to everybody; and two words of agreement."""
-    counted: dict[str, int] = {"all_to_all_single": 0, "all_reduce": 0}
-    originals = {name: getattr(dist, name) for name in counted}
+@contextlib.contextmanager
+def counted() -> Generator[dict[str, int]]:
+    """Bytes that this process gives to collectives."""
+    bytes_of: dict[str, int] = {"all_to_all_single": 0, "all_reduce": 0}
 
-    def counting(name: str) -> Callable[..., Any]:
+    def counting(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> Any:
             sent = arguments[1] if name == "all_to_all_single" else arguments[0]
-            counted[name] += sent.numel() * sent.element_size()
-            return originals[name](*arguments, **options)
+            bytes_of[name] += sent.numel() * sent.element_size()
+            return original(*arguments, **options)
 
         return call
 
+    with contextlib.ExitStack() as stack:
+        for name in bytes_of:
+            stack.enter_context(patch.object(dist, name, counting(name, getattr(dist, name))))
+        yield bytes_of
+
+
+AGREEMENTS = 2 * 3 * 8  # three words, twice
+
+
+def check_the_bytes_of_matrices(rank: int, folder: Path) -> None:
+    """Weight, gradient and momentum in, weight and momentum out, and ``τ`` to everybody; and two words of agreement."""
     sharded, _ = pair("transformer")
     optimizer = fg_sgd(momentum=0.9)(sharded)
     for step in range(2):
         loss(sharded, data("transformer", step, PER_PROCESS)).backward()
-        counted.update(dict.fromkeys(counted, 0))
-        for name in counted:
-            setattr(dist, name, counting(name))
-        optimizer.step()
-        for name, original in originals.items():
-            setattr(dist, name, original)
-        total = torch.tensor(counted["all_to_all_single"])
+        with counted() as bytes_of:
+            optimizer.step()
+        total = torch.tensor(bytes_of["all_to_all_single"])
         dist.all_reduce(total)
         params: Any = plan_of(sharded).parameters().values()
         numbers = sum(p.numel() for p in params)
         groups = sum(p.manifold.n_groups for p in params)
         copies = 5 if step else 4  # no momentum comes in in the first step
         assert int(total) == 8 * (copies * numbers + dist.get_world_size() * groups)
-        assert counted["all_reduce"] == 2 * 3 * 8
+        assert bytes_of["all_reduce"] == AGREEMENTS
+
+
+def convolutions() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 10, 3), nn.ReLU(), nn.Conv2d(10, 9, 3), nn.ReLU(), nn.ConvTranspose2d(9, 8, (2, 3)))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+
+
+def check_the_bytes_of_kernels(rank: int, folder: Path) -> None:
+    """Kernels are stepped where they are: PO exchanges nothing, others the sums of the groups that are spread."""
+    for strategy in ("po", "pi", "pio", "layer"):
+        model = convolutions().double()
+        plan = constrain(model, strategy, "oblique", first_layer=True)
+        spread = 0
+        for param in plan.parameters().values():
+            into = param.shape[1]
+            if param.shape[2] == 2:  # a transposed convolution, which is cut along its input channels
+                spread += {"po": into, "pi": 0, "pio": into, "layer": 1}[strategy]
+            else:
+                spread += {"po": 0, "pi": into, "pio": into // 2, "layer": 1}[strategy]
+        n_spread = sum(strategy != ("pi" if p.shape[2] == 2 else "po") for p in plan.parameters().values())
+        groups = sum(p.manifold.n_groups for p in plan.parameters().values())
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        optimizer = fg_sgd(momentum=0.9)(model)
+        for step in range(2):
+            loss(model, data("residual", step, PER_PROCESS)).backward()
+            with counted() as bytes_of:
+                optimizer.step()
+            assert bytes_of["all_to_all_single"] == 0
+            sums = 8 * (1 + n_spread + spread)  # a word for errors, and for gradients that cannot be squared
+            assert bytes_of["all_reduce"] == AGREEMENTS + (sums if spread else 0), strategy
+        with counted() as bytes_of:
+            scales: Any = optimizer.step_scales()  # pyright: ignore
+            optimizer.step_scales()  # pyright: ignore
+        assert bytes_of == {"all_to_all_single": 0, "all_reduce": 8 * groups}
+        assert {len(tau) for tau in scales.values()} == {p.manifold.n_groups for p in plan.parameters().values()}
+        assert all(bool((tau >= 1).all()) for tau in scales.values())
+        for param in plan.parameters().values():
+            buffer = optimizer.state[param]["momentum_buffer"].to_local()
+            assert buffer.numel() == param.to_local().numel()  # pyright: ignore
+            assert buffer.shape[0] in (len(param) // 2, -(-len(param) // 2))
+
+
+def check_gradients_that_cannot_be_squared(rank: int, folder: Path) -> None:
+    """They are divided by the same power of two everywhere, though one process alone has the large ones."""
+    from torch.distributed.tensor import distribute_tensor
+
+    huge = {"step_size": "theorem", "norm": "running"}, {"step_size": "theorem"}, {"step_size": "constant"}
+    for options, factor in (*((own, 1e25) for own in huge), ({"step_size": "angle", "angle": 0.1}, 1e-30)):
+        for strategy in ("pi", "pio", "layer"):
+            models = [convolutions() for _ in range(2)]
+            for model in models:
+                constrain(model, strategy, "sphere")
+            fully_shard(models[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+            optimizers = [fg_sgd(momentum=0.9, weight_decay=1e-3, **options)(model) for model in models]
+            for step in range(2):
+                optimizers[1].zero_grad()
+                loss(models[1], data("residual", step, 4, torch.float32)).backward()
+                models[1][2].weight.grad[-1:] *= factor  # pyright: ignore  of the last process
+                for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+                    assert b.grad is not None
+                    a.grad = distribute_tensor(b.grad.as_subclass(Tensor), a.device_mesh, a.placements)  # pyright: ignore
+                for optimizer in optimizers:
+                    optimizer.step()
+            assert_equal(*models, 2e-6)  # pyright: ignore
+            moved = whole(models[0][2].weight) - convolutions()[2].weight.detach()  # pyright: ignore
+            assert float(moved.abs().max()) > 1e-3
 
 
 # -- what FSDP2 offers -----------------------------------------------------------------------------------------
@@ -306,6 +427,57 @@ def check_mixed_precision(rank: int, folder: Path) -> None:
     for param in plan.parameters().values():
         assert param.dtype == torch.float32
         assert float(param.manifold.violation(whole(param)).max()) < 1e-5  # pyright: ignore
+
+
+def check_ignored_parameters(rank: int, folder: Path) -> None:
+    """Torch neither shards nor averages them: averaged by hand, they are stepped by everybody for himself."""
+    models = []
+    for _ in range(2):
+        model = residual_net().double()
+        constrain(model)
+        models.append(model)
+    sharded, single = models
+    ignored: Any = sharded[1].second.weight, sharded[6].weight
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(sharded[1], mesh=mesh, ignored_params=set(ignored))
+    fully_shard(sharded, mesh=mesh, ignored_params=set(ignored))
+    assert sharded[1].second.weight is ignored[0]
+    optimizers = [fg_sgd(momentum=0.9)(model) for model in models]
+    for step in range(4):
+        x = data("residual", step, PER_PROCESS * dist.get_world_size())
+        for model, optimizer, own in zip(models, optimizers, (own_share(x, rank), x), strict=True):
+            optimizer.zero_grad()
+            loss(model, own).backward()
+            for param in ignored if model is sharded else ():
+                dist.all_reduce(param.grad.as_subclass(Tensor))
+                param.grad /= dist.get_world_size()
+            optimizer.step()
+    assert_equal(sharded, single, 1e-9)
+
+
+def check_offloading_on_the_cpu(rank: int, folder: Path) -> None:
+    """Where the device is the CPU it changes nothing; elsewhere constrained weights are refused."""
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    models = []
+    for _ in range(2):
+        model = residual_net().double()
+        constrain(model)
+        models.append(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(models[0], mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False))
+    optimizers = [fg_sgd(momentum=0.9)(model) for model in models]
+    for step in range(3):
+        x = data("residual", step, PER_PROCESS * dist.get_world_size())
+        for model, optimizer, own in zip(models, optimizers, (own_share(x, rank), x), strict=True):
+            optimizer.zero_grad()
+            loss(model, own).backward()
+            optimizer.step()
+    assert_equal(*models, 1e-9)
+    model = residual_net()
+    constrain(model)
+    with pytest.raises(ValueError, match=r"would be kept on the CPU.*leave offload_policy out"):
+        fully_shard(model, offload_policy=CPUOffloadPolicy())
 
 
 def check_another_dimension_is_sharded(rank: int, folder: Path) -> None:
@@ -351,6 +523,40 @@ def check_tensor_parallel(rank: int, folder: Path) -> None:
             optimizer.zero_grad()
             loss(model, x).backward()
             optimizer.step()
+    assert_equal(parallel, single, 1e-9)
+
+
+def check_tensor_parallel_filters(rank: int, folder: Path) -> None:
+    """Rows that are components stay where ColwiseParallel puts them; RowwiseParallel cuts through them."""
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    from fgo_geo.distributed import declare_plain
+
+    models = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+        constrain(model, "pi", ("sphere", "oblique"), components="filter", classifier=True, first_layer=True)
+        models.append(model)
+    parallel, single = models
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    parallelize_module(parallel, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    plan_of(parallel).attach(parallel)
+    declare_plain(parallel)
+    numbers = {name: parallel.get_parameter(name).numel() for name in ("2.weight",)}
+    optimizers = [fg_sgd(momentum=0.9)(model) for model in models]
+    for step in range(4):
+        x = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss(model, x).backward()
+            with counted() as bytes_of:
+                optimizer.step()
+            if model is parallel:
+                total = torch.tensor(bytes_of["all_to_all_single"])
+                dist.all_reduce(total)
+                groups = dist.get_world_size() * 2
+                assert int(total) == 8 * ((5 if step else 4) * numbers["2.weight"] + groups)
     assert_equal(parallel, single, 1e-9)
 
 

@@ -35,7 +35,9 @@ MAY_IMPORT = {
 # Every file of every room, so that a missing one and one that nobody placed are noticed.
 FILES = {
     "": ["__init__.py", "__main__.py", "_former_names.py", "_geoopt.py"],
-    "distributed": ["__init__.py", "checkpoints.py", "exchange.py", "owners.py", "sharding.py"],
+    "distributed": [
+        *("__init__.py", "checkpoints.py", "exchange.py", "local.py", "owners.py", "parcels.py", "sharding.py"),
+    ],
     "linalg": [
         "__init__.py",
         "chebyshev.py",

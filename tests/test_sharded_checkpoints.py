@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import groups
@@ -48,3 +51,22 @@ def test_one_process_loads_what_two_have_saved(outcomes: groups.Outcomes, folder
         optimizer.step()
         for param in plan_of(model).parameters().values():
             assert float(param.manifold.violation(param.detach()).max()) < 1e-12
+
+
+def test_a_killed_process_and_a_restart_change_nothing(tmp_path: Path) -> None:
+    """When one dies, torchrun starts all anew; they go on from the newest checkpoint, to the identical bits."""
+    script = Path(__file__).with_name("elastic_training.py")
+    options = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1")
+    ended = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", *options, str(script), str(tmp_path)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert len(list(tmp_path.glob("attempt-*"))) == 4
+    resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
+    assert resumed["went on from"] == 4
+    straight = torch.load(tmp_path / "straight.pt", weights_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(resumed["weights"], straight, strict=True))

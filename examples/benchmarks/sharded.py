@@ -10,6 +10,7 @@ gathers and a reduction of all parameters, of which a process has one part in N.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
@@ -37,18 +38,27 @@ def transformer() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {"ResNet-50": resnet50, "transformer, 1.2 billion": transformer}
 
 
-def sharded(build: Callable[[], nn.Module], count: int, rank: int, manifolds: tuple[str, ...]) -> nn.Module:
+def sharded(
+    build: Callable[[], nn.Module], count: int, rank: int, manifolds: tuple[str, ...], strategy: str = "pio"
+) -> nn.Module:
     """A model as one process of a group has it, without values."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
     with torch.device("meta"):
         model = build()
-    fgo_geo.constrain(model, "pio", manifolds)
+    fgo_geo.constrain(model, strategy, manifolds)
     return fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
 
 
 def step_of_one_process(model: nn.Module) -> dict[str, float]:
-    """What a process sends to others in a step with momentum and has whole during it, in bytes; and its step cost."""
-    sent = 0
+    """What a process sends to others in a step with momentum and has whole during it, in bytes; and its step cost.
+
+    Of an all-reduce it sends the values that it sums, which is within a factor of two of what an algorithm sends.
+    """
+    sent, summed = 0, 0
+
+    def count_sums(values: Tensor, op: Any, group: Any) -> None:
+        nonlocal summed
+        summed += values.numel() * values.element_size()
 
     def count(received: Tensor, outgoing: Tensor, lengths: list[int], sent_lengths: list[int], group: Any) -> None:
         nonlocal sent
@@ -58,13 +68,19 @@ def step_of_one_process(model: nn.Module) -> dict[str, float]:
     options = StepOptions(lr=0.1, momentum=0.9, step_size="theorem")
     weights = [Weight(p, p, manifold_of(p), p.detach(), p.detach()) for p in params]
     exchange = WeightExchange({}, lambda param: "")
-    with patch("torch.distributed.all_to_all_single", count), patch.object(WeightExchange, "agree"):
+    with (
+        patch("torch.distributed.all_to_all_single", count),
+        patch("torch.distributed.all_reduce", count_sums),
+        patch.object(WeightExchange, "agree"),
+    ):
         own = exchange.collect([StepRequest(options, weights)])[0].weights
+        with patch.object(exchange, "_device", torch.device("cpu")):
+            exchange.add_up([], None)
         exchange.put_back({w.owner: torch.empty(w.n_groups, device="meta") for w in own})
-    numbers = sum(weight.param.numel() for weight in own)
     return {
         "sent": sent,
-        "whole": 3 * 4 * numbers,
+        "summed": summed,
+        "whole": 3 * 4 * sum(weight.param.numel() for weight in own if weight.share is None),
         "cost": sum(step_cost(weight.manifold, weight.param.shape) for weight in own),
         "all": 4 * sum(param.numel() for param in model.parameters()),
     }
@@ -74,24 +90,28 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[8, 64])
+    parser.add_argument("--strategies", nargs="+", default=["pio"])
     parser.add_argument("--manifolds", nargs="+", default=["sphere", "oblique", "stiefel", "euclidean"])
     options = parser.parse_args()
-    columns = ("model", "processes", "sent by a step, MB", "FSDP2, MB", "share", "whole in a step, MB", "busiest owner")
+    columns = (
+        *("model", "strategy", "processes", "sent by a step, MB", "summed, KB", "FSDP2, MB", "share"),
+        *("whole in a step, MB", "busiest process"),
+    )
     print("|", " | ".join(columns), "|")
     print("|", " | ".join("---" for _ in columns), "|")
-    for name, build in MODELS.items():
-        for count in options.processes:
-            rows = []
-            for rank in range(count):
-                rows.append(step_of_one_process(sharded(build, count, rank, tuple(options.manifolds))))
-                dist.destroy_process_group()
-            sent, whole = (max(row[key] for row in rows) for key in ("sent", "whole"))
-            fsdp = 3 * rows[0]["all"] * (count - 1) / count
-            busiest = max(row["cost"] for row in rows) * count / sum(row["cost"] for row in rows)
-            print(
-                f"| {name} | {count} | {sent / 1e6:.1f} | {fsdp / 1e6:.1f} | {sent / fsdp:.1%} | {whole / 1e6:.1f} "
-                f"| {busiest:.2f} |"
-            )
+    for name, strategy, count in itertools.product(MODELS, options.strategies, options.processes):
+        rows = []
+        for rank in range(count):
+            rows.append(step_of_one_process(sharded(MODELS[name], count, rank, tuple(options.manifolds), strategy)))
+            dist.destroy_process_group()
+        sent, whole, summed = (max(row[key] for row in rows) for key in ("sent", "whole", "summed"))
+        fsdp = 3 * rows[0]["all"] * (count - 1) / count
+        busiest = max(row["cost"] for row in rows) * count / sum(row["cost"] for row in rows)
+        print(
+            f"| {name} | {strategy} | {count} | {sent / 1e6:.1f} | {summed / 1e3:.1f} | {fsdp / 1e6:.1f} "
+            f"| {(sent + summed) / fsdp:.1%} | {whole / 1e6:.1f} | {busiest:.2f} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,23 +1,26 @@
-"""The collectives of a step of sharded weights: shards in, a step by the owner, shards out.
+"""The collectives of a step of sharded weights.
 
-Projection, retraction and ``R²`` of a weight need all of it. So every weight has an *owner*, the process that steps it
-for all (:mod:`fgo_geo.distributed.owners`), with every execution path as if it were not sharded. A step is
+A weight that is dealt in whole components, as convolutions are, is stepped in place by all processes, each its own part
+(:mod:`fgo_geo.distributed.local`). For any other, projection, retraction and ``R²`` need all of it: it has an *owner*,
+the process that steps it for all (:mod:`fgo_geo.distributed.owners`). Either way the step is that of one process, by
+the same execution paths:
 
 1. *agree*: one small all-reduce, in which a process that has an error, or other manifolds than the rest, is heard;
-2. *collect*: one all-to-all brings weight, gradient and momentum to the owner;
-3. the owners measure, and all *agree* again: if one refuses, all do, and nothing has changed anywhere;
-4. the owners move, and one all-to-all *puts back* weight and momentum, with ``τ`` of every group for everybody.
+2. *collect*: one all-to-all brings weight, gradient and momentum to the owners;
+3. all measure, and *add up* ``R²`` of the groups that several processes have components of, in one all-reduce;
+4. all *agree* again: if one refuses, all do, and nothing has changed anywhere;
+5. all move, and one all-to-all *puts back* weight and momentum of the owners, with ``τ`` of every group for everybody.
 
 Between steps nothing is kept at the owner: weights and state are the shards, as every other tool of torch expects them.
-A process sends and receives one part in ``N`` of five copies of the constrained weights per step, with ``N`` processes.
-On a mesh that replicates shards, every replica does the same.
+With ``N`` processes, each sends and receives one part in ``N`` of five copies of the weights that have owners. On a
+mesh that replicates shards, every replica does the same.
 """
 
 from __future__ import annotations
 
 import builtins
 import hashlib
-import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,106 +30,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fgo_geo.distributed.local import LocalPart, local_part_of
 from fgo_geo.distributed.owners import owners_of, step_cost
+from fgo_geo.distributed.parcels import Parcel, collect_parcels, return_parcels
 from fgo_geo.linalg import Cut, cut_of, is_sharded, local_part, processes_of
 from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.optim.base import StepRequest
-from fgo_geo.paths.protocol import Weight, configuration_of
+from fgo_geo.optim.finite import Measured, divide, largest_of, odd_weights, unit_of
+from fgo_geo.paths.protocol import Batch, Weight, configuration_of
 
-__all__ = ["Parcel", "WeightExchange", "collect_parcels", "fingerprint", "return_parcels"]
-
-
-@dataclass(frozen=True)
-class Parcel:
-    """A tensor that is whole at its owner and in shards elsewhere.
-
-    Attributes:
-        cut: How it is dealt.
-        owner: The process that has it whole, by its number in the group.
-        dtype: Its type.
-    """
-
-    cut: Cut
-    owner: int
-    dtype: torch.dtype
-
-
-def collect_parcels(
-    parcels: Sequence[Parcel], shards: Sequence[Tensor], targets: Sequence[Tensor | None], group: Any
-) -> None:
-    """Bring shards to owners, by one all-to-all for every type.
-
-    Args:
-        parcels: What is sent, the same on all processes.
-        shards: What this process has of each.
-        targets: Where to put what this process owns, whole tensors; None for what others own.
-        group: The processes.
-    """
-    rank = dist.get_rank(group)
-
-    def sent_to(other: int, numbers: Sequence[int]) -> list[Tensor]:
-        return [shards[n].reshape(-1) for n in numbers if parcels[n].owner == other]
-
-    def received_from(other: int, numbers: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
-        return [(n, parcels[n].cut.shape_of(other)) for n in numbers if parcels[n].owner == rank]
-
-    def put(number: int, other: int, value: Tensor) -> None:
-        target = targets[number]
-        if target is not None:
-            parcels[number].cut.piece(target, other).copy_(value)
-
-    _all_to_all(parcels, shards, sent_to, received_from, put, group)
-
-
-def return_parcels(
-    parcels: Sequence[Parcel], wholes: Sequence[Tensor | None], targets: Sequence[Tensor], group: Any
-) -> None:
-    """Send to every process its shards of what the owners have; the inverse of :func:`collect_parcels`.
-
-    Args:
-        parcels: What is sent, the same on all processes.
-        wholes: The tensors that this process owns; None for others.
-        targets: The shards of this process, written in place.
-        group: The processes.
-    """
-    rank = dist.get_rank(group)
-
-    def sent_to(other: int, numbers: Sequence[int]) -> list[Tensor]:
-        owned = [(n, wholes[n]) for n in numbers]
-        return [parcels[n].cut.piece(value, other).reshape(-1) for n, value in owned if value is not None]
-
-    def received_from(other: int, numbers: Sequence[int]) -> list[tuple[int, tuple[int, ...]]]:
-        return [(n, parcels[n].cut.shape_of(rank)) for n in numbers if parcels[n].owner == other]
-
-    def put(number: int, other: int, value: Tensor) -> None:
-        targets[number].copy_(value)
-
-    _all_to_all(parcels, targets, sent_to, received_from, put, group)
-
-
-def _all_to_all(
-    parcels: Sequence[Parcel],
-    like: Sequence[Tensor],
-    sent_to: Callable[[int, Sequence[int]], list[Tensor]],
-    received_from: Callable[[int, Sequence[int]], list[tuple[int, tuple[int, ...]]]],
-    put: Callable[[int, int, Tensor], None],
-    group: Any,
-) -> None:
-    others = range(dist.get_world_size(group))
-    for dtype in dict.fromkeys(parcel.dtype for parcel in parcels):
-        numbers = [n for n, parcel in enumerate(parcels) if parcel.dtype == dtype]
-        outgoing = [sent_to(other, numbers) for other in others]
-        incoming = [received_from(other, numbers) for other in others]
-        sent = torch.cat([t for own in outgoing for t in own] or [like[numbers[0]].new_empty(0)])
-        counts = [sum(math.prod(shape) for _, shape in own) for own in incoming]
-        received = sent.new_empty(sum(counts))
-        dist.all_to_all_single(received, sent, counts, [sum(t.numel() for t in own) for own in outgoing], group)
-        offset = 0
-        for other, own in zip(others, incoming, strict=True):
-            for number, shape in own:
-                length = math.prod(shape)
-                put(number, other, received[offset : offset + length].view(shape))
-                offset += length
+__all__ = ["WeightExchange", "fingerprint"]
 
 
 def fingerprint(manifold: geoopt.Manifold | None) -> bytes:
@@ -156,24 +69,27 @@ def fingerprint(manifold: geoopt.Manifold | None) -> bytes:
 
 @dataclass(eq=False)
 class _Placed:
-    """A weight on a device mesh: how it is dealt, and who steps it; a copy, not dealt, by everybody for himself."""
+    """A weight on a device mesh: how it is dealt, and who steps it: its owner, or everybody his part of it or copy."""
 
     param: Tensor
     cut: Cut
+    local: LocalPart | None
     owner: int
     whole: Tensor | None
     lent: Weight | None = None  # the same from step to step, as those who step it know it
 
     def lend(self, weight: Weight, point: Tensor, grad: Tensor | None, buffer: Tensor | None) -> Weight:
-        """The weight as its owner steps it."""
+        """The weight as it is stepped here."""
         if self.lent is None or self.lent.owner is not weight.owner or self.lent.param is not point:
             self.lent = Weight(point, weight.owner, weight.manifold, grad)
+            if self.local is not None:
+                self.lent.manifold, self.lent.share = self.local.manifold, self.local.share
         self.lent.grad, self.lent.buffer, self.lent.first = grad, buffer, weight.first
         return self.lent
 
     @property
-    def is_copy(self) -> bool:
-        return self.cut.dim is None
+    def has_owner(self) -> bool:
+        return self.cut.dim is not None and self.local is None
 
 
 class WeightExchange:
@@ -196,7 +112,12 @@ class WeightExchange:
         self._device = torch.device("cpu")
         self._lent: list[
             tuple[StepRequest, Weight, Weight | None]
-        ] = []  # sharded, and whole where this process owns it
+        ] = []  # sharded, and as this process steps it, if it does
+        self._slots: dict[Tensor, Tensor] = {}  # of spread weights: where the sums of the groups here are
+        self._n_slots = 0
+        self._places: weakref.WeakKeyDictionary[Batch, tuple[Tensor, Tensor]] = weakref.WeakKeyDictionary()
+        self._local_scales: list[tuple[LocalPart, Tensor, Tensor | None]] = []
+        self._all_scales: dict[Tensor, Tensor] | None = {}
 
     # -- in ----------------------------------------------------------------------------------------------------
 
@@ -220,9 +141,9 @@ class WeightExchange:
             if grad.placements != weight.param.placements:  # pyright: ignore  of tensor parallelism: sums not taken yet
                 grad = grad.redistribute(placements=weight.param.placements)  # pyright: ignore
             mine = [local_part(t) for t in (weight.param, grad, weight.buffer) if t is not None]
-            if placed.is_copy:
+            if not placed.has_owner:
                 buffer = mine[2] if len(mine) > 2 else None
-                lent = placed.lend(weight, mine[0], mine[1], buffer)
+                lent = placed.lend(weight, mine[0], mine[1], buffer) if mine[0].numel() else None
                 self._lent.append((own, weight, lent))
                 continue
             wholes: list[Tensor | None] = [None] * len(mine)
@@ -256,6 +177,8 @@ class WeightExchange:
         if same:
             return
         self._placed, self._configurations = [], []
+        self._slots, self._n_slots = {}, 0
+        self._places.clear()
         if not weights:
             return
         self._groups = processes_of(weights[0].param)
@@ -277,13 +200,27 @@ class WeightExchange:
             )
         self._group = first
         count, rank = (1, 0) if first is None else (dist.get_world_size(first), dist.get_rank(first))
-        costs = [step_cost(weight.manifold, cut.shape) for weight, cut in zip(weights, cuts, strict=True)]
-        costs = [cost if cut.dim is not None else 0.0 for cost, cut in zip(costs, cuts, strict=True)]
-        owners = owners_of(costs, count)
-        for weight, cut, owner in zip(weights, cuts, owners, strict=True):
-            is_owned = owner == rank and cut.dim is not None
-            whole = local_part(weight.param).new_empty(cut.shape) if is_owned else None
-            self._placed.append(_Placed(weight.param, cut, owner, whole))
+        locals_ = [
+            None if weight.manifold is None else local_part_of(weight.manifold, cut, self._device)
+            for weight, cut in zip(weights, cuts, strict=True)
+        ]
+        costs, loads = [0.0] * len(weights), [0.0] * count
+        for number, (weight, cut, local) in enumerate(zip(weights, cuts, locals_, strict=True)):
+            cost = step_cost(weight.manifold, cut.shape)
+            if local is None and cut.dim is not None:
+                costs[number] = cost
+            elif cut.dim is not None:
+                loads = [load + cost * cut.range_of(n)[1] / cut.shape[cut.dim] for n, load in enumerate(loads)]
+        owners = owners_of(costs, count, loads)
+        for weight, cut, local, owner in zip(weights, cuts, locals_, owners, strict=True):
+            placed = _Placed(weight.param, cut, local, owner, None)
+            if placed.has_owner and owner == rank:
+                placed.whole = local_part(weight.param).new_empty(cut.shape)
+            self._placed.append(placed)
+            if local is not None and len(local.spread):
+                spread = local.share.groups[local.share.spread]
+                self._slots[weight.owner] = torch.searchsorted(local.spread, spread) + self._n_slots
+                self._n_slots += len(local.spread)
         self._configurations = configurations
         self._digests = [
             hashlib.sha256(repr((cut.shape, cut.dim, cut.count)).encode() + fingerprint(weight.manifold)).digest()
@@ -336,15 +273,107 @@ class WeightExchange:
             told = [word for words in gathered for word in words]
         return told
 
+    # -- norms of groups that several processes have components of -------------------------------------------------
+
+    def add_up(self, measured: Sequence[Measured], error: Exception | None) -> None:
+        """Sum ``R²`` of groups whose components several processes have; with an error anywhere, leave it at that.
+
+        Gradients that cannot be squared on one process are divided by the same power of two on all, and measured again.
+
+        Args:
+            measured: All batches of the step; their ``R²`` are those of all components afterwards.
+            error: What has kept this process from measuring.
+        """
+        if not self._slots:
+            return
+        spread = [own for own in measured if any(weight.is_spread for weight in own.batch.weights)]
+        readable = [own for own in spread if own.is_free or own.check_finite]
+        odd = {weight.owner for weight in odd_weights(readable) if weight.is_spread}
+        flags = [float(error is not None), *(float(owner in odd) for owner in self._slots)]
+        total = self._sums([] if error else measured, flags)
+        failed, *troubled = total[: len(flags)].tolist()
+        if failed:
+            return
+        if any(troubled):
+            owners = [owner for owner, is_odd in zip(self._slots, troubled, strict=True) if is_odd]
+            divide(measured, self._common_units(owners))
+            total = self._sums(measured, flags)
+        for own in measured:
+            places, slots = self._places_of(own.batch)
+            if len(places):
+                own.squared = own.squared.index_copy(0, places, total[slots + len(flags)].to(own.squared.device))
+
+    def _sums(self, measured: Sequence[Measured], flags: Sequence[float]) -> Tensor:
+        """Flags, and ``R²`` of all groups that are spread, summed over the processes."""
+        total = torch.zeros(len(flags) + self._n_slots, dtype=torch.float64)
+        total[: len(flags)] = torch.tensor(flags, dtype=torch.float64)
+        total = total.to(self._device)
+        for own in measured:
+            places, slots = self._places_of(own.batch)
+            total.index_add_(0, slots + len(flags), own.squared[places].to(total))
+        dist.all_reduce(total, dist.ReduceOp.SUM, self._group)
+        return total
+
+    def _places_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where the numbers of groups that are spread are: in what a batch has measured, and in the sums."""
+        if batch not in self._places:
+            places, slots, first = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)], 0
+            for weight, count in zip(batch.weights, batch.counts, strict=True):
+                if weight.share is not None and weight.is_spread:
+                    places.append(weight.share.spread.cpu() + first)
+                    slots.append(self._slots[weight.owner].cpu())
+                first += count
+            found = torch.cat(places), torch.cat(slots)
+            if batch.owned is not None:  # another path has the rest of a weight
+                is_own = batch.owned.cpu()[found[0]]
+                found = found[0][is_own], found[1][is_own]
+            self._places[batch] = found[0].to(batch.device), found[1].to(self._device)
+        return self._places[batch]
+
+    def _common_units(self, owners: Sequence[Tensor]) -> dict[Weight, float]:
+        """The power of two by which all processes divide the gradient of a weight."""
+        lent = {weight.owner: weight for _, _, weight in self._lent if weight is not None}
+        here = [largest_of(lent[owner]) if owner in lent else 0.0 for owner in owners]
+        largest = torch.tensor(here, dtype=torch.float64, device=self._device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, self._group)
+        units = zip(owners, map(unit_of, largest.tolist()), strict=True)
+        return {lent[owner]: unit for owner, unit in units if owner in lent}
+
+    def _told_by_each(self, numbers: Sequence[tuple[LocalPart, Tensor | None]]) -> list[Tensor]:
+        """Numbers of all groups of weights, of which every process has those of its own; in one all-reduce."""
+        wholes: list[Tensor] = []
+        for local, own in numbers:
+            whole = torch.zeros(local.n_groups, dtype=torch.float64, device=self._device)
+            if own is not None:
+                whole[local.share.groups[local.is_told]] = own[local.is_told].to(whole)
+            wholes.append(whole)
+        if not wholes:
+            return []
+        packed = torch.cat(wholes)
+        dist.all_reduce(packed, dist.ReduceOp.SUM, self._group)
+        return list(packed.split([len(whole) for whole in wholes]))
+
+    def scales(self) -> dict[Tensor, Tensor]:
+        """``τ`` of the weights that every process steps a share of; all processes have to ask."""
+        if self._all_scales is None:
+            told = self._told_by_each([(local, own) for local, _, own in self._local_scales])
+            owners = [owner for _, owner, _ in self._local_scales]
+            types = [torch.promote_types(owner.dtype, torch.float32) for owner in owners]
+            self._all_scales = {o: tau.to(dtype) for o, tau, dtype in zip(owners, told, types, strict=True)}
+            self._local_scales = []
+        return self._all_scales
+
     # -- out -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def put_back(self, scales: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Return whole weights to their shards; give all processes the ``τ`` of all weights, and return them."""
+        """Return whole weights to their shards; give all processes the ``τ`` of these weights, and return them."""
         parcels: list[Parcel] = []
         wholes: list[Tensor | None] = []
         targets: list[Tensor] = []
         received: dict[Tensor, Tensor] = {}
+        local_scales: list[tuple[LocalPart, Tensor, Tensor | None]] = []
+        running: list[tuple[LocalPart, Tensor, Tensor | None]] = []
 
         def send(cut: Cut, owner: int, value: Tensor | None, target: Tensor) -> None:
             parcels.append(Parcel(cut, owner, target.dtype))
@@ -355,9 +384,14 @@ class WeightExchange:
             owner, cut = weight.owner, placed.cut
             if own.options.momentum != 0 and weight.buffer is None:
                 weight.buffer = self._state[owner]["momentum_buffer"] = torch.zeros_like(weight.param.detach())
-                if placed.is_copy and lent is not None and lent.buffer is not None:
+                if not placed.has_owner and lent is not None and lent.buffer is not None:
                     local_part(weight.buffer).copy_(lent.buffer)
-            if placed.is_copy:
+            if placed.local is not None:
+                local_scales.append((placed.local, owner, scales.get(owner)))
+                if own.running:
+                    mean = self._state[owner].get("norm_squared")
+                    running.append((placed.local, owner, None if mean is None else mean[placed.local.share.groups]))
+            if not placed.has_owner:
                 continue
             send(cut, placed.owner, placed.whole, local_part(weight.param))
             if own.options.momentum != 0 and weight.buffer is not None:
@@ -378,10 +412,14 @@ class WeightExchange:
                 send(everyone, placed.owner, value, mean)
         if parcels:
             return_parcels(parcels, wholes, targets, self._group)
+        means = self._told_by_each([(local, mean) for local, _, mean in running])
+        for (_, owner, _), mean in zip(running, means, strict=True):
+            self._state[owner]["norm_squared"] = mean.to(torch.promote_types(owner.dtype, torch.float32))
         for placed in self._placed:
             if placed.whole is not None:
                 _free(placed.whole)
-        self._lent = []
+        self._lent, self._local_scales = [], local_scales
+        self._all_scales = None if local_scales else {}
         return received
 
 

@@ -51,22 +51,24 @@ def _of_component(manifold: geoopt.Manifold, size: Sequence[int]) -> float:
     return math.prod(size) * (1 + columns / _COLUMNS_PER_SWEEP)
 
 
-def owners_of(costs: Iterable[float], count: int) -> list[int]:
+def owners_of(costs: Iterable[float], count: int, loads: Sequence[float] | None = None) -> list[int]:
     """Deal weights to processes: the dearest first, each to the one that has least to do so far.
 
     Args:
         costs: What every weight costs.
         count: Number of processes.
+        loads: What every process has to do besides; nothing if left out.
 
     Returns:
-        For every weight the number of its owner. No process has more to do than a third above the least possible.
+        For every weight the number of its owner. Without ``loads``, no process has more to do than a third
+        above the least possible.
 
     Example:
         >>> owners_of([1.0, 5.0, 3.0, 3.0], 2)
         [0, 0, 1, 1]
     """
     costs = list(costs)
-    loads, numbers = [0.0] * count, [0] * count
+    loads, numbers = [0.0] * count if loads is None else list(loads), [0] * count
     owners = [0] * len(costs)
     for number in sorted(range(len(costs)), key=lambda n: -costs[n]):
         owner = min(range(count), key=lambda rank: (loads[rank], numbers[rank]))

@@ -13,7 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import geoopt
 import torch
@@ -62,8 +62,16 @@ class Exchange(Protocol):
         """Raise on all processes if one of them has an error."""
         ...
 
+    def add_up(self, measured: Sequence[Measured], error: Exception | None) -> None:
+        """Sum ``R²`` of groups whose components several processes have; with an error anywhere, leave it at that."""
+        ...
+
     def put_back(self, scales: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Return whole weights to their shards; give all processes the ``τ`` of all weights, and return them."""
+        """Return whole weights to their shards; give all processes the ``τ`` of these weights, and return them."""
+        ...
+
+    def scales(self) -> dict[Tensor, Tensor]:
+        """``τ`` of the weights that every process steps a share of; all processes have to ask."""
         ...
 
 
@@ -144,6 +152,10 @@ class Stepper:
         """Route, measure, refuse, and move; after a collective refusal nothing has changed on any process."""
         self._routers = {n: self._routers.get(n) or Router() for n in range(len(requests))}
         batches: list[tuple[StepRequest, Batch, bool]] = []
+        measured: list[tuple[StepRequest, Measured]] = []
+        swept: dict[Batch, StepRequest] = {}
+        left_out: list[Tensor] = []
+        error: Exception | None = None
         try:
             try:
                 for request, router in zip(requests, self._routers.values(), strict=True):
@@ -155,15 +167,19 @@ class Stepper:
                     for r, batch, is_free in batches
                     if batch not in swept
                 ]
-                left_out: list[Tensor] = []
-                if not all(_is_finite(own) for _, own in measured):
-                    left_out = settle([own for _, own in measured], self._name_of, self._optimizer, self._unchanged)
-            except Exception as error:
-                if exchange is not None:
-                    exchange.agree(error)
-                raise
+            except Exception as problem:
+                error = problem
             if exchange is not None:
-                exchange.agree(None)
+                exchange.add_up([own for _, own in measured], error)
+            try:
+                if error is None and not all(_is_finite(own) for _, own in measured):
+                    left_out = settle([own for _, own in measured], self._name_of, self._optimizer, self._unchanged)
+            except Exception as problem:
+                error = problem
+            if exchange is not None:
+                exchange.agree(error)
+            if error is not None:
+                raise error
             for count in left_out:
                 self._count(self._left_out, count)
             self._records.clear()
@@ -176,6 +192,7 @@ class Stepper:
                 self._received = exchange.put_back(self._scales())
             _write_back(requests)
         finally:
+            error = None  # its traceback holds this frame
             for _, batch, _ in batches:  # hold on to no gradient until the next step
                 for weight in batch.weights:
                     weight.grad = weight.buffer = None
@@ -261,9 +278,8 @@ class Stepper:
             return None, None
         known = self._constants.setdefault(batch, {})
         if options.radius_invariant not in known:
-            manifolds = [(weight.manifold, tuple(weight.param.shape)) for weight in batch.weights]
-            bounds = [group_curvatures(m, shape, options.radius_invariant) for m, shape in manifolds]
-            norms = [group_norms(m, shape) for m, shape in manifolds]
+            bounds = [_of_groups(w, group_curvatures, options.radius_invariant) for w in batch.weights]
+            norms = [_of_groups(w, group_norms) for w in batch.weights]
             constants = torch.cat(bounds).to(batch.device), torch.cat(norms).to(batch.device)
             known[options.radius_invariant] = constants
         bounds, norms = known[options.radius_invariant]
@@ -271,7 +287,7 @@ class Stepper:
 
     def _norm_before(self, batch: Batch, norm: Tensor) -> Tensor:
         """The running norm of earlier steps, which knows nothing of this gradient; this one's own in a first step."""
-        means = [self._state[weight.owner].get("norm_squared") for weight in batch.weights]
+        means = [_here(weight, self._state[weight.owner].get("norm_squared")) for weight in batch.weights]
         unknown = norm.new_full((), math.nan)
         mean = torch.cat([
             unknown.expand(count) if mean is None else mean.to(norm)
@@ -295,10 +311,15 @@ class Stepper:
             is_new = is_new if mask is None else is_new & mask
         parts = (mean, is_new)
         for weight, own, mask in zip(batch.weights, *(t.split(batch.counts) for t in parts), strict=True):
-            state = self._state[weight.owner]
-            other = state.get("norm_squared", own.new_full((), math.nan))
-            dtype = torch.promote_types(weight.owner.dtype, torch.float32)
-            state["norm_squared"] = torch.where(mask, own, other.to(own)).to(dtype)
+            state, share = self._state[weight.owner], weight.share
+            before_it = state.get("norm_squared")
+            other = own.new_full((), math.nan) if before_it is None else cast(Tensor, _here(weight, before_it)).to(own)
+            now = torch.where(mask, own, other).to(torch.promote_types(weight.owner.dtype, torch.float32))
+            if share is not None:  # what is known of other groups stays until the processes have told each other
+                n_groups = getattr(share.manifold, "n_groups", 1)
+                known = now.new_full((n_groups,), math.nan) if before_it is None else before_it
+                now = known.index_copy(0, share.groups, now)
+            state["norm_squared"] = now
         return torch.maximum(tau, shortest)
 
     def _count(self, counts: dict[torch.device, Tensor], more: Tensor) -> None:
@@ -341,7 +362,8 @@ class Stepper:
 
     def step_scales(self, param_groups: Sequence[dict[str, Any]]) -> dict[Tensor, Tensor]:
         """``τ`` of every group in the latest step, by parameter, in the order of the parameter groups."""
-        scales = {**self._scales(), **self._received}
+        shared = {} if self._exchange is None else self._exchange.scales()
+        scales = {**self._scales(), **self._received, **shared}
         return {param: scales[param] for group in param_groups for param in group["params"] if param in scales}
 
     def _scales(self) -> dict[Tensor, Tensor]:
@@ -391,7 +413,22 @@ def _is_swept(request: StepRequest, batch: Batch) -> bool:
     """Whether a batch is measured and moved at once, by a step size that needs nothing but the norm of the group."""
     if not batch.sweeps or request.running or request.options.step_size == "angle":
         return False
+    if any(weight.is_spread for weight in batch.weights):
+        return False
     return request.check_finite is False or batch.is_moderate(request.options)
+
+
+def _of_groups(weight: Weight, constants: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Constants of a weight's groups, of all of their components."""
+    share = weight.share
+    if share is None:
+        return constants(weight.manifold, tuple(weight.param.shape), *arguments)
+    return constants(share.manifold, share.shape, *arguments)[share.groups.cpu()]
+
+
+def _here(weight: Weight, values: Tensor | None) -> Tensor | None:
+    """Of numbers of the owner's groups, those of the weight's."""
+    return values if weight.share is None or values is None else values.index_select(0, weight.share.groups)
 
 
 def _allocate(batch: Batch, options: StepOptions) -> None:

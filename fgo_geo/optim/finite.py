@@ -12,7 +12,7 @@ All ``R²`` are known before anything moves. If some are not finite:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from fgo_geo.linalg import is_sharded, local_part
 from fgo_geo.paths.protocol import Batch, StepOptions, Weight
 
-__all__ = ["Measured", "gradient_refusal", "is_tiny", "settle"]
+__all__ = ["Measured", "divide", "gradient_refusal", "is_tiny", "largest_of", "odd_weights", "settle", "unit_of"]
 
 _SMALLEST = 1e-30  # of R² over a weight: below, its digits are lost in single precision
 
@@ -94,40 +94,77 @@ def _is_tiny(squared: Tensor) -> bool:
 
 
 def _rescale(measured: Sequence[Measured]) -> None:
-    """Divide gradients whose squares overflow or underflow by powers of two, and measure again.
+    """Divide gradients whose squares overflow or underflow by powers of two; those that are spread have been before."""
+    divide(measured, {weight: unit_of(largest_of(weight)) for weight in odd_weights(measured) if not weight.is_spread})
 
-    A weight whose parts are in several batches is divided once, for all of them.
+
+def odd_weights(measured: Sequence[Measured]) -> list[Weight]:
+    """The weights with gradients that are not finite, or may be too large or too small to be squared.
+
+    Args:
+        measured: Batches whose values can be read.
     """
-    units: dict[Weight, float] = {}
+    odd: dict[Weight, None] = {}
     for own in measured:
         for weight, squared in zip(own.batch.weights, own.squared.split(own.batch.counts), strict=True):
             is_small = own.options.step_size == "angle" and _is_tiny(squared)
             is_large = own.check_finite is not False and not bool(torch.isfinite(squared).all())
-            if weight not in units and (is_small or is_large):
-                units[weight] = _unit_of(weight, own.options)
-    units = {weight: unit for weight, unit in units.items() if unit != 1}
-    for own in measured:
-        if any(weight in units for weight in own.batch.weights):
-            of_weights = torch.tensor([units.get(weight, 1.0) for weight in own.batch.weights], dtype=torch.float64)
-            own.unit = of_weights.repeat_interleave(torch.tensor(own.batch.counts)).to(own.squared.device)
-            first = own.squared.clone()  # right where it is finite and not tiny, whatever the other groups are
-            again = own.batch.measure(own.options)
-            own.squared = torch.where(torch.isfinite(first) & (first >= _SMALLEST), first / own.unit.square(), again)
+            if is_small or is_large:
+                odd[weight] = None
+    return list(odd)
 
 
-def _unit_of(weight: Weight, options: StepOptions) -> float:
-    """The power of two near the largest entry of a gradient, by which the weight's gradient is divided from now on."""
+def largest_of(weight: Weight) -> float:
+    """The largest entry of a weight's gradient; infinite if that or the weight is not finite."""
     grad = cast(Tensor, weight.grad)
     largest = float(torch.linalg.vector_norm(grad.detach(), math.inf)) if grad.numel() else 0.0
-    if not (0 < largest < math.inf) or not bool(torch.isfinite(weight.param).all()):
-        return 1.0
-    exponent = math.frexp(largest)[1]
-    scaled = torch.ldexp(grad.detach(), torch.tensor(-exponent, device=grad.device))
+    return largest if largest < math.inf and bool(torch.isfinite(weight.param).all()) else math.inf
+
+
+def unit_of(largest: float) -> float:
+    """The power of two near the largest entry of a gradient; one if there is none.
+
+    Example:
+        >>> unit_of(1e30) > 1e29, unit_of(0.75), unit_of(math.inf)
+        (True, 1.0, 1.0)
+    """
+    return math.ldexp(1.0, math.frexp(largest)[1]) if 0 < largest < math.inf else 1.0
+
+
+def divide(measured: Sequence[Measured], units: Mapping[Weight, float]) -> None:
+    """Divide gradients by powers of two, and measure again.
+
+    A weight whose parts are in several batches is divided once, for all of them.
+
+    Args:
+        measured: Batches.
+        units: What the gradients of weights are divided by.
+    """
+    units = {weight: unit for weight, unit in units.items() if unit != 1}
+    divided: set[Weight] = set()
+    for own in measured:
+        if not any(weight in units for weight in own.batch.weights):
+            continue
+        of_weights = torch.tensor([units.get(weight, 1.0) for weight in own.batch.weights], dtype=torch.float64)
+        unit = of_weights.repeat_interleave(torch.tensor(own.batch.counts)).to(own.squared.device)
+        for weight in own.batch.weights:
+            if weight in units and weight not in divided:
+                _divide(weight, own.options, units[weight])
+                divided.add(weight)
+        first = own.squared.clone()  # right where it is finite and not tiny, whatever the other groups are
+        again = own.batch.measure(own.options)
+        is_right = (torch.isfinite(first) & (first >= _SMALLEST)) | (unit == 1)
+        own.squared = torch.where(is_right, first / unit.square(), again)
+        own.unit = unit if own.unit is None else own.unit * unit
+
+
+def _divide(weight: Weight, options: StepOptions, unit: float) -> None:
+    grad = cast(Tensor, weight.grad).detach()
+    scaled = torch.ldexp(grad, torch.tensor(1 - math.frexp(unit)[1], device=grad.device))
     if options.weight_decay != 0:  # which acts on Euclidean components, and has to be divided too
         decay = -options.weight_decay if options.maximize else options.weight_decay
-        scaled = scaled.add(weight.param.detach(), alpha=decay * (math.ldexp(1.0, -exponent) - 1))
+        scaled = scaled.add(weight.param.detach(), alpha=decay * (1 / unit - 1))
     weight.grad = scaled.to(grad.dtype)
-    return math.ldexp(1.0, exponent)
 
 
 def _refusal(
@@ -147,7 +184,7 @@ def _refusal(
             )
     per_weight = zip(own.batch.weights, finite.split(own.batch.counts), strict=True)
     bad = next(weight for weight, ok in per_weight if not bool(ok.all()))
-    return gradient_refusal(optimizer, name_of(bad.owner), bad.manifold, unchanged)
+    return gradient_refusal(optimizer, name_of(bad.owner), bad.whole_manifold, unchanged)
 
 
 def gradient_refusal(optimizer: str, name: str, manifold: object, unchanged: str) -> FloatingPointError:

@@ -235,7 +235,10 @@ class OnManifolds:
         return self._options.step_size
 
     def step_scales(self) -> dict[Tensor, Tensor]:
-        """The divisors ``τ`` of the latest step: for every parameter on a manifold, one per group."""
+        """The divisors ``τ`` of the latest step: for every parameter on a manifold, one per group.
+
+        Of sharded parameters all processes have to ask.
+        """
         return StepScales(self._stepper.step_scales(self.optimizer.param_groups), self.optimizer)
 
     def skipped_groups(self) -> int:

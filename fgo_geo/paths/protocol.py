@@ -44,6 +44,7 @@ __all__ = [
     "Path",
     "Reason",
     "Refusal",
+    "Share",
     "StepOptions",
     "StepSize",
     "Update",
@@ -52,6 +53,23 @@ __all__ = [
 ]
 
 Configuration: TypeAlias = tuple[object, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Share:
+    """What one process steps of a weight that is dealt in whole components.
+
+    Attributes:
+        manifold: The manifold of the whole weight; that of the process's own components is :attr:`Weight.manifold`.
+        shape: The shape of the whole weight.
+        groups: Numbers of the process's groups among those of the whole weight, increasing, int64.
+        spread: Positions in ``groups`` of those that other processes have components of, too, int64.
+    """
+
+    manifold: geoopt.Manifold
+    shape: tuple[int, ...]
+    groups: Tensor
+    spread: Tensor
 
 
 @dataclass(eq=False, slots=True)
@@ -67,6 +85,7 @@ class Weight:
         first: Whether the buffer holds nothing yet.
         staged: What paths have computed of some parts, points and momentum by part. The path that has the rest of the
             weight writes both at once, so that an interrupt finds the weight as it was before its step or after it.
+        share: What of the owner this is, if other processes step the rest of it.
     """
 
     param: Tensor
@@ -76,11 +95,22 @@ class Weight:
     buffer: Tensor | None = None
     first: bool = False
     staged: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict[int, tuple[Tensor, "Tensor | None"]])
+    share: Share | None = None
 
     @property
     def n_groups(self) -> int:
         """How many groups have a step size of their own."""
         return self.manifold.n_groups if isinstance(self.manifold, ProductOfGroups) else 1
+
+    @property
+    def whole_manifold(self) -> geoopt.Manifold | None:
+        """The manifold of the owner."""
+        return self.manifold if self.share is None else self.share.manifold
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether other processes have components of its groups."""
+        return self.share is not None and len(self.share.spread) > 0
 
     @property
     def n_parts(self) -> int:

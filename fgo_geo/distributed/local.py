@@ -1,0 +1,156 @@
+"""Weights that are dealt in whole components: every process steps its own, and only ``R²`` of groups is exchanged.
+
+FSDP2 cuts the weight of a convolution along its output channels, between kernels and not through them. What a process
+has is then itself a weight on a product of manifolds, with fewer channels: projection, retraction and momentum need
+nothing from others. A group has kernels on several processes where it runs along the channels that are cut (PI, the
+half of PIO that is grouped by input channel, and one group for the layer); its ``R²`` is a sum over them. Under PO no
+group does, and nothing is exchanged. The same holds for filters, and for single manifolds that are declared by hand on
+trailing dimensions; blocks of matrices are cut through, and go to an owner.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import geoopt
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgo_geo.linalg import Cut
+from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
+from fgo_geo.paths.protocol import Share
+from fgo_geo.weights.components import FilterPartition, KernelPartition
+from fgo_geo.weights.grouping import Collection
+
+__all__ = ["LocalPart", "local_part_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class LocalPart:
+    """What one process steps of a weight.
+
+    Attributes:
+        manifold: That of its components; None if it has none.
+        share: Which groups these are in.
+        spread: Numbers of the whole weight's groups that have components on several processes, the same on all.
+        is_told: Which of ``share.groups`` the process tells the others of; each group is told by one process.
+    """
+
+    manifold: geoopt.Manifold | None
+    share: Share
+    spread: Tensor
+    is_told: Tensor
+
+    @property
+    def n_groups(self) -> int:
+        """Number of groups of the whole weight."""
+        return self.share.manifold.n_groups if isinstance(self.share.manifold, ProductOfGroups) else 1
+
+
+def local_part_of(manifold: geoopt.Manifold, cut: Cut, device: torch.device) -> LocalPart | None:
+    """What this process steps of a weight; None if a component has entries on several processes.
+
+    Args:
+        manifold: The weight's manifold.
+        cut: How the weight is dealt.
+        device: Where it is.
+
+    Example:
+        >>> from fgo_geo import ScaledSphere
+        >>> local_part_of(ScaledSphere(ndim=1), Cut((4, 3), 1, 2, 0), torch.device("cpu")) is None
+        True
+        >>> local_part_of(ScaledSphere(ndim=1), Cut((4, 3), 0, 2, 0), torch.device("cpu")).manifold
+        ScaledSphere(radius=1, ndim=1) manifold
+    """
+    if cut.dim is None:
+        return None
+    if isinstance(manifold, ProductOfGroups):
+        axis = _axis_of(manifold, cut.dim)
+        if axis is None:
+            return None
+        group_of = manifold.collections[0].group_of
+    elif isinstance(manifold, ComponentManifold) and cut.dim < len(cut.shape) - manifold.ndim:
+        axis, group_of = 0, np.zeros((cut.shape[cut.dim], 1), np.int64)
+    else:
+        return None
+    length = cut.shape[cut.dim]
+    holders = np.arange(length) // -(-length // cut.count)
+    pairs = group_of.astype(np.int64) * cut.count + (holders[:, None] if axis == 0 else holders)
+    groups, holders = np.divmod(np.unique(pairs), cut.count)
+    numbers, first, counts = np.unique(groups, return_index=True, return_counts=True)
+    here = holders == cut.rank
+    is_product = isinstance(manifold, ProductOfGroups)
+    own = _product_here(manifold, cut, axis, groups[here]) if is_product else _manifold_here(manifold, cut)
+    is_spread = counts[groups[here]] > 1  # every number occurs
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    share = Share(manifold, cut.shape, tensor(groups[here]), tensor(np.flatnonzero(is_spread)))
+    is_told = holders[first[groups[here]]] == cut.rank
+    return LocalPart(own, share, tensor(numbers[counts > 1]), tensor(is_told))
+
+
+def _axis_of(manifold: ProductOfGroups, dim: int) -> int | None:
+    """The axis of the grid of channels that a cut runs across, if it parts no component."""
+    layout, partition = manifold.layout, manifold.partition
+    is_grouped = layout.storage == "transposed" and layout.conv_groups > 1
+    if dim > 1 or is_grouped or len(manifold.collections) > 1:
+        return None
+    axis = dim if layout.storage == "conv" else 1 - dim
+    if isinstance(partition, KernelPartition):
+        return axis
+    is_filter = isinstance(partition, FilterPartition) and all(rows.shape[1] == 1 for rows in partition.rows)
+    return axis if is_filter and axis == 0 else None
+
+
+def _product_here(manifold: ProductOfGroups, cut: Cut, axis: int, groups: np.ndarray) -> ProductOfGroups | None:
+    """The product of the manifolds of this process's components."""
+    assert cut.dim is not None
+    first, length = cut.range_of(cut.rank)
+    if length == 0:
+        return None
+    radii = manifold.radius_map(torch.empty(cut.shape, dtype=torch.float64, device="cpu"))
+    radii = cut.piece(radii, cut.rank)
+    own = ProductOfGroups(
+        _excerpt(manifold.collections[0], axis, first, length),
+        replace(manifold.layout, shape=cut.shape_of(cut.rank)),
+        lambda partition: [part[:, 0, 0] for part in partition.split(radii)],
+        exact=manifold.exact,
+    )
+    part_of = np.empty(manifold.n_groups, np.int64)
+    for part, numbers in enumerate(manifold.partition.groups):
+        part_of[numbers] = part
+    own.smallest_radii = [manifold.smallest_radii[part_of[groups[numbers[0]]]] for numbers in own.partition.groups]
+    return own
+
+
+def _excerpt(collection: Collection, axis: int, first: int, length: int) -> Collection:
+    """A collection's channels from ``first`` on, of one axis of the grid; its groups keep their order."""
+
+    def take(array: np.ndarray) -> np.ndarray:
+        return array if array.shape[axis] == 1 else array.take(range(first, first + length), axis)
+
+    return replace(
+        collection,
+        out_channels=length if axis == 0 else collection.out_channels,
+        in_channels=length if axis == 1 else collection.in_channels,
+        by_output=take(collection.by_output),
+        output_kinds=take(collection.output_kinds),
+        input_kinds=take(collection.input_kinds),
+    )
+
+
+def _manifold_here(manifold: ComponentManifold, cut: Cut) -> ComponentManifold | None:
+    """A single manifold with the radii of this process's components."""
+    assert cut.dim is not None
+    first, length = cut.range_of(cut.rank)
+    if length == 0:
+        return None
+    own, radius = copy.deepcopy(manifold), manifold.radius
+    if isinstance(radius, Tensor):
+        dim = cut.dim - (len(cut.shape) - manifold.ndim - radius.ndim)
+        own.radius = radius if dim < 0 or radius.shape[dim] == 1 else radius.narrow(dim, first, length)
+    return own
