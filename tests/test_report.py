@@ -504,7 +504,7 @@ def test_a_convolution_may_be_called_by_keyword():
 
 @pytest.mark.parametrize("model", [[nn.Linear(2, 2)], {"weight": torch.eye(2)}, torch.eye(2), "resnet50"], ids=type)
 def test_what_is_no_module_is_refused(model):
-    with pytest.raises(TypeError, match=rf"report: model is {type(model).__name__}; expected a torch.nn.Module"):
+    with pytest.raises(TypeError, match=rf"report: expected a model, got {type(model).__name__}; pass a"):
         report(model)
 
 
@@ -586,3 +586,21 @@ def test_step_sizes_of_the_latest_step():
     assert "τ > 1" in str(found)
     with pytest.raises(TypeError, match="optimizer is SGD, which has no step_scales"):
         report(model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+def test_an_optimiser_on_manifolds_has_step_sizes_to_report():
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
+    fgo_geo.constrain(model, "layer", "stiefel")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    handle = fgo_geo.on_manifolds(optimizer)
+    (30 * model(torch.randn(8, 6)).square().sum()).backward()
+    optimizer.step()
+    name = next(iter(fgo_geo.plan_of(model).parameters()))
+    statistics = report(model, optimizer=optimizer).layer(name).tau
+    assert statistics.maximum == float(handle.step_scales()[model.get_parameter(name)].max()) > 1
+    assert report(model, optimizer=handle).layer(name).tau == statistics
+    copied, again = copy.deepcopy((model, optimizer))
+    assert report(copied, optimizer=again).layer(name).tau is None  # it has taken no step yet
+    handle.remove()
+    with pytest.raises(TypeError, match=r"AdamW, which has no step_scales.*or an optimiser that fgo_geo\.on_manifolds"):
+        report(model, optimizer=optimizer)

@@ -156,6 +156,16 @@ SLIPS = {
         ValueError,
         'radius must be "kaiming", "unit", "bound" or a positive number, got \'kaimin\'; did you mean \'kaiming\'?',
     ),
+    "a plan for the model in a report": (
+        lambda net: fgo_geo.report(constrain(net)),
+        TypeError,
+        "report: expected a model, got Plan; constrain changes the model in place and returns the plan.",
+    ),
+    "a plan's table of parameters for torch": (  # torch's own words, which the page on troubleshooting explains
+        lambda net: torch.optim.AdamW(constrain(net).parameters()),
+        TypeError,
+        "optimizer can only optimize Tensors, but one of the params is",
+    ),
     "a model for a layer": (
         lambda net: renormalize(net),
         ValueError,
@@ -186,6 +196,11 @@ def test_a_plan_that_is_taken_for_the_model_says_what_it_is():
     for name in ("train", "eval", "to", "state_dict", "named_parameters", "zero_grad"):
         with pytest.raises(AttributeError, match=f"a Plan is no model and has no '{name}': .*{re.escape(remedy)}"):
             getattr(plan, name)
+    with pytest.raises(TypeError, match=f"a Plan is no model and has no layers: .*{re.escape(remedy)}"):
+        plan[0]
+    of_a_dict = constrain(nn.ModuleDict({"stem": network()}))
+    with pytest.raises(AttributeError, match=f"a Plan is no model and has no 'stem': .*{re.escape(remedy)}"):
+        _ = of_a_dict.stem
     with pytest.raises(AttributeError, match=r"^'Plan' object has no attribute 'nothing'$"):
         _ = plan.nothing
     assert copy.copy(plan).entries == plan.entries == copy.deepcopy(net).fgo_geo_plan.entries

@@ -136,7 +136,7 @@ class Ball(ConvexBall):
 
     @takes_real_tensors
     def violation(self, x: Tensor) -> Tensor:
-        """By how much the norm exceeds the radius, ``max(0, ‖x‖ / r - 1)``, per component."""
+        """How far the norm exceeds the radius, ``max(0, ‖x‖ / r - 1)``, per component."""
         excess = root_of_sum(x, self._component_dims) / self.radius_for(x) - 1
         return excess.clamp(min=0).amax(self._component_dims)
 
@@ -144,8 +144,8 @@ class Ball(ConvexBall):
     def uniform(self, gaussian: Tensor) -> Tensor:
         """Gaussian vectors to uniformly distributed points of the ball.
 
-        The direction is uniform already. The share of the ball's volume within a point's radius has to be, too; it is
-        the probability of a shorter Gaussian vector.
+        The direction of a Gaussian vector is uniform. Its length is mapped such that the share of the ball's volume
+        within that length is uniform too: this share is the probability of a shorter Gaussian vector.
         """
         size = math.prod(gaussian.shape[-self.ndim :])
         norm = root_of_sum(gaussian.double(), self._component_dims)
@@ -184,7 +184,7 @@ class SpectralBall(ConvexBall):
 
     @takes_real_tensors
     def violation(self, x: Tensor) -> Tensor:
-        """By how much the spectral norm exceeds the radius, ``max(0, ‖x‖₂ / r - 1)``, per component."""
+        """How far the spectral norm exceeds the radius, ``max(0, ‖x‖₂ / r - 1)``, per component."""
         return (torch.linalg.matrix_norm(x / self.radius_for(x), 2) - 1).clamp(min=0)
 
     @takes_full_products
@@ -196,10 +196,10 @@ class SpectralSphere(ComponentManifold):
     r"""The sphere of the spectral norm, ``{ x in R^{A x B} : ‖x‖₂ = r }``, over the last two dimensions.
 
     With ``u₁, v₁`` the first pair of singular vectors, ``u₁ v₁ᵀ`` is the gradient of the spectral norm where the
-    largest singular value is simple, and a subgradient everywhere. :meth:`proju` takes its direction out. Where
-    the largest singular value is repeated, the set has a corner, and which pair is taken depends on the decomposition:
-    the projected direction can leave the set to first order there, and the retraction, which projects ``x + u``, brings
-    it back.
+    largest singular value is simple, and a subgradient everywhere. :meth:`proju` removes this direction. Where the
+    largest singular value is repeated, the set has a corner, and the decomposition decides which pair is used: the
+    projected direction can leave the set to first order there, and the retraction, which projects ``x + u``, brings it
+    back.
 
     Args:
         radius: Positive number, or a tensor that broadcasts over the leading (component) dimensions.

@@ -45,8 +45,8 @@ class ProductOfGroups(EmbeddedManifold):
         radius: One number; a number per kind; a tensor ``(G,)`` with one per group; for kernel components, a tensor
             ``(D, C)`` with one per kernel; for every part of the partition a tensor ``(n,)`` with one per component; or
             a function of the partition that returns one of these.
-        exact: Let :meth:`retr` and :meth:`retr_transp` follow geodesics. They are reversible then, as Geoopt's
-            samplers demand. For a parameter at hand: ``param.manifold.exact = True``.
+        exact: Let :meth:`retr` and :meth:`retr_transp` follow geodesics. Steps are then reversible, as Geoopt's
+            samplers require. For an existing parameter, set ``param.manifold.exact = True``.
 
     Attributes:
         partition: How the weight is cut into components.
@@ -104,7 +104,7 @@ class ProductOfGroups(EmbeddedManifold):
         return self.exact
 
     def set_radius(self, radius: RadiusLike) -> None:
-        """Give every component another radius. Points and momentum are the caller's to scale, by :meth:`radius_map`.
+        """Give every component another radius. The caller has to scale points and momentum, by :meth:`radius_map`.
 
         Args:
             radius: As in the constructor.

@@ -154,7 +154,7 @@ class Stiefel(ComponentManifold):
             Points on the manifold.
 
         Raises:
-            ValueError: If ``x`` holds NaN or infinity, or its shape is none of a point.
+            ValueError: If ``x`` holds NaN or infinity, or a point cannot have its shape.
         """
         self._require_projectable(x)
         return self.radius_for(x) * polar_factor(x)
@@ -183,8 +183,8 @@ class Stiefel(ComponentManifold):
         """The polar retraction by matrix products alone, in a number of iterations that follows from the bound.
 
         Where reading is free (on the CPU, outside ``torch.compile``) the longest step of the batch is measured and
-        takes the place of the bound, and the Gram matrix says whether ``x`` is on the manifold. If it is not, or the
-        step is longer than 100 radii, a factorisation is called.
+        takes the place of the bound, and the Gram matrix shows whether ``x`` is on the manifold. If ``x`` is not, or
+        the step is longer than 100 radii, the method uses a factorisation.
 
         Per component of size ``A x B`` it costs two products with the long side (``4AB²`` flops; four for a bound above
         1) and three of size ``B`` per iteration: three iterations up to ``‖u‖ <= 0.41 r`` in single precision.
@@ -271,8 +271,8 @@ class Stiefel(ComponentManifold):
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Exponential map, in closed form through a ``2B x 2B`` matrix exponential, in double precision.
 
-        Vectors longer than 1e6 radii are shortened to that, with a warning where reading is free: rounding leaves
-        nothing of where such a geodesic ends.
+        Vectors longer than 1e6 radii are shortened to that length, with a warning where reading is free: rounding makes
+        the end of a longer geodesic meaningless.
         """
         radius, wide = self.radius_for(x), wide_type(x)
         return radius * stiefel_geodesics.exponential(x.to(wide) / radius, u.to(wide) / radius).to(x.dtype)
@@ -287,8 +287,8 @@ class Stiefel(ComponentManifold):
             y: Points.
 
         Returns:
-            Tangent vectors at ``x``. Up to a distance of ``π r`` they are the shortest; beyond, there are several
-            geodesics, and it is the one that the search has found.
+            Tangent vectors at ``x``. Up to a distance of ``π r`` they belong to the shortest geodesic. Beyond, several
+            geodesics exist, and the result belongs to the one that the search has found.
 
         Raises:
             RuntimeError: If there is no geodesic (square matrices with determinants of opposite signs), or the search

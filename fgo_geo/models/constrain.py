@@ -71,12 +71,12 @@ def constrain(
     """Put the weights of a model on products of manifolds, in place.
 
     Kernels of spatial convolutions are components of their own; linear layers and 1x1 convolutions are cut into blocks.
-    Left alone, and listed with the reason: biases, normalisation layers, embeddings, frozen parameters, layers of
-    unknown layout (:func:`~fgo_geo.register_layout` makes one known), components that could not move; and, unless
-    asked, the first convolution and the output heads: linear layers and 1x1 convolutions whose outputs no other layer
-    takes, judged by their number, and the last one.
+    These parameters stay free, and the plan lists them with the reason: biases, normalisation layers, embeddings,
+    frozen parameters, layers of unknown layout (:func:`~fgo_geo.register_layout` makes one known), and components that
+    could not move. The first convolution and the output heads stay free by default. Output heads are the last linear
+    layer or 1x1 convolution, and those whose number of outputs no other layer takes as inputs.
 
-    Call it before building the optimiser: constrained weights are new parameters.
+    Call this function before you build the optimiser: constrained weights are new parameters.
 
     Args:
         model: Any module. It is changed, keeps its plan as ``model.fgo_geo_plan``, and computes with the new weights.
@@ -85,20 +85,20 @@ def constrain(
             exactly one for ``"layer"``. See :func:`fgo_geo.register_kind` for kinds of your own.
         selection: ``"random"`` or ``"deterministic"``.
         radius: ``"kaiming"`` (keeps the signal), ``"unit"`` (1), ``"bound"`` (all norms of every group, or of the
-            weight, at most ``bound``), a number, or a mapping from name patterns to these; the first that matches
-            counts, ``"kaiming"`` if none does.
+            weight, at most ``bound``), a number, or a mapping from name patterns to these. The first pattern that
+            matches counts; weights that match none get ``"kaiming"``.
         seed: Seed of the random selection. Groups are a function of it and of the layer's name.
         bound: The bound ``β`` of the radius rule ``"bound"``.
-        bound_of: Whose norms it bounds: those of every ``"group"``, or those of the ``"layer"``, the weight as a matrix
-            ``(D, C K)``. That needs manifolds that bound norms: leave out ``"euclidean"``.
+        bound_of: ``"group"`` bounds the norms of every group; ``"layer"`` bounds those of the whole weight as a matrix
+            ``(D, C K)``. The bound needs manifolds that bound norms: leave out ``"euclidean"``.
         components: ``"auto"`` (kernels of spatial convolutions, blocks of the matrix of all other layers), or
             ``"kernel"``, ``"block"`` or ``"filter"`` for all layers. A filter is all weights of one output channel:
             ``constrain(model, "po", "sphere", components="filter")`` fixes the norm of every row.
         initial: ``"project"`` moves every weight to the nearest point, and draws by ``seed`` where there is no nearest
             one (zero kernels, zero columns, too low a rank); the plan says so. ``"uniform"`` draws a random one, by
             torch's global generator.
-        include: Constrain only these: parameter or module names, globs, or module types. What is named here is
-            constrained even if it is the first convolution or the classifier.
+        include: Constrain only these: parameter or module names, globs, or module types. A parameter that is named here
+            is constrained even if it is the first convolution or the classifier.
         exclude: Leave these alone.
         first_layer: Constrain the first convolution too.
         classifier: Constrain the output heads too.
@@ -108,8 +108,8 @@ def constrain(
         statistics: Divide the radii by the standard deviation ``λ`` of the features that a component is applied to,
             whenever :meth:`~fgo_geo.Plan.update_scales` is called. ``"max1"`` takes ``max(1, λ)``, which keeps norm
             bounds; with ``"std"``, the plain ``λ`` of [Ozay2019]_, a bound ``β`` becomes ``β / λ``. None: never.
-        watch: Look at a few components in a forward pass of training now and then, and warn once if an optimiser that
-            knows no manifold has moved them off. ``plan.watches`` can be changed later.
+        watch: Check a few components in some forward passes of training, and warn once if an optimiser without
+            knowledge of manifolds has moved them off. ``plan.watches`` can be changed later.
 
     Returns:
         The plan.
@@ -169,8 +169,8 @@ def constrain(
 def unconstrain(model: nn.Module) -> nn.Module:
     """Turn all manifold parameters of a model into plain ones, with the same values, in place.
 
-    The outputs stay the same. For export, or to go on with another optimiser. Renormalised weights stay as they are:
-    :func:`~fgo_geo.remove_renormalization` makes those plain.
+    The outputs stay the same. Use this function for export, or before you continue with another optimiser. Renormalised
+    weights do not change: :func:`~fgo_geo.remove_renormalization` makes them plain.
 
     Args:
         model: A constrained model.

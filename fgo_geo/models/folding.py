@@ -75,9 +75,10 @@ def fold_batchnorm(model: nn.Module) -> tuple[nn.Module, tuple[BatchNormRecord, 
     The copy is in eval mode, computes what the model computes in eval mode, up to rounding, and is plain: weights on
     manifolds and renormalised weights become parameters with the values that they have. The model does not change.
 
-    Kept, with the reason: normalisations without running statistics; those with no layer directly before or behind
-    them; those that, or whose neighbour, are called more than once, have hooks, or share their parameters; and all of
-    them if :mod:`torch.fx` cannot trace the model. Linear layers are taken to be applied to ``(N, features)``.
+    The copy keeps some normalisations, with the reason: normalisations without running statistics; normalisations with
+    no layer directly before or after them; normalisations that are called more than once, have hooks or share their
+    parameters, or whose neighbour is such a layer; and all of them if :mod:`torch.fx` cannot trace the model. Linear
+    layers are assumed to act on ``(N, features)``.
 
     Args:
         model: Any module.

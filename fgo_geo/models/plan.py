@@ -151,7 +151,7 @@ class Plan(NoModel):
     def project(self) -> None:
         """Move every constrained parameter to the nearest point of its manifold, in place.
 
-        For weights that were changed by something that knows no manifold, e.g. the averages of
+        For weights that code without knowledge of the manifold has changed, e.g. the averages of
         :class:`torch.optim.swa_utils.AveragedModel`: ``plan_of(averaged).project()``.
         """
         with torch.no_grad():
@@ -167,7 +167,7 @@ class Plan(NoModel):
 
         Args:
             state_dict: Values by name.
-            prefix: What stands before the names of this plan, e.g. ``"module."``.
+            prefix: The text before the names of this plan, e.g. ``"module."``.
 
         Returns:
             The same keys in the same order, to be loaded into this plan's model.
@@ -213,7 +213,7 @@ class Plan(NoModel):
         Where ``torch.distributed`` is initialised, all processes of the group have to call this, and get equal radii.
 
         Args:
-            optimizer: The optimiser, for the sake of its ``momentum_buffer``. Without it momentum keeps its length.
+            optimizer: The optimiser, whose ``momentum_buffer`` is scaled too. Without it momentum keeps its length.
             group: The processes that see different data; None for all.
 
         Raises:

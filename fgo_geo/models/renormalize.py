@@ -218,7 +218,7 @@ class Renormalization(FullPrecisionBuffers):
         return self.bound * torch.empty_like(worst).index_copy(0, order, worst)
 
     def violation(self, weight: Tensor) -> Tensor:
-        """By how much the norms of a weight exceed what is guaranteed, relative to that.
+        """How far the norms of a weight exceed the guaranteed bound, relative to the bound.
 
         Args:
             weight: A weight of this shape; that of the layer exceeds nothing, up to rounding.
@@ -270,7 +270,7 @@ def renormalize(
     components: Components = "auto",
     bound_of: BoundOf = "group",
 ) -> nn.Module:
-    r"""Make a layer's weight obey norm bounds at every step, whatever optimiser trains it.
+    r"""Make a layer's weight obey norm bounds at every step, under any optimiser.
 
     The parameter becomes a raw weight (``module.parametrizations[name].original``), and ``module.weight`` is computed
     from it such that in every group (or in the whole weight, see ``bound_of``) each of the norms is at most ``bound``,
@@ -299,8 +299,8 @@ def renormalize(
         seed: Seed of a random selection.
         components: ``"kernel"``, ``"block"``, ``"filter"`` (all weights of one output channel), or ``"auto"``: kernels
             for spatial convolutions, blocks of the matrix for all others.
-        bound_of: Whose norms are bounded: those of every ``"group"``, or those of the ``"layer"``: of the weight as a
-            matrix ``(D, C K)``.
+        bound_of: ``"group"`` bounds the norms of every group, ``"layer"`` those of the whole weight, as a matrix
+            ``(D, C K)``.
 
     Returns:
         The module.

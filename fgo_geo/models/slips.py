@@ -28,9 +28,17 @@ class NoModel:
         """
         raise TypeError(f"a {type(self).__name__} is no model and cannot be called: {_KEEP_THE_MODEL}")
 
+    def __getitem__(self, index: object) -> NoReturn:
+        """Raise, as a plan has no layers: ``model[0]`` after ``model = constrain(model)``.
+
+        Raises:
+            TypeError: Always, with what to write instead.
+        """
+        raise TypeError(f"a {type(self).__name__} is no model and has no layers: {_KEEP_THE_MODEL}")
+
     def __getattr__(self, name: str) -> NoReturn:
         own = type(self).__name__
-        if not name.startswith("__") and hasattr(nn.Module, name):
+        if not name.startswith("_") and (hasattr(nn.Module, name) or hasattr(vars(self).get("model"), name)):
             raise AttributeError(f"a {own} is no model and has no {name!r}: {_KEEP_THE_MODEL}")
         raise AttributeError(f"{own!r} object has no attribute {name!r}")
 

@@ -126,15 +126,16 @@ def channel_directed(
     :func:`~fgo_geo.optim.channel_metrics.channel_directed_gradient`: once per step, after all accumulation, unscaling
     and clipping. With ``optimizer.step(closure)`` it is done after every evaluation of the closure.
 
-    *Which parameters.* Without ``module``, every one with two or more dimensions, with its output channels on axis 0: a
-    tensor doesn't tell more. With ``module`` the layers decide: convolutions (each group a run of its own),
-    transposed convolutions (output channels on axis 1), linear layers and multi-head attention (the packed projection
-    is three runs) are directed; embeddings, bilinear and recurrent layers, norms, biases, parametrized weights and
-    those of unknown layers are not. ``print(handle.summary())`` lists the choice with the reasons.
+    *Which parameters.* Without ``module``, every parameter with at least two dimensions is directed along axis 0,
+    because a tensor alone does not reveal its layer. With ``module`` the layers decide: convolutions (each group a run
+    of its own), transposed convolutions (output channels on axis 1), linear layers and multi-head attention (the packed
+    projection is three runs) are directed; embeddings, bilinear and recurrent layers, norms, biases, parametrized
+    weights and those of unknown layers are not. ``print(handle.summary())`` lists the choice with the reasons.
 
     *Per parameter group.* A group may hold ``channel_directed=False``, or a dict with some of ``metric``, ``lam``,
     ``axis``, ``ends``, ``groups`` and ``lam_relative``, which take the place of the arguments here. Groups added later
-    are directed too. What holds for a parameter is settled when it is first seen, and no state dict changes it.
+    are directed too. The settings of a parameter are fixed when the handle first sees it, and no state dict changes
+    them.
 
     *On a manifold* (:class:`geoopt.ManifoldParameter`) the gradient becomes ``P M⁻¹ P g`` with the tangent projection
     ``P``: tangent, and a direction of descent. The manifold's metric must be that of the surrounding space, that is,

@@ -141,9 +141,9 @@ def channel_directed_gradient(
         h1:   (I + λ ΔᵀΔ)⁻¹ g
         h1t:  m(g) + (ΔᵀΔ)⁺ (g - m(g)) / λ
 
-    The mean along the axis stays; what varies along it is damped, by ``h0`` alike at every frequency, by ``h1`` the
-    more the faster it varies. ``h1t`` damps like ``h1`` for large ``λ``, and *amplifies* slow variation up to
-    ``D² / (4 π² λ)`` times (free ends: ``D² / (π² λ)``) where that is above one.
+    All metrics keep the mean along the axis and damp variation: ``h0`` equally at every frequency, ``h1`` more at high
+    frequencies. ``h1t`` damps like ``h1`` for large ``λ``, and *amplifies* slow variation up to ``D² / (4 π² λ)`` times
+    (free ends: ``D² / (π² λ)``) where that is above one.
 
     The map is linear, symmetric and positive, differentiable and free of host synchronisation. Half precision is
     computed in float32 and rounded once.

@@ -69,7 +69,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         foreach, fused: For plain parameters, as in :class:`torch.optim.SGD`.
 
     Raises:
-        TypeError: If ``params`` is a module or another thing that holds no parameters, or a number is none.
+        TypeError: If ``params`` is a module or another object without parameters, or an option that must be a number is
+            not.
         ValueError: If an option is out of range, a parameter does not lie on its manifold, or there are none.
 
     Example:
@@ -152,12 +153,12 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         return {name: value for name, value in super().__getstate__().items() if name in kept}
 
     def state_dict(self) -> dict[str, Any]:
-        """Hyper-parameters and state. Continuing from here, and resuming from what is returned, give identical bits."""
+        """Hyper-parameters and state. Continuing the run and resuming from this dictionary give identical bits."""
         self._stepper.forget()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` returned; what belongs to half-precision weights keeps its own precision.
+        """Load what ``state_dict`` returned. The state of half-precision weights keeps its own precision.
 
         Raises:
             ValueError: If a parameter does not lie on its manifold: weights are to be loaded first.

@@ -79,7 +79,8 @@ def on_manifolds(
             reading the answer is free: on the CPU. Elsewhere such a group does not move, and is counted.
 
     Returns:
-        A handle. ``handle.remove()`` gives the optimiser back as it was. A deep copy of the optimiser or of the handle
+        A handle. ``handle.remove()`` gives the optimiser back as it was. Until then the optimiser has the handle's
+        ``step_scales()``, so that :func:`fgo_geo.report` can read them. A deep copy of the optimiser or of the handle
         is attached, too. Torch pickles no attribute of an optimiser: pickle the handle, which takes it along.
 
     Raises:
@@ -185,7 +186,8 @@ class OnManifolds:
 
         self.optimizer.step = types.MethodType(between_graphs(step), self.optimizer)  # schedulers expect a method
         # Not a method of the class: copy.deepcopy asks the object for it.
-        vars(self.optimizer).update({_HANDLE: self, "__deepcopy__": self._copy_of_optimizer})
+        own = {_HANDLE: self, "__deepcopy__": self._copy_of_optimizer, "step_scales": self.step_scales}
+        vars(self.optimizer).update(own)
         self._is_active = True
 
     def _copy_of_optimizer(self, memo: dict[int, Any]) -> Optimizer:
@@ -219,7 +221,8 @@ class OnManifolds:
         self._is_active = False
         self._points.clear()
         if handle_of(self.optimizer) is self:
-            del vars(self.optimizer)[_HANDLE], vars(self.optimizer)["__deepcopy__"]
+            for name in (_HANDLE, "__deepcopy__", "step_scales"):
+                del vars(self.optimizer)[name]
 
     def after_step(self, call: Callable[[], None]) -> None:
         """Have a function called once when the step under way is complete; not if it is refused.

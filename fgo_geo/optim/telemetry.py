@@ -36,7 +36,7 @@ KEYS = ("angle", "shortened", "radial")
 def telemetry(optimizer: Optimizer, module: nn.Module | None = None, *, every: int = 1) -> Telemetry:
     """Measure what the steps of an optimiser do to its weights.
 
-    Weights are parameters with two dimensions or more, and those on manifolds. They need not be on any.
+    Weights are parameters with at least two dimensions, on manifolds or not, and all other parameters on manifolds.
 
     Args:
         optimizer: Any torch optimiser: :class:`~fgo_geo.RiemannianFGSGD`, one under :func:`~fgo_geo.on_manifolds`

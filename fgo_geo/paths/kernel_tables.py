@@ -72,9 +72,9 @@ class Place:
 def step_problem(options: StepOptions) -> Refusal | None:
     """Why no fused path takes a step of this kind, None if one does."""
     if options.update != "retraction":
-        return Refusal(Reason.STEP, "fused steps know no exponential map")
+        return Refusal(Reason.STEP, "there is no fused step with the exponential map")
     if options.rule is not momentum_sgd:
-        return Refusal(Reason.STEP, "fused steps know momentum SGD alone")
+        return Refusal(Reason.STEP, "there is a fused step for momentum SGD only")
     return None
 
 
@@ -84,7 +84,7 @@ def problem_of(weight: Weight, options: StepOptions) -> Refusal | None:
     Example:
         >>> w = torch.zeros(16, 8, 3, 3)
         >>> problem_of(Weight(w, w, Stiefel(retraction="qr"), w), StepOptions(lr=0.1)).detail
-        'fused steps know no other retraction than polar, the manifold has qr'
+        'fused steps use the polar retraction, but this manifold has qr'
     """
     param, grad = weight.param, weight.grad
     problem = step_problem(options) or _no_kernels(weight.manifold, param.shape)
@@ -95,7 +95,7 @@ def problem_of(weight: Weight, options: StepOptions) -> Refusal | None:
     if grad is None or grad.dtype != param.dtype:
         return Refusal(Reason.DTYPE, "weight and gradient have different types")
     if place_of(weight, table_of(weight)) is None:
-        return Refusal(Reason.LAYOUT, f"the strides {param.stride()} of the weight are those of no memory format")
+        return Refusal(Reason.LAYOUT, f"the strides {param.stride()} of the weight belong to no memory format")
     return None
 
 
@@ -103,16 +103,16 @@ def _no_kernels(manifold: object, shape: Sequence[int]) -> Refusal | None:
     """Why the components of a weight are no kernels for a fused path, None if they are."""
     if isinstance(manifold, ProductOfGroups):
         if not isinstance(manifold.partition, KernelPartition):
-            return Refusal(Reason.COMPONENTS, "its components are blocks")
+            return Refusal(Reason.COMPONENTS, "fused steps for kernels do not take the blocks of a matrix")
         unknown = [name for name in manifold.partition.kinds if kind(name).code is None]
         if unknown:
-            return Refusal(Reason.KIND, f"fused steps do not know the kind {unknown[0]!r}")
+            return Refusal(Reason.KIND, f"there is no fused step for the kind {unknown[0]!r}")
         return None
     own = kind_of(type(manifold))
     if not isinstance(manifold, ComponentManifold) or own is None or own.code is None:
         return Refusal(
             Reason.KIND,
-            f"fused steps know no {type(manifold).__name__}, and no classes derived from those that they know",
+            f"there is no fused step for the class {type(manifold).__name__}",
         )
     if manifold.ndim != 2 or len(shape) != 4:
         detail = "kernels on one manifold need weights (D, C, A, B) and components of two dimensions"
@@ -124,7 +124,7 @@ def _no_kernels(manifold: object, shape: Sequence[int]) -> Refusal | None:
         detail = f"kernels A x B on one manifold need A >= B, more than one entry, and are at most {most}"
         return Refusal(Reason.COMPONENTS, detail)
     if isinstance(manifold, Stiefel) and manifold.retraction != "polar":
-        detail = f"fused steps know no other retraction than polar, the manifold has {manifold.retraction}"
+        detail = f"fused steps use the polar retraction, but this manifold has {manifold.retraction}"
         return Refusal(Reason.KIND, detail)
     return None
 

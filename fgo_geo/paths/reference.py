@@ -32,7 +32,7 @@ _UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning r
 class Reference(Path):
     """The path that takes everything."""
 
-    name = "reference"
+    name = "batched torch code"
 
     def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...]:
         """All parts of every weight."""

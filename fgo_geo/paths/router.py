@@ -219,7 +219,7 @@ def explain(weight: Weight, options: StepOptions) -> tuple[list[str], list[str]]
     remaining = tuple(part for part in range(weight.n_parts) if part not in fused)
     answers = [path.accepts(weight, remaining, options) for path in _FUSED] if remaining else []
     refusals = [answer for answer in answers if isinstance(answer, Refusal)]
-    reasons = [f"the path {_path!r} is chosen"] if _path == "reference" else _reasons(refusals)
+    reasons = [f"the path {_path!r} was chosen"] if _path == "reference" else _reasons(refusals)
     return [path.name + _details(path) for path, _ in taken], reasons if remaining else []
 
 
@@ -233,7 +233,7 @@ def _say_remaining(weight: Weight, is_partly: bool, refusals: Sequence[Refusal])
     shape = tuple(weight.param.shape)
     failure = next((refusal for refusal in refusals if refusal.reason in _FAILURES), None)
     if is_partly:
-        _say_unfused(f"the Stiefel blocks of a weight of shape {shape}", "Stiefel blocks do not consist of lines")
+        _say_unfused(f"the Stiefel blocks of a weight of shape {shape}", "there is no fused step for Stiefel blocks")
     elif failure is None:
         _say_unfused(f"a weight of shape {shape} on {weight.manifold}", "; ".join(_reasons(refusals)))
     elif _path == "fused":

@@ -67,7 +67,7 @@ _ROUNDING = 8.0  # by how much xᵀ(y v) and (xᵀy) v may differ, in units of t
 class SharedProducts(Path):
     """The path of large Stiefel matrices under the polar retraction with momentum, where reading values is free."""
 
-    name = "shared products"
+    name = "batched torch code that shares matrix products"
 
     def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...] | Refusal:
         """The parts that are large Stiefel matrices."""

@@ -110,7 +110,7 @@ class Collection:
         selection: ``"deterministic"`` or ``"random"``.
         seed: The seed of a random selection.
         components: ``"kernel"``, ``"block"`` or ``"filter"``.
-        name: The layer's name, which a random selection depends on.
+        name: The layer's name; a random selection depends on it.
         by_output: True where cells are grouped by output channel, False where by input channel;
             shape ``(1, C)``, or ``(D, 1)`` for blocks, for filters and for ``"layer"``.
         output_kinds: Kind numbers where ``by_output`` is True, shape ``(D, C)`` or ``(D, 1)``.
@@ -229,7 +229,7 @@ class Collection:
 
         Besides the arguments it holds the kind numbers themselves, as compressed bit planes
         (log2(K) bits per kernel for a random collection, next to nothing for a deterministic one):
-        a saved collection stays the same whatever a later version would draw.
+        a saved collection stays the same even if a later version draws differently.
 
         Returns:
             The text of a JSON object.
@@ -389,16 +389,15 @@ def collection(
 ) -> Collection:
     """Partition the kernels of a layer into groups ([Ozay2019]_, Figure 2).
 
-    Shares are balanced: within a channel the kinds' numbers of members differ by at most one. Where
-    K doesn't divide the number of members, the kinds take turns in getting the extra ones from
-    channel to channel, so that the kinds are balanced over the layer too. An empty share is no
-    group.
+    Shares are balanced: within a channel the kinds' numbers of members differ by at most one. Where K does not divide
+    the number of members, the kinds take turns from channel to channel in getting the extra members, so that the kinds
+    are balanced over the layer too. An empty share is no group.
 
     Args:
         out_channels: D, the number of output channels.
         in_channels: C, the number of input channels (per group of a grouped convolution).
-        strategy: ``"layer"``, ``"pi"``, ``"po"`` or ``"pio"``, in any case of letters. Of an odd
-            number of channels the first half of ``"pio"`` gets the extra one.
+        strategy: ``"layer"``, ``"pi"``, ``"po"`` or ``"pio"``, in any case of letters. For an odd number of channels
+            the first half of ``"pio"`` has one channel more.
         manifolds: The K manifold kinds: ``"sphere"``, ``"oblique"``, ``"stiefel"``, ``"euclidean"``, their
             abbreviations ``"sp"``, ``"ob"``, ``"st"``, ``"eu"``, and kinds added by
             :func:`~fgo_geo.register_kind`, in any case of letters; or manifolds of components, such as

@@ -26,6 +26,7 @@ from fgo_geo.measures.report.presentation import Report
 from fgo_geo.measures.report.record import LayerReport, Measure, Scaling, TauStatistics
 from fgo_geo.measures.report.weights import Weight, find_weights
 from fgo_geo.models.folding import BatchNorm, BatchNormRecord, fold_batchnorm
+from fgo_geo.models.slips import require_model
 from fgo_geo.weights.components import BlockPartition, Partition
 from fgo_geo.weights.layout import WeightLayout
 from fgo_geo.weights.norms import (
@@ -67,9 +68,10 @@ def report(
             operator norms of convolutions and no margin.
         n_samples: Number N of training samples; without it there are no measures. It is not taken from the data, which
             may be a part of the training set or another one.
-        optimizer: A :class:`~fgo_geo.RiemannianFGSGD`, for statistics of its latest step sizes.
-        fold: Fold batch normalisations into their layers first, see :func:`~fgo_geo.models.folding.fold_batchnorm`;
-            those that cannot be are layers of their own. Feasibility is that of the weights themselves.
+        optimizer: A :class:`~fgo_geo.RiemannianFGSGD`, or an optimiser that :func:`~fgo_geo.on_manifolds` keeps on
+            manifolds, for statistics of its latest step sizes.
+        fold: Fold batch normalisations into their layers first, see :func:`~fgo_geo.models.folding.fold_batchnorm`. A
+            normalisation that cannot be folded is a layer of its own. Feasibility refers to the stored weights.
         operator_norms: Bound the operator norms of convolutions, given data. Takes a minute or more for large
             networks on a processor; everything else takes seconds.
         margin_quantile: The share of samples that may have a smaller margin.
@@ -125,8 +127,7 @@ def report(
 
 def _check_arguments(model: Any, n_samples: Any, margin_quantile: float, depth_factor: str) -> None:
     """Raise before anything is measured, which may take long."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"report: model is {type(model).__name__}; expected a torch.nn.Module")
+    require_model(model, "report")
     is_number = isinstance(n_samples, numbers.Real) and not isinstance(n_samples, bool)
     count = float(n_samples) if is_number else 0.0
     if n_samples is not None and not (count >= 1 and count.is_integer()):
@@ -145,8 +146,8 @@ def _step_scales(optimizer: torch.optim.Optimizer | None) -> Mapping[Tensor, Ten
     read: Callable[[], Mapping[Tensor, Tensor]] | None = getattr(optimizer, "step_scales", None)
     if read is None:
         raise TypeError(
-            f"report: optimizer is {type(optimizer).__name__}, which has no step_scales(); expected "
-            "FG-SGD, or what on_manifolds(optimizer) returned"
+            f"report: optimizer is {type(optimizer).__name__}, which has no step_scales(); expected FG-SGD, or an "
+            "optimiser that fgo_geo.on_manifolds keeps on manifolds"
         )
     return read()
 

@@ -45,7 +45,7 @@ _OF_BLOCKS = (
 class NativeLines(Path):
     """The path of float32 weights on spheres and oblique manifolds on the CPU."""
 
-    name = "compiled sweeps over lines"
+    name = "compiled sweeps over vectors"
 
     def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...] | Refusal:
         """The parts that consist of lines."""
@@ -58,8 +58,8 @@ class NativeLines(Path):
         is_single = param.dtype == torch.float32 and weight.grad is not None and weight.grad.dtype == torch.float32
         table = table_of(manifold, param) if is_single and manifold is not None else None
         if table is None:
-            what = "float32 weights on the CPU, on spheres or an oblique manifold, of four numbers or more"
-            return Refusal(Reason.COMPONENTS, f"lines are those of {what}")
+            taken = "spheres and oblique manifolds in float32, with at least four numbers per vector"
+            return Refusal(Reason.COMPONENTS, f"fused steps for vectors take {taken}")
         taken = tuple(part for part in parts if part not in table.other_parts)
         return taken if library() is not None else Refusal(Reason.MISSING, NOT_BUILT)
 
