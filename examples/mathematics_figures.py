@@ -1,6 +1,6 @@
-"""Draw the figures of the page "Mathematics" from the functions of the package.
+"""Draw the figures of the page "Mathematics" and of the landing page from the functions of the package.
 
-python examples/mathematics_figures.py    # writes docs/_static/math-*.png
+python examples/mathematics_figures.py    # writes docs/_static/math-*.png, overview.png and overview-narrow.png
 """
 
 from __future__ import annotations
@@ -69,6 +69,33 @@ def radius() -> plt.Figure:
     return figure
 
 
+def overview(columns: int) -> plt.Figure:
+    """The length of a step, and how far retractions are from the exponential map; side by side, or stacked."""
+    size = (4.6 * columns, 3.6 * (3 - columns))
+    figure, (left, right) = plt.subplots(3 - columns, columns, figsize=size, layout="constrained")
+    norms = torch.logspace(-2, 2, 400, dtype=torch.float64)
+    left.loglog(norms, norms, "--", color=PINK, label="SGD")
+    left.loglog(norms, norms / theorem_step_scale(norms), color=BLUE, linewidth=2, label="FG-SGD")
+    left.set(xlabel="norm R of the gradient", title="length of a step / learning rate", ylim=(5e-3, 20))
+    left.legend()
+    torch.manual_seed(0)
+    lengths = torch.logspace(-3, 0, 25, dtype=torch.float64)
+    for name, manifold, colour in (
+        ("Stiefel, QR", fgo_geo.Stiefel(retraction="qr"), RED),
+        ("Stiefel, polar", fgo_geo.Stiefel(), BLUE),
+        ("oblique", fgo_geo.Oblique(), GREEN),
+        ("sphere", fgo_geo.ScaledSphere(ndim=2), PINK),
+    ):
+        x = manifold.random(8, 3, dtype=torch.float64)
+        u = manifold.proju(x, torch.randn(8, 3, dtype=torch.float64))
+        u = u / u.norm()
+        gaps = [float((manifold.retr(x, s * u) - manifold.expmap(x, s * u)).norm()) for s in lengths]
+        right.loglog(lengths, gaps, ".", color=colour, label=name)
+    right.set(xlabel="length of the step", title="error of a retraction")
+    right.legend()
+    return figure
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(DOCS))
     from figures import figure_style
@@ -76,3 +103,5 @@ if __name__ == "__main__":
     figure_style({}, "")
     for draw in (step_size, spectrum, radius):
         draw().savefig(DOCS / "_static" / f"math-{draw.__name__.replace('_', '-')}.png", dpi=150)
+    overview(2).savefig(DOCS / "_static" / "overview.png", dpi=150)
+    overview(1).savefig(DOCS / "_static" / "overview-narrow.png", dpi=150)

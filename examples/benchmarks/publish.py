@@ -12,14 +12,19 @@ import argparse
 import importlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import timing
+from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 
 DOCS = Path(__file__).parents[2] / "docs"
+sys.path.insert(0, str(DOCS))
+from figures import figure_style  # noqa: E402
+
 PLACE = re.compile(r"(<!-- ([\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = {"torch": "tab:blue", "Geoopt": "tab:orange", "fgo_geo": "tab:green", "memory": "tab:gray"}
 
@@ -45,8 +50,11 @@ def renew(page: str, records: dict[str, dict[str, Any]]) -> str:
     return PLACE.sub(table, page)
 
 
+@rc_context()
 def draw(path: Path, records: dict[str, dict[str, Any]]) -> None:
     """One panel per table of a step's cost: its ratio to torch's SGD, with quantiles, on a logarithmic axis."""
+    figure_style({}, "")
+    ink = rcParams["axes.edgecolor"]
     panels = [table for record in records.values() if record["benchmark"] == "step" for table in record["tables"]]
     heights = [len(table["rows"]) + 3 for table in panels]
     figure = Figure(figsize=(9, 0.24 * sum(heights)), layout="constrained")
@@ -55,11 +63,11 @@ def draw(path: Path, records: dict[str, dict[str, Any]]) -> None:
         for position, row in enumerate(table["rows"]):
             low, middle, high = (row["ratio"][q] for q in timing.QUANTILES)
             colour = COLOURS[re.split(r"[ ,]", row["name"])[0]]
-            axes.barh(position, middle, xerr=[[middle - low], [high - middle]], color=colour, ecolor="0.3")
+            axes.barh(position, middle, xerr=[[middle - low], [high - middle]], color=colour, ecolor=ink)
         axes.set_yticks(range(len(table["rows"])), [row["name"] for row in table["rows"]], fontsize=8)
         axes.set_title(table["title"], fontsize=9, loc="left")
         axes.set_xscale("log")
-        axes.axvline(1, color="0.3", linewidth=0.8)
+        axes.axvline(1, color=ink, linewidth=0.8)
         axes.grid(axis="x", alpha=0.3)
         axes.invert_yaxis()
     all_axes[-1].set_xlabel("time of a step, relative to torch SGD (foreach)")
