@@ -108,7 +108,7 @@ def follow_alias(app: Sphinx, env: BuildEnvironment, node: pending_xref, content
     target = str(node.get("reftarget"))
     for name in (target, f"{node.get('py:module')}.{target}"):
         found = locate(name) if name.startswith("fgo_geo.") else None
-        if hasattr(found, "__qualname__") and found.__module__.startswith("fgo_geo."):
+        if hasattr(found, "__qualname__") and str(getattr(found, "__module__", "")).startswith("fgo_geo."):
             target = f"{found.__module__}.{found.__qualname__}"
             break
     if target.startswith("fgo_geo."):

@@ -60,7 +60,7 @@ class Share:
     """What one process steps of a weight that is dealt in whole components.
 
     Attributes:
-        manifold: The manifold of the whole weight; that of the process's own components is :attr:`Weight.manifold`.
+        manifold: The manifold of the whole weight; that of the process's own components is ``Weight.manifold``.
         shape: The shape of the whole weight.
         groups: Numbers of the process's groups among those of the whole weight, increasing, int64.
         spread: Positions in ``groups`` of those that other processes have components of, too, int64.
