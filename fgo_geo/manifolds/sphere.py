@@ -95,7 +95,7 @@ def angle_squared(x: Tensor, y: Tensor, dim: Dims) -> Tensor:
 
 
 def logarithm(x: Tensor, y: Tensor, radius: Radius, dim: Dims) -> Tensor:
-    """Inverse of the exponential map: the tangent part of ``y - x``, stretched to the length ``r θ``.
+    """Inverse of the exponential map: the tangent part of ``y - x``, scaled to the length ``r θ``.
 
     For small angles the factor ``θ / sin θ`` is a series in ``tan²(θ/2)``, smooth at ``x = y``. Beyond a right angle
     ``y + x`` is projected instead, which has the same tangent part and no cancellation near the antipode. At the
@@ -111,9 +111,9 @@ def logarithm(x: Tensor, y: Tensor, radius: Radius, dim: Dims) -> Tensor:
     sideways = project_tangent(x, (position == smallest).to(x.dtype), radius, dim)
     toward = torch.where(antipodal, sideways, toward)
     length = root_of_sum(toward, dim)
-    stretch = torch.where(length > 0, radius * theta / torch.where(length > 0, length, 1), 1)
+    factor = torch.where(length > 0, radius * theta / torch.where(length > 0, length, 1), 1)
     near, squared = _half_tangent(x, y, dim)
-    return toward * torch.where(near, (1 + squared) * arctangent(squared), stretch)
+    return toward * torch.where(near, (1 + squared) * arctangent(squared), factor)
 
 
 def parallel_transport(x: Tensor, u: Tensor, v: Tensor, radius: Radius, dim: Dims) -> Tensor:

@@ -262,11 +262,11 @@ def _find_velocity(q: Tensor, y: Tensor) -> Tensor:
         return torch.zeros(shape, dtype=q.dtype, device=q.device)
     if shape[-2] == columns:
         turn = q.mT @ y
-        apart = torch.linalg.det(turn) < 0
-        if bool(apart.any()):
+        reflected = torch.linalg.det(turn) < 0
+        if bool(reflected.any()):
             raise RuntimeError(
-                f"Stiefel.logmap: no geodesic joins {_pairs(apart, shape[:-2])}: the determinants of the two matrices "
-                "have opposite signs, and O(n) consists of two parts; flip the sign of a column of one of them"
+                f"Stiefel.logmap: no geodesic joins {_pairs(reflected, shape[:-2])}: the determinants of the two "
+                "matrices have opposite signs, and O(n) consists of two parts; flip the sign of a column of one of them"
             )
         identity = torch.eye(columns, dtype=q.dtype, device=q.device).expand_as(q)
         velocity = _rotation_logarithm(turn)
@@ -334,19 +334,19 @@ def _shoot(q: Tensor, y: Tensor, batch: torch.Size) -> Tensor:
     tolerance = _tolerance(q)
     v, error = torch.zeros_like(y), torch.full(y.shape[:1], math.inf, dtype=y.dtype, device=y.device)
     for points, growth, noise in _ATTEMPTS:
-        left = (error > 8 * tolerance).nonzero().flatten()
-        if len(left) == 0:
+        unsolved = (error > 8 * tolerance).nonzero().flatten()
+        if len(unsolved) == 0:
             return v
-        found, rest = _accelerated_shooting(q[left], y[left], points, growth, noise, tolerance)
-        found, rest = _refined(q[left], y[left], found, rest, tolerance)
-        better = rest < error[left]
-        v[left[better]], error[left[better]] = found[better], rest[better]
+        found, rest = _accelerated_shooting(q[unsolved], y[unsolved], points, growth, noise, tolerance)
+        found, rest = _refined(q[unsolved], y[unsolved], found, rest, tolerance)
+        better = rest < error[unsolved]
+        v[unsolved[better]], error[unsolved[better]] = found[better], rest[better]
     failed = error > 8 * tolerance
     if not bool(failed.any()):
         return v
     raise RuntimeError(
         f"Stiefel.logmap: the search for a geodesic did not converge for {_pairs(failed, batch)} (largest error of the "
-        f"end point {float(error.max()):.3g} radii). The points may lie farther apart than the injectivity radius, π "
+        f"end point {float(error.max()):.3g} radii). Their distance may exceed the injectivity radius, π "
         "radii, where the search can fail; go through an intermediate point"
     )
 

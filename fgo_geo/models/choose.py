@@ -1,9 +1,8 @@
-r"""What each parameter of a model gets: the decision, before anything is changed.
+r"""Decide which parameters of a model are constrained, and how, before anything changes.
 
-For each parameter of a model (:mod:`fgo_geo.models.sites`) :class:`Wanted` says whether it is meant, by ``include``,
-``exclude`` and the defaults; :func:`settings_of` says how, by the rules and overrides that match its name;
-:func:`entry_of` writes down the outcome as a :class:`~fgo_geo.models.entry.PlanEntry`. Nothing here changes a module;
-:mod:`fgo_geo.models.surgery` does.
+For each parameter of a model (:mod:`fgo_geo.models.sites`), :class:`Wanted` applies ``include``, ``exclude`` and the
+defaults; :func:`settings_of` collects the rules and overrides that match its name; :func:`entry_of` records the
+decision as a :class:`~fgo_geo.models.entry.PlanEntry`. :mod:`fgo_geo.models.surgery` then changes the modules.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ __all__ = [
 Components = Literal["auto", "kernel", "block", "filter"]
 
 
-# -- which parameters are meant -------------------------------------------------------------------------------
+# -- selection --------------------------------------------------------------------------------------------------
 
 
 class Wanted:
-    """Which parameters are meant, by include, exclude and the defaults.
+    """The parameters to constrain, by include, exclude and the defaults.
 
     Args:
         sites: All parameters of a model.
-        include: Patterns of those that are meant; None for all but the first convolution and the output heads.
-        exclude: Patterns of those that are not.
-        first_layer: Whether the first convolution is meant too.
-        classifier: Whether the classifier and other output heads are meant too.
+        include: Patterns of parameters to constrain; None for all but the first convolution and the output heads.
+        exclude: Patterns of parameters to leave out.
+        first_layer: Whether to constrain the first convolution too.
+        classifier: Whether to constrain the classifier and other output heads too.
 
     Raises:
         ValueError: If a pattern matches nothing.
@@ -77,7 +76,7 @@ class Wanted:
             self._spared[convolutions[0]] = "is the first convolution: pass first_layer=True to constrain it"
 
     def reason(self, site: Site) -> str | None:
-        """Why a parameter is not meant, None if it is."""
+        """Why a parameter is not selected; None if it is."""
         if any(site.matches(p) for p in self._exclude):
             return "is excluded"
         if self._include is None:
@@ -85,7 +84,7 @@ class Wanted:
         return None if any(site.matches(p) for p in self._include) else "is not among the layers to include"
 
     def check_honoured(self, entries: Sequence[PlanEntry]) -> None:
-        """Raise ValueError if nothing is constrained of what a pattern of ``include`` names."""
+        """Raise ValueError if a pattern of ``include`` names only parameters that cannot be constrained."""
         for pattern in self._include or ():
             meant = [entry for entry, site in zip(entries, self._sites, strict=True) if site.matches(pattern)]
             if not any(entry.constrained for entry in meant):
@@ -94,7 +93,7 @@ class Wanted:
 
 
 def check_patterns(argument: str, patterns: Iterable[Pattern], sites: Sequence[Site]) -> None:
-    """Raise ValueError if there are no patterns but a word, or one matches no parameter."""
+    """Raise ValueError if the patterns are a single word, or one matches no parameter."""
     if isinstance(patterns, str):
         raise ValueError(
             f"constrain: {argument} is {patterns!r}; expected a mapping from names, globs or module types, e.g. "
@@ -110,7 +109,7 @@ def check_patterns(argument: str, patterns: Iterable[Pattern], sites: Sequence[S
 
 
 def _meant(pattern: Pattern, sites: Sequence[Site]) -> str:
-    """What to write in place of a pattern that matches nothing."""
+    """A hint for a pattern that matches nothing."""
     types = {owner_type.__name__ for site in sites for owner in site.owners for owner_type in type(owner).__mro__}
     if pattern in types:
         return f"to name all layers of a type give the type, {pattern} without quotes, e.g. torch.nn.{pattern}"
@@ -125,19 +124,19 @@ def _patterns(patterns: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
     return (patterns,) if isinstance(patterns, (str, type)) else tuple(patterns)
 
 
-# -- how ------------------------------------------------------------------------------------------------------
+# -- settings -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one weight is to be constrained; the arguments of :func:`~fgo_geo.constrain` of the same names.
+    """How to constrain one weight; the arguments of :func:`~fgo_geo.constrain` of the same names.
 
     Attributes:
-        split: Equal runs of output channels that are layers of their own, e.g. 3 for the fused queries, keys and values
-            of attention. Only in ``overrides``.
+        split: Into how many equal parts the output channels are split, each a layer of its own, e.g. 3 for the fused
+            queries, keys and values of attention. Only in ``overrides``.
 
     Raises:
-        ValueError: If one is unknown or out of range.
+        ValueError: If a value is unknown or out of range.
     """
 
     strategy: str
@@ -169,7 +168,7 @@ class Settings:
             if small(given) not in known:
                 raise ValueError(f"{name} must be one of {known}, got {given!r}{did_you_mean(given, _words(known))}")
             put(name, small(given))
-        collection(1, 1, self.strategy, self.manifolds, self.selection, self.seed)  # raises on what it does not know
+        collection(1, 1, self.strategy, self.manifolds, self.selection, self.seed)  # raises on unknown values
 
 
 def _words(known: Iterable[object]) -> list[str]:
@@ -186,8 +185,8 @@ def settings_of(
 
     Args:
         site: The parameter.
-        base: What holds for all.
-        rules: Radius rules by pattern; the first that matches counts.
+        base: The settings of all parameters.
+        rules: Radius rules by pattern; the first match counts.
         overrides: Other settings by pattern; later ones win.
 
     Raises:
@@ -213,12 +212,12 @@ def settings_of(
 
 
 def entry_of(site: Site, settings: Settings, reason: str | None) -> tuple[PlanEntry, ProductOfGroups | None]:
-    """What a parameter gets, and the manifold if it gets one.
+    """The plan entry of a parameter, and its manifold if it is constrained.
 
     Args:
         site: The parameter.
-        settings: How it is to be constrained.
-        reason: Why it is not meant, None if it is.
+        settings: How to constrain it.
+        reason: Why it is not selected; None if it is.
     """
     alone = PlanEntry(site.names, type(site.owners[0]).__name__, site.shape)
     layout = site.layout()
@@ -267,7 +266,7 @@ _STANDARDISED = {"StdConv2d", "StdConv2dSame", "ScaledStdConv2d", "ScaledStdConv
 
 
 def _notes(site: Site) -> tuple[str, ...]:
-    """What else there is to say of a constrained parameter."""
+    """Remarks on a constrained parameter."""
     owner = next((owner for owner in site.owners if has_own_forward(owner)), None)
     if owner is None:
         return ()

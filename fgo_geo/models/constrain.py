@@ -1,12 +1,12 @@
 r"""Put the weights of a model on products of manifolds, and take them off again.
 
-:func:`constrain` walks a model once. For every parameter it decides, and records, what it got or why it was left alone;
-the record is the :class:`~fgo_geo.Plan`. A constrained weight becomes a :class:`geoopt.ManifoldParameter` of the same
-name, shape and memory format on a :class:`~fgo_geo.ProductOfGroups`, so the model, its ``state_dict`` and everything
-that reads parameters work as before.
+:func:`constrain` visits every parameter of a model once, and records in the :class:`~fgo_geo.Plan` how it is
+constrained, or why it is not. A constrained weight becomes a :class:`geoopt.ManifoldParameter` of the same name, shape
+and memory format on a :class:`~fgo_geo.ProductOfGroups`, so the model, its ``state_dict`` and all code that reads
+parameters work as before.
 
-What a parameter gets is decided in :mod:`fgo_geo.models.choose`; :mod:`fgo_geo.models.surgery` rewrites the module, and
-:mod:`fgo_geo.models.plan` keeps it so.
+:mod:`fgo_geo.models.choose` decides, :mod:`fgo_geo.models.surgery` changes the modules, and the hooks of
+:mod:`fgo_geo.models.plan` keep the weights on their manifolds.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def constrain(
         classifier: Constrain the output heads too.
         overrides: Other settings for some layers, e.g. ``{"layer4.*": {"strategy": "layer", "manifolds":
             "stiefel"}}``. Keys are names, globs or module types; later ones win. One setting is for overrides alone:
-            ``{"*.qkv": {"split": 3}}`` takes equal runs of a linear layer's output channels for layers of their own.
+            ``{"*.qkv": {"split": 3}}`` treats equal parts of a linear layer's output channels as separate layers.
         statistics: Divide the radii by the standard deviation ``λ`` of the features that a component is applied to,
             whenever :meth:`~fgo_geo.Plan.update_scales` is called. ``"max1"`` takes ``max(1, λ)``, which keeps norm
             bounds; with ``"std"``, the plain ``λ`` of [Ozay2019]_, a bound ``β`` becomes ``β / λ``. None: never.
@@ -176,7 +176,7 @@ def unconstrain(model: nn.Module) -> nn.Module:
         model: A constrained model.
 
     Returns:
-        The model, with no trace of the plan.
+        The model, without a plan.
     """
     require_model(model, "unconstrain")
     reshard(model)

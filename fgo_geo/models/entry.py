@@ -1,7 +1,7 @@
-r"""What one parameter of a model got, and how a list of such records prints.
+r"""The record of one parameter in a plan, and how several records are printed.
 
 :class:`PlanEntry` is plain data: groups, radius rule and channel scales, or the reason why the parameter was left
-alone. :func:`table_of` prints several of them. What becomes of a parameter is decided in :mod:`fgo_geo.models.choose`.
+alone. :func:`table_of` prints several of them. :mod:`fgo_geo.models.choose` decides what they hold.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["PlanEntry", "table_of"]
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """What one parameter got.
+    """How one parameter is constrained, or why it is not.
 
     Attributes:
         names: Its names in the model; more than one if the weight is tied.
@@ -45,7 +45,7 @@ class PlanEntry:
         statistics: The rule for the statistical factor ``λ``; None for ``λ = 1``.
         channel_scales: ``λ`` of every input channel, as of the latest :meth:`~fgo_geo.Plan.update_scales`;
             empty before.
-        notes: What else there is to know, for readers.
+        notes: Remarks for readers.
     """
 
     names: tuple[str, ...]
@@ -98,11 +98,11 @@ class PlanEntry:
         return [gamma / lam for gamma, lam in zip(radii, scales, strict=True)]
 
     def checked_value(self, value: object, key: str) -> Tensor:
-        """A value for this parameter, from a state dict; of a sharded one, all processes have to ask.
+        """The value for this parameter in a state dict. For a sharded value, all processes must call this.
 
         Args:
-            value: What the state dict has.
-            key: Under which name.
+            value: The value in the state dict.
+            key: Its key there.
 
         Raises:
             ValueError: If it is no tensor of real numbers, or of another shape.
@@ -140,7 +140,7 @@ class PlanEntry:
         return replace(entry, collections=tuple(map(Collection.from_json, entry.collections)))  # pyright: ignore
 
     def _require_plain_values(self) -> None:
-        """Raise ValueError if a field has a value that no plan has; the collections check themselves."""
+        """Raise ValueError if a field is invalid; collections check themselves."""
         layout = self.layout or WeightLayout((1, 1))
         valid = {
             "names": bool(self.names) and all(isinstance(name, str) for name in self.names),
@@ -169,11 +169,11 @@ _HEADER = ("parameter", "shape", "layer", "components", "groups", "manifolds", "
 
 
 def table_of(entries: Sequence[PlanEntry], manifold_of: Callable[[PlanEntry], ProductOfGroups]) -> str:
-    """A table of what is constrained, the others by reason, and a sum.
+    """A table of the constrained parameters, the reasons for the others, and a summary.
 
     Args:
         entries: One per parameter.
-        manifold_of: The manifold of a constrained one.
+        manifold_of: Returns the manifold of a constrained entry.
     """
     rows: list[tuple[str, ...]] = []
     notes: dict[str, list[str]] = {}
@@ -194,7 +194,7 @@ def table_of(entries: Sequence[PlanEntry], manifold_of: Callable[[PlanEntry], Pr
 
 
 def _remarks(title: str, remarks: dict[str, list[str]], width: float) -> list[str]:
-    """Lines of what is said of some parameters."""
+    """Lines that list remarks with their parameters."""
     columns = int(min(width, 160))
     lines = [
         textwrap.fill(f"{', '.join(names)}: {remark}", columns, initial_indent="  ", subsequent_indent="    ")

@@ -1,15 +1,15 @@
 r"""Running standard deviations of a layer's input channels: the statistical factor ``λ`` of the radius ``R = γ / λ``.
 
 The re-scaling parameter of a component divides by the standard deviation of the features that the component is applied
-to ([Ozay2019]_; "Mathematics", section 5). Three pieces follow each other:
+to ([Ozay2019]_; "Mathematics", section 5). It is computed in three steps:
 
 1. :class:`FeatureStatistics` keeps a running mean and variance per channel by the conventions of batch normalisation;
    :func:`track` lets a layer feed one with its inputs;
 2. :func:`rescaling_lambda` turns them into one ``λ`` per input channel;
 3. :func:`kernel_lambda` and :func:`component_lambda` carry it to the components of a weight.
 
-Statistics change in every forward pass of training, ``λ`` only when somebody asks for it: once per epoch. Only then do
-processes talk to each other.
+Statistics change in every forward pass of training. ``λ`` changes only when the caller updates it, usually once per
+epoch, and only then do processes communicate.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class FeatureStatistics(FullPrecisionBuffers):
 
     The conventions are those of :class:`torch.nn.BatchNorm2d`: a batch's mean and unbiased variance enter with weight
     ``momentum``; nothing changes in evaluation mode; the variance starts at one. Inputs in half precision are summed in
-    single precision. A batch with fewer than two values per channel has no variance and is skipped. Every process has
-    statistics of its own batches; :meth:`variance` is that of all processes.
+    single precision. A batch with fewer than two values per channel has no variance and is skipped. Each process keeps
+    the statistics of its own batches; :meth:`variance` combines them.
 
     Args:
         channels: Number of channels.
@@ -112,11 +112,11 @@ class FeatureStatistics(FullPrecisionBuffers):
 
     @torch.no_grad()
     def forward(self, input: Tensor, channel_dim: int) -> None:
-        """Take a batch of features into account; nothing happens in evaluation mode.
+        """Update the statistics by a batch of features; in evaluation mode they do not change.
 
         Args:
             input: Features, of any shape with the channels along one dimension.
-            channel_dim: This dimension.
+            channel_dim: The dimension of the channels.
 
         Raises:
             ValueError: If the dimension has another size than there are channels.
@@ -145,8 +145,8 @@ class FeatureStatistics(FullPrecisionBuffers):
     def variance(self, group: dist.ProcessGroup | None = None) -> Tensor:
         """Running variance per channel over all processes: the mean of theirs, and the variance of their means.
 
-        Where ``torch.distributed`` is initialised, all processes of the group have to call this. A process counts as
-        often as it has seen batches.
+        Where ``torch.distributed`` is initialised, all processes of the group must call this. Processes are weighted by
+        the number of their batches.
 
         Args:
             group: The processes that see different data; None for all.
@@ -186,7 +186,7 @@ def _moments(input: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class TrackingHandle:
-    """What :func:`track` returns.
+    """The handle that :func:`track` returns.
 
     Attributes:
         module: The tracked layer.
@@ -207,9 +207,9 @@ class TrackingHandle:
 def track(module: nn.Module, momentum: float | None = 0.1) -> TrackingHandle:
     """Record statistics of a layer's input channels in every forward pass of training.
 
-    They are stored with the layer, as its submodule ``fgo_geo_statistics``: in its ``state_dict``, on its device, in
-    its copies. A layer whose ``forward`` is bypassed (the output projection inside
-    :class:`torch.nn.MultiheadAttention`) sees no features and keeps a standard deviation of one.
+    The layer holds them as its submodule ``fgo_geo_statistics``, so they are part of its ``state_dict`` and its copies
+    and follow it to other devices. A layer whose ``forward`` is never called (the output projection inside
+    :class:`torch.nn.MultiheadAttention`) keeps a standard deviation of one.
 
     Args:
         module: A convolution, a transposed convolution or a linear layer. Of a grouped convolution all input channels
@@ -280,7 +280,7 @@ def untrack(module: nn.Module) -> None:
 def _record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook: a function of the module, so that models can be copied and pickled.
 
-    Activation checkpointing runs a forward pass again inside the backward pass; it is not counted again.
+    Activation checkpointing repeats a forward pass inside the backward pass; the repetition is not counted.
     """
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # pyright: ignore
         return

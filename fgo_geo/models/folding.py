@@ -1,21 +1,22 @@
-r"""Fold batch normalisation into the layers next to it, so that norms are measured of the network that computes.
+r"""Fold batch normalisation into adjacent layers, so that norms are those of the maps that the network computes.
 
 At inference a batch normalisation is the affine map ``y = s x + t`` of every channel, with running mean ``μ`` and
 variance ``σ²``::
 
     s = γ / √(σ² + ε),    t = β - s μ
 
-A layer ``W x + b`` takes it over exactly where it stands directly
+It can be folded exactly into a layer ``W x + b`` that directly
 
-* *behind* the layer, on the output channels: ``W' = diag(s) W``, ``b' = s b + t``;
-* *before* the layer, on the input channels: ``W' = W diag(s)``, ``b' = b + W t``. Padding with zeros gets between the
-  two unless ``t = 0``: the zeros are not shifted.
+* *precedes* it, on the output channels: ``W' = diag(s) W``, ``b' = s b + t``;
+* *follows* it, on the input channels: ``W' = W diag(s)``, ``b' = b + W t``. With zero padding this holds only for
+  ``t = 0``, because the padded zeros are not shifted.
 
-Between two activations (pre-activation blocks: normalise, rectify, convolve) it is no part of a layer. It stays a layer
-of its own, the matrix ``diag(s)`` of spectral norm ``max |s|``, and belongs into a product of norms as such.
+Between two activations (pre-activation blocks: normalise, rectify, convolve) it belongs to no layer. It then remains a
+layer with the matrix ``diag(s)``, of spectral norm ``max |s|``, and is a factor of its own in a product of norms.
 
-:func:`fold_batchnorm` finds the neighbours with :mod:`torch.fx`, changes a copy of the model, and records what became
-of every normalisation. The copy keeps the model's own code; folded normalisations become :class:`torch.nn.Identity`.
+:func:`fold_batchnorm` finds the adjacent layers with :mod:`torch.fx`, changes a copy of the model, and records the
+outcome for every normalisation. The copy keeps the model's own code; folded normalisations become
+:class:`torch.nn.Identity`.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ Side = Literal["output", "input"]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _LAYERS = (nn.Linear, *CONVOLUTIONS)
-# Tracing runs the model's own code on stand-ins for tensors, and whatever it does with them may fail.
+# Tracing runs the model's own code on proxies of tensors, and any of its operations may fail on them.
 _TRACING_FAILS_WITH = (AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, eq=False)
 class BatchNormRecord:
-    """What became of one batch normalisation.
+    """The outcome for one batch normalisation.
 
     Attributes:
         name: Its name in the model.
         layer: The layer that it was folded into; None if it was kept.
-        side: Whether it went to the output or the input channels of the layer; None if it was kept.
+        side: Whether it was folded on the output or the input channels of the layer; None if it was kept.
         reason: Why it was kept; None if it was folded.
         scale: ``s = γ / √(σ² + ε)``, float64, one number per channel: the diagonal of the matrix that it multiplies by.
             None if it is no fixed map or never called.
@@ -150,7 +151,7 @@ class _Folder:
         self._owners = Counter(param for _, param in parameters)
 
     def fold(self, name: str, norm: BatchNorm) -> BatchNormRecord:
-        """Fold one normalisation, or say why not."""
+        """Fold one normalisation, or record why it is kept."""
         scale_shift = _affine(norm)
         if scale_shift is None:
             reason = "has no running statistics: it normalises by those of the batch, which is no fixed linear map"
@@ -170,7 +171,7 @@ class _Folder:
                 _fold_into(self._model.get_submodule(layer), side, scale, shift)
                 self._replace(norm)
                 return BatchNormRecord(name, layer, side, None, scale)
-            reasons.append(f"{'before' if side == 'output' else 'behind'} it, {reason}")
+            reasons.append(f"{'before' if side == 'output' else 'after'} it, {reason}")
         return BatchNormRecord(name, None, None, "; ".join(reasons), scale)
 
     def _obstacle(self, name: str, module: nn.Module) -> str | None:
@@ -184,7 +185,7 @@ class _Folder:
         return None
 
     def _neighbour(self, node: fx.Node, side: Side, shift: Tensor) -> tuple[str, str | None]:
-        """The layer that could take a normalisation over, and why it cannot."""
+        """The layer on one side of a normalisation, and why the normalisation cannot be folded into it."""
         if side == "output":
             source = node.args[0] if node.args else next(iter(node.kwargs.values()))
             neighbour = cast("fx.Node", source)
@@ -245,7 +246,7 @@ def _sees_zeros(layer: nn.Module) -> bool:
 
 
 def _fold_into(layer: nn.Module, side: Side, scale: Tensor, shift: Tensor) -> None:
-    """Give a layer the weight and bias that it has together with a normalisation."""
+    """Replace a layer's weight and bias by those of the layer and the normalisation together."""
     weight, bias = cast("tuple[Tensor, Tensor | None]", (layer.weight, layer.bias))
     layout = cast(WeightLayout, layout_of(layer, "weight"))
     channels = layout.channels(weight.detach().double())

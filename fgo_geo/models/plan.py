@@ -1,13 +1,14 @@
-r"""The record that a constrained model keeps, and the hooks that keep the model to it.
+r"""The record of how a model is constrained, and the hooks that keep the model so.
 
-The :class:`Plan` stays with the model. It travels in the metadata of ``state_dict``, so that groups and radii survive
-saving and loading exactly, and it guards what torch would lose in silence: a forward pass of a model whose weights have
-become plain parameters (by ``to("meta")``, ``to_empty`` or sharding) is an error that names :meth:`Plan.attach` (inside
-``torch.compile`` nothing checks, call :meth:`Plan.check`); after ``load_state_dict`` the plan attaches itself.
+The :class:`Plan` belongs to the model. The metadata of ``state_dict`` contains it, so that groups and radii survive
+saving and loading exactly. It also reports what torch would drop silently: once weights have become plain parameters
+(by ``to("meta")``, ``to_empty`` or sharding), the next forward pass raises an error that names :meth:`Plan.attach`.
+Inside ``torch.compile`` nothing is checked; call :meth:`Plan.check` there. After ``load_state_dict`` the plan attaches
+itself again.
 
-``load_state_dict`` refuses values that are off the manifolds before anything has changed, except in a deep copy of the
-model: EMA and SWA keep their averages in one, and averages are off. There the values are loaded as they are, and only a
-forward pass in training is an error.
+``load_state_dict`` rejects values that are off the manifolds before anything has changed. A deep copy of the model is
+the exception, because EMA and SWA keep averages in one, and averages are off the manifolds: it loads the values
+unchanged, and only a forward pass in training mode raises an error.
 """
 
 from __future__ import annotations
@@ -112,10 +113,10 @@ class Plan(NoModel):
             )
 
     def attach(self, model: nn.Module, *, project: bool = False) -> Plan:
-        """Put a model's parameters (back) on the manifolds of this plan. Values do not change unless asked.
+        """Put a model's parameters (back) on the manifolds of this plan. Values change only with ``project``.
 
-        Parameters that are on manifolds already stay the same objects. Those of another plan that this one does not
-        have become plain parameters.
+        Parameters that are on manifolds already stay the same objects. Parameters that only the model's former plan
+        constrains become plain.
 
         Args:
             model: A model with the plan's parameter names and shapes.
@@ -162,8 +163,8 @@ class Plan(NoModel):
     def projected(self, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         """A copy of a state dict with the nearest points of this plan's manifolds, for ``load_state_dict``.
 
-        For averages of weights, and for plain weights, that are to be trained on: ``load_state_dict`` refuses values
-        that are off their manifolds. A plan in the metadata of the state dict is left out.
+        Use it to continue training from averages of weights or from plain weights, because ``load_state_dict`` rejects
+        values that are off their manifolds. The copy's metadata contains no plan.
 
         Args:
             state_dict: Values by name.
@@ -205,12 +206,12 @@ class Plan(NoModel):
     ) -> None:
         """Refresh the statistical factor ``λ`` of the radii ``γ / λ``, once per epoch ([Ozay2019]_, algorithm 1).
 
-        Takes the running statistics of the features that the layers saw in training. Points move to the new radii, and
-        momentum with them, by the dilation that maps the old manifold to the new one; both stay valid. Layers that are
-        not called themselves keep ``λ = 1``: the packed and the output projection of attention. A tied weight takes
-        the root mean square over its layers.
+        It uses the running statistics of the layers' inputs in training. The dilation that maps the old manifold to the
+        new one moves points and momentum; both stay valid. Layers whose own ``forward`` is never called keep
+        ``λ = 1``: the packed and the output projection of attention. A tied weight uses the root mean square over its
+        layers.
 
-        Where ``torch.distributed`` is initialised, all processes of the group have to call this, and get equal radii.
+        Where ``torch.distributed`` is initialised, all processes of the group must call this; they get equal radii.
 
         Args:
             optimizer: The optimiser, whose ``momentum_buffer`` is scaled too. Without it momentum keeps its length.
@@ -263,12 +264,12 @@ class Plan(NoModel):
             raise ValueError(f"this plan is damaged ({error!r}): restore it from another copy") from error
 
     def __repr__(self) -> str:
-        """How much is constrained, in a line."""
+        """The number of constrained parameters, in one line."""
         attached = "no model" if self.model is None else type(self.model).__name__
         return f"<Plan of {attached}: {len(self.constrained)} of {len(self.entries)} parameters constrained>"
 
     def __str__(self) -> str:
-        """A table of what is constrained, the others by reason, and a sum."""
+        """A table of the constrained parameters, the reasons for the others, and a summary."""
         return table_of(self.entries, self._manifold_of)
 
     def _manifold_of(self, entry: PlanEntry) -> ProductOfGroups:
@@ -289,7 +290,7 @@ class Plan(NoModel):
         return [entry.name for entry in self.entries if entry.reason is None and is_lost(model, entry.name)]
 
     def check_training(self) -> None:
-        """Raise if this is a forward pass of training and values that were loaded off their manifolds still are.
+        """Raise if a forward pass of training uses values that were loaded off their manifolds and still are.
 
         Raises:
             RuntimeError: With the names, and what to call.
@@ -309,11 +310,11 @@ class Plan(NoModel):
             ) from error
 
     def before_load(self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Mapping[str, Any]) -> None:
-        """Take over the plan of a state dict, after refusing what does not fit.
+        """Adopt the plan of a state dict, after rejecting what does not fit.
 
         Args:
             state_dict: Values by name.
-            prefix: What stands before the names of this plan.
+            prefix: Prefix of this plan's names in the state dict.
             local_metadata: The metadata of this plan's model.
 
         Raises:
@@ -355,7 +356,7 @@ class Plan(NoModel):
         self._before_assign = tuple(model.parameters()) if assigns else ()
 
     def after_load(self) -> None:
-        """Put back on manifolds what load_state_dict has assigned, and mark what it has replaced."""
+        """Put assigned parameters back on their manifolds, and mark the parameters that they have replaced."""
         model = self._require_model()
         if self.lost():
             targets = targets_of(model, self.constrained)
@@ -376,7 +377,7 @@ class Plan(NoModel):
         return self.model
 
     def settle(self, model: nn.Module) -> Plan:
-        """Make this the plan of a model, and set the hooks that keep it."""
+        """Make this the plan of a model, and register its hooks."""
         before = model.__dict__.get(PLAN_ATTRIBUTE)
         if before is not self:
             if before is not None:
@@ -393,7 +394,7 @@ class Plan(NoModel):
         return self
 
     def track(self) -> None:
-        """Track the features of the layers whose radii depend on them, and no longer those that this plan tracked."""
+        """Track the inputs of layers whose radii depend on them, and stop tracking those that no longer need it."""
         model = self._require_model()
         wanted = {name: layer for e in self.constrained if e.statistics for name, layer in layers_of(model, e).items()}
         self._untrack(self._tracked - set(wanted))
@@ -403,7 +404,7 @@ class Plan(NoModel):
                 self._tracked.add(name)
 
     def release(self) -> None:
-        """Leave no trace in the model."""
+        """Remove the plan, its hooks and its tracking from the model."""
         model = self._require_model()
         for handle in self._handles:
             handle.remove()
@@ -459,13 +460,13 @@ def _store(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict
 
 
 def _restore(module: nn.Module, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *others: Any) -> None:
-    """Take over what a checkpoint's plan says, after refusing values that are off its manifolds."""
+    """Adopt the plan of a checkpoint, after rejecting values that are off its manifolds."""
     plan: Plan = module.__dict__[PLAN_ATTRIBUTE]
     plan.before_load(state_dict, prefix, local_metadata)
 
 
 def _attach_again(module: nn.Module, incompatible_keys: Any) -> None:
-    """After load_state_dict, which makes plain parameters of what it assigns."""
+    """Attach again after load_state_dict, which turns the parameters that it assigns into plain ones."""
     module.__dict__[PLAN_ATTRIBUTE].after_load()
 
 
@@ -480,7 +481,7 @@ def _guard(module: nn.Module, inputs: Any) -> None:
             plan.__dict__.setdefault("watch", Watch()).before_pass(module, plan.entries)
 
 
-# -- what a state dict holds ----------------------------------------------------------------------------------
+# -- state dicts ----------------------------------------------------------------------------------------------
 
 
 def _stored_entries(text: object) -> tuple[PlanEntry, ...]:

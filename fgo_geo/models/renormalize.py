@@ -8,18 +8,18 @@ For every component ``i`` there are two stages ([Ozay2019]_; "Mathematics", sect
 1. *normalise*: ``N`` maps to a manifold of radius one: the sphere (divide by the Frobenius norm), the oblique manifold
    (by the column norms), the Stiefel manifold (polar factor), or the ball of the spectral norm (divide by it where it
    exceeds one);
-2. *re-parameterise*: ``γ`` is a radius at which the wanted norms of a group, or of the layer, are at most ``β``, see
-   :mod:`fgo_geo.weights.radius`; ``λ`` is one, or follows the statistics of the features, see
+2. *re-parameterise*: ``γ`` is a radius at which the chosen norms of a group, or of the layer, are at most ``β``, see
+   :mod:`fgo_geo.weights.radius`; ``λ`` is one, or the standard deviation of the features, see
    :mod:`fgo_geo.models.feature_stats`.
 
 :class:`Renormalization` does this to all components of a weight at once, as a parametrization of
 :mod:`torch.nn.utils.parametrize`. :func:`renormalize` registers it, :func:`update_scales` refreshes ``λ`` once per
-epoch and :func:`remove_renormalization` leaves a plain weight behind. Components and groups are those of
+epoch and :func:`remove_renormalization` makes the weight plain again. Components and groups are those of
 :class:`~fgo_geo.manifolds.ProductOfGroups`.
 
 The weight does not depend on the scale of the raw weight (for the ball: it depends on the ratio to a unit). The raw
-weight is put on the scale of [He2015]_, at which random entries have variance ``2 / fan_in``: what learning rates and
-weight decay usually are made for.
+weight has the scale of [He2015]_, at which random entries have variance ``2 / fan_in``: usual learning rates and weight
+decay assume that scale.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ class Renormalization(FullPrecisionBuffers):
         """The weight that belongs to a raw weight: differentiable, of the same shape and type.
 
         On the CPU, factorisations are kept for the next forward pass, and so is the weight itself where torch takes no
-        derivatives: both serve while the raw weight stays the same.
+        derivatives: both are reused while the raw weight stays the same.
         """
         target = self._radius(raw.dtype)
         if not reads_for_free(raw) or {"sphere", "oblique"}.issuperset(self.partition.kinds):  # as fast as comparing
@@ -201,12 +201,12 @@ class Renormalization(FullPrecisionBuffers):
         return [part[:, None, None] for part in radius.to(dtype).split(list(self.partition.counts))]
 
     def guarantee(self) -> Tensor:
-        """The bound that every group's norms are sure to obey now: ``β / λ`` for the smallest ``λ`` of its components.
+        """The bound that the norms of every group obey at present: ``β / λ`` for the smallest ``λ`` of its components.
 
-        Without statistics it is ``β``, with the rule ``"max1"`` at most that.
+        Without statistics it is ``β``, with the rule ``"max1"`` at most ``β``.
 
         Returns:
-            Bounds, shape ``(G,)``, in the order of the collections; of the layer one number, shape ``(1,)``.
+            Bounds, shape ``(G,)``, in the order of the collections; shape ``(1,)`` for a bound of the layer.
         """
         cut = self.partition
         inverse = torch.ones_like(self.gamma) if self.lam is None else 1 / self.lam
@@ -221,11 +221,11 @@ class Renormalization(FullPrecisionBuffers):
         """How far the norms of a weight exceed the guaranteed bound, relative to the bound.
 
         Args:
-            weight: A weight of this shape; that of the layer exceeds nothing, up to rounding.
+            weight: A weight of this shape. The layer's own weight has no excess, up to rounding.
 
         Returns:
-            The excess of the worst norm of every group, 0 where there is none: float64, shape ``(G,)``; for a bound of
-            the layer shape ``(1,)``.
+            The excess of the largest norm of every group, 0 where there is none: float64, shape ``(G,)``; shape
+            ``(1,)`` for a bound of the layer.
         """
         if self.bound_of == "layer":
             norms = matrix_norms(self.partition.layout.channels(weight.double()).flatten(1).unsqueeze(0))
@@ -274,8 +274,8 @@ def renormalize(
 
     The parameter becomes a raw weight (``module.parametrizations[name].original``), and ``module.weight`` is computed
     from it such that in every group (or in the whole weight, see ``bound_of``) each of the norms is at most ``bound``,
-    up to rounding: a few units in the last place of the weight's type. A weight that is on its manifolds already keeps
-    its value, another one is projected.
+    up to rounding: a few units in the last place of the weight's type. A weight that is on its manifolds keeps its
+    value; other weights are projected.
 
     ``state_dict``, ``deepcopy``, ``torch.compile`` and ``DistributedDataParallel`` work as with every parametrization
     of torch; models are saved through their ``state_dict``, not pickled whole. Load weights of a plain layer before
@@ -285,8 +285,8 @@ def renormalize(
         module: A convolution, transposed convolution, linear layer or attention layer.
         name: Name of its weight.
         manifold: ``"sphere"`` (the default), ``"oblique"``, ``"stiefel"``, ``"spectral_ball"``, or several of
-            them for groups by ``"pi"``, ``"po"`` or ``"pio"``. Left out if ``groups`` is a collection, which has its
-            own.
+            them for groups by ``"pi"``, ``"po"`` or ``"pio"``. Leave it out if ``groups`` is a collection, which has
+            its own.
         norms: The norms to bound, of ``"frobenius"``, ``"spectral"``, ``"two_to_one"`` (or ``"2->1"``).
         bound: The bound ``β``.
         groups: A strategy of :func:`fgo_geo.weights.grouping.collection`, or a collection (one per section of a
@@ -374,7 +374,7 @@ def _collections(
     seed: int,
     components: Components,
 ) -> tuple[Collection, ...]:
-    """The groups that :func:`renormalize` is asked for."""
+    """The groups for the arguments of :func:`renormalize`."""
     if not isinstance(groups, str):
         if manifold is not None:
             raise ValueError(
@@ -409,7 +409,7 @@ def renormalization_of(module: nn.Module, name: str = "weight") -> Renormalizati
         name: Name of its weight.
 
     Returns:
-        What computes the weight: its groups, bounds and scales.
+        The module that computes the weight, with its groups, bounds and scales.
 
     Raises:
         ValueError: If the weight is not renormalised.
@@ -423,7 +423,7 @@ def renormalization_of(module: nn.Module, name: str = "weight") -> Renormalizati
 
 
 def _renormalizations(module: nn.Module) -> Iterator[tuple[str, Renormalization]]:
-    """The names of a module's renormalised weights, and what computes them."""
+    """The names of a module's renormalised weights, each with its parametrization."""
     if parametrize.is_parametrized(module):
         for name, chain in cast("nn.ModuleDict", module.parametrizations).items():
             yield from ((name, step) for step in chain.children() if isinstance(step, Renormalization))
@@ -437,10 +437,10 @@ def update_scales(model: nn.Module, group: dist.ProcessGroup | None = None) -> i
 
     Args:
         model: A model, wrapped or not.
-        group: The processes that see different data, all of which have to call this; None for all there are.
+        group: The processes that see different data, all of which must call this; None for all processes.
 
     Returns:
-        How many weights got new scales: all that were renormalised with statistics.
+        The number of weights with new scales: all that were renormalised with statistics.
 
     Raises:
         ValueError: If features were not finite. Nothing has changed then.
@@ -487,7 +487,7 @@ def remove_renormalization(module: nn.Module, name: str = "weight") -> nn.Module
 
 
 def _give_own_class(module: nn.Module) -> None:
-    """Undo that copies of a parametrised module share its class: torch edits it when it removes a parametrization."""
+    """Give a module a class of its own: copies share one, and torch edits it when it removes a parametrization."""
     shared = type(module)
     members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
     own: Any = type(shared.__name__, shared.__bases__, members)

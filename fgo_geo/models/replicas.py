@@ -1,9 +1,9 @@
-"""Constrained models under DistributedDataParallel: what it would get wrong in silence.
+"""Checks of constrained models under DistributedDataParallel, where two mistakes would go unnoticed.
 
 DistributedDataParallel shares weights and gradients between processes, and nothing else. It averages the gradients of
-the parameters that it found when it was built: of one that was put in its place later, every process would go its own
-way. And it does not share plans: with other seeds or radii, processes would be on other manifolds. Both are looked for
-in a forward pass.
+the parameters that it found when it was built; a parameter that replaces one of them later would differ between
+processes. It does not share plans either: with different seeds or radii, processes would use different manifolds. A
+forward pass checks both.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _seen: weakref.WeakKeyDictionary[nn.Module, dict[int, int]] = weakref.WeakKeyDic
 def check_replicas(model: nn.Module, entries: Sequence[PlanEntry]) -> None:
     """Raise if a wrapper does not know a model's parameters, or its processes have different plans.
 
-    The processes compare their plans in the first forward pass of a wrapper that gradients follow, and all raise if one
-    of them does. Later the parameters alone are looked at, after something has replaced parameters.
+    The processes compare their plans in the wrapper's first forward pass with gradients, and all raise if one of them
+    does. Later passes check the parameters alone, once after every replacement.
 
     Args:
         model: The constrained model, in a forward pass.

@@ -1,7 +1,7 @@
 """Sharded models: where their parameters are, and which of them are on manifolds.
 
-Between passes FSDP2 registers sharded parameters, and during them whole ones, new each time and of torch's own class.
-Therefore every module remembers which sharded parameters were declared, and the sharded one says what a whole one is.
+FSDP2 registers sharded parameters between passes and whole ones during a pass; those are new each time, and of torch's
+own class. Every module therefore remembers its declared sharded parameters, and they tell the manifolds of whole ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHARDED = "_fgo_geo_sharded"
 
 
 def declare_in(module: nn.Module, name: str, manifold: geoopt.Manifold | None) -> None:
-    """Say which manifold a module's own sharded parameter is on.
+    """Declare the manifold of a module's own sharded parameter.
 
     Args:
         module: The module.
@@ -47,28 +47,28 @@ def sharded_manifold(param: Any) -> geoopt.Manifold | None:
 
 
 def value_of(param: Tensor) -> Tensor:
-    """The whole value of a parameter, without its class; of a sharded one, all processes have to ask."""
+    """The whole value of a parameter as a plain tensor. For a sharded parameter, all processes must call this."""
     return whole(param) if is_sharded(param) else param.detach().as_subclass(Tensor)
 
 
 def reshard(model: nn.Module) -> None:
-    """Let the sharded parameters be the registered ones; nothing happens where they are, and to other models."""
+    """Register the sharded parameters in place of whole ones; other models do not change."""
     for module in _fsdp_modules(model):
         module.reshard()
 
 
 def recover(model: nn.Module, params: Iterable[Tensor]) -> bool:
-    """Let the sharded parameters be the registered ones after a forward pass that was refused in its middle.
+    """Register the sharded parameters again after a forward pass that an error has ended.
 
     Args:
         model: Any model.
-        params: Those of its parameters that have to be sharded, if the model is.
+        params: Those of its parameters that must be sharded, if the model is.
 
     Returns:
-        Whether parameters were found that were not sharded; the model then has others now.
+        Whether some of them were not sharded; the model has other parameters then.
 
     Raises:
-        RuntimeError: If that takes a newer torch.
+        RuntimeError: If this version of torch is too old for it.
     """
     modules = _fsdp_modules(model)
     if not modules or all(is_sharded(param) or isinstance(param, geoopt.ManifoldParameter) for param in params):

@@ -1,7 +1,7 @@
 r"""The parameters of a model with the places where they are used, and which of them look like outputs of the model.
 
-A :class:`Site` is one parameter, tied or not. :func:`sites_of` finds all of them; :func:`output_heads` says which ones
-put out what no other layer takes.
+A :class:`Site` is one parameter, tied or not. :func:`sites_of` finds all of them; :func:`output_heads` finds the layers
+whose outputs no other layer takes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Site:
     Attributes:
         param: The parameter.
         names: Its names in the model.
-        owners: The module behind each name.
+        owners: The module of each name.
         places: The position of each name among all of the model.
     """
 
@@ -42,7 +42,7 @@ class Site:
         return () if isinstance(self.param, nn.UninitializedParameter) else tuple(self.param.shape)
 
     def matches(self, pattern: Pattern) -> bool:
-        """Whether a parameter name, module name, glob or module type means this parameter."""
+        """Whether a parameter name, module name, glob or module type matches this parameter."""
         if isinstance(pattern, type):
             return any(isinstance(owner, pattern) for owner in self.owners)
         return any(
@@ -83,11 +83,11 @@ class Site:
         )
 
     def outputs(self) -> int:
-        """Number of output channels of a weight with a layout; zero of others."""
+        """Number of output channels of a weight with a layout; zero for others."""
         return max((layout.out_channels for layout in self._layouts() if isinstance(layout, WeightLayout)), default=0)
 
     def inputs(self) -> list[tuple[int, int]]:
-        """Place and number of the channels that each use of this parameter takes in; none for biases and tables."""
+        """Place and number of the input channels of each use of this parameter; none for biases and embeddings."""
         found: list[tuple[int, int]] = []
         for place, owner, layout in zip(self.places, self.owners, self._layouts(), strict=True):
             if isinstance(layout, WeightLayout):
@@ -111,17 +111,17 @@ def sites_of(model: nn.Module) -> list[Site]:
 def output_heads(sites: Sequence[Site]) -> dict[Site, str]:
     """The linear layers and 1x1 convolutions that look like outputs of the model, with the reason.
 
-    There is no graph to read, so widths decide: a layer is an output head if no other layer has an input that fits its
-    outputs. The last linear layer is the classifier, unless what comes later, or a head, takes its outputs. A tied
-    weight is where its last name is.
+    Without a graph, widths decide: a layer is an output head if no other layer has an input that fits its outputs. The
+    last linear layer is the classifier, unless a later layer or a head takes its outputs. The place of a tied weight is
+    that of its last name.
 
     Args:
         sites: All parameters of a model.
 
     Returns:
-        Why each of them is spared.
+        The reason for each of them.
     """
-    # What takes images takes no layer's outputs.
+    # A layer that takes images takes no outputs of other layers.
     images = [place for site in sites if site.is_convolution() for place, width in site.inputs() if width <= 4][:1]
     inputs = [(place, width) for site in sites for place, width in site.inputs() if place not in images]
     heads: dict[Site, str] = {}
@@ -140,13 +140,13 @@ def output_heads(sites: Sequence[Site]) -> dict[Site, str]:
 
 
 def _takes(width: int, outputs: int) -> bool:
-    """Whether a layer of some input width may take these outputs, all at once or in parts: projections, gates."""
+    """Whether a layer of this input width may take the outputs, all at once or in parts: projections, gates."""
     return outputs % width == 0 and outputs // width < 10
 
 
-_FEW_OUTPUTS = 16  # of a linear layer; more, and several of them may be concatenated or repeated into an input
+_FEW_OUTPUTS = 16  # of a linear layer; with more, an input may be several of them concatenated, or one repeated
 
 
 def _takes_several(width: int, outputs: int, is_convolution: bool) -> bool:
-    """Whether a layer of some input width may take them repeatedly, or with others: flattened maps, heads, branches."""
+    """Whether a layer of this input width may take them repeatedly, or with others: flattened maps, heads, branches."""
     return width % outputs == 0 and (is_convolution or outputs >= _FEW_OUTPUTS)

@@ -1,4 +1,4 @@
-"""What to say where something else was taken for a model, a plan or a layer."""
+"""Errors for arguments that are mistaken for a model, a plan or a layer."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _KEEP_THE_MODEL = (
 
 
 class NoModel:
-    """A base of what ``constrain`` returns, for those who write ``model = constrain(model)``."""
+    """Base class of plans: its errors explain the slip ``model = constrain(model)``."""
 
     def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
         """Raise, as a plan computes nothing.
 
         Raises:
-            TypeError: Always, with what to write instead.
+            TypeError: Always, with the remedy.
         """
         raise TypeError(f"a {type(self).__name__} is no model and cannot be called: {_KEEP_THE_MODEL}")
 
@@ -44,11 +44,11 @@ class NoModel:
 
 
 def require_model(model: object, function: str) -> None:
-    """Raise TypeError if something is no module, with what to write instead.
+    """Raise TypeError, with the remedy, if an object is no module.
 
     Args:
-        model: What was given.
-        function: Who asks, for the message.
+        model: The object.
+        function: Name of the function that was called with it.
     """
     if isinstance(model, nn.Module):
         return

@@ -1,9 +1,9 @@
-r"""Where a weight starts on its manifold: the nearest point, or a random one where no point is nearest.
+r"""The initial point of a weight on its manifold: the nearest one, or a random one where that is not unique.
 
 The projection of a zero kernel onto a sphere is not unique, nor is that of a zero column onto an oblique manifold, nor
-that of a matrix of less than full rank onto a Stiefel manifold. Layers are initialised like that (zeros, constants,
-pruned filters), and one point for all of them would make equal what should differ: :func:`initial_point` draws what
-the weight leaves open, uniformly and from a seed.
+that of a matrix of less than full rank onto a Stiefel manifold. Some layers are initialised like that (zeros,
+constants, pruned filters). The same point for all such components would make them equal for ever, so
+:func:`initial_point` draws what the projection does not determine, uniformly and from a seed.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ def nearest_point(manifold: ProductOfGroups, value: Tensor) -> Tensor:
 def initial_point(
     value: Tensor, manifold: ProductOfGroups, initial: Initial, seed: int, name: str
 ) -> tuple[Tensor | None, tuple[str, ...]]:
-    """Where a parameter starts.
+    """The initial point of a parameter.
 
     Args:
         value: Its values.
         manifold: Its manifold.
         initial: ``"project"``, or ``"uniform"`` by torch's global generator.
-        seed: Seed of what the projection leaves open.
+        seed: Seed of what the projection does not determine.
         name: Name of the parameter, on which the draw depends too.
 
     Returns:
-        A point (None on the meta device, where there are no values), and what to note of it.
+        A point (None on the meta device, where there are no values), and remarks on it.
 
     Example:
         >>> from fgo_geo import collection
@@ -96,7 +96,7 @@ def initial_point(
 
 
 def _can_be_open(manifold: geoopt.Manifold, rows: int, columns: int, tiny: int) -> bool:
-    """Whether a component ``rows x columns`` can be open, in a weight with so many tiny entries; a cheap way out."""
+    """Whether components ``rows x columns`` may lack a unique nearest point, in a weight with so many tiny entries."""
     if not isinstance(manifold, ComponentManifold) or isinstance(manifold, ConvexBall):
         return False  # the nearest point of a ball is unique
     if isinstance(manifold, Stiefel):
@@ -118,12 +118,12 @@ def _is_open(manifold: geoopt.Manifold, part: Tensor, smallest: float) -> Tensor
 
 
 def _is_kept(part: Tensor, values: Tensor, smallest: float) -> Tensor:
-    """Which singular values of matrices are more than rounding."""
+    """Which singular values of matrices exceed rounding errors."""
     rounding = torch.finfo(part.dtype).eps * part.shape[-2]
     return values > (rounding * values[:, :1]).clamp(min=smallest)
 
 
-_SUSPECT = 1e-6  # of :func:`_independence`: far above what rounding leaves of zero, and seldom drawn at random
+_SUSPECT = 1e-6  # of :func:`_independence`: far above the rounding errors of zero, and rare among random matrices
 
 
 def _independence(part: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ def _independence(part: Tensor) -> Tensor:
 
 
 def _completed(manifold: geoopt.Manifold, part: Tensor, smallest: float, generator: torch.Generator) -> Tensor:
-    """Components whose nearest point is unique: what was open is Gaussian, which projects to uniform."""
+    """Components whose nearest point is unique: Gaussian where it was not, because that projects to uniform."""
     gaussian = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.device)
     if isinstance(manifold, Oblique):
         is_zero = part.abs().amax(-2, keepdim=True) <= smallest

@@ -1,7 +1,7 @@
-r"""The only file that rewrites a module: parameters onto manifolds, off them, and to other radii.
+r"""Changes of modules: parameters are put on manifolds, taken off them, and moved to other radii.
 
-Every function takes what was decided elsewhere (:class:`~fgo_geo.models.entry.PlanEntry`) and checks before it changes
-anything.
+Every function carries out a decision (:class:`~fgo_geo.models.entry.PlanEntry`) that was made elsewhere, and checks
+before it changes anything.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def layers_of(model: nn.Module, entry: PlanEntry) -> dict[str, nn.Module]:
-    """The layers that use a parameter and can be tracked, by name: called themselves, with known input channels."""
+    """The layers that use a parameter and can be tracked, by name: linear layers and convolutions."""
     layers: dict[nn.Module, str] = {}
     for name in entry.names:
         path = name.rpartition(".")[0]
@@ -61,7 +61,7 @@ def measured_scales(model: nn.Module, entry: PlanEntry, group: dist.ProcessGroup
 
 
 def dilate(param: geoopt.ManifoldParameter, radii: list[Tensor], momentum: Tensor | None) -> None:
-    """Give the manifold of a parameter other radii, and multiply point and momentum by the ratio."""
+    """Change the radii of a parameter's manifold, and multiply point and momentum by the ratio."""
     manifold = cast(ProductOfGroups, cast(Any, param).manifold)
     like = torch.empty(param.shape, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
     before = manifold.radius_map(like)
@@ -76,7 +76,7 @@ Target = tuple[PlanEntry, Tensor, ProductOfGroups]
 
 
 def targets_of(model: nn.Module, entries: Iterable[PlanEntry]) -> list[Target]:
-    """The parameter that every entry means, and a new manifold for it.
+    """The parameter of every entry, and a new manifold for it.
 
     Raises:
         ValueError: If the model does not have the parameters that the entries describe.
@@ -116,7 +116,7 @@ def write_points(targets: Sequence[Target], points: Sequence[Tensor | None]) -> 
 
 
 def put_on_manifolds(model: nn.Module, targets: Sequence[Target], before: Iterable[PlanEntry] = ()) -> None:
-    """Put parameters on manifolds that their values are on; other ones of the plan before become plain."""
+    """Put parameters on manifolds that contain their values; others of the former plan become plain."""
     kept = {name for entry, *_ in targets for name in entry.names}
     params = dict(model.named_parameters(remove_duplicate=False))
     for entry in before:
@@ -141,7 +141,7 @@ def put_on_manifolds(model: nn.Module, targets: Sequence[Target], before: Iterab
 
 
 def declare_sharded(model: nn.Module, names: Iterable[str], manifold: geoopt.Manifold | None) -> None:
-    """Say of a sharded parameter, under all of its names, which manifold it is on."""
+    """Declare the manifold of a sharded parameter under all of its names."""
     for name in names:
         path, _, local = name.rpartition(".")
         declare_in(model.get_submodule(path), local, manifold)
@@ -164,7 +164,7 @@ def replace_parameter(model: nn.Module, names: Iterable[str], param: Tensor) -> 
 
 
 def parameter_of(model: nn.Module, name: str) -> Tensor | None:
-    """A parameter, None if there is none: get_parameter takes ten times as long, and every forward pass asks."""
+    """A parameter, None if there is none; ten times as fast as get_parameter, as every forward pass needs it."""
     path, _, local = name.rpartition(".")
     module = _module_of(model, path)
     return None if module is None else module._parameters.get(local)  # pyright: ignore[reportPrivateUsage]
@@ -178,11 +178,11 @@ def _module_of(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def is_lost(model: nn.Module, name: str) -> bool:
-    """Whether a parameter is gone or has become a plain one; a tensor that functional_call swapped in has not."""
+    """Whether a parameter is gone or has become a plain one. A tensor swapped in by functional_call is not lost."""
     param = parameter_of(model, name)
     if param is None or not isinstance(param, nn.Parameter) or isinstance(param, geoopt.ManifoldParameter):
         return param is None
     path, _, local = name.rpartition(".")
     module = _module_of(model, path)
-    behind = param if is_sharded(param) else None if module is None else declared_in(module, local)
-    return sharded_manifold(behind) is None
+    sharded = param if is_sharded(param) else None if module is None else declared_in(module, local)
+    return sharded_manifold(sharded) is None

@@ -1,13 +1,13 @@
-"""A look at constrained weights now and then, which notices a step by something that knows no manifold.
+"""Occasional checks of constrained weights, which notice an optimiser that ignores manifolds.
 
-``torch.optim.AdamW(model.parameters())`` moves constrained weights off their manifolds without a word: for torch they
-are parameters like others. So the forward passes of training look at a few components of one weight after the other,
-and warn once, with the remedy. What is looked at stays small whatever the weight's size: some components, and of large
-Stiefel and oblique matrices some columns, which lie on the same manifold.
+``torch.optim.AdamW(model.parameters())`` moves constrained weights off their manifolds without an error, because torch
+treats them as plain parameters. Therefore some forward passes of training check a few components of one weight, each
+time of another one, and warn once, with the remedy. A check is small whatever the weight's size: it takes some
+components, and of large Stiefel and oblique matrices some columns, which are points of the same kind.
 
-A look is a handful of small operations every 32 passes: 26 µs per pass of a ResNet-18 on average (one thread), which is
-0.03 % of a forward pass of eight images of 64 x 64, and 0.003 % at 224 x 224. On CUDA its answer is copied to the host
-behind the forward pass, and read in a later one, when it has arrived: nothing waits.
+A check is a few small operations every 32 passes: 26 µs per pass of a ResNet-18 on average (one thread), which is
+0.03 % of a forward pass of eight images of 64 x 64, and 0.003 % at 224 x 224. On CUDA the result is copied to the host
+asynchronously, and a later pass reads it once it has arrived, so nothing waits.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from fgo_geo.weights.kinds import kind_of
 __all__ = ["Watch", "looks_at"]
 
 _EVERY = 32
-_EARLY = (2, 4, 8, 16)  # passes in which a look is taken, too
+_EARLY = (2, 4, 8, 16)  # further passes with a check
 _COMPONENTS = 8  # of every part
 _COLUMNS = 4  # of larger matrices
 _SMALL = 4096  # entries of a component
-_LARGE = 2**18  # entries, beyond which a component that has to be seen as a whole is not looked at
-_BY_COLUMNS = (Stiefel, Oblique, SpectralBall)  # columns of a point are one, of fewer columns
+_LARGE = 2**18  # entries; larger components are not checked, unless some of their columns suffice
+_BY_COLUMNS = (Stiefel, Oblique, SpectralBall)  # some columns of a point are a point with fewer columns
 
 
 @dataclass
 class _Sample:
-    """Where to look in a weight.
+    """The entries of a weight that are checked.
 
     Attributes:
-        of: The manifolds of its parts, another list after every change of radii.
+        of: The manifolds of its parts; every change of radii makes another list.
         device: The device of the weight.
         places: For every part, the manifold of the components, and their entries among the weight's channels.
     """
@@ -56,7 +56,7 @@ class _Sample:
 
 @dataclass
 class _Answer:
-    """The largest violation in a look, on its way to the host."""
+    """The largest violation in a check, on its way to the host."""
 
     name: str
     tolerance: float
@@ -66,7 +66,7 @@ class _Answer:
 
 @dataclass
 class Watch:
-    """What a plan knows of its model's weights from the looks so far. Copies and pickles of it begin anew.
+    """The state of a model's checks. Copies and pickles start anew.
 
     Attributes:
         passes: Forward passes of training so far.
@@ -83,11 +83,11 @@ class Watch:
         return Watch, ()
 
     def before_pass(self, model: nn.Module, entries: Sequence[PlanEntry]) -> None:
-        """Look at one weight, if it is time, and warn of what an earlier look has found.
+        """Check one weight if its turn has come, and warn if an earlier check has found a violation.
 
         Args:
             model: The constrained model.
-            entries: What its parameters got.
+            entries: The entries of its plan.
         """
         if self.has_warned or not (model.training and torch.is_grad_enabled()):
             return
@@ -106,7 +106,7 @@ class Watch:
                 return
 
     def _look(self, name: str, param: Tensor) -> bool:
-        """Begin a look at a weight; False if there is nothing to see in it."""
+        """Start a check of a weight; False if it has nothing to check."""
         manifold = getattr(param, "manifold", None)
         if not isinstance(manifold, ProductOfGroups) or not param.requires_grad:
             return False

@@ -228,8 +228,8 @@ def _directed(g: Tensor, metric: Metric, lam: float, ends: Ends) -> Tensor:
         # and Morrison add λ z zᵀ / (1 - λ wᵀz) to the inverse, with z = M⁻¹ w. Both factors come from their spectra,
         # where nothing cancels: that of w is 1 - exp(2iθ), and 1 - λ wᵀz is entry (0, 0) of M⁻¹ (h1), or 1 / n (h1t).
         z = torch.fft.irfft(torch.complex(2 * sine**2 * gain, -2 * sine * cosine * gain), n=n)
-        left = torch.fft.irfft(torch.where(k == 0, 1.0, level * gain), n=n)[0]
-        directed.addr_(rows @ z, z * (lam / left))
+        denominator = torch.fft.irfft(torch.where(k == 0, 1.0, level * gain), n=n)[0]
+        directed.addr_(rows @ z, z * (lam / denominator))
     return directed.t()
 
 

@@ -101,7 +101,7 @@ class _SharedBatch(JobBatch):
         super().__init__(claims)
         self._workspace = Workspace()
         self._along: dict[Job, Tensor | None] = {}  # xᵀ grad; None if the gradient is projected
-        self._carried: dict[Job, Carried] = {}  # what the step before has left
+        self._carried: dict[Job, Carried] = {}  # from the step before
         self._spare: dict[Job, Tensor] = {}  # memory for the next xᵀ grad
 
     def measure_job(self, job: Job, options: StepOptions) -> Tensor:
@@ -135,7 +135,7 @@ class _SharedBatch(JobBatch):
             factor = factor * (float(scale) if scale.numel() == 1 else job.spread(scale))
         if options.radius_invariant:
             factor = factor * manifold.radius_for(job.x) ** 2
-        x, buffer, left = shared_products_step(
+        x, buffer, following = shared_products_step(
             manifold,
             job.x,
             job.grad,
@@ -148,9 +148,9 @@ class _SharedBatch(JobBatch):
             workspace=self._workspace if job.is_whole else None,
             out=job.x if job.is_view else None,
         )
-        if left is not None:
-            self._carried[job] = left
-        if left is None or left.along is None:
+        if following is not None:
+            self._carried[job] = following
+        if following is None or following.along is None:
             self._spare[job] = along
         elif carried is not None and carried.along is not None:
             self._spare[job] = carried.along
@@ -191,7 +191,7 @@ def _over_components(radius: float | Tensor) -> float | Tensor:
 
 @dataclass(frozen=True)
 class Carried:
-    """What a step leaves for the next one.
+    """What a step passes on to the next one.
 
     Attributes:
         along: ``xᵀm``, shape ``(..., p, p)``; None after a step that measured ``yᵀy``.
@@ -253,7 +253,7 @@ def shared_products_step(
         grad: Gradients, shape ``(..., n, p)``, projected or not; read only.
         along: ``xᵀ grad``, shape ``(..., p, p)``; overwritten.
         buffer: Momentum of the step before, shape ``(..., n, p)``, or None in the first one.
-        carried: What the step before has left, if anything.
+        carried: What the step before passes on, if anything.
         scale: Factor of the gradients, ``1/τ``; a tensor broadcasts against them.
         lr: Learning rate ``η``.
         momentum: Momentum factor ``μ``.

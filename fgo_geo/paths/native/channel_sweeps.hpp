@@ -38,9 +38,9 @@ FGO_TARGET static void damp(float *g, int64_t length, int64_t stride, const vec 
     FGO_PARTS store(g + part * in_part, (1 - share) * mean[part] + share * load(g + part * in_part));
 }
 
-// g <- (I + lam D'D)^(-1) g. On a ring the matrix is c (1 - r S)(1 - r S'), S the shift by one: a sum that forgets by r,
-// forwards, and another one backwards. Free ends are a ring of twice the length, on which the numbers return in the opposite
-// order. `powers` are those of r, and `v` is memory for the first sum.
+// g <- (I + lam D'D)^(-1) g. On a ring the matrix is c (1 - r S)(1 - r S') with the shift S by one, so the solution is a
+// sum with decay r forwards, and another one backwards. Free ends are equivalent to a ring of twice the length that holds the
+// numbers and their mirror image. `powers` are those of r, and `v` is memory for the first sum.
 template <bool PERIODIC>
 FGO_TARGET void smooth(float *g, int64_t length, int64_t stride, const vec *mean, double *v, const recursion &k, const double *powers) {
   vec y[parts] = {}, x[parts], sum[parts] = {}, past[parts];
@@ -88,12 +88,12 @@ FGO_TARGET static void smooth_deviations(float *g, int64_t length, int64_t strid
   }
 }
 
-// Overwrites a block of columns, whose rows are `stride` numbers apart.
+// Overwrites a block of columns whose rows have the stride `stride`.
 FGO_TARGET static void direct_block(const fgo_channel &t, float *g, int64_t stride, double *v, const recursion &k, const double *powers) {
   vec mean[parts] = {};
   for (int64_t i = 0; i < t.length; ++i) {
     FGO_PARTS mean[part] += load(g + i * stride + part * in_part);
-    __builtin_prefetch(g + i * stride + lanes, 1);  // what the next block begins with
+    __builtin_prefetch(g + i * stride + lanes, 1);  // of the next block
   }
   FGO_PARTS mean[part] /= double(t.length);
   if (t.metric == h0)
@@ -106,7 +106,7 @@ FGO_TARGET static void direct_block(const fgo_channel &t, float *g, int64_t stri
     smooth<false>(g, t.length, stride, mean, v, k, powers);
 }
 
-// Overwrites some blocks of columns. Columns that are not `lanes` numbers side by side are copied to `copy` and back.
+// Overwrites some blocks of columns. Blocks whose columns are not adjacent in memory are copied to `copy` and back.
 FGO_TARGET static void direct(const fgo_channel &t, int64_t begin, int64_t end, float *copy, double *v, const recursion &k, const double *powers) {
   const int64_t n = t.length, inner = t.inner;
   float *const g = t.gradient;

@@ -1,9 +1,9 @@
 // Channel-directed gradients for the CPU: fgo_geo.optim.channel_directed, in place.
 //
-// The metrics couple the channels of a layer, which are `length` numbers with a constant distance in memory, and act on all
-// such columns alike. Their matrices have constant coefficients: a solution is two first-order recursions along a column, of
-// any length. A block of columns is read once, goes through the recursions in double precision while it is in the cache, and
-// is written once. Plain C ABI, as in fused.cpp.
+// The metrics couple the channels of a layer. Each column, that is `length` channels at a constant stride in memory, is
+// treated alike. The matrices of the metrics have constant coefficients, so two first-order recursions along a column, one
+// forwards and one backwards, solve a system of any length. A block of columns is read once, stays in the cache during the
+// recursions, which are in double precision, and is written once. Plain C ABI, as in fused.cpp.
 
 #include <cmath>
 #include <cstdint>
@@ -22,7 +22,7 @@
 
 extern "C" {
 
-// One gradient, shape (columns / inner, length, inner), the numbers of which fill a range of memory.
+// One contiguous gradient of shape (columns / inner, length, inner).
 struct fgo_channel {
   float *gradient;
   int64_t columns, length, inner;
@@ -37,15 +37,15 @@ int64_t fgo_limit(int);  // see fused.cpp
 namespace {
 
 enum metric { h0, h1, h1t };
-constexpr int lanes = 16;  // columns of a block, a cache line of single precision
+constexpr int lanes = 16;  // columns of a block: one cache line in single precision
 
-// The coefficients of the metric h1: r is the smaller root of lam r² - (1 + 2 lam) r + lam.
+// Coefficients for the metric h1, where r is the smaller root of lam r² - (1 + 2 lam) r + lam.
 struct recursion {
   double decay;      // r
   double forgotten;  // 1 - r
   double scale;      // (1 - r)², which is 1 / c
   double gap;        // 1 - r^(length of the ring)
-  double overlap;    // sum of r^k r^(k + 1) once around the ring
+  double overlap;    // sum of r^k r^(k + 1) over one turn of the ring
 };
 
 recursion recursion_of(const fgo_channel &t) {
@@ -58,7 +58,7 @@ recursion recursion_of(const fgo_channel &t) {
   return k;
 }
 
-// r^0, ..., r^length; those that are nothing beside one are zero, and cost no time as denormal numbers.
+// r^0, ..., r^length; negligible powers are set to zero, because denormal numbers are slow.
 void fill_powers(std::vector<double> &powers, int64_t length, double decay) {
   powers.assign(length + 1, 0.0);
   double power = 1;
