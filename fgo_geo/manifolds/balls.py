@@ -1,19 +1,19 @@
-r"""Bounds on norms as sets to train on: balls, and the sphere of the spectral norm.
+r"""Bounded norms as constraint sets: balls, and the sphere of the spectral norm.
 
-A *ball* ``{ x : ‖x‖ <= r }`` is a set with a border and no manifold. Inside, it is Euclidean space: every direction is
-tangent, and a step that stays inside is the step of the optimiser, unchanged. A step that leaves the ball is projected
-to the nearest point, which lies on the border: the projected gradient method. Balls are convex, so the nearest point is
-unique, and projections do not bring points farther apart.
+A *ball* ``{ x : ‖x‖ <= r }`` is a convex set, not a manifold. In its interior every direction is tangent, and a step
+that stays inside is the optimiser's own step. A step that leaves the ball is projected to the nearest point, on the
+boundary: the projected gradient method. Because balls are convex, the nearest point is unique and the projection does
+not increase distances.
 
 * :class:`Ball`: the Frobenius norm is at most ``r``;
 * :class:`SpectralBall`: no singular value exceeds ``r``, so that ``x`` as a map is Lipschitz with constant ``r``;
-* :class:`SpectralSphere`: the largest singular value is ``r``. This is the border of the spectral ball. It is a
-  manifold where the largest singular value is simple, and has corners where it is not.
+* :class:`SpectralSphere`: the largest singular value is ``r``. This is the boundary of the spectral ball. It is a
+  manifold where the largest singular value is simple, and has corners elsewhere.
 
-All of them act through two functions: the projection of ``x + u``, and for :class:`SpectralSphere` the projection of
-directions. Geoopt's vocabulary gets what a set with a border can offer: :meth:`~ConvexBall.expmap` is the straight
-line, projected where it leaves the ball, :meth:`~ConvexBall.logmap` and distances are those of Euclidean space, and
-vectors are carried without a change. There is no weight decay in a ball, as on the other constrained kinds.
+Each class defines the projection of ``x + u``, and :class:`SpectralSphere` that of directions too. Geoopt's other
+methods follow: :meth:`~ConvexBall.expmap` is the straight line, projected where it leaves the ball,
+:meth:`~ConvexBall.logmap` and distances are those of Euclidean space, and transport leaves vectors unchanged. As on the
+other constrained kinds, weight decay does not act in a ball.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ Radius = float | Tensor
 def clip_norm(x: Tensor, radius: Radius, dim: tuple[int, ...]) -> Tensor:
     """Nearest point of Euclidean norm at most ``r``, ``x min(1, r / ‖x‖)``.
 
-    Scaled by the largest entry first, so that no square overflows; points of the ball stay as they are, bit for bit.
+    ``x`` is scaled by its largest entry first, so that no square overflows. Points of the ball do not change, bit for
+    bit.
     """
     largest = x.detach().abs().amax(dim, keepdim=True)
     unit = torch.where(largest == 0, 1, largest)
@@ -47,7 +48,7 @@ def clip_norm(x: Tensor, radius: Radius, dim: tuple[int, ...]) -> Tensor:
 
 
 def clip_singular_values(x: Tensor, radius: Radius) -> Tensor:
-    """Nearest matrix without singular values above ``r``, ``U min(Σ, r) Vᵀ``; others stay as they are, bit for bit."""
+    """Nearest matrix without singular values above ``r``, ``U min(Σ, r) Vᵀ``; others do not change, bit for bit."""
     u, values, vh = torch.linalg.svd(x, full_matrices=False)
     limit = radius[..., 0] if isinstance(radius, Tensor) else radius
     inside = (values[..., :1] <= limit)[..., None]
@@ -64,7 +65,7 @@ def largest_to(x: Tensor, radius: Radius) -> Tensor:
 
 
 class ConvexBall(ComponentManifold):
-    """What the balls of all norms share: Euclidean space inside, and a projection."""
+    """Base class of balls of any norm: Euclidean space inside, and a projection."""
 
     @takes_real_tensors
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class ConvexBall(ComponentManifold):
 
 
 class Ball(ConvexBall):
-    r"""The ball ``{ x : ‖x‖ <= r }`` over the last ``ndim`` dimensions; a set with a border.
+    r"""The ball ``{ x : ‖x‖ <= r }`` over the last ``ndim`` dimensions; a set with a boundary.
 
     Args:
         radius: Positive number, or a tensor that broadcasts over the leading (component) dimensions.
@@ -263,7 +264,7 @@ class SpectralSphere(ComponentManifold):
         return self._nearest(x + u)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
-        """As :meth:`retr`: a set with corners has no geodesics to follow from everywhere."""
+        """As :meth:`retr`, because geodesics are not defined at the corners."""
         return self.retr(x, u)
 
 

@@ -1,9 +1,9 @@
 """Sharded parameters, and the manifolds that they are on.
 
-Sharding replaces a parameter by one of torch's own class, and the manifold goes with the former class. Here a sharded
-parameter is *declared*: its manifold, or that it has none, becomes an attribute. An optimiser cannot know what a
-sharded parameter is that nobody has declared, and refuses it. Geoopt's optimisers look for the class, and would take a
-sharded weight for a plain one: from the first declaration on, their step is an error where they hold one.
+Sharding replaces a parameter by one of torch's own class, which has no manifold. Therefore a sharded parameter is
+*declared*: an attribute states its manifold, or that it has none. Optimisers of this package reject sharded parameters
+that are not declared. Geoopt's optimisers recognise constrained weights by their class and would treat a sharded one as
+plain: after the first declaration, their step raises an error if they hold one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _watches = False
 
 
 def declare(param: Tensor, manifold: geoopt.Manifold | None) -> None:
-    """Say which manifold a sharded parameter is on.
+    """Declare the manifold of a sharded parameter.
 
     Args:
         param: The parameter.
@@ -44,7 +44,7 @@ def declare(param: Tensor, manifold: geoopt.Manifold | None) -> None:
 
 
 def is_declared(param: Any) -> bool:
-    """Whether a sharded parameter's manifold, or that it has none, is known.
+    """Whether a sharded parameter has been declared.
 
     Example:
         >>> import torch
@@ -59,7 +59,7 @@ def is_declared(param: Any) -> bool:
 
 
 def _refuse_others(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Before a step of any optimiser: raise if it is one of Geoopt's and would take a weight for a plain one."""
+    """Before a step of any optimiser: raise if it is one of Geoopt's and would treat a sharded weight as plain."""
     if torch.compiler.is_compiling() or not isinstance(optimizer, OptimMixin) or hasattr(optimizer, STEPS_SHARDS):
         return
     for group in optimizer.param_groups:

@@ -1,7 +1,7 @@
-r"""What the manifolds share: the Euclidean metric, the checks, and a radius.
+r"""Base classes of the manifolds: the Euclidean metric, the checks, and a radius.
 
 Every manifold here is a submanifold of a space of matrices (or vectors) with the metric of the surrounding space
-[Absil2008]_. Three things follow for all of them and are written once, in :class:`EmbeddedManifold`:
+[Absil2008]_. :class:`EmbeddedManifold` implements what follows for all of them:
 
 * the Riemannian gradient is the tangent projection of the Euclidean gradient;
 * the projection onto the tangent space at the target is a vector transport;
@@ -36,7 +36,7 @@ class EmbeddedManifold(geoopt.Manifold):
     name: str
     reversible = False
 
-    # -- what a concrete manifold provides --------------------------------------------------------------------------
+    # -- for subclasses to implement --------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def violation(self, x: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class EmbeddedManifold(geoopt.Manifold):
             size: Shape of the result, as numbers or as one tuple.
             dtype: Type of the result.
             device: Device of the result.
-            seed: Accepted for Geoopt's sake and ignored: nothing is random here.
+            seed: Ignored, because nothing is random here; Geoopt's signature has it.
 
         Returns:
             A :class:`geoopt.ManifoldTensor` of equal components.
@@ -257,12 +257,12 @@ class EmbeddedManifold(geoopt.Manifold):
         )
 
     def require_point(self, x: Tensor, what: str, remedy: str) -> None:
-        """Raise if a tensor is farther from the manifold than rounding and drift explain.
+        """Raise if rounding and drift cannot explain the distance of a tensor from the manifold.
 
         Args:
             x: Tensor of the manifold's shape.
             what: Its name, for the message.
-            remedy: What to do about it, for the message.
+            remedy: The remedy, for the message.
 
         Raises:
             ValueError: If the relative constraint violation exceeds 1e-3 (half precision: 16 units of rounding).
@@ -280,7 +280,7 @@ class EmbeddedManifold(geoopt.Manifold):
             )
 
     def _require_projectable(self, x: Tensor) -> None:
-        """Raise ValueError for a tensor that is not finite or, outside of torch.compile, of a shape without points."""
+        """Raise ValueError if a tensor is not finite or, outside of torch.compile, if no point has its shape."""
         problem = None if torch.compiler.is_compiling() else self._shape_problem(tuple(x.shape))
         if problem is not None:
             raise ValueError(f"{self.name}.projx: `x` of shape {tuple(x.shape)}: {problem}")
@@ -291,11 +291,11 @@ _SMALLEST_RADIUS, _LARGEST_RADIUS = 1e-12, 1e12
 
 
 def require_constant_radius(radius: object, name: str) -> None:
-    """Raise ValueError for a radius that somebody means to train, which the constant copy of a manifold cannot be.
+    """Raise ValueError for a trainable radius, because a manifold keeps a constant copy.
 
     Args:
-        radius: What was passed as a radius.
-        name: Of the manifold, for the message.
+        radius: The radius.
+        name: Name of the manifold, for the message.
     """
     if isinstance(radius, Tensor) and (radius.requires_grad or isinstance(radius, nn.Parameter)):
         what = "requires a gradient" if radius.requires_grad else "is a Parameter"
@@ -306,30 +306,30 @@ def require_constant_radius(radius: object, name: str) -> None:
 
 
 class ComponentManifold(EmbeddedManifold):
-    """An embedded manifold scaled by a radius: what one component lives on.
+    """An embedded manifold scaled by a radius, which contains one component.
 
     Args:
         radius: Number between 1e-12 and 1e12 (beyond, squares of lengths overflow or vanish in single precision), or a
-            tensor of such numbers that broadcasts over the leading (component) dimensions of the points. Another one
-            can be assigned to the attribute ``radius`` later on.
+            tensor of such numbers that broadcasts over the leading (component) dimensions of the points. The attribute
+            ``radius`` can be assigned later.
 
     Raises:
-        ValueError: If a radius, here or assigned, is out of range, there is none, or it requires a gradient.
-        AttributeError: If one is assigned to a part of a :class:`~fgo_geo.ProductOfGroups`.
+        ValueError: If a radius, here or assigned, is out of range, empty, or requires a gradient.
+        AttributeError: If the radius of a part of a :class:`~fgo_geo.ProductOfGroups` is assigned.
         TypeError: If the radius is neither a real number nor a floating-point tensor.
     """
 
     __scaling__ = EmbeddedManifold.__scaling__.copy()
 
     radius: float | Tensor
-    is_part = False  # of a product, which keeps what it has worked out from the radii
+    is_part = False  # of a product, which caches results that depend on the radii
 
     def __init__(self, radius: float | Tensor = 1.0) -> None:
         super().__init__()
         self.radius = radius
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check a radius, whenever one is assigned; whether points lie on the manifold is the caller's concern."""
+        """Check a radius when it is assigned. The caller has to move the points."""
         if name == "radius":
             self._set_radius(value)
         else:
@@ -359,10 +359,10 @@ class ComponentManifold(EmbeddedManifold):
                 f"are {_SMALLEST_RADIUS:g} to {_LARGEST_RADIUS:g}, beyond which squares of lengths overflow or vanish "
                 "in float32: scale the weight in the forward pass instead"
             )
-        if hasattr(self, "radius"):  # a buffer and a number are kept in different places
+        if hasattr(self, "radius"):  # torch stores a buffer and a number in different places
             del self.radius
         if isinstance(radius, Tensor):
-            # Not persistent: like a radius that is a number, it is configuration and no state.
+            # Not persistent: a radius is configuration, not state.
             self.register_buffer("radius", radius, persistent=False)
             self._range_of_tensor = smallest, largest
         else:
@@ -370,10 +370,10 @@ class ComponentManifold(EmbeddedManifold):
 
     @property
     def radius_range(self) -> tuple[float, float]:
-        """Smallest and largest radius, of when it was assigned."""
+        """Smallest and largest radius, at the time of assignment."""
         if isinstance(self.radius, Tensor):
             return self._range_of_tensor
-        return self.radius, self.radius  # from one place: torch.compile compiles anew for what it finds in another
+        return self.radius, self.radius
 
     def radius_for(self, x: Tensor) -> float | Tensor:
         """The radius in the form in which it multiplies points of the shape, type and device of ``x``."""
@@ -395,18 +395,18 @@ class ComponentManifold(EmbeddedManifold):
             return None
         return f"the radius of shape {tuple(self.radius.shape)} does not broadcast over the leading dimensions {batch}"
 
-    # -- what an optimiser asks ------------------------------------------------------------------------------
+    # -- for optimisers -----------------------------------------------------------------------------------------
 
     @property
     def curvature_bound(self) -> float | Tensor:
-        """Upper bound on the sectional curvature, per component: ``1 / r²``, of the radius's form."""
+        """Upper bound on the sectional curvature, per component: ``1 / r²``, in the shape of the radius."""
         return self.radius**-2
 
     @__scaling__(ScalingInfo.NotCompatible)  # the bound would have to shrink with the wrapper's scale
     def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None, scale: float = 1.0) -> Tensor:
         """The retraction along a multiple of ``u``, given a bound on the length of the step relative to the radius.
 
-        An optimiser that knows how far it can step passes the bound, and manifolds that can make use of it do.
+        Optimisers that know a bound on their step pass it, and some manifolds use it to choose a faster method.
 
         Args:
             x: Points.
@@ -417,7 +417,7 @@ class ComponentManifold(EmbeddedManifold):
         Returns:
             ``retr(x, scale u)`` up to rounding.
         """
-        if not u.is_floating_point():  # the product would be
+        if not u.is_floating_point():  # `scale * u` would be
             require_real(u.dtype, f"an argument of {self.name}.retract_bounded")
         return self.retr(x, scale * u)
 
@@ -439,16 +439,16 @@ def _range(radius: float | Tensor) -> tuple[float, float]:
 
 
 def point_tolerance(dtype: torch.dtype) -> float:
-    """The largest relative constraint violation of what still counts as a point."""
+    """The largest relative constraint violation that a point may have."""
     return max(1e-3, 16 * torch.finfo(dtype).eps)
 
 
 def _rounding(x: Tensor) -> float:
-    """Relative error that rounding a point to its type leaves behind: no check can ask for less."""
+    """Relative error of a point that is rounded to its type: no check can require less."""
     return 2 * torch.finfo(x.dtype).eps
 
 
 def flat_shape(size: tuple[int | tuple[int, ...], ...]) -> tuple[int, ...]:
-    """The shape meant by ``f(2, 3)`` or ``f((2, 3))``."""
+    """The shape that ``f(2, 3)`` or ``f((2, 3))`` passes."""
     first = size[0] if len(size) == 1 else size
     return tuple(first) if isinstance(first, tuple) else (first,)  # type: ignore[arg-type]

@@ -1,10 +1,10 @@
 r"""Products of groups: one weight tensor as a point on a product of many small manifolds.
 
-The manifold of a layer is a product over groups, and that of a group a product over components ("Mathematics",
-section 3; [Ozay2019]_). :class:`ProductOfGroups` keeps the weight in the layout that its layer uses. Every operation
-splits the weight into one batch of components per manifold kind, hands each batch to that kind's manifold, and
-merges the results; nothing is computed here but sums over groups. The number of calls does not depend on the number of
-groups.
+The manifold of a layer is a product over groups, and the manifold of a group is a product over components
+("Mathematics", section 3; [Ozay2019]_). :class:`ProductOfGroups` keeps the weight in the layout of its layer. Every
+operation splits the weight into one batch of components per manifold kind, calls that kind's manifold for each batch,
+and merges the results; this module itself computes only sums over groups. The number of calls does not depend on the
+number of groups.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ProductOfGroups(EmbeddedManifold):
     Attributes:
         partition: How the weight is cut into components.
         n_groups: Number of groups.
-        smallest_radii: For every part the smallest radius so far: momentum that was gathered there can be so long.
+        smallest_radii: The smallest radius of every part so far, which bounds the length of earlier momentum.
 
     Raises:
         ValueError: If the collection does not fit the weight, a radius is not positive or requires a gradient, or a
@@ -90,7 +90,7 @@ class ProductOfGroups(EmbeddedManifold):
         self.set_radius(radius)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Refuse a radius, which would change nothing: the components have theirs."""
+        """Reject a radius: it would have no effect, because every component has its own."""
         if name == "radius":
             raise AttributeError(
                 f"ProductOfGroups: every component has its own radius, so `radius` cannot be assigned, got {value!r}; "
@@ -100,7 +100,7 @@ class ProductOfGroups(EmbeddedManifold):
 
     @property
     def reversible(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether a step can be undone: with ``-v`` in place of the transported ``v`` it leads back."""
+        """Whether a step with the negative of the transported ``v`` leads back to its start."""
         return self.exact
 
     def set_radius(self, radius: RadiusLike) -> None:
@@ -110,8 +110,8 @@ class ProductOfGroups(EmbeddedManifold):
             radius: As in the constructor.
 
         Raises:
-            ValueError: If a radius is not positive, its shape does not fit, or it requires a gradient. The radii are
-                the old ones then.
+            ValueError: If a radius is not positive, its shape does not fit, or it requires a gradient. The radii have
+                not changed then.
         """
         cut = self.partition
         manifolds: list[geoopt.Manifold] = []
@@ -344,7 +344,7 @@ class ProductOfGroups(EmbeddedManifold):
         return distance.reshape((1,) * (self.ndim * keepdim))
 
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
-        """Inner product within every component, repeated over its entries; entry by entry without a constraint."""
+        """Inner product within every component, repeated over its entries; per entry where there is no constraint."""
 
         def repeated(manifold: geoopt.Manifold, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
             return manifold.component_inner(a, b, c).expand_as(a)
@@ -374,7 +374,7 @@ class ProductOfGroups(EmbeddedManifold):
             size: The weight's shape, as numbers or as one tuple.
             dtype: Type of the result.
             device: Device of the result.
-            seed: Accepted for Geoopt's sake and ignored: nothing is random here.
+            seed: Ignored, because nothing is random here; Geoopt's signature has it.
 
         Returns:
             A :class:`geoopt.ManifoldTensor`.
@@ -423,7 +423,8 @@ def _method(name: str) -> Callable[..., Tensor]:
 def _carried(manifold: geoopt.Manifold, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
     """Transport of ``v`` to the end of the geodesic along ``u`` that turns ``u`` into the geodesic's velocity there.
 
-    Parallel transport does; where there is only projection, the part of ``v`` along ``u`` goes its own way.
+    Parallel transport has this property. Transport by projection has not, so the part of ``v`` along ``u`` becomes the
+    same multiple of the velocity, and the rest is projected.
     """
     if isinstance(manifold, SphericalManifold) or not isinstance(manifold, ComponentManifold):
         return manifold.transp_follow_expmap(x, u, v)

@@ -1,9 +1,9 @@
-"""Parameters that a model, or a manifold, no longer has: an optimiser that still holds one raises an error.
+"""Parameters that a model no longer uses, or that have lost their manifold: optimisers that hold one raise an error.
 
 Constraining a weight creates a new parameter, and so do :func:`~fgo_geo.unconstrain` and
 ``load_state_dict(assign=True)``. An optimiser that was built before would keep the old parameter, which gets no
-gradient, and silently not train the weight. After the first replacement, the step of every torch optimiser looks for
-such parameters, once per replacement.
+gradient, and silently not train the weight. Therefore, after every replacement, the next step of each torch optimiser
+checks its parameters.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ _RUNGS = (*(4.0**k for k in range(-12, 7)), _LARGEST_BOUND**2)
 
 
 def _rung(squared: float) -> float:
-    """A bound not much larger, one of a few.
+    """A slightly larger bound, one of a few values.
 
     Inside ``torch.compile`` a number that changes is a symbol, from which a schedule cannot be worked out; these are
     constants, and a step is compiled once for each.
@@ -173,7 +173,7 @@ class Stiefel(ComponentManifold):
     @takes_real_tensors
     @takes_full_products
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
-        """Retraction of the chosen kind, by a factorisation: right for every step, however long."""
+        """Retraction of the chosen kind, by a factorisation, for steps of any length."""
         factor = polar_factor if self.retraction == "polar" else qr_factor
         return self.radius_for(x) * factor(x + u)
 
@@ -256,7 +256,7 @@ class Stiefel(ComponentManifold):
         excess, gap = (None, None) if workspace is None else (workspace.square(y, k) for k in ("excess", "gap"))
         excess = gram_excess(y, radius, out=excess)
         distances = frobenius_norm(excess.detach())
-        if bool((distances > explained + _DRIFT).any()):  # a step began elsewhere, and products may diverge
+        if bool((distances > explained + _DRIFT).any()):  # x was off the manifold, and the iteration may diverge
             return _put(radius * polar_factor(y), out)
         distance = float(distances.amax())
         gap = inverse_root_gap(excess, squared if math.isnan(distance) else distance, out=gap)

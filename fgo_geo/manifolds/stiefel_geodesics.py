@@ -25,7 +25,7 @@ from fgo_geo.linalg.smooth import apply, save
 
 __all__ = ["exponential", "logarithm"]
 
-_LONGEST = 1e6  # of a tangent vector: beyond, rounding leaves nothing of the end point in single precision
+_LONGEST = 1e6  # of a tangent vector; beyond, the end point is all rounding error in single precision
 
 
 def _tangent(q: Tensor, u: Tensor) -> Tensor:
@@ -35,9 +35,9 @@ def _tangent(q: Tensor, u: Tensor) -> Tensor:
 def exponential(q: Tensor, v: Tensor) -> Tensor:
     r"""The end of the geodesic from ``q`` with initial velocity ``v``.
 
-    ``[q, v] expm [[A, -S], [I, A]] [I; 0] expm(-A)`` with ``A = qᵀv`` (skew) and ``S = vᵀv``. What rounding has left of
-    a normal part would grow with the length of ``v``, so it is removed at both ends; the blocks are scaled so that they
-    have the length of ``v`` and not its square.
+    ``[q, v] expm [[A, -S], [I, A]] [I; 0] expm(-A)`` with ``A = qᵀv`` (skew) and ``S = vᵀv``. Rounding errors normal to
+    the manifold would grow with the length of ``v``, so they are removed at both ends. The blocks are scaled to the
+    length of ``v`` instead of its square.
 
     Args:
         q: Points in double precision, shape ``(..., A, B)``.
@@ -257,7 +257,9 @@ def _conjugate_gradients(q: Tensor, v: Tensor, b: Tensor, transposed: bool, prec
 def _find_velocity(q: Tensor, y: Tensor) -> Tensor:
     shape, columns = q.shape, q.shape[-1]
     q, y = q.reshape(-1, *shape[-2:]), y.reshape(-1, *shape[-2:])
-    same = (q == y).all(-1, keepdim=True).all(-2, keepdim=True)  # exactly zero there, where the distance has a kink
+    same = (
+        (q == y).all(-1, keepdim=True).all(-2, keepdim=True)
+    )  # the velocity is exactly zero there, and the distance has a kink
     if bool(same.all()):
         return torch.zeros(shape, dtype=q.dtype, device=q.device)
     if shape[-2] == columns:
@@ -315,14 +317,19 @@ def _rotation_logarithm(turn: Tensor) -> Tensor:
 
 
 def _tolerance(q: Tensor) -> float:
-    """Error of an end point that is rounding."""
+    """Error of an end point that rounding explains."""
     return 8 * torch.finfo(q.dtype).eps * math.sqrt(q.shape[-2] * q.shape[-1])
 
 
 _ROUNDS = 500
-_PATIENCE = 80  # rounds in which the error must have halved
-_DEPTH = 8  # of Anderson's memory
-_ATTEMPTS = ((8, 10.0, 0.0), (4, 2.0, 0.0), (8, 10.0, 0.3), (4, 2.0, 1.0))  # points, growth that ends a memory, noise
+_PATIENCE = 80  # rounds in which the error must halve
+_DEPTH = 8  # of the memory of Anderson acceleration
+_ATTEMPTS = (
+    (8, 10.0, 0.0),
+    (4, 2.0, 0.0),
+    (8, 10.0, 0.3),
+    (4, 2.0, 1.0),
+)  # points, growth that resets the memory, noise
 
 
 def _shoot(q: Tensor, y: Tensor, batch: torch.Size) -> Tensor:
@@ -389,13 +396,13 @@ def _accelerated_shooting(
     start = _tangent(q, y - q) + noise * _tangent(q, torch.randn(y.shape[1:], generator=generator).to(y))
     v = _with_norm_of(start, y - q)
     best, least = v.clone(), torch.full(y.shape[:1], math.inf, dtype=y.dtype, device=y.device)
-    pairs = torch.arange(len(y), device=y.device)  # those that are still searched
+    pairs = torch.arange(len(y), device=y.device)  # not solved yet
     size = q.shape[-2] * q.shape[-1]
     moves, changes = (y.new_zeros(len(y), _DEPTH, size) for _ in range(2))  # of the next velocity and of the error
     held = torch.zeros_like(pairs)
     before: tuple[Tensor, Tensor] | None = None
     lowest = least
-    halved, since = least.clone(), torch.zeros_like(pairs)  # the error when it had last halved, and the round
+    halved, since = least.clone(), torch.zeros_like(pairs)  # error and round at the latest halving
     for count in range(_ROUNDS):
         path = _points(v, points)
         gap = y[pairs] - path[-1]

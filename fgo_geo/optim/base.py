@@ -135,7 +135,9 @@ class Stepper:
         Raises:
             FloatingPointError: If a gradient on a manifold is not finite and that is checked. Nothing has changed then.
         """
-        if self._exchange is None and any(_is_shared(weight) for own in requests for weight in own.weights):
+        if self._exchange is None and any(
+            hasattr(w.param, "device_mesh") and w.manifold is not None for own in requests for w in own.weights
+        ):
             self._exchange = _make_exchange[0](self._state, self._name_of)
         if self._exchange is None:
             self._take(requests)
@@ -268,7 +270,9 @@ class Stepper:
         if any(batch.counts):
             self._records.append(_Record(batch, [weight.owner for weight in batch.weights], tau))
         for weight in batch.weights:
-            if weight.buffer is not None and not weight.staged and not _is_lent(weight):
+            if weight.buffer is None or weight.staged:
+                continue
+            if self._exchange is None or not _is_lent(weight):
                 self._state[weight.owner]["momentum_buffer"] = weight.buffer
 
     def _constants_of(self, batch: Batch, options: StepOptions) -> tuple[Tensor | None, Tensor | None]:
@@ -389,11 +393,6 @@ class Stepper:
     def shortened(self) -> int:
         """How many gradients of groups were shortened under ``norm="running"`` (synchronises)."""
         return sum(int(count) for count in self._shortened.values())
-
-
-def _is_shared(weight: Weight) -> bool:
-    """Whether other processes have parts of a weight, and its step needs all of it."""
-    return weight.manifold is not None and hasattr(weight.param, "device_mesh")
 
 
 def _is_lent(weight: Weight) -> bool:
