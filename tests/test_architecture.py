@@ -124,6 +124,7 @@ FILES = {
         "native/line_tables.py",
         "native/lines.py",
         "native/rows.py",
+        "native/stiefel.py",
         "pieces.py",
         "protocol.py",
         "reference.py",

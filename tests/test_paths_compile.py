@@ -45,7 +45,7 @@ def test_a_compiled_step_is_fused(backend: str, options: dict[str, Any]):
             for weight in (compiled[0], eager[0]):
                 weight.manifold.set_radius(2.0)
                 weight.data.copy_(weight.manifold.projx(weight.data))
-        assert sweeps_of(step) == dict.fromkeys(("fgo_norms", "fgo_update", "fgo_line_norms", "fgo_line_commit"), 1)
+        assert sweeps_of(step) == dict.fromkeys(("fgo_norms", "fgo_update", "fgo_line_norms", "fgo_line_update"), 1)
         optimizers[1].step()
     for a, b in zip(compiled, eager, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -33,6 +33,7 @@ import fgo_geo
 from fgo_geo import ProductOfGroups, RiemannianFGSGD, Stiefel, constrain, kernels
 from fgo_geo.grouping import collection
 from fgo_geo.paths import router
+from fgo_geo.paths.native.lines import NativeLines
 from fgo_geo.paths.protocol import Path, Refusal
 from fgo_geo.paths.reference import Reference
 
@@ -246,7 +247,7 @@ def test_a_kind_of_ones_own_in_a_dealt_matrix_is_left_to_the_reference() -> None
         manifold = product_of_blocks((48, 40), "pio", ("sphere", "rows", "oblique"))
         weight = declared(manifold, 48, 40)
         kinds = manifold.partition.kinds
-        assert answer(router._FUSED[-1], weight) == tuple(p for p, kind in enumerate(kinds) if kind != "rows")
+        assert answer(NativeLines(), weight) == tuple(p for p, kind in enumerate(kinds) if kind != "rows")
         steps = [trained(path, [weight], 3, 0.3, momentum=0.9) for path in ("auto", "reference")]
         assert_close(*steps, 2e-5)
 

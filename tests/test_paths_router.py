@@ -104,8 +104,8 @@ def unfused(caplog: Any) -> list[str]:
 ONE_MANIFOLD = "kernels on one manifold need weights (D, C, A, B) and components of two dimensions"
 UNFUSED: list[tuple[Any, tuple[int, ...], str]] = [
     (
-        ProductOfGroups(collection(24, 8, "layer", "stiefel", components="block"), (24, 8)),
-        (24, 8),
+        ProductOfGroups(collection(24, 3, "layer", "stiefel", components="block"), (24, 3)),
+        (24, 3),
         "fused steps for kernels do not take the blocks of a matrix",
     ),
     (Stiefel(), (5, 3), ONE_MANIFOLD),
@@ -113,7 +113,7 @@ UNFUSED: list[tuple[Any, tuple[int, ...], str]] = [
     (Stiefel(retraction="qr"), (4, 3, 3, 3), "fused steps use the polar retraction, but this manifold has qr"),
     (
         Stiefel(),
-        (2, 3, 64, 8),
+        (2, 3, 64, 3),
         "kernels A x B on one manifold need A >= B, more than one entry, and are at most 49 x 7",
     ),
     (geoopt.Sphere(), (4, 3), "there is no fused step for the class Sphere"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import geoopt
@@ -20,8 +21,17 @@ from fgo_geo import RiemannianFGSGD, ScaledSphere, Stiefel
 from fgo_geo.linalg import matmul, products
 from fgo_geo.manifolds import stiefel
 from fgo_geo.paths import shared_products
+from fgo_geo.paths.native import stiefel as native_stiefel
 from fgo_geo.paths.protocol import Reason, Refusal, StepOptions, Weight
 from fgo_geo.paths.shared_products import Carried, SharedProducts, is_product, shared_products_step, tangent_square
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_products_take_none() -> Iterator[None]:
+    """Matrices of any size and type take the path of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_stiefel, "_MOST_ENTRIES", 0)
+        yield
 
 
 def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -27,7 +27,7 @@ from fgo_geo.paths.protocol import Claim, Weight
 from fgo_geo.weights.components import BlockPartition, FilterPartition, KernelPartition, Segments
 from fgo_geo.weights.kinds import kind_of
 
-__all__ = ["Job", "LargeKernels", "Piece", "Purpose", "cut", "jobs_of", "put_back"]
+__all__ = ["Job", "LargeKernels", "Piece", "Purpose", "cut", "jobs_of", "put_back", "write", "write_if_complete"]
 
 Purpose: TypeAlias = Literal["x", "grad", "momentum"]
 
@@ -295,3 +295,23 @@ def put_back(weight: Weight, target: Tensor, parts: dict[int, Tensor]) -> None:
         weight.manifold.partition.put_([parts[part] for part in sorted(parts)], target)
     elif parts[0].data_ptr() != target.data_ptr():
         target.copy_(parts[0])
+
+
+def write(weight: Weight, parts: dict[int, tuple[Tensor, Tensor | None]]) -> None:
+    """Write momentum and points of a weight, each in one operation.
+
+    Args:
+        weight: The weight.
+        parts: Points and momentum by the number of their part.
+    """
+    momentum = {part: buffer for part, (_, buffer) in parts.items() if buffer is not None}
+    if weight.buffer is not None and momentum:
+        put_back(weight, weight.buffer, momentum)
+    put_back(weight, weight.param, {part: x for part, (x, _) in parts.items()})
+
+
+def write_if_complete(weight: Weight) -> None:
+    """Write a weight if all of its parts are staged, so that no other path is to write the rest of it."""
+    if len(weight.staged) == weight.n_parts:
+        write(weight, weight.staged)
+        weight.staged.clear()

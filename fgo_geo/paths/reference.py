@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fgo_geo.linalg import Workspace
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold
-from fgo_geo.paths.pieces import Job, LargeKernels, Piece, Purpose, cut, jobs_of, put_back
+from fgo_geo.paths.pieces import Job, LargeKernels, Piece, Purpose, cut, jobs_of, write, write_if_complete
 from fgo_geo.paths.protocol import Batch, Claim, Path, StepOptions, Weight
 
 __all__ = ["JobBatch", "Reference", "fgsgd_update", "measure", "move_along", "step_bound"]
@@ -86,15 +86,13 @@ class JobBatch(Batch):
                 if large is not None:
                     _keep(large, piece, own, own_buffer)
                 elif job.is_whole:
-                    _write(piece.weight, {0: (own, own_buffer)})
+                    write(piece.weight, {0: (own, own_buffer)})
                 else:
                     held.setdefault(piece.weight, {})[piece.part] = (own, own_buffer)
             job.release()
         for weight, parts in held.items():
             weight.staged.update(parts)
-            if len(weight.staged) == weight.n_parts:  # no other path writes the rest of it
-                _write(weight, weight.staged)
-                weight.staged.clear()
+            write_if_complete(weight)
 
     def measure_job(self, job: Job, options: StepOptions) -> Tensor:
         """Make the gradients of a job Riemannian; the squared norm of every group, float64."""
@@ -131,14 +129,6 @@ def _keep(large: LargeKernels, piece: Piece, x: Tensor, buffer: Tensor | None) -
         large.keep("momentum", piece.part, buffer)
     if piece.part == piece.weight.n_parts - 1:
         large.write()
-
-
-def _write(weight: Weight, parts: dict[int, tuple[Tensor, Tensor | None]]) -> None:
-    """Write momentum and points of a weight, each in one operation."""
-    momentum = {part: buffer for part, (_, buffer) in parts.items() if buffer is not None}
-    if weight.buffer is not None and momentum:
-        put_back(weight, weight.buffer, momentum)
-    put_back(weight, weight.param, {part: x for part, (x, _) in parts.items()})
 
 
 def measure(job: Job, options: StepOptions) -> Tensor:

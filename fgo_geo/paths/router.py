@@ -25,6 +25,7 @@ from fgo_geo.paths.native.kernels import NativeKernels
 from fgo_geo.paths.native.library import instruction_set, library
 from fgo_geo.paths.native.lines import NativeLines
 from fgo_geo.paths.native.rows import NativeRows
+from fgo_geo.paths.native.stiefel import NativeStiefel
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight, configuration_of
 from fgo_geo.paths.reference import Reference
 from fgo_geo.paths.shared_products import SharedProducts
@@ -36,7 +37,7 @@ __all__ = ["PathName", "Router", "explain", "use_path"]
 PathName = Literal["auto", "fused", "reference"]
 
 _PLAIN: Path = TorchSGD()
-_FUSED: tuple[Path, ...] = (TritonKernels(), NativeRows(), NativeKernels(), NativeLines())
+_FUSED: tuple[Path, ...] = (TritonKernels(), NativeRows(), NativeKernels(), NativeLines(), NativeStiefel())
 _UNFUSED: tuple[Path, ...] = (SharedProducts(), Reference())
 
 _logger = logging.getLogger("fgo_geo")
@@ -53,7 +54,7 @@ def use_path(path: PathName) -> Generator[None]:
     Args:
         path: ``"auto"`` takes the fastest that applies; ``"reference"`` the batched torch code; ``"fused"`` is
             ``"auto"`` that raises for kernels whose type, size or strides no fused path can take. What has no fused
-            path at all (Stiefel matrices and blocks, other manifolds, the exponential map) takes the batched torch code
+            path at all (large Stiefel matrices, other manifolds, the exponential map) takes the batched torch code
             there too; the logger ``fgo_geo`` warns of it, once per reason.
 
     Raises:
@@ -233,7 +234,7 @@ def _say_remaining(weight: Weight, is_partly: bool, refusals: Sequence[Refusal])
     shape = tuple(weight.param.shape)
     failure = next((refusal for refusal in refusals if refusal.reason in _FAILURES), None)
     if is_partly:
-        _say_unfused(f"the Stiefel blocks of a weight of shape {shape}", "there is no fused step for Stiefel blocks")
+        _say_unfused(f"some blocks of a weight of shape {shape}", refusals[-1].detail)
     elif failure is None:
         _say_unfused(f"a weight of shape {shape} on {weight.manifold}", "; ".join(_reasons(refusals)))
     elif _path == "fused":
@@ -252,7 +253,7 @@ def _reasons(refusals: Sequence[Refusal]) -> list[str]:
 
 
 def _details(path: Path) -> str:
-    native = isinstance(path, (NativeKernels, NativeLines)) and library() is not None
+    native = isinstance(path, (NativeKernels, NativeLines, NativeStiefel)) and library() is not None
     return f" ({instruction_set()})" if native else ""
 
 

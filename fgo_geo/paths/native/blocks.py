@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fgo_geo.paths.native.library import library, threads_for
+from fgo_geo.paths.protocol import StepOptions, Weight
 from fgo_geo.weights.components import BlockPartition, FilterPartition
 
-__all__ = ["Block", "block_of", "matrix_of", "take"]
+__all__ = ["Block", "MatrixOptions", "block_of", "matrix_of", "put", "take"]
+
+
+class MatrixOptions(ctypes.Structure):
+    """``fgo_line_options`` of common.hpp."""
+
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),
+        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant")),
+    )
+
+    @classmethod
+    def of(cls, options: StepOptions) -> MatrixOptions:
+        """The hyper-parameters that compiled steps of matrices read."""
+        o = options
+        return cls(float(o.lr), o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize, o.radius_invariant)
 
 
 class Block(ctypes.Structure):
@@ -69,3 +87,18 @@ def block_of(matrix: Tensor, cut: BlockPartition | FilterPartition, part: int, b
     return Block(
         matrix.data_ptr(), matrix.shape[1], *addresses, *rows.shape, columns.shape[1], blocks.data_ptr()
     )  # fmt: skip
+
+
+def put(weights: Sequence[Weight], blocks: Sequence[Block]) -> None:
+    """Write blocks into weights, and into their momentum, in one call.
+
+    Args:
+        weights: The weights.
+        blocks: What to write, and where in the memory of the weights.
+    """
+    if blocks:
+        torch.autograd.graph.increment_version([weight.param for weight in weights])
+        entries, threads = (Block * len(blocks))(*blocks), threads_for(sum(own.n * own.a * own.b for own in blocks))
+        loaded = library()
+        assert loaded is not None
+        loaded.fgo_put(entries, ctypes.c_int64(len(blocks)), ctypes.c_int(threads))

@@ -6,19 +6,9 @@
 // recursions, which are in double precision, and is written once. Plain C ABI, as in fused.cpp.
 
 #include <cmath>
-#include <cstdint>
 #include <vector>
 
-#ifdef _WIN32
-#define FGO_API __declspec(dllexport)
-#else
-#define FGO_API
-#endif
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(FGO_PORTABLE)
-#define FGO_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,lzcnt,popcnt,tune=haswell")))
-#define FGO_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,bmi,bmi2,lzcnt,popcnt,tune=skylake-avx512")))
-#endif
+#include "common.hpp"
 
 extern "C" {
 
@@ -29,8 +19,6 @@ struct fgo_channel {
   double lam;
   int32_t metric, periodic;
 };
-
-int64_t fgo_limit(int);  // see fused.cpp
 
 }  // extern "C"
 

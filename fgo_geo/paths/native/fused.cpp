@@ -24,22 +24,15 @@
 
 #include <atomic>
 #include <cmath>
-#include <cstdint>
 #include <limits>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#ifdef _WIN32
-#define FGO_API __declspec(dllexport)
-#else
-#define FGO_API
-#endif
+#include "common.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(FGO_PORTABLE)
+#ifdef FGO_AVX2
 #include <immintrin.h>
-#define FGO_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,lzcnt,popcnt,tune=haswell")))
-#define FGO_AVX512 __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,fma,bmi,bmi2,lzcnt,popcnt,tune=skylake-avx512")))
 #endif
 
 extern "C" {
@@ -68,8 +61,6 @@ struct fgo_options {
   int32_t nesterov, maximize, radius_invariant, constant;  // constant: tau is one
 };
 
-// The instruction set in use: 2 AVX-512, 1 AVX2, 0 the compiler's default. It is the best that the processor has, up to a
-// limit; a negative argument keeps the limit.
 FGO_API int64_t fgo_limit(int limit) {
   static std::atomic<int> most{2};
   if (limit >= 0) most = limit;
@@ -245,7 +236,7 @@ template <class T> int64_t large_gradients(const fgo_kernels *tasks, int64_t cou
 
 extern "C" {
 
-FGO_API int fgo_abi() { return 9; }  // of this file and of lines.cpp
+FGO_API int fgo_abi() { return 10; }  // of all sources
 
 // Every thread has a buffer for its sums, and the buffers are added in the order of the threads: the result depends on the
 // number of threads, not on their timing.

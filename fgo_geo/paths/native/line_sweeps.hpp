@@ -6,11 +6,15 @@ namespace FGO_NAMESPACE {
 
 #define FGO_INLINE FGO_TARGET __attribute__((always_inline)) static inline
 
-typedef float narrow __attribute__((vector_size(16)));  // as many numbers as a `wide` vector
-typedef float vec __attribute__((vector_size(32)));
-typedef double wide __attribute__((vector_size(32)));
+typedef float narrow __attribute__((vector_size(FGO_BYTES / 2)));  // as many numbers as a `wide` vector
+typedef float vec __attribute__((vector_size(FGO_BYTES)));
+typedef double wide __attribute__((vector_size(FGO_BYTES)));
+
+constexpr int64_t lanes = FGO_BYTES / 4, half = lanes / 2;
 
 constexpr int rows_at_once = 4;        // so that sums are loaded and stored once per four rows
+constexpr int many_rows = 8;           // the same where the rows are anywhere
+constexpr int64_t near = 512;          // numbers between a stream and its prefetches
 constexpr int64_t most_columns = 512;  // their sums fit the first-level cache
 
 template <class V, class T> FGO_INLINE V load(const T *p) {
@@ -20,7 +24,13 @@ template <class V, class T> FGO_INLINE V load(const T *p) {
 }
 template <class V, class T> FGO_INLINE void store(T *p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
-FGO_INLINE wide widened(const float *p) { return __builtin_convertvector(load<narrow>(p), wide); }
+FGO_INLINE wide widened(const float *p) {
+#if FGO_BYTES == 64  // GCC would convert the halves, and join them
+  return (wide)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#else
+  return __builtin_convertvector(load<narrow>(p), wide);
+#endif
+}
 
 template <class V, bool READS> FGO_INLINE void add_products(const V &x, const V &h, const V &m, V *sums) {
   sums[xx] += x * x;
@@ -33,17 +43,6 @@ template <class V, bool READS> FGO_INLINE void add_products(const V &x, const V 
   }
 }
 
-// Products of `count` numbers.
-template <bool READS>
-FGO_TARGET __attribute__((noinline)) void measure_run(const float *x, const float *h, const float *m, int64_t count, double *sums) {
-  wide total[products] = {};
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4)
-    add_products<wide, READS>(widened(x + i), widened(h + i), READS ? widened(m + i) : wide{}, total);
-  for (int k = 0; k < products; ++k) sums[k] = (total[k][0] + total[k][1]) + (total[k][2] + total[k][3]);
-  for (; i < count; ++i) add_products<double, READS>(x[i], h[i], READS ? m[i] : 0, sums);
-}
-
 // Prefetches the same columns R rows further down: the hardware prefetcher does not follow so many streams.
 template <int R> FGO_INLINE void prefetch(const float *x, const float *h, const float *m, int64_t stride) {
   for (int r = R; r < 2 * R; ++r) {
@@ -53,27 +52,52 @@ template <int R> FGO_INLINE void prefetch(const float *x, const float *h, const 
   }
 }
 
-// Adds the products of `count` columns over R rows to the columns' sums.
+// Products of `count` numbers.
+template <bool READS>
+FGO_TARGET __attribute__((noinline)) void measure_run(const float *x, const float *h, const float *m, int64_t count, double *sums) {
+  wide total[products] = {};
+  int64_t i = 0;
+  for (; i + half <= count; i += half) {
+    if (i % 16 == 0) prefetch<1>(x + i, h + i, READS ? m + i : nullptr, near);
+    add_products<wide, READS>(widened(x + i), widened(h + i), READS ? widened(m + i) : wide{}, total);
+  }
+  for (int k = 0; k < products; ++k) {
+    sums[k] = 0;
+    for (int j = 0; j < half; ++j) sums[k] += total[k][j];
+  }
+  for (; i < count; ++i) add_products<double, READS>(x[i], h[i], READS ? m[i] : 0, sums);
+}
+
+// R rows of a matrix, wherever they are.
+template <int R> struct rows_of {
+  const float *x[R], *h[R], *m[R];
+};
+
+template <bool READS, int R> FGO_INLINE rows_of<R> rows_from(const float *x, const float *h, const float *m, int64_t stride) {
+  rows_of<R> rows;
+  for (int r = 0; r < R; ++r) {
+    const int64_t e = r * stride;
+    rows.x[r] = x + e, rows.h[r] = h + e, rows.m[r] = READS ? m + e : nullptr;
+  }
+  return rows;
+}
+
+// Adds the products of columns over R rows to the columns' sums. With a stride, the rows below are prefetched.
 template <bool READS, int R>
-FGO_INLINE void measure_rows(const float *x, const float *h, const float *m, int64_t stride, int64_t count, double *sums,
-                             int64_t plane) {
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    if (j % 16 == 0) prefetch<R>(x + j, h + j, READS ? m + j : nullptr, stride);
+FGO_INLINE void measure_rows(const rows_of<R> &rows, int64_t stride, int64_t from, int64_t to, double *sums, int64_t plane) {
+  int64_t j = from;
+  for (; j + half <= to; j += half) {
+    if (stride && j % 16 == 0) prefetch<R>(rows.x[0] + j, rows.h[0] + j, READS ? rows.m[0] + j : nullptr, stride);
     wide total[products];
     for (int k = 0; k < (READS ? products : 3); ++k) total[k] = load<wide>(sums + k * plane + j);
-    for (int r = 0; r < R; ++r) {
-      const int64_t e = r * stride + j;
-      add_products<wide, READS>(widened(x + e), widened(h + e), READS ? widened(m + e) : wide{}, total);
-    }
+    for (int r = 0; r < R; ++r)
+      add_products<wide, READS>(widened(rows.x[r] + j), widened(rows.h[r] + j), READS ? widened(rows.m[r] + j) : wide{}, total);
     for (int k = 0; k < (READS ? products : 3); ++k) store(sums + k * plane + j, total[k]);
   }
-  for (; j < count; ++j) {
+  for (; j < to; ++j) {
     double total[products] = {};
-    for (int r = 0; r < R; ++r) {
-      const int64_t e = r * stride + j;
-      add_products<double, READS>(x[e], h[e], READS ? m[e] : 0, total);
-    }
+    for (int r = 0; r < R; ++r)
+      add_products<double, READS>(rows.x[r][j], rows.h[r][j], READS ? rows.m[r][j] : 0, total);
     for (int k = 0; k < products; ++k) sums[k * plane + j] += total[k];
   }
 }
@@ -83,16 +107,14 @@ template <bool READS>
 FGO_TARGET __attribute__((noinline)) void measure_matrix(const float *x, const float *h, const float *m, int64_t rows, int64_t width,
                                                          double *sums, int64_t plane) {
   for (int64_t from = 0; from < width; from += most_columns) {
-    const int64_t count = width - from < most_columns ? width - from : most_columns;
+    const int64_t to = width - from < most_columns ? width : from + most_columns;
     int64_t i = 0;
-    for (; i + rows_at_once <= rows; i += rows_at_once) {
-      const int64_t e = i * width + from;
-      measure_rows<READS, rows_at_once>(x + e, h + e, READS ? m + e : nullptr, width, count, sums + from, plane);
-    }
-    for (; i < rows; ++i) {
-      const int64_t e = i * width + from;
-      measure_rows<READS, 1>(x + e, h + e, READS ? m + e : nullptr, width, count, sums + from, plane);
-    }
+    for (; i + rows_at_once <= rows; i += rows_at_once)
+      measure_rows<READS>(rows_from<READS, rows_at_once>(x + i * width, h + i * width, READS ? m + i * width : nullptr, width), width,
+                          from, to, sums, plane);
+    for (; i < rows; ++i)
+      measure_rows<READS>(rows_from<READS, 1>(x + i * width, h + i * width, READS ? m + i * width : nullptr, width), width, from, to,
+                          sums, plane);
   }
 }
 
@@ -153,14 +175,17 @@ FGO_TARGET __attribute__((noinline)) void move_run(float *x, const float *h, flo
   coefficients_of<float> one;
   for (int k = 0; k < coefficients; ++k) all.v[k] = vec{} + by[k], one.v[k] = by[k];
   int64_t i = 0;
-  for (; i + 8 <= count; i += 8) move_by<vec, READS, WRITES>(x + i, h + i, WRITES ? m + i : m, all);
+  for (; i + lanes <= count; i += lanes) {
+    if (i % 16 == 0) prefetch<1>(x + i, h + i, READS ? m + i : nullptr, near);
+    move_by<vec, READS, WRITES>(x + i, h + i, WRITES ? m + i : m, all);
+  }
   for (; i < count; ++i) move_by<float, READS, WRITES>(x + i, h + i, WRITES ? m + i : m, one);
 }
 
 template <bool READS, bool WRITES, int R>
 FGO_INLINE void move_rows(float *x, const float *h, float *m, int64_t width, const float *by, int64_t plane) {
   int64_t j = 0;
-  for (; j + 8 <= width; j += 8) {
+  for (; j + lanes <= width; j += lanes) {
     if (j % 16 == 0) prefetch<R>(x + j, h + j, READS ? m + j : nullptr, width);
     coefficients_of<vec> all;
     for (int k = 0; k < coefficients; ++k) all.v[k] = load<vec>(by + k * plane + j);
@@ -205,7 +230,7 @@ template <bool READS, bool WRITES> FGO_TARGET void move_part(const fgo_lines &t,
 
 // -- matrices whose blocks belong to several manifolds ---------------------------------------------------------------------
 
-// The segments of a row. Columns in the order of the matrix are read in place, others through a copy.
+// The segments of a row.
 struct row_of_segments {
   const fgo_segment *begin, *end;
   const int32_t *order;  // null: the order of the matrix
@@ -218,6 +243,13 @@ FGO_INLINE row_of_segments row_at(const fgo_lines &t, int64_t row) {
           t.row_in_block[row]};
 }
 
+// Memory of a pattern, zero when it is first asked for.
+template <class T> std::vector<T> &own_of(std::vector<std::vector<T>> &of_patterns, int64_t pattern, int64_t count) {
+  if (int64_t(of_patterns.size()) <= pattern) of_patterns.resize(pattern + 1);
+  if (of_patterns[pattern].empty()) of_patterns[pattern].assign(count, T(0));
+  return of_patterns[pattern];
+}
+
 FGO_INLINE void gather(const float *row, const int32_t *order, int64_t count, float *copy) {
   for (int64_t j = 0; j < count; ++j) copy[j] = row[order[j]];
 }
@@ -226,26 +258,59 @@ FGO_INLINE void scatter(const float *copy, const int32_t *order, int64_t count, 
   for (int64_t j = 0; j < count; ++j) row[order[j]] = copy[j];
 }
 
+// Where the columns of a row are not in the order of the matrix, lines that extend over several rows are not gathered: the
+// products of every column are added up, and then those of a line's columns; every column is moved with the coefficients of
+// its line. Only lines within such rows are gathered.
+bool is_gathered(const fgo_segment &s, const row_of_segments &all) { return s.form == line_per_row || !all.order; }
+
+// The sums of the columns of a pattern, a plane per product, and rows that are to be added to them.
+struct sums_of_columns {
+  std::vector<double> sums;
+  rows_of<many_rows> rows;
+  int waiting = 0;
+};
+
+template <bool READS> FGO_TARGET __attribute__((noinline)) void add_waiting(sums_of_columns &of, int64_t width) {
+  for (int64_t from = 0; from < width; from += most_columns) {
+    const int64_t to = width - from < most_columns ? width : from + most_columns;
+    if (of.waiting == many_rows)
+      measure_rows<READS, many_rows>(of.rows, 0, from, to, of.sums.data(), width);
+    else
+      for (int r = 0; r < of.waiting; ++r)
+        measure_rows<READS, 1>(rows_from<READS, 1>(of.rows.x[r], of.rows.h[r], of.rows.m[r], 0), 0, from, to, of.sums.data(), width);
+  }
+  of.waiting = 0;
+}
+
 template <bool READS>
 FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, int64_t end, std::vector<partial_sums> &partials) {
   partials.push_back({task, 0, t.shared, begin == 0, std::vector<double>(products * t.shared)});
   double *sums = partials.back().sums.data();
+  std::vector<sums_of_columns> of_patterns;  // of those whose columns are not in order
   std::vector<float> copies(3 * t.width);
   float *xs = copies.data(), *hs = xs + t.width, *ms = hs + t.width;
   for (int64_t row = begin / t.width; row < end / t.width; ++row) {
     const row_of_segments all = row_at(t, row);
+    const float *const x_row = t.weight + row * t.width, *const h_row = t.grad + row * t.width;
+    const float *const m_row = READS ? t.buffer + row * t.width : nullptr;
+    if (all.order) {
+      const size_t pattern = t.pattern_of_row[row];
+      if (of_patterns.size() <= pattern) of_patterns.resize(pattern + 1);
+      sums_of_columns &own = of_patterns[pattern];
+      if (own.sums.empty()) own.sums.assign(products * t.width, 0.0);
+      own.rows.x[own.waiting] = x_row, own.rows.h[own.waiting] = h_row, own.rows.m[own.waiting] = m_row;
+      if (++own.waiting == many_rows) add_waiting<READS>(own, t.width);
+    }
     for (const fgo_segment *s = all.begin; s != all.end; ++s) {
-      if (s->form == no_line) continue;
-      const float *x = t.weight + row * t.width, *h = t.grad + row * t.width, *m = READS ? t.buffer + row * t.width : nullptr;
+      if (s->form == no_line || !is_gathered(*s, all)) continue;
+      const float *x = x_row + s->start, *h = h_row + s->start, *m = READS ? m_row + s->start : nullptr;
       if (all.order) {
         const int32_t *order = all.order + s->start;
-        gather(x, order, s->count, xs), gather(h, order, s->count, hs), x = xs, h = hs;
-        if (READS) gather(m, order, s->count, ms), m = ms;
-      } else {
-        x += s->start, h += s->start, m = READS ? m + s->start : nullptr;
+        gather(x_row, order, s->count, xs), gather(h_row, order, s->count, hs), x = xs, h = hs;
+        if (READS) gather(m_row, order, s->count, ms), m = ms;
       }
       if (s->form == line_per_column) {
-        measure_rows<READS, 1>(x, h, m, 0, s->count, sums + s->first_line, t.shared);
+        measure_rows<READS>(rows_from<READS, 1>(x, h, m, 0), 0, 0, s->count, sums + s->first_line, t.shared);
         continue;
       }
       double of_run[products];
@@ -258,25 +323,71 @@ FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, 
       }
     }
   }
+  for (size_t pattern = 0; pattern < of_patterns.size(); ++pattern) {
+    sums_of_columns &own = of_patterns[pattern];
+    if (own.sums.empty()) continue;
+    add_waiting<READS>(own, t.width);
+    for (int32_t k = t.first_segments[pattern]; k < t.first_segments[pattern + 1]; ++k) {
+      const fgo_segment &s = t.segments[k];
+      const int32_t *order = t.column_orders + pattern * t.width + s.start;
+      for (int32_t j = 0; s.form != no_line && s.form != line_per_row && j < s.count; ++j)
+        for (int product = 0; product < products; ++product)
+          sums[product * t.shared + s.first_line + (s.form == line_per_column ? j : 0)] += own.sums[product * t.width + order[j]];
+    }
+  }
+}
+
+// The coefficients of every column of a pattern, a plane each: those of its line, or such that nothing changes.
+void write_column_coefficients(const fgo_lines &t, int32_t pattern, float *planes) {
+  for (int32_t k = t.first_segments[pattern]; k < t.first_segments[pattern + 1]; ++k) {
+    const fgo_segment &s = t.segments[k];
+    const int32_t *order = t.column_orders + pattern * t.width + s.start;
+    const bool is_kept = s.form == no_line || s.form == line_per_row;
+    for (int32_t j = 0; j < s.count; ++j)
+      for (int c = 0; c < coefficients; ++c)
+        planes[c * t.width + order[j]] =
+            is_kept ? c == a_m || c == factor : t.coefficients[c * t.lines + s.first_line + (s.form == line_per_column ? j : 0)];
+  }
+}
+
+FGO_INLINE void write(const float *from, const int32_t *order, int64_t count, float *row) {
+  if (order)
+    scatter(from, order, count, row);
+  else
+    __builtin_memcpy(row, from, count * sizeof(float));
 }
 
 template <bool READS, bool WRITES> FGO_TARGET void move_blocks(const fgo_lines &t, int64_t begin, int64_t end) {
+  std::vector<std::vector<float>> of_columns;  // per pattern whose columns are not in order
   std::vector<float> copies(3 * t.width);
   float *xs = copies.data(), *hs = xs + t.width, *ms = hs + t.width;
   for (int64_t row = begin / t.width; row < end / t.width; ++row) {
     const row_of_segments all = row_at(t, row);
+    float *const x_row = t.weight + row * t.width, *const m_row = WRITES ? t.buffer + row * t.width : nullptr;
+    const float *const h_row = t.grad + row * t.width;
+    if (all.order) {
+      const int32_t pattern = t.pattern_of_row[row];
+      const bool is_new = int64_t(of_columns.size()) <= pattern || of_columns[pattern].empty();
+      std::vector<float> &own = own_of(of_columns, pattern, coefficients * t.width);
+      if (is_new) write_column_coefficients(t, pattern, own.data());
+      move_rows<READS, WRITES, 1>(x_row, h_row, m_row, t.width, own.data(), t.width);
+    }
     for (const fgo_segment *s = all.begin; s != all.end; ++s) {
-      if (s->form == no_line) continue;
-      const float *h = t.grad + row * t.width;
-      float *x = t.weight + row * t.width, *m = WRITES ? t.buffer + row * t.width : nullptr;
+      if (s->form == no_line) {  // stepped by another path
+        const int64_t e = all.row_in_block * s->count;
+        const int32_t *order = all.order ? all.order + s->start : nullptr;
+        write(t.points[s->first_line] + e, order, s->count, order ? x_row : x_row + s->start);
+        if (WRITES) write(t.momenta[s->first_line] + e, order, s->count, order ? m_row : m_row + s->start);
+        continue;
+      }
+      if (!is_gathered(*s, all)) continue;
+      const float *h = h_row + s->start;
+      float *x = x_row + s->start, *m = WRITES ? m_row + s->start : nullptr;
       const int32_t *order = all.order ? all.order + s->start : nullptr;
-      float *const own_x = x, *const own_m = m;
       if (order) {
-        gather(x, order, s->count, xs), gather(h, order, s->count, hs), x = xs, h = hs;
-        if (READS) gather(m, order, s->count, ms);
+        gather(x_row, order, s->count, xs), gather(h_row, order, s->count, hs), x = xs, h = hs;
+        if (READS) gather(m_row, order, s->count, ms);
         if (WRITES) m = ms;
-      } else {
-        x += s->start, h += s->start, m = WRITES ? m + s->start : nullptr;
       }
       if (s->form == line_per_column) {
         move_rows<READS, WRITES, 1>(x, h, m, s->count, t.coefficients + s->first_line, t.lines);
@@ -287,8 +398,8 @@ template <bool READS, bool WRITES> FGO_TARGET void move_blocks(const fgo_lines &
         move_run<READS, WRITES>(x, h, m, s->count, by);
       }
       if (order) {
-        scatter(x, order, s->count, own_x);
-        if (WRITES) scatter(m, order, s->count, own_m);
+        scatter(x, order, s->count, x_row);
+        if (WRITES) scatter(m, order, s->count, m_row);
       }
     }
   }

@@ -212,7 +212,7 @@ class _Block:
         form: Which lines its entries form.
         rows: Its rows in the matrix.
         columns: Its columns.
-        first_line: Number of its first line.
+        first_line: Number of its first line; without lines, its number among such blocks.
     """
 
     group: int | np.ndarray
@@ -239,9 +239,12 @@ def _build_by_blocks(manifold: ProductOfGroups, weight: Tensor) -> LineTable | N
     blocks = [block for part in range(len(cut.kinds)) for block in _blocks_of(manifold, cut, part)]
     # Lines that extend over several rows come first: threads have to add up their partial sums.
     blocks.sort(key=lambda block: block.form is _Form.LINE_PER_ROW)
-    count = 0
+    count = others = 0
     for block in blocks:
-        block.first_line, count = count, count + block.lines
+        if block.form is _Form.NO_LINE:
+            block.first_line, others = others, others + 1
+        else:
+            block.first_line, count = count, count + block.lines
     group_of = np.concatenate([np.broadcast_to(block.group, block.lines) for block in blocks]).astype(np.int32)
     radii = np.concatenate([np.broadcast_to(block.radius, block.lines) for block in blocks]).astype(np.float64)
     return LineTable(

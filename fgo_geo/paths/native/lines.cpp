@@ -12,20 +12,17 @@
 // Together these are eight passes over memory. Where the terms of x + b·(h, m, x) cancel, as in a long step along the
 // normal, the products do not determine its length: such lines are processed a second time, in double precision. A matrix
 // whose blocks belong to several manifolds is processed row by row, and each row is split into the segments of its blocks;
-// blocks without lines (Stiefel) are skipped. Plain C ABI, as in fused.cpp.
+// blocks without lines (Stiefel) are skipped, and written in the second sweep as another path has stepped them, in the same
+// call, so that an interrupt leaves every weight as it was before its step or after it. Plain C ABI, as in fused.cpp.
 
 #include <cmath>
-#include <cstdint>
+#include <cstring>
 #include <vector>
 
-#ifdef _WIN32
-#define FGO_API __declspec(dllexport)
-#else
-#define FGO_API
-#endif
+#include "common.hpp"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(FGO_PORTABLE)
-#define FGO_AVX2 __attribute__((target("arch=haswell,tune=haswell")))
+#ifdef FGO_AVX2
+#include <immintrin.h>
 #endif
 
 extern "C" {
@@ -37,7 +34,7 @@ enum fgo_form { no_line, one_line, line_per_row, line_per_column };
 struct fgo_segment {
   int32_t start, count;
   int32_t form;
-  int32_t first_line;
+  int32_t first_line;  // number of the block among those without lines, if it has none
 };
 
 // One parameter. With width 1, line l is `length` contiguous numbers and the next line follows; with width > 1, line l is
@@ -58,26 +55,20 @@ struct fgo_lines {
   const fgo_segment *segments;
   const int32_t *first_segments;  // per pattern, and one past the last
   const int32_t *column_orders;   // per pattern: its columns in order; -1 in front: the order of the matrix
+  const float *const *points, *const *momenta;  // per block without lines: what another path has made of it, row by row
   double radius;
   int64_t lines, length, width;
   int64_t shared;          // the first `shared` lines extend over several rows
   int32_t first;           // the buffer is uninitialised
 };
 
-int64_t fgo_limit(int);  // see fused.cpp
-
-// Blocks of one matrix, for fgo_put.
+// Blocks of equal shape in one matrix.
 struct fgo_block {
   float *matrix;
   int64_t width;
   const int32_t *rows, *columns;
   int64_t n, a, b;
   const float *blocks;
-};
-
-struct fgo_line_options {
-  double lr, momentum, dampening, weight_decay;
-  int32_t nesterov, maximize, radius_invariant;
 };
 
 }  // extern "C"
@@ -102,6 +93,7 @@ int64_t size_of(const fgo_lines &t) { return (t.pattern_of_row ? t.width : t.lin
 
 #define FGO_NAMESPACE portable
 #define FGO_TARGET
+#define FGO_BYTES 32
 #include "line_sweeps.hpp"
 #undef FGO_NAMESPACE
 #undef FGO_TARGET
@@ -109,6 +101,14 @@ int64_t size_of(const fgo_lines &t) { return (t.pattern_of_row ? t.width : t.lin
 #ifdef FGO_AVX2
 #define FGO_NAMESPACE avx2
 #define FGO_TARGET FGO_AVX2
+#include "line_sweeps.hpp"
+#undef FGO_NAMESPACE
+#undef FGO_TARGET
+#undef FGO_BYTES
+
+#define FGO_NAMESPACE avx512
+#define FGO_TARGET FGO_AVX512
+#define FGO_BYTES 64
 #include "line_sweeps.hpp"
 #endif
 
@@ -122,7 +122,8 @@ struct line_sweeps {
 // The sweeps for this processor.
 line_sweeps choose() {
 #ifdef FGO_AVX2
-  if (fgo_limit(-1) > 0) return {avx2::measure, avx2::move};
+  if (fgo_limit(-1) == 2) return {avx512::measure, avx512::move};
+  if (fgo_limit(-1) == 1) return {avx2::measure, avx2::move};
 #endif
   return {portable::measure, portable::move};
 }
@@ -331,22 +332,19 @@ FGO_API int64_t fgo_take(const float *matrix, int64_t width, const int32_t *rows
   return 0;
 }
 
-FGO_API int64_t fgo_put(float *matrix, int64_t width, const int32_t *rows, const int32_t *columns, int64_t n, int64_t a, int64_t b,
-                const float *blocks, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < n * a; ++i)
-    for (int64_t j = 0; j < b; ++j) matrix[rows[i] * width + columns[i / a * b + j]] = blocks[i * b + j];
-  return 0;
-}
-
-// The step of all lines, and then the blocks that another path has stepped. It is one call, so that an interrupt leaves every
-// weight as it was before its step or after it.
-FGO_API int64_t fgo_line_commit(const fgo_lines *tasks, int64_t count, const fgo_line_options *options, int threads,
-                        const fgo_block *blocks, int64_t n_blocks) {
-  fgo_line_update(tasks, count, options, threads);
-  for (int64_t k = 0; k < n_blocks; ++k) {
+FGO_API int64_t fgo_put(const fgo_block *blocks, int64_t count, int threads) {
+  for (int64_t k = 0; k < count; ++k) {
     const fgo_block &own = blocks[k];
-    fgo_put(own.matrix, own.width, own.rows, own.columns, own.n, own.a, own.b, own.blocks, threads);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < own.n * own.a; ++i) {
+      float *const row = own.matrix + own.rows[i] * own.width;
+      const float *const from = own.blocks + i * own.b;
+      const int32_t *const columns = own.columns + i / own.a * own.b;
+      if (columns[own.b - 1] - columns[0] == own.b - 1)
+        std::memcpy(row + columns[0], from, own.b * sizeof(float));
+      else
+        for (int64_t j = 0; j < own.b; ++j) row[columns[j]] = from[j];
+    }
   }
   return 0;
 }

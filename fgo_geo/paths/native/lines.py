@@ -19,12 +19,13 @@ import itertools
 from collections.abc import Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.paths.kernel_tables import gradient_of, step_problem
-from fgo_geo.paths.native.blocks import Block, block_of, matrix_of
+from fgo_geo.paths.native.blocks import MatrixOptions
 from fgo_geo.paths.native.library import NOT_BUILT, library, threads_for
 from fgo_geo.paths.native.line_tables import LineTable, table_of
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
@@ -74,19 +75,10 @@ class _Lines(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "groups", "radii")),
         *((name, ctypes.c_void_p) for name in ("products", "coefficients", "squared_norms", "scales")),
-        *((name, ctypes.c_void_p) for name in _OF_BLOCKS),
+        *((name, ctypes.c_void_p) for name in (*_OF_BLOCKS, "points", "momenta")),
         ("radius", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("lines", "length", "width", "shared")),
         ("first", ctypes.c_int32),
-    )
-
-
-class _Options(ctypes.Structure):
-    """``fgo_line_options`` of lines.cpp."""
-
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),
-        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant")),
     )
 
 
@@ -136,37 +128,39 @@ class _LineBatch(Batch):
         self._scales.fill_(1) if scale is None else self._scales.copy_(scale)
         for weight, entry in zip(self.weights, self._entries, strict=True):
             entry.buffer = None if weight.buffer is None else weight.buffer.data_ptr()  # a new one in the first step
-        blocks, memory = self._staged_blocks()
+        memory = [
+            self._hand_over(weight, table, entry)
+            for weight, table, entry in zip(self.weights, self._tables, self._entries, strict=True)
+            if table.other_parts
+        ]
         torch.autograd.graph.increment_version([weight.param for weight in self.weights])
-        entries = (Block * len(blocks))(*blocks)
-        self._run("fgo_line_commit", options, entries, ctypes.c_int64(len(blocks)))
+        self._run("fgo_line_update", options)
         del memory
         for weight in self.weights:
             weight.staged.clear()
 
-    def _staged_blocks(self) -> tuple[list[Block], list[Tensor]]:
-        """The blocks that other paths have stepped, and the memory that holds them."""
-        blocks: list[Block] = []
-        memory: list[Tensor] = []
-        for claim in self.claims:
-            weight = claim.weight
-            for part, values in weight.staged.items():
-                cut = cast(BlockPartition, cast(ProductOfGroups, weight.manifold).partition)
-                rows, columns = cut.rectangles(part)
-                for target, value in zip((weight.param.detach(), weight.buffer), values, strict=True):
-                    if target is None or value is None:
-                        continue
-                    matrix = cast(Tensor, matrix_of(target, cut))
-                    memory.append((value.mT if rows.shape[1] < columns.shape[1] else value).contiguous())
-                    blocks.append(block_of(matrix, cut, part, memory[-1]))
-        return blocks, memory
+    def _hand_over(self, weight: Weight, table: LineTable, entry: _Lines) -> list[object]:
+        """Pass on the blocks that other paths have stepped; the result holds their memory."""
+        held: list[object] = []
+        for name, which in (("points", 0), ("momenta", 1)):
+            addresses: list[np.ndarray] = []
+            for part in table.other_parts:
+                value = weight.staged[part][which]
+                if value is not None:
+                    cut = cast(BlockPartition, cast(ProductOfGroups, weight.manifold).partition)
+                    rows, columns = cut.rectangles(part)
+                    own = (value.mT if rows.shape[1] < columns.shape[1] else value).contiguous()
+                    addresses.append(own.data_ptr() + np.arange(len(own)) * (own[0].numel() * own.itemsize))
+                    held.append(own)
+            if addresses:
+                every = np.concatenate(addresses)
+                setattr(entry, name, every.ctypes.data)
+                held.append(every)
+        return held
 
-    def _run(self, name: str, options: StepOptions, *arguments: object) -> None:
-        o = options
-        numbers = _Options(
-            float(o.lr), o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize, o.radius_invariant
-        )  # fmt: skip
+    def _run(self, name: str, options: StepOptions) -> None:
+        numbers = MatrixOptions.of(options)
         with torch.profiler.record_function(name):
             threads = ctypes.c_int(threads_for(self._work))
             entries, count = self._entries, ctypes.c_int64(len(self.weights))
-            getattr(library(), name)(entries, count, ctypes.byref(numbers), threads, *arguments)
+            getattr(library(), name)(entries, count, ctypes.byref(numbers), threads)

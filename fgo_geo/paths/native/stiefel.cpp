@@ -1,0 +1,166 @@
+// The step on Stiefel matrices and blocks of matrices for the CPU, by products alone.
+//
+//   fgo_stiefel_norms   reads x and g: squared norm of the Riemannian gradient of every block, and of every group;
+//   fgo_stiefel_move    reads the momentum m, and computes the new momentum and points beside the weight.
+//
+// For x with xᵀx = r² I, and g and m added to t with their factors, the step of a block is
+//
+//   m <- t - x sym(xᵀt) / r²,   y = x - lr m,   x <- y (yᵀy / r²)^(-1/2),
+//
+// five products; the inverse root of I + E = yᵀy / r² is a polynomial in E whose degree follows from ‖E‖ (Newton-Schulz
+// iterations where E is large). Blocks that are wider than tall are the transposes of points, and stay as they are stored:
+// all that is B x B is symmetric, so only the order of the factors changes. The caller writes the results to the weight, after
+// it has taken care of the blocks that began off the manifold, for which products may diverge.
+
+#include <cmath>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "common.hpp"
+
+extern "C" {
+
+// Equal blocks of one weight: entry (i, j) of block k is in row rows[k a + i] and column columns[k b + j] of the matrix of
+// `width` columns.
+struct fgo_stiefel {
+  const float *weight, *grad;
+  const float *buffer;     // null without momentum, and before the first step
+  const int32_t *rows, *columns;
+  const int32_t *groups;   // per block
+  const double *radii;     // per block
+  double *squares;         // per block: of the Riemannian gradient
+  double *squared_norms;   // per group: added to
+  const float *scales;     // per group: 1 / tau; with zero the gradient is not used
+  float *points, *momenta; // per block, row by row: point and gradient after fgo_stiefel_norms, and then the results
+  int32_t *failed;         // per block: whether `points` is y, because the block began off the manifold
+  int64_t n, a, b, width;
+};
+
+}  // extern "C"
+
+namespace {
+
+// A matrix whose entry (i, j) is at i * row + j * column.
+struct matrix {
+  const float *at;
+  int64_t row, column;
+};
+
+constexpr double least_tangent = 0.01;  // of a gradient's square; below, the gradient is projected before it is squared
+constexpr double most_drift = 2e-3;     // ‖xᵀx / r² - I‖ of a point, as in manifolds/stiefel.py
+constexpr double longest = 1e4;         // ‖u‖² / r² of a step; beyond, yᵀy is too ill-conditioned
+constexpr double polished = 1;          // beyond, an iteration corrects the rounding errors of yᵀy
+constexpr double precision = 6e-8;      // 2^-24
+constexpr double margin = 1.05;         // of the spectrum of yᵀy, for points that have drifted
+
+// The coefficients of (1 + f)^(-1/2).
+constexpr int most_terms = 15;
+struct binomials {
+  double of[most_terms + 2];
+  constexpr binomials() : of() {
+    of[0] = 1;
+    for (int k = 1; k < most_terms + 2; ++k) of[k] = -of[k - 1] * (k - 0.5) / k;
+  }
+};
+constexpr binomials series;
+
+// The fewest terms, of those that so many products give, that reach the precision for ‖F‖ <= f; 0 if none do.
+int terms_for(double f) {
+  for (int terms : {1, 2, 4, 6, 9, 12, most_terms})
+    if (std::abs(series.of[terms + 1]) * std::pow(f, terms + 1) <= precision) return terms;
+  return 0;
+}
+
+int64_t shorter(const fgo_stiefel &t) { return t.a < t.b ? t.a : t.b; }
+
+double cost_of(const fgo_stiefel &t) { return double(t.a) * t.b * shorter(t); }
+
+}  // namespace
+
+#define FGO_NAMESPACE portable
+#define FGO_TARGET
+#define FGO_BYTES 32
+#define FGO_ROWS 4
+#define FGO_VECTORS 1
+#include "products.hpp"
+#include "stiefel_steps.hpp"
+#undef FGO_NAMESPACE
+#undef FGO_TARGET
+#undef FGO_BYTES
+#undef FGO_ROWS
+#undef FGO_VECTORS
+
+#ifdef FGO_AVX2
+#define FGO_NAMESPACE avx2
+#define FGO_TARGET FGO_AVX2
+#define FGO_BYTES 32
+#define FGO_ROWS 6
+#define FGO_VECTORS 2
+#include "products.hpp"
+#include "stiefel_steps.hpp"
+#undef FGO_NAMESPACE
+#undef FGO_TARGET
+#undef FGO_BYTES
+#undef FGO_ROWS
+
+#define FGO_NAMESPACE avx512
+#define FGO_TARGET FGO_AVX512
+#define FGO_BYTES 64
+#define FGO_ROWS 8
+#include "products.hpp"
+#include "stiefel_steps.hpp"
+#endif
+
+namespace {
+
+typedef void (*step_function)(const fgo_stiefel &, const fgo_line_options &, int64_t, int);
+
+struct stiefel_steps {
+  step_function measure, move;
+};
+
+// The steps for this processor.
+stiefel_steps choose() {
+#ifdef FGO_AVX2
+  if (fgo_limit(-1) == 2) return {avx512::measure, avx512::move};
+  if (fgo_limit(-1) == 1) return {avx2::measure, avx2::move};
+#endif
+  return {portable::measure, portable::move};
+}
+
+// Runs a step on all blocks. Large blocks take all threads, one after the other; the others are shared out, dear ones first.
+void run_on_blocks(const fgo_stiefel *tasks, int64_t count, const fgo_line_options &options, int threads, step_function run) {
+  double total = 0;
+  for (int64_t k = 0; k < count; ++k) total += tasks[k].n * cost_of(tasks[k]);
+  std::vector<std::pair<int64_t, int64_t>> small;
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t own = 0; own < tasks[k].n; ++own)
+      if (threads > 1 && cost_of(tasks[k]) * 2 * threads > total)
+        run(tasks[k], options, own, threads);
+      else
+        small.push_back({k, own});
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t number = 0; number < int64_t(small.size()); ++number) run(tasks[small[number].first], options, small[number].second, 1);
+}
+
+}  // namespace
+
+extern "C" {
+
+FGO_API int64_t fgo_stiefel_norms(const fgo_stiefel *tasks, int64_t count, const fgo_line_options *options, int threads) {
+  run_on_blocks(tasks, count, *options, threads, choose().measure);
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t own = 0; own < tasks[k].n; ++own) tasks[k].squared_norms[tasks[k].groups[own]] += tasks[k].squares[own];
+  return 0;
+}
+
+// Returns the number of blocks that began off the manifold.
+FGO_API int64_t fgo_stiefel_move(const fgo_stiefel *tasks, int64_t count, const fgo_line_options *options, int threads) {
+  run_on_blocks(tasks, count, *options, threads, choose().move);
+  int64_t failed = 0;
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t own = 0; own < tasks[k].n; ++own) failed += tasks[k].failed[own];
+  return failed;
+}
+}

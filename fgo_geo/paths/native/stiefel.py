@@ -1,0 +1,275 @@
+"""The compiled path of Stiefel matrices and blocks: float32 weights on the CPU, under the polar retraction.
+
+The step of a block is five products of matrices, and a polynomial in a small one (``stiefel.cpp``). The compiled code
+cuts every block out of its weight, keeps it in the cache from the first product to the last, and computes new points
+and momentum in memory of the batch; the weight is written afterwards, in one call. Blocks that began off the manifold
+are projected by a factorisation in between.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fgo_geo.linalg import polar_factor
+from fgo_geo.manifolds import ProductOfGroups, Stiefel
+from fgo_geo.paths.kept import kept
+from fgo_geo.paths.kernel_tables import gradient_of, step_problem
+from fgo_geo.paths.native.blocks import Block, MatrixOptions, matrix_of, put
+from fgo_geo.paths.native.library import NOT_BUILT, library, threads_for
+from fgo_geo.paths.pieces import write_if_complete
+from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
+from fgo_geo.weights.components import BlockPartition, FilterPartition
+
+__all__ = ["NativeStiefel"]
+
+_FEWEST_COLUMNS = 4  # of a matrix; the batched torch code is as fast on narrower ones
+
+# Beyond, oneDNN gains more by shared products than it loses by passes over memory. Time of a step over that of the
+# other paths, on one core of a Zen 5 processor:
+#
+#     64 x 16   128 x 64   512 x 128   1152 x 128   256 x 256   512 x 256   1024 x 512   2304 x 256   4608 x 512
+#      0.49       0.49        0.43        0.68         0.41        0.71        0.94         1.09         1.16
+_MOST_ENTRIES = 2**18
+_WORK = 8  # products of numbers that take as long as one entry of an elementwise step
+
+
+class NativeStiefel(Path):
+    """The path of float32 Stiefel matrices on the CPU."""
+
+    name = "compiled products"
+
+    def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...] | Refusal:
+        """The parts that are Stiefel matrices."""
+        param, grad = weight.param, weight.grad
+        if param.device.type != "cpu":
+            return Refusal(Reason.DEVICE, f"the compiled products run on the CPU, the weight is on {param.device}")
+        problem = step_problem(options)
+        if problem is not None:
+            return problem
+        is_single = param.dtype == torch.float32 and grad is not None and grad.dtype == torch.float32
+        tables = tables_of(weight) if is_single else {}
+        taken = tuple(part for part in parts if part in tables)
+        if not taken:
+            matrices = (
+                f"float32 Stiefel matrices of {_FEWEST_COLUMNS} columns or more, and {_MOST_ENTRIES:,} numbers or fewer"
+            )
+            return Refusal(Reason.COMPONENTS, f"compiled products take {matrices}")
+        return taken if library() is not None else Refusal(Reason.MISSING, NOT_BUILT)
+
+    def batch(self, claims: Sequence[Claim]) -> Batch:
+        """One call per sweep for all weights."""
+        return _StiefelBatch(claims)
+
+
+@dataclass(frozen=True, eq=False)
+class StiefelTable:
+    """Equal blocks of a weight: ``n`` of ``a`` rows and ``b`` columns of its matrix.
+
+    Attributes:
+        rows: Rows of every block, int32, shape ``(n, a)``.
+        columns: Columns of every block, int32, shape ``(n, b)``.
+        groups: Group of every block, int32.
+        radii: Radius of every block, float64.
+        width: Number of columns of the matrix.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    groups: Tensor
+    radii: Tensor
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(n, a, b)``."""
+        return (*self.rows.shape, self.columns.shape[1])  # pyright: ignore[reportReturnType]
+
+
+def tables_of(weight: Weight) -> dict[int, StiefelTable]:
+    """The tables of the parts that the path takes, kept until a radius changes."""
+    manifold, param = weight.manifold, weight.param
+    if not isinstance(manifold, (ProductOfGroups, Stiefel)):
+        return {}
+    return kept(manifold, ("Stiefel", param.shape, param.stride()), lambda: _build(manifold, param.detach()))
+
+
+def _build(manifold: ProductOfGroups | Stiefel, weight: Tensor) -> dict[int, StiefelTable]:
+    if isinstance(manifold, Stiefel):
+        stored = weight if weight.is_contiguous() else weight.mT
+        a, b = stored.shape[-2:]
+        if not _is_taken(manifold, (a, b)) or not stored.is_contiguous():
+            return {}
+        n = math.prod(weight.shape[:-2])
+        rows = torch.arange(n * a, dtype=torch.int32).reshape(n, a)
+        columns = torch.arange(b, dtype=torch.int32).expand(n, b).contiguous()
+        radii = _radii(manifold, weight.shape[:-2])
+        return {0: StiefelTable(rows, columns, torch.zeros(n, dtype=torch.int32), radii, b)}
+    cut = manifold.partition
+    matrix = matrix_of(weight, cut) if isinstance(cut, (BlockPartition, FilterPartition)) else None
+    if matrix is None or not isinstance(cut, (BlockPartition, FilterPartition)):
+        return {}
+    tables: dict[int, StiefelTable] = {}
+    for part, (own, segments) in enumerate(manifold.parts):
+        if isinstance(own, Stiefel) and _is_taken(own, cut.sizes[part]):
+            groups = segments.spread(torch.from_numpy(cut.groups[part].astype(np.int32)))
+            radii = _radii(own, groups.shape)
+            tables[part] = StiefelTable(*cut.rectangles(part), groups.contiguous(), radii, matrix.shape[1])
+    return tables
+
+
+def _is_taken(manifold: Stiefel, size: tuple[int, int]) -> bool:
+    return (
+        type(manifold) is Stiefel
+        and manifold.retraction == "polar"
+        and min(size) >= _FEWEST_COLUMNS
+        and math.prod(size) <= _MOST_ENTRIES
+    )
+
+
+def _radii(manifold: Stiefel, batch: Sequence[int]) -> Tensor:
+    radius = torch.as_tensor(manifold.radius, dtype=torch.float64).detach().cpu()
+    return radius.expand(torch.Size(batch)).flatten().contiguous()
+
+
+class _Stiefel(ctypes.Structure):
+    """``fgo_stiefel`` of stiefel.cpp: equal blocks of one weight."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "rows", "columns", "groups", "radii")),
+        *((name, ctypes.c_void_p) for name in ("squares", "squared_norms", "scales", "points", "momenta", "failed")),
+        *((name, ctypes.c_int64) for name in ("n", "a", "b", "width")),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """Equal blocks of one weight, the memory of their results, and how the extension takes them."""
+
+    claim: Claim
+    part: int
+    table: StiefelTable
+    points: Tensor
+    momenta: Tensor
+    failed: Tensor
+    entry: _Stiefel
+
+    def results(self) -> tuple[Tensor, Tensor | None]:
+        """Points and momentum as tall matrices."""
+        tensors = (self.points, None if self.claim.weight.buffer is None else self.momenta)
+        _, a, b = self.table.shape
+        tall = tuple(t.mT if t is not None and a < b else t for t in tensors)
+        return cast("tuple[Tensor, Tensor | None]", tall)
+
+
+class _StiefelBatch(Batch):
+    """The weights as the extension takes them. Between steps only addresses change."""
+
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        super().__init__(claims)
+        self.stages = not all(claim.is_whole for claim in claims)
+        self._norms = torch.empty(sum(self.counts), dtype=torch.float64)
+        self._scales = torch.empty(sum(self.counts), dtype=torch.float32)
+        tables = [tables_of(claim.weight) for claim in claims]
+        count = sum(len(claim.parts) for claim in claims)
+        self._entries = (_Stiefel * count)()
+        self._tasks: list[_Task] = []
+        self._work = 0
+        first_groups = itertools.accumulate(self.counts, initial=0)
+        for claim, own, group in zip(claims, tables, first_groups, strict=False):
+            for part in claim.parts:
+                self._add(claim, part, own[part], group)
+        blocks = sum(len(task.failed) for task in self._tasks)
+        self._squares = torch.empty(blocks, dtype=torch.float64)
+        first = 0
+        for task in self._tasks:
+            task.entry.squares = self._squares.data_ptr() + first * self._squares.itemsize
+            first += len(task.failed)
+
+    def _add(self, claim: Claim, part: int, table: StiefelTable, group: int) -> None:
+        n, a, b = table.shape
+        entry = self._entries[len(self._tasks)]
+        points, momenta, failed = torch.empty(n, a, b), torch.empty(n, a, b), torch.empty(n, dtype=torch.int32)
+        self._tasks.append(_Task(claim, part, table, points, momenta, failed, entry))
+        for name in ("rows", "columns", "groups", "radii"):
+            setattr(entry, name, getattr(table, name).data_ptr())
+        entry.points, entry.momenta, entry.failed = (own.data_ptr() for own in (points, momenta, failed))
+        entry.squared_norms = self._norms.data_ptr() + group * self._norms.itemsize
+        entry.scales = self._scales.data_ptr() + group * self._scales.itemsize
+        entry.n, entry.a, entry.b, entry.width = n, a, b, table.width
+        self._work += n * a * b * min(a, b) // _WORK
+
+    def measure(self, options: StepOptions) -> Tensor:
+        """``R²`` of all groups; the next step reuses the memory of the result."""
+        self._load()
+        self._norms.zero_()
+        self._run("fgo_stiefel_norms", options)
+        return self._norms
+
+    def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
+        """Compute new points and momentum, and write the weights that this batch has whole."""
+        self._scales.fill_(1) if scale is None else self._scales.copy_(scale)
+        self._load()
+        if self._run("fgo_stiefel_move", options):
+            for task in self._tasks:
+                _factorise(task)
+        blocks: list[Block] = []
+        for task in self._tasks:
+            weight = task.claim.weight
+            if task.claim.is_whole:
+                blocks += _blocks_of(task)
+            else:
+                weight.staged[task.part] = task.results()
+        put([claim.weight for claim in self.claims if claim.is_whole], blocks)
+        for claim in self.claims:
+            write_if_complete(claim.weight)
+
+    def _load(self) -> None:
+        """Hand over the addresses of this step."""
+        for task in self._tasks:
+            weight, entry = task.claim.weight, task.entry
+            entry.weight, entry.grad = weight.param.data_ptr(), gradient_of(weight).data_ptr()
+            buffer = weight.buffer
+            entry.buffer = None if buffer is None or weight.first else buffer.data_ptr()
+
+    def _run(self, name: str, options: StepOptions) -> int:
+        with torch.profiler.record_function(name):
+            numbers, threads = MatrixOptions.of(options), ctypes.c_int(threads_for(self._work))
+            count = ctypes.c_int64(len(self._tasks))
+            return getattr(library(), name)(self._entries, count, ctypes.byref(numbers), threads)
+
+
+def _factorise(task: _Task) -> None:
+    """Retract the blocks that began off the manifold; ``points`` holds ``x + u`` of these."""
+    failed = task.failed.nonzero().squeeze(1)
+    if len(failed):
+        points, _ = task.results()
+        radii = task.table.radii[failed].float()[:, None, None]
+        points[failed] = radii * polar_factor(points[failed])
+
+
+def _blocks_of(task: _Task) -> list[Block]:
+    """Where the results go."""
+    weight, table = task.claim.weight, task.table
+    pairs = [(weight.param, task.points)]
+    if weight.buffer is not None:
+        pairs.append((weight.buffer, task.momenta))
+    return [
+        Block(
+            target.data_ptr(),
+            table.width,
+            table.rows.data_ptr(),
+            table.columns.data_ptr(),
+            *table.shape,
+            own.data_ptr(),
+        )
+        for target, own in pairs
+    ]
