@@ -205,6 +205,22 @@ def check_another_optimiser_on_manifolds(rank: int, folder: Path) -> None:
     assert_equal(sharded, single, 1e-6)
 
 
+def check_a_rule_of_ones_own_keeps_its_buffer(rank: int, folder: Path) -> None:
+    """At momentum zero too, where the rule of FG-SGD keeps none."""
+
+    class Summing(RiemannianFGSGD):
+        @staticmethod
+        def rule(manifold: Any, x: Tensor, grad: Tensor, buffer: Tensor | None, options: Any) -> tuple[Tensor, Tensor]:
+            total = grad if buffer is None else buffer + grad
+            return total, total
+
+    sharded, single, own, other = train_both(rank, "residual", lambda model: Summing(model.named_parameters(), lr=0.05))
+    assert_equal(sharded, single, 1e-9)
+    for name, param in plan_of(single).parameters().items():
+        buffer = own.state[sharded.get_parameter(name)]["momentum_buffer"]
+        torch.testing.assert_close(whole(buffer), other.state[param]["momentum_buffer"])
+
+
 def check_directed_gradients_of_replicas(rank: int, folder: Path) -> None:
     """Under DistributedDataParallel gradients are averaged before they are smoothed along the channels."""
     models: list[nn.Module] = []

@@ -382,7 +382,7 @@ class WeightExchange:
 
         for (own, weight, lent), placed in zip(self._lent, self._placed, strict=True):
             owner, cut = weight.owner, placed.cut
-            if own.options.momentum != 0 and weight.buffer is None:
+            if own.options.keeps_buffer and weight.buffer is None:
                 weight.buffer = self._state[owner]["momentum_buffer"] = torch.zeros_like(weight.param.detach())
                 if not placed.has_owner and lent is not None and lent.buffer is not None:
                     local_part(weight.buffer).copy_(lent.buffer)
@@ -394,7 +394,7 @@ class WeightExchange:
             if not placed.has_owner:
                 continue
             send(cut, placed.owner, placed.whole, local_part(weight.param))
-            if own.options.momentum != 0 and weight.buffer is not None:
+            if own.options.keeps_buffer and weight.buffer is not None:
                 send(cut, placed.owner, None if lent is None else lent.buffer, local_part(weight.buffer))
             everyone = Cut((weight.n_groups,), None, cut.count, cut.rank)
             number_type = torch.promote_types(owner.dtype, torch.float32)

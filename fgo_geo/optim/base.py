@@ -432,7 +432,7 @@ def _here(weight: Weight, values: Tensor | None) -> Tensor | None:
 
 def _allocate(batch: Batch, options: StepOptions) -> None:
     """Give momentum to the weights that have none yet."""
-    for weight in batch.weights if options.momentum != 0 else ():
+    for weight in batch.weights if options.keeps_buffer else ():
         if weight.buffer is None and weight.manifold is not None:  # torch's SGD makes its own
             weight.buffer = torch.zeros_like(weight.param.detach())
 

@@ -287,8 +287,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 manifold = self._default_manifold
             elif manifold is not None and param.dtype in HALF and group["master_weights"]:
                 point, grad = self._masters.of(param, manifold), grad.float()
-            buffer = self._stepper.momentum_of(param, point) if options.momentum != 0 else None
-            weights.append(Weight(point, param, manifold, grad, buffer, buffer is None and options.momentum != 0))
+            buffer = self._stepper.momentum_of(param, point) if options.keeps_buffer else None
+            weights.append(Weight(point, param, manifold, grad, buffer, buffer is None and options.keeps_buffer))
         return StepRequest(options, weights, group["check_finite"], group["norm"] == "running")
 
 

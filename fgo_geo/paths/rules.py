@@ -35,7 +35,10 @@ class Rule(Protocol):
     def __call__(
         self, manifold: geoopt.Manifold, x: Tensor, grad: Tensor, buffer: Tensor | None, options: StepOptions
     ) -> tuple[Tensor, Tensor | None]:
-        """The direction to move against, and the new buffer (None if the rule keeps none)."""
+        """The direction to move against, and the new buffer; None leaves the buffer as it is.
+
+        The buffer of a first step is None.
+        """
         ...
 
 
@@ -110,3 +113,8 @@ class StepOptions:
     foreach: bool | None = None
     fused: bool | None = None
     rule: Rule = momentum_sgd
+
+    @property
+    def keeps_buffer(self) -> bool:
+        """Whether a weight has a buffer between steps; a rule of one's own may use one at any momentum."""
+        return self.momentum != 0 or self.rule is not momentum_sgd
