@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fgo_geo import ScaledSphere, Stiefel, constrain, on_manifolds, plan_of
+from fgo_geo import RiemannianFGSGD, ScaledSphere, Stiefel, constrain, on_manifolds, plan_of
 from fgo_geo.optim import theorem_step_bound
 
 
@@ -282,6 +282,59 @@ def test_lightning_trains_with_automatic_and_manual_optimisation(automatic, tmp_
     train(twin, other, 5)
     assert violation(module.model) < 2e-6
     assert_same(module.model, twin, 1e-6)
+
+
+@pytest.mark.parametrize("averages", [False, True])
+def test_lightning_resumes_to_the_bit(averages, tmp_path):
+    """With averages, a checkpoint has them in the place of the weights, and both are loaded into the trained model."""
+    lightning, callbacks = package("lightning.pytorch"), package("lightning.pytorch.callbacks")
+    data = torch.utils.data.DataLoader(torch.arange(3.0)[:, None], batch_size=1)
+
+    class Module(lightning.LightningModule):
+        is_average = averages
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = matrices()
+
+        def configure_optimizers(self) -> Optimizer:
+            return RiemannianFGSGD(self.named_parameters(), lr=1.0, momentum=0.5)
+
+        def training_step(self, batch: Tensor, number: int) -> Tensor:
+            return loss_of(self.model, int(batch))
+
+        def validation_step(self, batch: Tensor, number: int) -> None:
+            loss_of(self.model, int(batch))
+
+        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            plan_of(self.model).is_average = self.is_average
+
+    class Save(lightning.Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}.ckpt")
+
+    def fit(module: Any, start: Path | None = None) -> dict[str, Any]:
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        own = [Save(), *([callbacks.EMAWeightAveraging(decay=0.5, update_every_n_steps=1)] if averages else [])]
+        options = {"max_epochs": 2, "accelerator": "cpu", "devices": 1, "enable_model_summary": False, **quiet}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = lightning.Trainer(default_root_dir=tmp_path, callbacks=own, **options)
+            trainer.fit(module, data, data, ckpt_path=start, weights_only=False)
+        return torch.load(tmp_path / "1.ckpt", weights_only=False)
+
+    module = Module()
+    expected = fit(module)
+    assert (violation(module.model) > 2e-3) == averages  # the callback ends with the average in the model's place
+    resumed = fit(Module(), tmp_path / "0.ckpt")
+    for name in ("state_dict", "current_model_state"):
+        assert (name in expected) == (name == "state_dict" or averages)
+        for key, value in expected.get(name, {}).items():
+            assert torch.equal(resumed[name][key], value)
+    if averages:
+        Module.is_average = False
+        with pytest.raises(ValueError, match=r"plan_of\(model\)\.is_average = True"):
+            fit(Module(), tmp_path / "0.ckpt")
 
 
 def test_two_processes_train_as_one_with_the_joint_batch(tmp_path: Path) -> None:

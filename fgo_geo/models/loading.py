@@ -13,6 +13,7 @@ WITHOUT_PLAN = (
     "the state_dict carries no plan, as safetensors, Accelerate, distributed checkpoints and rebuilt dictionaries do "
     "not. If it was saved from a constrained model, give this one the same groups: constrain it with the same settings "
     "and seed, or call Plan.from_json(text).attach(model, project=True) with the plan that was saved with it; "
-    'torch.nn.modules.utils.consume_prefix_in_state_dict_if_present strips "module." and keeps the plan. If it was '
-    "not, load plain weights before constrain(), or load plan_of(model).projected(state_dict)"
+    'torch.nn.modules.utils.consume_prefix_in_state_dict_if_present strips "module." and keeps the plan. An '
+    "average of weights is loaded as it is after plan_of(model).is_average = True. If it is neither, load plain "
+    "weights before constrain(), or load plan_of(model).projected(state_dict)"
 )
