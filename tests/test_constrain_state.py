@@ -28,7 +28,7 @@ from networks import (
 )
 from torch import Tensor, nn
 
-from fgo_geo import RiemannianFGSGD, constrain, plan_of, unconstrain
+from fgo_geo import RiemannianFGSGD, constrain, plan_of, report, unconstrain
 
 # -- saving and loading ------------------------------------------------------------------------------------------
 
@@ -251,3 +251,52 @@ def test_functional_call_is_no_loss() -> None:
     x = features(SCALE)[:3]
     outputs = torch.func.vmap(lambda x: torch.func.functional_call(small, values, (x.unsqueeze(0),)))(x)
     torch.testing.assert_close(outputs.squeeze(1), small(x))
+
+
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_weights_that_are_not_finite_are_named_first(value: float) -> None:
+    """Whoever looks at the weights says so, before shapes, manifolds and norms, and changes nothing."""
+    model = net()
+    plan = constrain(model)
+    plan.check()
+    with torch.no_grad():
+        model.conv.weight[:, 0] = value
+        model.head.weight[0] = value
+    before = snapshot(model)
+    remedy = r".*go back to a checkpoint"
+    with pytest.raises(
+        ValueError, match=r"2 parameter\(s\) have non-finite values: conv\.weight, head\.weight" + remedy
+    ):
+        plan.check()
+    for call in (plan.project, lambda: plan.attach(model, project=True)):
+        with pytest.raises(ValueError, match=r"1 parameter\(s\) have non-finite values: conv\.weight" + remedy):
+            call()
+    with pytest.raises(ValueError, match=r"non-finite values: conv\.weight in the state_dict" + remedy):
+        plan.projected(model.state_dict())
+    for call in (
+        lambda: report(model),
+        lambda: RiemannianFGSGD(model.named_parameters(), lr=0.1),
+        lambda: model.load_state_dict(model.state_dict()),
+    ):
+        with pytest.raises(ValueError, match=r"'conv\.weight'.* 36 non-finite entries of 144" + remedy):
+            call()
+    assert_unchanged(model, before)
+    unconstrain(model)
+    with pytest.raises(ValueError, match=r"constrain: 'conv\.weight' has 36 non-finite entries" + remedy):
+        constrain(model)
+
+
+def test_a_euclidean_kernel_that_is_not_finite_is_refused_too() -> None:
+    model = net()
+    plan = constrain(model, manifolds="euclidean")
+    with torch.no_grad():
+        model.conv.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"conv\.weight"):
+        plan.check()
+    with pytest.raises(ValueError, match=r"'conv\.weight', .* non-finite"):
+        RiemannianFGSGD(model.named_parameters(), lr=0.1)
+
+
+def test_check_passes_over_parameters_without_values() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.LazyLinear(3), nn.Linear(3, 2, device="meta"))
+    constrain(model, classifier=True).check()

@@ -13,10 +13,17 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 )
 
-__all__ = ["is_differentiated", "reads_for_free", "require_finite", "traces"]
+__all__ = ["DAMAGED", "is_differentiated", "reads_for_free", "require_finite", "traces"]
+
+DAMAGED = (
+    "NaN and infinity come from training that diverged, or from a damaged file: go back to a checkpoint from before"
+)
+"""Why a weight holds NaN or infinity, and what to do."""
 
 
-def require_finite(x: Tensor, what: str) -> None:
+def require_finite(
+    x: Tensor, what: str, remedy: str = "replace NaN and infinity first, e.g. with torch.nan_to_num"
+) -> None:
     """Raise if a tensor holds NaN or infinity.
 
     Reads the tensor on the host, so it has no place in an optimiser's step. Inside ``torch.compile`` it becomes
@@ -25,6 +32,7 @@ def require_finite(x: Tensor, what: str) -> None:
     Args:
         x: Any tensor.
         what: Name of the tensor, for the message.
+        remedy: What to do about it, for the message.
 
     Raises:
         ValueError: With the number of non-finite entries.
@@ -47,10 +55,7 @@ def require_finite(x: Tensor, what: str) -> None:
     if not bool(finite.all()):
         bad = int((~finite).sum())
         entries = "entry" if bad == 1 else "entries"
-        raise ValueError(
-            f"{what} has {bad} non-finite {entries} of {x.numel()} (shape {tuple(x.shape)}); "
-            "replace NaN and infinity first, e.g. with torch.nan_to_num"
-        )
+        raise ValueError(f"{what} has {bad} non-finite {entries} of {x.numel()} (shape {tuple(x.shape)}); {remedy}")
 
 
 def reads_for_free(x: Tensor) -> bool:

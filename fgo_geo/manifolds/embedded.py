@@ -24,7 +24,7 @@ import torch
 from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor, nn
 
-from fgo_geo.linalg import inner_sum, require_finite, require_real, root_of_sum, takes_real_tensors
+from fgo_geo.linalg import DAMAGED, inner_sum, require_finite, require_real, root_of_sum, takes_real_tensors
 
 __all__ = ["ComponentManifold", "EmbeddedManifold", "point_tolerance"]
 
@@ -265,12 +265,14 @@ class EmbeddedManifold(geoopt.Manifold):
             remedy: The remedy, for the message.
 
         Raises:
-            ValueError: If the relative constraint violation exceeds 1e-3 (half precision: 16 units of rounding).
+            ValueError: If an entry is not finite, or the relative constraint violation exceeds 1e-3 (half precision: 16
+                units of rounding).
             TypeError: If the tensor is complex or holds integers.
         """
         require_real(x.dtype, what)
         if x.numel() == 0:
             return
+        require_finite(x, what, DAMAGED)
         tolerance = point_tolerance(x.dtype)
         worst = float(self.violation(x).max())
         if not worst <= tolerance:

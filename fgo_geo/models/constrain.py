@@ -19,7 +19,7 @@ import geoopt
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fgo_geo.linalg import is_sharded, require_finite
+from fgo_geo.linalg import DAMAGED, is_sharded, require_finite
 from fgo_geo.models.choose import (
     Components,
     Settings,
@@ -155,7 +155,7 @@ def constrain(
     for number, (site, s, (entry, manifold)) in enumerate(zip(sites, settings, decided, strict=True)):
         if manifold is not None:
             if not site.param.is_meta:
-                require_finite(site.param.detach(), f"constrain: {entry.name!r}")
+                require_finite(site.param.detach(), f"constrain: {entry.name!r}", DAMAGED)
             manifold = moved_to(manifold, site.param)
             point, notes = initial_point(site.param.detach(), manifold, s.initial, s.seed, entry.name)
             entries[number] = replace(entry, notes=(*entry.notes, *notes))

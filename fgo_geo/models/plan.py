@@ -41,6 +41,7 @@ from fgo_geo.models.surgery import (
     measured_scales,
     parameter_of,
     put_on_manifolds,
+    require_finite_values,
     require_ties,
     targets_of,
     write_points,
@@ -58,9 +59,7 @@ _JSON_VERSION = 1
 
 @dataclass(eq=False)
 class Plan(NoModel):
-    """What :func:`~fgo_geo.constrain` did to a model, parameter by parameter.
-
-    ``print(plan)`` shows it as a table.
+    """What :func:`~fgo_geo.constrain` did to a model, parameter by parameter; ``print`` shows a table.
 
     Attributes:
         entries: One per parameter, in the order of the model.
@@ -91,18 +90,23 @@ class Plan(NoModel):
             RuntimeError: If one of them has become a plain parameter.
             ValueError: If the plan is not attached to a model.
         """
-        self.check()
+        self.require_kept()
         model = self._require_model()
         reshard(model)
         return {e.name: cast(geoopt.ManifoldParameter, model.get_parameter(e.name)) for e in self.constrained}
 
     def check(self) -> None:
-        """Raise if a constrained parameter has become a plain one.
+        """Raise if a constrained parameter has become a plain one, or a parameter of the model is not finite.
 
         Raises:
-            RuntimeError: With the names, and what to call.
-            ValueError: If the plan is not attached to a model.
+            RuntimeError: With the names of plain ones, and what to call.
+            ValueError: With the names of those that are not finite, or if the plan is not attached to a model.
         """
+        self.require_kept()
+        require_finite_values(self._require_model().named_parameters())
+
+    def require_kept(self) -> None:
+        """Raise RuntimeError if a constrained parameter has become a plain one."""
         lost = self.lost()
         if lost:
             raise RuntimeError(
@@ -141,6 +145,7 @@ class Plan(NoModel):
         for entry, param, manifold in targets:
             require_ties(model, entry)
             value = value_of(param)
+            require_finite_values([(entry.name, value)])
             if not (project or value.is_meta):
                 manifold.require_point(value, repr(entry.name), "pass project=True to project it")
             points.append(nearest_point(manifold, value) if project and not value.is_meta else None)
@@ -153,10 +158,13 @@ class Plan(NoModel):
         """Move every constrained parameter to the nearest point of its manifold, in place.
 
         For weights that code without knowledge of the manifold has changed, e.g. the averages of
-        :class:`torch.optim.swa_utils.AveragedModel`: ``plan_of(averaged).project()``.
+        :class:`torch.optim.swa_utils.AveragedModel`: ``plan_of(averaged).project()``. If one is not finite, raises
+        ValueError, with nothing changed.
         """
+        params = self.parameters()
+        require_finite_values(params.items())
         with torch.no_grad():
-            for param in self.parameters().values():
+            for param in params.values():
                 write_whole(param, nearest_point(cast(Any, param).manifold, value_of(param)))
         self._off = ()
 
@@ -194,6 +202,7 @@ class Plan(NoModel):
             )
         for entry, key in found:
             value = entry.checked_value(result[key], key)
+            require_finite_values([(f"{key} in the state_dict", value)])
             result[key] = nearest_point(self._manifold_of(entry), value)
         metadata = {name: dict(local) for name, local in getattr(state_dict, "_metadata", {}).items()}
         metadata.get(prefix.rstrip("."), {}).pop(_METADATA, None)
@@ -474,7 +483,7 @@ def _guard(module: nn.Module, inputs: Any) -> None:
     """Refuse to compute with a constrained parameter that has become a plain one."""
     if not torch.compiler.is_compiling():
         plan: Plan = module.__dict__[PLAN_ATTRIBUTE]
-        plan.check()
+        plan.require_kept()
         plan.check_training()
         check_replicas(module, plan.entries)
         if plan.watches:

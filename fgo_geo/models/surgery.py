@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fgo_geo.linalg import is_sharded, require_finite, whole, write_whole
+from fgo_geo.linalg import DAMAGED, is_sharded, local_part, require_finite, whole, write_whole
 from fgo_geo.manifolds import ProductOfGroups, mark_replaced
 from fgo_geo.models.entry import PlanEntry
 from fgo_geo.models.feature_stats import LambdaRule, TrackingHandle, rescaling_lambda
 from fgo_geo.models.sharded import declare_in, declared_in, sharded_manifold
 from fgo_geo.models.start import moved_to
 from fgo_geo.weights.layout import CONVOLUTIONS
+from fgo_geo.weights.words import few
 
 __all__ = [
     "Target",
@@ -33,6 +34,7 @@ __all__ = [
     "plain_parameter",
     "put_on_manifolds",
     "replace_parameter",
+    "require_finite_values",
     "require_ties",
     "targets_of",
     "write_points",
@@ -145,6 +147,18 @@ def declare_sharded(model: nn.Module, names: Iterable[str], manifold: geoopt.Man
     for name in names:
         path, _, local = name.rpartition(".")
         declare_in(model.get_submodule(path), local, manifold)
+
+
+def require_finite_values(params: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ValueError that names every parameter with NaN or infinity among the values of this process."""
+    bad: list[str] = []
+    for name, param in params:
+        value = local_part(param) if is_sharded(param) else param
+        has_values = not (isinstance(param, nn.UninitializedParameter) or value.is_meta)
+        if has_values and not bool(value.detach().isfinite().all()):
+            bad.append(name)
+    if bad:
+        raise ValueError(f"{len(bad)} parameter(s) have non-finite values: {few(bad)}; {DAMAGED}")
 
 
 def plain_parameter(param: Tensor) -> Tensor:

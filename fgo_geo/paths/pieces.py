@@ -155,11 +155,6 @@ class Job:
         self.buffer = None
 
     @property
-    def is_first(self) -> bool:
-        """Whether there is no momentum yet."""
-        return self.pieces[0].weight.first
-
-    @property
     def is_whole(self) -> bool:
         """Whether the pieces are all of their weights."""
         return all(piece.weight.n_parts == 1 for piece in self.pieces)

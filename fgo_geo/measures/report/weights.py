@@ -14,7 +14,7 @@ import geoopt
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fgo_geo.linalg import require_finite
+from fgo_geo.linalg import DAMAGED, require_finite
 from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.manifolds.embedded import EmbeddedManifold
 from fgo_geo.measures.report.record import Kind
@@ -141,7 +141,7 @@ def _renormalised(model: nn.Module, site: Site) -> Weight | str:
     if isinstance(raw, str):
         return raw
     value = cast(Tensor, getattr(module, local)).detach()
-    require_finite(value, repr(name))
+    require_finite(value, repr(name), DAMAGED)
     cut = renormalization.partition
     words = f"renormalised, {_kinds_in_words(cut, renormalization.collections[0].strategy)}"
     if renormalization.statistics != "std":
@@ -157,7 +157,7 @@ def _checked_value(param: Tensor, name: str) -> Tensor | str:
     if not param.is_floating_point():
         return f"has type {param.dtype}, expected a real floating-point type"
     value = param.detach().as_subclass(Tensor)
-    require_finite(value, repr(name))
+    require_finite(value, repr(name), DAMAGED)
     return value
 
 
