@@ -146,3 +146,20 @@ def test_no_option_writes_into_a_gradient(options):
         optimizer.step()
         assert_same([p.grad for p in params], kept)
         assert [p.grad._version for p in params] == versions
+
+
+@pytest.mark.parametrize("update", ["retraction", "exponential"])
+def test_momentum_goes_with_the_point(update):
+    """Geoopt's manifolds transport at the end of a step: on its sphere, onto the tangent space of the new point."""
+    x = on_geoopt(geoopt.Sphere(), 5)
+    optimizer = RiemannianFGSGD([x], lr=0.3, momentum=0.9, step_size="constant", update=update)
+    before, x.grad = x.detach().clone(), normal((5,), seed=3)
+    tangent = x.grad - before * (before @ x.grad)
+    optimizer.step()
+    turned = torch.nn.functional.normalize(before - 0.3 * tangent, dim=0)
+    if update == "exponential":
+        angle = 0.3 * tangent.norm()
+        turned = before * angle.cos() - tangent / tangent.norm() * angle.sin()
+    torch.testing.assert_close(x.detach(), turned, rtol=0, atol=1e-12)
+    momentum = optimizer.state[x]["momentum_buffer"]
+    torch.testing.assert_close(momentum, tangent - turned * (turned @ tangent), rtol=0, atol=1e-12)

@@ -18,8 +18,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fgo_geo
-from fgo_geo import ScaledSphere, Stiefel
+from fgo_geo import ProductOfGroups, ScaledSphere, Stiefel
+from fgo_geo.grouping import collection
 from fgo_geo.linalg import newton_schulz_schedule
+from fgo_geo.manifolds.stiefel import _rung
 
 # -- retraction, exponential map, logarithm, distance ------------------------------------------------------------
 
@@ -439,3 +441,40 @@ def test_rounding_does_not_add_up(entry: Entry) -> None:
         for _ in range(300):
             x = move(x, case.tangent(x, 0.1))
         assert float(case.manifold.violation(x).max()) <= 8 * case.eps
+
+
+def test_the_transport_of_a_product_is_that_of_its_components() -> None:
+    shape = (6, 4, 3, 3)
+    manifold = ProductOfGroups(collection(6, 4, "pio", ("sphere", "oblique", "stiefel", "euclidean"), seed=2), shape)
+    generator = torch.Generator().manual_seed(0)
+    x = manifold.random(*shape, dtype=torch.float64, generator=generator)
+    u, v = (manifold.proju(x, torch.randn(shape, dtype=torch.float64, generator=generator)) for _ in range(2))
+    y, carried = manifold.expmap_transp(x, u, v)
+    split = manifold.partition.split
+    for (own, _), *parts in zip(manifold.parts, *map(split, (x, u, v, y, carried)), strict=True):
+        at, velocity, vector, end, transported = parts
+        torch.testing.assert_close(end, own.expmap(at, velocity), rtol=0, atol=1e-13)
+        torch.testing.assert_close(transported, own.transp_follow_expmap(at, velocity, vector), rtol=0, atol=1e-13)
+
+
+def test_a_step_is_measured_relative_to_the_radius() -> None:
+    """A series that serves short steps would be wrong here: the step is as long as the radius, which is small."""
+    manifold = Stiefel(radius=0.01)
+    x = manifold.random(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    u = manifold.proju(x, torch.randn(7, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    for length in (1e-3, 0.1, 1.0):
+        step = u * (0.01 * length / torch.linalg.matrix_norm(u, 2))
+        left, _, right = torch.linalg.svd(x + step, full_matrices=False)
+        for bound in (None, 2 * length):
+            torch.testing.assert_close(
+                manifold.retract_bounded(x, step, bound), 0.01 * left @ right, rtol=0, atol=1e-14
+            )
+
+
+def test_the_bounds_of_compiled_steps_are_a_few_and_not_much_larger() -> None:
+    squared = torch.logspace(-12, 4, 400).tolist()
+    rungs = [_rung(value) for value in squared]
+    assert len(set(rungs)) <= 20
+    assert all(value <= rung for value, rung in zip(squared, rungs, strict=True))
+    assert all(rung <= 4.0001 * value for value, rung in zip(squared, rungs, strict=True) if value > 1e-7)
+    assert _rung(1.1e4) == math.inf

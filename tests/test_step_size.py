@@ -17,7 +17,8 @@ from torch import Tensor
 from fgo_geo import Oblique, ProductOfGroups, RiemannianFGSGD, ScaledSphere, kernels
 from fgo_geo.grouping import collection
 from fgo_geo.optim import RobbinsMonroLR, theorem_step_bound, theorem_step_scale
-from fgo_geo.optim.step_size import SPIKE, momentum_gain
+from fgo_geo.optim.step_size import SPIKE, momentum_gain, step_scale
+from fgo_geo.paths.rules import StepOptions
 
 KNEE = math.sqrt(2) - 1
 EPS = torch.finfo(torch.float64).eps
@@ -373,3 +374,38 @@ def test_a_running_norm_learns_nothing_from_gradients_that_are_skipped():
         assert moved <= 0.01 * theorem_step_bound() * (1 + 1e-4)
     assert optimizer.shortened_gradients() == 0
     assert optimizer.skipped_groups() == 2
+
+
+def test_an_angle_needs_the_norms():
+    with pytest.raises(ValueError, match="step_size='angle' needs the norms of the groups"):
+        step_scale(double(1.0), StepOptions(lr=0.1, step_size="angle"), None, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"norm": "running", "step_size": "constant"}, 'norm="running" is for step_size="theorem", got .*constant'),
+        (
+            {"radius_invariant": True, "step_size": "angle"},
+            "radius_invariant is for .* as an angle is the same at every",
+        ),
+    ],
+)
+def test_options_that_exclude_each_other(options, message):
+    x = on(ScaledSphere(), 3)
+    with pytest.raises(ValueError, match=message):
+        RiemannianFGSGD([x], lr=0.1, **options)
+
+
+def test_decay_of_a_gradient_beyond_single_precision_is_that_of_double():
+    """A gradient whose square overflows is divided by a power of two; decay is divided too, and vanishes beside it."""
+    points = []
+    for dtype in (torch.float32, torch.float64):
+        x = torch.nn.Parameter(torch.tensor([3.0, -2.0], dtype=dtype))
+        options = {"weight_decay": 0.1, "adapt_euclidean": True, "step_size": "constant"}
+        optimizer = RiemannianFGSGD([x], lr=1e-25, **options)
+        x.grad = torch.tensor([1e25, 2e25], dtype=dtype)
+        optimizer.step()
+        points.append(x.detach().double())
+    torch.testing.assert_close(points[1], double(3.0 - 1.0, -2.0 - 2.0))
+    torch.testing.assert_close(*points, rtol=1e-6, atol=0)
