@@ -21,7 +21,9 @@ from fgo_geo.paths.native.library import library
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmarks"))
 NAMES = ("step", "train_step", "retractions", "channel_directed", "renormalize")
 contestants, publish, timing = map(importlib.import_module, ("contestants", "publish", "timing"))
-SCRIPTS = {name: importlib.import_module(name) for name in (*NAMES, "profile_step")}
+SCRIPTS = {
+    name: importlib.import_module(name) for name in (*NAMES, "profile_step", "growth", "memory", "my_model", "on_gpu")
+}
 STEP_ROWS = [
     *contestants.PEERS,
     "memory",
@@ -357,6 +359,113 @@ def test_a_method_that_misses_is_seen():
     assert retractions.accuracy(x, u, retractions.cholesky_qr, retractions.qr)["error"] < 1e-6
 
 
+# -- growth, memory, a reader's model and a GPU ---------------------------------------------------------------------
+
+
+def test_every_series_of_growth_is_measured_and_drawn(tmp_path, capsys):
+    _, record = run("growth", tmp_path, capsys, "--rounds", "1", "--figure", str(tmp_path / "growth.png"))
+    (table,) = record["tables"]
+    assert {row["series"] for row in table["rows"]} == set(SCRIPTS["growth"].LABELS)
+    for row in table["rows"]:
+        assert row["weights"] == row["layers"] * row["width"] ** 2 * row["kernel"] ** 2
+        assert row["step"]["ratio"]["0.5"] > 0
+    layer, po, pi, pio = (row["value"] for row in table["rows"] if row["series"] == "groups")
+    assert (layer, po, pi) == (1, 4 * 8, 4 * 8)
+    assert 8 < pio < 4 * 8
+    assert (tmp_path / "growth.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
+def test_the_peak_of_a_call_and_what_stays():
+    kept = []
+
+    def work():
+        kept.append(torch.ones(10**7))
+        del kept[:-1]
+        return torch.ones(2 * 10**7).sum()
+
+    peak, stays = SCRIPTS["memory"].peak_of(work, torch.device("cpu"))
+    assert 0.9 * 12e7 < peak < 1.5 * 12e7
+    assert 0.9 * 4e7 < stays < 1.5 * 4e7
+
+
+def test_memory_has_all_calls(tmp_path, capsys):
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("the peak is read from /proc")
+    _, record = run("memory", tmp_path, capsys)
+    calls = ["constrain", "first step", "step", "report", "deepcopy", "torch SGD, first step", "torch SGD, step"]
+    assert names_in(record["tables"][0]) == calls
+
+
+class Translator(nn.Module):
+    """A model of a reader: token numbers in, a dictionary out."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.first, self.last = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+
+    def forward(self, tokens):
+        return {"logits": [self.last(self.first(self.embedding(tokens)))]}
+
+
+def test_a_model_of_the_reader_is_measured(tmp_path, capsys):
+    target = f"{Translator.__module__}.Translator"
+    _, record = run("my_model", tmp_path, capsys, target, "--rounds", "1", "--input", "5", "--tokens", "11")
+    (table,) = record["tables"]
+    assert table["title"] == f"{target}: {11 * 8 + 8 * 9 + 11 * 9:,} weights, batch 2 x 5"
+    assert names_in(table) == list(SCRIPTS["my_model"].ROWS)
+    assert table["left_out"] == {}
+
+
+@pytest.mark.parametrize("target", ["torchvision.models.nothing", "no_such_module.Net", "nothing", "builtins.dict"])
+def test_what_gives_no_model_is_refused(target):
+    with pytest.raises(SystemExit, match=r"small_net|expected a torch\.nn\.Module"):
+        SCRIPTS["my_model"].main(["--quick", target])
+
+
+def test_the_run_for_a_gpu_starts_all_its_parts(tmp_path):
+    script = SCRIPTS["on_gpu"]
+    quick = ["retractions"]
+    script.main(["--device", "cpu", "--tiny", "--output", str(tmp_path), "--only", *quick])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert {name: part["result"] for name, part in summary["parts"].items()} == dict.fromkeys(quick, "done")
+    record = json.loads((tmp_path / "retractions.json").read_text())
+    assert record["tables"]
+    for limit, (name, *_) in script.PARTS.values():
+        assert (Path(script.HERE) / name).exists()
+        assert 0 < limit < script.LIMIT
+
+
+def test_a_part_that_fails_or_is_too_slow_is_told(tmp_path, monkeypatch):
+    script = SCRIPTS["on_gpu"]
+    run_ = script.Run(tmp_path, torch.device("cpu"))
+    run_.part("bad", 60, [sys.executable, "-c", "raise SystemExit(3)"])
+    run_.part("slow", 5, [sys.executable, "-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(script, "LIMIT", 0)
+    run_.part("late", 60, [sys.executable, "-c", "pass"])
+    parts = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    assert [part["result"] for part in parts.values()] == [
+        "failed: exit status 3",
+        "stopped after 5 s",
+        "no time was left",
+    ]
+    assert run_.failed == ["bad", "slow", "late"]
+
+
+def test_a_step_that_differs_is_seen(monkeypatch):
+    script = SCRIPTS["on_gpu"]
+    assert max(script.checks(torch.device("cpu")).values()) < 1e-5
+    real, calls = script.steps, []
+
+    def off(model, count):
+        calls.append(model)
+        return [weight + 1e-3 * (len(calls) > 1) for weight in real(model, count)]
+
+    monkeypatch.setattr(script, "steps", off)
+    with pytest.raises(SystemExit, match="differs from double precision"):
+        script.checks(torch.device("cpu"))
+
+
 # -- the page -----------------------------------------------------------------------------------------------------
 
 
@@ -378,9 +487,23 @@ def test_the_tables_of_the_page_are_renewed_in_place(tmp_path, capsys):
     assert (tmp_path / "_static" / "benchmarks.png").stat().st_size > 1000
 
 
-def test_the_published_page_has_the_tables_of_its_records():
+def test_records_are_measured_anew_by_their_own_commands(tmp_path, capsys):
+    for name in ("_static", "benchmarks"):
+        (tmp_path / name).mkdir()
+    _, record = run("retractions", tmp_path, capsys, "--shapes", "6x2", "--lengths", "0.2", "--rounds", "1")
+    one, other = (tmp_path / "benchmarks" / name for name in ("one.json", "other.json"))
+    one.write_text(json.dumps(record | {"machine": "an old one"}))
+    other.write_text(json.dumps(record | {"machine": "an old one"}))
+    publish.main(["--docs", str(tmp_path), "--measure", "one*"])
+    fresh = json.loads(one.read_text())
+    assert (fresh["command"], fresh["machine"]) == (record["command"], record["machine"])
+    assert json.loads(other.read_text())["machine"] == "an old one"
+
+
+def test_the_published_pages_have_the_tables_of_their_records():
     docs = Path(__file__).parents[1] / "docs"
-    page = (docs / "benchmarks.md").read_text(encoding="utf-8")
+    pages = [(docs / name).read_text(encoding="utf-8") for name in publish.PAGES]
     records = {p.name: json.loads(p.read_text(encoding="utf-8")) for p in (docs / "benchmarks").glob("*.json")}
-    assert set(records) == {name for _, name, _ in publish.PLACE.findall(page)}
-    assert publish.renew(page, records) == page
+    assert set(records) == {name for page in pages for _, name, _ in publish.PLACE.findall(page)}
+    for page in pages:
+        assert publish.renew(page, records) == page

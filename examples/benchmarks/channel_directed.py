@@ -83,7 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = timing.Results("channel_directed", COLUMNS, options, model=options.model)
     for name in OPTIMISERS:
         results.add(*measure(name, options))
-    results.write()
 
 
 if __name__ == "__main__":

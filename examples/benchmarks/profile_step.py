@@ -78,7 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in timing.chosen(list(CASES), options, ""):
         rows = parts_of(target, CASES[name], options.rounds, options.top)
         results.add(f"{target}, {name}", rows, {})
-    results.write()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Draw the figure of ``docs/benchmarks.md`` and renew its tables, from the records in ``docs/benchmarks/``.
+"""Renew the tables and figures of the pages about speed, from the records in ``docs/benchmarks/``.
 
-    python examples/benchmarks/step.py --only kernels --json docs/benchmarks/step-kernels.json     # and so on
-    python examples/benchmarks/publish.py
+    python examples/benchmarks/publish.py --measure                 # every record anew, by its own command; then
+    python examples/benchmarks/publish.py --measure "step-*.json"   # some of them
+    python examples/benchmarks/publish.py                           # the pages alone
 
-A table stands between ``<!-- NAME.json -->`` and ``<!-- end -->``, after its command and before its machine.
+Measure on a machine that does nothing else. A table stands between ``<!-- NAME.json -->`` and ``<!-- end -->``, after
+its command and before its machine.
 """
 
 from __future__ import annotations
@@ -12,19 +14,24 @@ import argparse
 import importlib
 import json
 import re
+import shlex
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import growth
 import timing
 from matplotlib import rc_context, rcParams
 from matplotlib.figure import Figure
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 from figures import figure_style  # noqa: E402
 
+PAGES = ("benchmarks.md", "fast.md")
 PLACE = re.compile(r"(<!-- ([\w-]+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = {"torch": "tab:blue", "Geoopt": "tab:orange", "fgo_geo": "tab:green", "memory": "tab:gray"}
 
@@ -77,12 +84,31 @@ def draw(path: Path, records: dict[str, dict[str, Any]]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages (docs)")
-    docs: Path = parser.parse_args(arguments).docs
+    parser.add_argument("--measure", nargs="*", metavar="GLOB", help="measure these records first (all)")
+    options = parser.parse_args(arguments)
+    docs: Path = options.docs
     paths = sorted((docs / "benchmarks").glob("*.json"))
+    if options.measure is not None:
+        measure([path for path in paths if any(map(path.match, options.measure or ["*"]))])
     records = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in paths}
-    page = docs / "benchmarks.md"
-    page.write_text(renew(page.read_text(encoding="utf-8"), records), encoding="utf-8")
-    draw(docs / "_static" / "benchmarks.png", records)
+    for page in (docs / name for name in PAGES if (docs / name).exists()):
+        page.write_text(renew(page.read_text(encoding="utf-8"), records), encoding="utf-8")
+    if any(record["benchmark"] == "step" for record in records.values()):
+        draw(docs / "_static" / "benchmarks.png", records)
+    if "growth.json" in records:
+        growth.draw(records["growth.json"]["tables"][0]["rows"], docs / "_static" / "growth.png")
+
+
+def measure(paths: Sequence[Path]) -> None:
+    """Run the commands of records again, one after the other; a record stays as it is if its command fails."""
+    for path in paths:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        took = f", which took {record['seconds']} s" if "seconds" in record else ""
+        print(f"{path.name}: {record['command']}{took}", flush=True)
+        fresh = path.with_suffix(".new")
+        program, *words = shlex.split(record["command"])[1:]
+        subprocess.run([sys.executable, ROOT / program, *words, "--json", fresh], check=True)
+        fresh.replace(path)
 
 
 if __name__ == "__main__":

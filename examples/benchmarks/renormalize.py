@@ -4,14 +4,14 @@
     python examples/benchmarks/renormalize.py --training --device cuda --batch 128 --rounds 50 --json renormalize.json
 
 The raw weights change a little before every pass, outside the clock, as they do in training; with ``--unchanged`` they
-don't, as in evaluation. The cost does not depend on the batch. Single layers get inputs of the size that they have in
-the network. On a linear layer, torch's own parametrizations run too. Ratios are to the plain pass of the same round.
+don't, as in evaluation. Rows with *raw* start where training may lead: singular values of the raw weight differ. The
+cost does not depend on the batch. Single layers get inputs of the size that they have in the network. On a linear
+layer, torch's own parametrizations run too. Ratios are to the plain pass of the same round.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -30,6 +30,8 @@ VARIANTS: dict[str, dict[str, Any] | None] = {
     "sphere": {"manifold": "sphere"},
     "oblique": {"manifold": "oblique"},
     "stiefel": {"manifold": "stiefel"},
+    "stiefel, raw 1.3 : 1": {"manifold": "stiefel", "condition": 1.3},
+    "stiefel, raw 5 : 1": {"manifold": "stiefel", "condition": 5.0},
     "spectral ball": {"manifold": "spectral"},
     "sphere + stiefel, PIO": {"manifold": ("sphere", "stiefel"), "groups": "pio", "selection": "random"},
 }
@@ -58,18 +60,29 @@ def renormalized(model: nn.Module, variant: str) -> nn.Module:
     """A model with all weights renormalised, whatever layer they belong to."""
     if variant in PEERS:
         return PEERS[variant](model)
-    arguments = VARIANTS[variant]
-    if arguments is not None:
+    if VARIANTS[variant] is not None:
+        arguments = dict(VARIANTS[variant] or {})
+        condition = arguments.pop("condition", None)
         for layer in [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
             renormalize(layer, **arguments)
+            if condition is not None:
+                stretch(layer.parametrizations["weight"].original, condition)
     return model
 
 
 @torch.no_grad()
+def stretch(raw: Tensor, condition: float) -> None:
+    """Give a raw weight singular values from one to the condition, as after a long training."""
+    u, values, vh = torch.linalg.svd(raw.flatten(1), full_matrices=False)
+    values = values.mean() * torch.linspace(1, condition, len(values), device=raw.device)
+    raw.copy_((u * values @ vh).view_as(raw))
+
+
+@torch.no_grad()
 def change(model: nn.Module) -> None:
-    """Change all parameters a little, up or down."""
+    """Change all parameters a little, in random directions."""
     for param in model.parameters():
-        param.mul_(random.choice((1 - 2**-10, 1 + 2**-10)))
+        param.addcmul_(torch.randn_like(param), param.square().mean().sqrt(), value=2**-10)
 
 
 def run(model: nn.Module, x: Tensor, training: bool) -> None:
@@ -114,7 +127,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name in options.layers or (QUICK if options.quick else LAYERS):
         results.add(*measure(name, options))
-    results.write()
 
 
 if __name__ == "__main__":

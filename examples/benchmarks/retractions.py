@@ -125,7 +125,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = timing.Results("retractions", COLUMNS, options)
     for shape in options.shapes or (["12x4", "5x3x3"] if options.quick else SHAPES):
         results.add(*measure(shape, options))
-    results.write()
 
 
 if __name__ == "__main__":

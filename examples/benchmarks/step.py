@@ -181,7 +181,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = timing.Results("step", COLUMNS, options, only=options.only)
     for target in options.model or (["tiny"] if options.quick else ["resnet18"]):
         results.add(*measure(target, options))
-    results.write()
 
 
 if __name__ == "__main__":

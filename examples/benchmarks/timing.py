@@ -199,7 +199,7 @@ TIMES: Columns = {
 
 
 class Results:
-    """The tables of a run: printed as they come, kept for ``--json``.
+    """The tables of a run: printed, and written to the file after ``--json``, as they come.
 
     Args:
         benchmark: Name of the script.
@@ -211,6 +211,7 @@ class Results:
     def __init__(self, benchmark: str, columns: Columns, options: argparse.Namespace, **facts: Any) -> None:
         self._columns = columns
         self._options = options
+        self._started = time.perf_counter()
         self._document: dict[str, Any] = {
             "benchmark": benchmark,
             "command": f"python examples/benchmarks/{benchmark}.py {options.command}".rstrip(),
@@ -226,7 +227,7 @@ class Results:
         self._say(self._document["machine"])
 
     def add(self, title: str, rows: list[dict[str, Any]], left_out: Mapping[str, str]) -> None:
-        """Print a table, and what was left out."""
+        """Print a table and what was left out, and write all tables so far, if asked to."""
         table = {"title": title, "rows": rows, "left_out": dict(left_out)}
         self._document["tables"].append(table)
         if self._options.markdown:
@@ -240,9 +241,7 @@ class Results:
             self._console.print(printed)
         for name, reason in left_out.items():
             self._say(f"left out: {name}: {reason}")
-
-    def write(self) -> None:
-        """Write the figures, if asked to."""
+        self._document["seconds"] = round(time.perf_counter() - self._started)
         if self._options.json:
             self._options.json.write_text(json.dumps(self._document, indent=1) + "\n", encoding="utf-8")
 

@@ -111,7 +111,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = timing.Results("train_step", COLUMNS, options, batch=options.batch, image=options.image)
     for target in options.model or (["tiny"] if options.quick else ["resnet18"]):
         results.add(*measure(target, options))
-    results.write()
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from torch import Tensor
 from fgo_geo.linalg.chebyshev import inverse_root_polynomial, polynomial, spectral_interval
 from fgo_geo.linalg.closed_forms import has_closed_form, polar_factor_3
 from fgo_geo.linalg.memory import Memory
-from fgo_geo.linalg.newton_schulz import polish, unrefined_precision
+from fgo_geo.linalg.newton_schulz import polish
 from fgo_geo.linalg.polar_derivative import polar_differential
-from fgo_geo.linalg.products import gram_excess, gram_matrix, small_product, subtract_product
+from fgo_geo.linalg.products import gram_matrix, small_product, subtract_product
 from fgo_geo.linalg.smooth import apply, save
 from fgo_geo.linalg.values import reads_for_free
 
@@ -29,12 +29,10 @@ __all__ = ["matrix_exponential", "polar_factor", "qr_factor"]
 _GRAM_FROM = 32
 _GRAM_CONDITION = 16.0
 
-# From this size on products take less than eigenvectors, up to a bound on the distance of the eigenvalues of xᵀx from
-# their middle, relative to that: singular values differ by a factor of 2.4. Beyond the other bound, of a factor of
-# 1.4, rounding errors of xᵀx need the Newton-Schulz step.
+# From this size on products take less than eigenvectors, derivatives included, up to a bound on the distance of the
+# eigenvalues of xᵀx from their middle, relative to that: where singular values differ by less than a factor of 1.5.
 _PRODUCTS_FROM = 160
-_SPREAD = 0.7
-_POLISHED_SPREAD = 1 / 3
+_SPREAD = 0.4
 
 
 def qr_factor(x: Tensor) -> Tensor:
@@ -169,16 +167,11 @@ def _by_products(x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor] | Non
     if not (low > -1 and spread <= _SPREAD):
         return None
     excess = (excess + (1 - middle) * identity) / middle
-    precision = torch.finfo(x.dtype).eps / 2
-    polishes = spread > _POLISHED_SPREAD
-    coefficients = inverse_root_polynomial(spread, unrefined_precision(precision) if polishes else precision)
+    coefficients = inverse_root_polynomial(spread, torch.finfo(x.dtype).eps / 2)
     scale = (squared * middle).rsqrt()
     variable = polynomial(excess, coefficients)
     q = subtract_product(x, x, variable, beta=coefficients[0], alpha=-1.0).mul_(scale)
     inverse = variable.add_(identity, alpha=coefficients[0]).mul_(scale)
-    if polishes:
-        rest = gram_excess(q)
-        q, inverse = (subtract_product(factor, factor, rest, alpha=0.5) for factor in (q, inverse))
     return q, inverse, torch.cat([scale, torch.full_like(scale, spread)], -1)
 
 

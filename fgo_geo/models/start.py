@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fgo_geo.linalg import computes_in_float32
+from fgo_geo.linalg import computes_in_float32, gram_matrix
 from fgo_geo.manifolds import ComponentManifold, ConvexBall, Oblique, ProductOfGroups, Stiefel
 
 __all__ = ["Initial", "initial_point", "moved_to", "nearest_point"]
@@ -124,6 +124,7 @@ def _is_kept(part: Tensor, values: Tensor, smallest: float) -> Tensor:
 
 
 _SUSPECT = 1e-6  # of :func:`_independence`: far above the rounding errors of zero, and rare among random matrices
+_EXACT_IN_SINGLE = 1e-3  # a larger pivot is accurate in single precision
 
 
 def _independence(part: Tensor) -> Tensor:
@@ -133,8 +134,16 @@ def _independence(part: Tensor) -> Tensor:
         determinant = a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g)
         scale = a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h + i * i
         return torch.where(scale > 0, determinant.square() / (scale / 3) ** 3, 0)
-    gram = part.mT.double() @ part.double()
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(torch.float64).tiny)
+    pivots = _smallest_pivot(part)
+    near = pivots <= _EXACT_IN_SINGLE
+    if bool(near.any()):
+        pivots[near] = _smallest_pivot(part[near].double()).to(pivots.dtype)
+    return pivots
+
+
+def _smallest_pivot(part: Tensor) -> Tensor:
+    gram = gram_matrix(part)
+    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(part.dtype).tiny)
     factor, info = torch.linalg.cholesky_ex(gram / scale[:, None, None])
     return torch.where(info == 0, factor.diagonal(dim1=-2, dim2=-1).square().amin(-1), 0)
 
