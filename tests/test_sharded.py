@@ -95,3 +95,22 @@ def test_the_bytes_of_a_step_are_counted_on_every_process() -> None:
         assert row["all"] == 4 * (8 * 6 + 6 + 6 * 4 + 4)
     assert numbers
     assert total == 4 * (5 * numbers / 2 + n_groups)
+
+
+@pytest.mark.parametrize(("strategy", "summed"), [("po", 0), ("pi", 6 + 5), ("pio", 3 + 2), ("layer", 2)])
+def test_the_bytes_of_kernels_are_sums_alone(strategy: str, summed: int) -> None:
+    """Nothing is sent to others, and nothing is whole; a word of errors, and one for every weight that is spread."""
+    for rank in range(2):
+        model = counting.sharded(
+            lambda: nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 5, 3), nn.Conv2d(5, 7, 3)),
+            2,
+            rank,
+            "sphere",
+            strategy,
+        )
+        try:
+            row = counting.step_of_one_process(model)
+        finally:
+            dist.destroy_process_group()
+        assert row["sent"] == row["whole"] == 0
+        assert row["summed"] == (8 * (summed + 3) if summed else 0)
