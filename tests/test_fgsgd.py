@@ -256,15 +256,6 @@ def test_a_stored_buffer_is_tangent_where_its_step_began(momentum, update):
             torch.testing.assert_close(param.manifold.proju(start, buffer), buffer, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("update", ["retraction", "exponential"])
-def test_buffers_on_manifolds_of_geoopt_are_transported_at_the_end_of_the_step(update):
-    param = on_geoopt(geoopt.Sphere(), 4, 5)
-    optimizer = RiemannianFGSGD([param], lr=0.5, momentum=0.9, update=update)
-    run(optimizer, 3)
-    buffer = optimizer.state[param]["momentum_buffer"]
-    torch.testing.assert_close(param.manifold.proju(param.detach(), buffer), buffer, rtol=0, atol=1e-12)
-
-
 # -- torch.optim.SGD on plain parameters ----------------------------------------------------------------------------
 
 
