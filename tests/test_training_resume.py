@@ -146,6 +146,10 @@ def test_another_run_in_the_folder_is_refused_and_foreign_files_survive_overwrit
     assert (tmp_path / "results.json").read_bytes() == before
     assert train.main(["--resume", "--output", str(tmp_path), "--lr", "0.1"]) == 2
     assert f"--resume: the run in {tmp_path} has --lr 0.2, not 0.1" in capsys.readouterr().err
+    assert train.main([*QUICK, "--output", str(tmp_path), "--epochs", "6", "--resume", "--time-constant", "auto"]) == 2
+    message = f"the run in {tmp_path} has --time-constant 1, not 2: it is a third of --epochs unless given, so add "
+    assert f"{message}--time-constant 1\n" in capsys.readouterr().err
+    assert train.main([*QUICK, "--output", str(tmp_path), "--epochs", "2", "--resume"]) == 0
     run(tmp_path, "--epochs", "1", *QUICK, "--lr", "0.1", "--overwrite")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 

@@ -184,6 +184,8 @@ def _compare(folder: RunFolder, settings: Settings, begun: dict[str, Any]) -> No
             flag = f"--{name.replace('_', '-')}"
             what = f"{flag} {_shown(begun.get(name))}, not {_shown(asked.get(name))}"
             if settings.run.resume:
+                if name == "time_constant":
+                    what += f": it is a third of --epochs unless given, so add {flag} {_shown(begun.get(name))}"
                 raise FolderError(f"--resume: the run in {folder.path} has {what}")
             raise FolderError(
                 f"{folder.path} holds another run, with {what}: choose another --output, or add --overwrite to "
@@ -192,6 +194,8 @@ def _compare(folder: RunFolder, settings: Settings, begun: dict[str, Any]) -> No
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return ",".join(map(str, value)) if isinstance(value, list) else "auto" if value is None else str(value)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import (
 )
 
 import fgo_geo
-from training import settings
+from training import measures, settings
 
 
 def build(wanted: settings.Optimisation, model: nn.Module) -> torch.optim.Optimizer:
@@ -38,6 +39,9 @@ def build(wanted: settings.Optimisation, model: nn.Module) -> torch.optim.Optimi
         optimizer = geoopt.optim.RiemannianSGD(without_names(weights), momentum=momentum, **common)
     elif wanted.optimizer == "radam":
         optimizer = geoopt.optim.RiemannianAdam(without_names(weights), betas=(momentum, 0.999), **common)
+    elif wanted.optimizer == "rdog":
+        curvature = min((least_curvature(w.manifold) for w in measures.constrained(model).values()), default=0.0)
+        optimizer = RDoG(weights, epsilon=0.01, curvature=curvature, **common)
     elif wanted.optimizer == "adamw":
         optimizer = torch.optim.AdamW(weights, betas=(momentum, 0.999), **common)
     else:
@@ -74,6 +78,77 @@ def parameter_groups(wanted: settings.Optimisation, model: nn.Module) -> list[di
 def without_names(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The same groups for optimisers that take no names."""
     return [{**group, "params": [weight for _, weight in group["params"]]} for group in groups]
+
+
+class RDoG(torch.optim.Optimizer):
+    """Gradient descent without a learning rate, by distance over gradients.
+
+    With ``r`` the largest distance from the start so far, at least ``epsilon``, and ``G`` the sum of the squared norms
+    of all gradients so far, the step is ``exp_x(-r / sqrt(zeta(r) G) grad)``. Here ``zeta(r)`` is ``s r / tanh(s r)``
+    with ``s = sqrt(-kappa)``, of the lower bound ``kappa <= 0`` of sectional curvatures (RDoG; Dodd, Sharrock and
+    Nemeth, *Learning-rate-free stochastic optimization over Riemannian manifolds*, ICML 2024). All weights together are
+    one point of a product.
+
+    Args:
+        params: Weights, on Geoopt's manifolds or on none.
+        lr: Factor of every step, which the method does not ask for: 1.
+        weight_decay: Of weights that are on no manifold.
+        epsilon: Least distance: what the first step is long.
+        curvature: ``kappa``.
+    """
+
+    def __init__(
+        self, params: Any, lr: float = 1.0, weight_decay: float = 0.0, epsilon: float = 1e-6, curvature: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "farthest": epsilon, "squares": 0.0})
+        self.curvature = curvature
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take a step with all weights that have gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moves, squares, distances = [], [], []
+        for group in self.param_groups:
+            for weight in (w for w in group["params"] if w.grad is not None):
+                manifold = getattr(weight, "manifold", None) or geoopt.Euclidean(weight.ndim)
+                point = weight.detach().as_subclass(torch.Tensor)
+                grad = weight.grad if hasattr(weight, "manifold") else weight.grad + group["weight_decay"] * point
+                start = self.state[weight].setdefault("start", point.clone())
+                grad = manifold.egrad2rgrad(point, grad)
+                moves.append((group["lr"], manifold, point, grad))
+                squares.append(manifold.inner(point, grad).double().sum())
+                distances.append(manifold.dist(start, point).double().square().sum())
+        if not moves:
+            return loss
+        of_all = self.param_groups[0]  # where state dicts keep numbers
+        square, distance = torch.stack([torch.stack(squares).sum(), torch.stack(distances).sum()]).tolist()
+        of_all["squares"] += square
+        of_all["farthest"] = max(of_all["farthest"], math.sqrt(distance))
+        if of_all["squares"] == 0:
+            return loss
+        length = of_all["farthest"] / math.sqrt(zeta(of_all["farthest"], self.curvature) * of_all["squares"])
+        for lr, manifold, point, grad in moves:
+            point.copy_(manifold.expmap(point, -lr * length * grad))
+        return loss
+
+
+def zeta(distance: float, curvature: float) -> float:
+    """How much faster geodesics part at this distance than in flat space, at most."""
+    scaled = math.sqrt(max(0.0, -curvature)) * distance
+    return scaled / math.tanh(scaled) if scaled > 0 else 1.0
+
+
+def least_curvature(manifold: Any) -> float:
+    """Lower bound of sectional curvatures: -1/2 of Stiefel manifolds of radius one, else zero.
+
+    Of the Euclidean metric (Zimmermann and Stoye, *High curvature means low rank*, 2024).
+    """
+    parts = [part for part, _ in manifold.parts] if isinstance(manifold, fgo_geo.ProductOfGroups) else [manifold]
+    radii = [float(torch.as_tensor(part.radius).min()) for part in parts if isinstance(part, fgo_geo.Stiefel)]
+    return min((-0.5 / radius**2 for radius in radii), default=0.0)
 
 
 def keep_tangent(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

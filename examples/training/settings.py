@@ -37,11 +37,11 @@ PLAINLY_BUILT = ("small", "plain")
 NETWORKS = ("small", "plain", "rcd20", "rcd110", "narrow18")
 TORCHVISION = ("resnet18", "resnet34", "resnet50", "resnet101", "seresnet50", "seresnet101", "vits16")
 MODELS = (*NETWORKS, *TORCHVISION)
-ON_MANIFOLDS = ("fgsgd", "rsgd", "radam")
+ON_MANIFOLDS = ("fgsgd", "rsgd", "radam", "rdog")
 PLAIN = ("sgd", "adamw")
 WEIGHTS = ("constrained", "biases", "first", "classifier")
 SCHEDULES = ("robbins-monro", "cosine", "step", "constant")
-DEFAULT_LR = {"sgd": 0.05, "radam": 0.01, "adamw": 0.003}
+DEFAULT_LR = {"sgd": 0.05, "radam": 0.01, "adamw": 0.003, "rdog": 1.0}
 
 NOT_PART_OF_THE_RUN = {"runs", "output", "resume", "overwrite"}
 MAY_CHANGE_ON_RESUME = {"epochs", "data_dir", "download", "workers", "device", "threads", "tensorboard", "telemetry"}
@@ -128,7 +128,7 @@ class Optimisation:
     """Optimisation."""
 
     optimizer: Annotated[str, choice(*ON_MANIFOLDS, *PLAIN)] = "fgsgd"
-    """Optimiser; rsgd and radam are Geoopt's."""
+    """Optimiser; rsgd and radam are Geoopt's; rdog finds its learning rate, and has no momentum."""
     on_manifolds: Annotated[str, choice("none", "theorem", "constant", "angle")] = "none"
     """Let sgd or adamw step on manifolds, with this step size."""
     project: bool = False
@@ -142,7 +142,7 @@ class Optimisation:
     tangent_steps: bool = False
     """Remove the radial part of the free steps of sgd or adamw, per output channel, as SGDP and AdamP do."""
     lr: PositiveOrAuto = None
-    """Highest learning rate (auto: 0.2; sgd: 0.05; radam: 0.01; adamw: 0.003)."""
+    """Highest learning rate (auto: 0.2; sgd: 0.05; radam: 0.01; adamw: 0.003; rdog: 1, a factor)."""
     freeze: Annotated[tuple[str, ...], several(WEIGHTS, "WEIGHTS,...")] = ()
     """Weights that stay as they are at the start: constrained, biases, first (layer), classifier."""
     bias_lr: Positive = 1.0
@@ -340,9 +340,9 @@ def _require_shards(s: Settings) -> None:
     optim = s.optim
     if processes.count() == 1:
         raise SettingsError("--parallel fsdp2 deals weights to several processes: start the run with torchrun")
-    if optim.optimizer in ("rsgd", "radam"):
+    if optim.optimizer in ("rsgd", "radam", "rdog"):
         raise SettingsError(
-            f"--parallel fsdp2: {optim.optimizer} is Geoopt's, which does not know sharded weights. Take --optimizer "
+            f"--parallel fsdp2: {optim.optimizer} does not know sharded weights. Take --optimizer "
             "fgsgd, --on-manifolds, or --parallel ddp"
         )
     for name, given in (
