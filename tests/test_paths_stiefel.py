@@ -190,3 +190,17 @@ def test_an_interrupt_before_the_weight_is_written_changes_nothing(monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         RiemannianFGSGD(weights, lr=0.1, momentum=0.9).step()
     assert all(torch.equal(a, b.detach()) for a, b in zip(before, weights, strict=True))
+
+
+@pytest.mark.parametrize("where", ["momentum", "weight"])
+def test_nan_that_nobody_looks_for_stays_in_its_weight(where: str) -> None:
+    weight, other = declared(Stiefel(), 64, 16), declared(Stiefel(), 48, 16)
+    optimizer = RiemannianFGSGD([weight, other], lr=0.1, momentum=0.9, check_finite=False)
+    for _ in range(2):
+        for w in (weight, other):
+            w.grad = torch.randn(w.shape)
+        optimizer.step()
+        with torch.no_grad():
+            (weight if where == "weight" else optimizer.state[weight]["momentum_buffer"])[0, 0] = torch.nan
+    assert not weight.isfinite().all()
+    assert float((other.mT @ other - torch.eye(16)).detach().abs().max()) < 1e-5

@@ -248,10 +248,10 @@ class _StiefelBatch(Batch):
 
 
 def _factorise(task: _Task) -> None:
-    """Retract the blocks that began off the manifold; ``points`` holds ``x + u`` of these."""
-    failed = task.failed.nonzero().squeeze(1)
+    """Retract the blocks that began off the manifold; ``points`` holds ``x + u`` of these. NaN stays NaN."""
+    points, _ = task.results()
+    failed = (task.failed.bool() & points.isfinite().all((-2, -1))).nonzero().squeeze(1)
     if len(failed):
-        points, _ = task.results()
         radii = task.table.radii[failed].float()[:, None, None]
         points[failed] = radii * polar_factor(points[failed])
 
