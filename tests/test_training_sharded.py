@@ -137,3 +137,126 @@ def test_a_full_disk_ends_all_processes_and_more_of_them_go_on_later(tmp_path):
     for mine, other in zip(one["epochs"], three["epochs"], strict=True):
         for name in ("train_loss", "test_loss", "train_accuracy", "largest_tau"):
             assert other[name] == pytest.approx(mine[name], rel=1e-3, abs=1e-6), name
+
+
+def test_an_optimiser_without_momentum_goes_on_with_its_learning_rates(tmp_path):
+    """It has no state then, but for its learning rates, which change in every step of this run."""
+    arguments = [*RUN, *FLAGS, "--momentum", "0", "--output"]
+    assert finish(start([*arguments, str(tmp_path / "straight")], tmp_path / "log", WORLD)) == [0] * WORLD
+    shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
+    (tmp_path / "resumed" / "results.json").unlink()
+    newest = max((tmp_path / "resumed" / "checkpoints").iterdir())
+    shutil.rmtree(newest)
+    assert finish(start([*arguments, str(tmp_path / "resumed"), "--resume"], tmp_path / "log", WORLD)) == [0] * WORLD
+    state, expected = load(tmp_path / "resumed"), load(tmp_path / "straight")
+    assert state["groups"] == expected["groups"]
+    assert bits(state) == bits(expected)
+
+
+class Bug:
+    """From the first checkpoint after step 5 on, something in this process raises what nobody expects."""
+
+    def __init__(self, owner: str, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __call__(self) -> None:
+        from training import sharded
+
+        save = sharded.save
+
+        def broken(*args):
+            raise LookupError("of this process alone")
+
+        def late(folder, step, rest, parts):
+            if step > 5:
+                setattr(getattr(sharded, self.owner), self.name, broken)
+            return save(folder, step, rest, parts)
+
+        sharded.save = late
+
+
+@pytest.mark.parametrize(("owner", "name"), [("TrainingState", "state_dict"), ("checkpoints", "digest_of_file")])
+def test_an_unexpected_error_of_one_process_is_known_to_all(tmp_path, owner, name):
+    log, output = tmp_path / "log", tmp_path / "run"
+    running = start([*RUN, *FLAGS, "--output", str(output)], log, WORLD, {1: Bug(owner, name)})
+    for process in running:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in running] == [2, 1]
+    printed, of_bug = (log.with_suffix(f".{rank}.log").read_text() for rank in range(WORLD))
+    unfinished = output / "checkpoints" / "step-00000008.tmp"
+    assert f"error: cannot write {unfinished} (LookupError: of this process alone)" in printed
+    assert "Traceback" not in printed
+    assert "LookupError: of this process alone" in of_bug
+    assert sorted(path.name[:14] for path in unfinished.parent.iterdir()) == ["step-00000000-", "step-00000004-"]
+
+
+# -- folders, in this process ---------------------------------------------------------------------------------
+
+
+def unfinished_folder(folder: Path, step: int) -> tuple[Path, Path]:
+    """A whole checkpoint that has not its name yet, and that name."""
+    path = folder / f"step-{step:08d}.tmp"
+    path.mkdir(parents=True)
+    torch.save({"step": step}, path / "run.pt")
+    listed = json.dumps({"run.pt": checkpoints.digest_of_file(path / "run.pt")}).encode()
+    (path / "checksums.json").write_bytes(listed)
+    return path, folder / f"step-{step:08d}-{checkpoints.digest(listed)}"
+
+
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+@pytest.mark.parametrize("moment", range(8))
+def test_a_folder_that_replaces_another_of_its_name_is_there_at_every_moment(tmp_path, monkeypatch, moment):
+    names = unfinished_folder(tmp_path, 3)
+    checkpoints.put_in_place(*names)
+    assert unfinished_folder(tmp_path, 3) == names
+    left = iter(range(moment))
+
+    def tick():
+        if next(left, None) is None:
+            raise Killed
+
+    def watched(function):
+        def call(*args, **options):
+            tick()
+            result = function(*args, **options)
+            tick()
+            return result
+
+        return call
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", watched(Path.replace))
+        patched.setattr(shutil, "rmtree", watched(shutil.rmtree))
+        patched.setattr(Path, "unlink", watched(Path.unlink))
+        with pytest.raises(Killed):
+            checkpoints.put_in_place(*names)
+    for _ in range(2):  # as others see it, and after the next start
+        found = checkpoints.load(tmp_path)
+        assert found.state == {"step": 3}
+        assert not found.damage
+        checkpoints.remove_unfinished(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    checkpoints.put_in_place(*unfinished_folder(tmp_path, 3))
+    assert list(tmp_path.iterdir()) == [names[1]]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch, kind):
+    def refuse(*args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    for step in range(3):
+        if kind == "file":
+            checkpoints.write(tmp_path / f"step-{step:08d}-{step:016d}.pt", b"old")
+        else:
+            checkpoints.put_in_place(*unfinished_folder(tmp_path, step))
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.warns(
+        UserWarning, match=r"cannot delete .*step-00000000-.* \(Permission denied\), which is not needed"
+    ):
+        checkpoints.delete_old(tmp_path)

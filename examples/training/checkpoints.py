@@ -19,7 +19,8 @@ import pickle
 import random
 import re
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ import torch
 
 KEPT = 2
 REST, SUMS = "run.pt", "checksums.json"  # of a folder: what is not a weight, and the SHA-256 of every file
-_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})(\.pt)?")
+_ASIDE = ".old"  # ends the name of a folder that one of the same name is about to replace
+_NAME = re.compile(rf"step-(\d+)-([0-9a-f]{{16}})(\.pt|{re.escape(_ASIDE)})?")
 _UNREADABLE = (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, AttributeError, TypeError)
 
 
@@ -97,27 +99,36 @@ def digest_of_file(path: Path) -> str:
 
 
 def put_in_place(unfinished: Path, path: Path) -> None:
-    """Give a folder its name in one step."""
+    """Give a folder its name; at every moment it, or what had that name before, can be loaded."""
     _sync_folder(unfinished)
+    aside = path.with_name(path.name + _ASIDE)
     if path.exists():  # the same content, or a damaged one
-        delete(path)
+        path.replace(aside)
     unfinished.replace(path)
     _sync_folder(path.parent)
+    _discard([aside])
 
 
 def delete(path: Path) -> None:
     """Delete a file or folder; a folder in one step, as it would be damaged for some time."""
     if path.is_dir():
-        path = path.replace(path.with_name(path.name + ".tmp"))
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path.replace(path.with_name(path.name + ".tmp")))
     else:
         path.unlink(missing_ok=True)
 
 
 def delete_old(folder: Path) -> None:
     """Delete all but the newest checkpoints."""
-    for old in list(_newest_first(folder))[KEPT:]:
-        delete(old)
+    _discard(list(_newest_first(folder))[KEPT:])
+
+
+def _discard(paths: Iterable[Path]) -> None:
+    """Delete what nothing needs any more; that it cannot be deleted is no reason to end a run."""
+    for path in paths:
+        try:
+            delete(path)
+        except OSError as error:
+            warnings.warn(f"cannot delete {path} ({error.strerror}), which is not needed any more", stacklevel=2)
 
 
 def load(folder: Path) -> Found:
@@ -150,7 +161,7 @@ def _read_folder(path: Path) -> dict[str, Any]:
     """What is not a weight, if all files are whole."""
     listed = path / SUMS
     content = listed.read_bytes() if listed.is_file() else b""
-    if path.name.split("-")[-1] != digest(content):
+    if path.stem.split("-")[-1] != digest(content):
         raise DamageError("is cut or changed: its list of files does not agree with the checksum in its name")
     for name, expected in json.loads(content).items():
         if not (path / name).is_file():
@@ -161,7 +172,8 @@ def _read_folder(path: Path) -> dict[str, Any]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what a killed process was writing."""
+    """Delete what a killed process was writing, or about to delete."""
+    _discard([path for path in folder.glob(f"step-*{_ASIDE}") if path.with_suffix("").exists()])
     for path in folder.glob("*.tmp"):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

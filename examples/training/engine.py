@@ -126,6 +126,7 @@ class Run:
         return {
             "settings": self.settings.plain(),
             "progress": vars(self.progress),
+            "groups": [{**group, "params": None} for group in self.optimizer.param_groups],
             "has_stepped": bool(self.optimizer.state),
             "processes": processes.gathered(of_process),
             **{name: part.state_dict() for name, part in parts.items() if part is not None},
@@ -149,6 +150,8 @@ class Run:
             from training import sharded
 
             sharded.load(path, self.shards(state["has_stepped"]))
+            for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
+                group.update(saved | {"params": group["params"]})
         for name in STATEFUL:
             if getattr(self, name) is not None and name in state:
                 getattr(self, name).load_state_dict(state[name])

@@ -40,16 +40,20 @@ def save(folder: Path, step: int, rest: dict[str, Any], parts: dict[str, Trainin
     """Write a checkpoint with all processes, and delete all but the newest.
 
     Raises:
-        WriteError: On all processes, if one of them could not write; the checkpoints before are as they were.
+        WriteError: On all processes, if one of them could not write; the checkpoints before are as they were. An error
+            of another kind is raised as it is on its own process.
     """
     unfinished = folder / f"step-{step:08d}.tmp"
     sums: dict[str, str] = {}
+    states: dict[str, Any] = {}
     with _agreed(unfinished):
         if processes.is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir()
     with _agreed(unfinished), _quiet():
-        dcp.save(parts, storage_writer=dcp.FileSystemWriter(unfinished))
+        states = {name: part.state_dict() for name, part in parts.items()}  # torch does not agree on errors here
+    with _agreed(unfinished), _quiet():
+        dcp.save(states, storage_writer=dcp.FileSystemWriter(unfinished))
         mine = sorted(unfinished.iterdir())[processes.rank() :: processes.count()]
         sums = {path.name: checkpoints.digest_of_file(path) for path in mine}
     sums = {name: digest for own in processes.gathered(sums) for name, digest in own.items()}
@@ -75,7 +79,7 @@ def load(path: Path, parts: dict[str, TrainingState]) -> None:
 @contextmanager
 def _agreed(unfinished: Path) -> Iterator[None]:
     """Raise on all processes, and leave nothing behind, if one of them cannot write."""
-    problem = None
+    problem, unexpected = None, None
     try:
         yield
     except checkpoints.WriteError as error:
@@ -85,11 +89,13 @@ def _agreed(unfinished: Path) -> Iterator[None]:
         problem = f"cannot write {unfinished} ({getattr(reason, 'strerror', None) or reason})"
     except OSError as error:
         problem = f"cannot write {unfinished} ({error.strerror})"
+    except Exception as error:
+        problem, unexpected = f"cannot write {unfinished} ({type(error).__name__}: {error})", error
     problems = [each for each in processes.gathered(problem) if each is not None]
     if problems:
         if processes.is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise checkpoints.WriteError(problems[0])
+        raise unexpected or checkpoints.WriteError(problems[0])
 
 
 @contextmanager
