@@ -490,7 +490,8 @@ def test_the_tables_of_the_page_are_renewed_in_place(tmp_path, capsys):
 def test_records_are_measured_anew_by_their_own_commands(tmp_path, capsys):
     for name in ("_static", "benchmarks"):
         (tmp_path / name).mkdir()
-    _, record = run("retractions", tmp_path, capsys, "--shapes", "6x2", "--lengths", "0.2", "--rounds", "1")
+    arguments = ("--shapes", "6x2", "--lengths", "0.2", "--rounds", "1", "--threads", "1")
+    _, record = run("retractions", tmp_path, capsys, *arguments)
     one, other = (tmp_path / "benchmarks" / name for name in ("one.json", "other.json"))
     one.write_text(json.dumps(record | {"machine": "an old one"}))
     other.write_text(json.dumps(record | {"machine": "an old one"}))

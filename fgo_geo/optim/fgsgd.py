@@ -268,14 +268,14 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
     def _options_of(self, number: int, group: dict[str, Any]) -> StepOptions:
         """The hyper-parameters of a group, checked and made anew if they differ from those of its latest step."""
-        known, values = self._options.get(number), [group[name] for name in OPTIONS]
+        known, values = self._options.pop(number, None), [group[name] for name in OPTIONS]
         is_number = not isinstance(group["lr"], Tensor)  # comparing tensors would wait for the device
-        if known is not None and is_number and known[0] == values:
-            return known[1]
-        group.update(check_options(group, type(self).__name__, number))
-        options = step_options(group, self.rule)
-        self._options[number] = [group[name] for name in OPTIONS], options
-        return options
+        if known is None or not is_number or known[0] != values:
+            group.update(check_options(group, type(self).__name__, number))
+            known = [group[name] for name in OPTIONS], step_options(group, self.rule)
+        if is_number:
+            self._options[number] = known
+        return known[1]
 
     def _request(self, number: int, group: dict[str, Any]) -> StepRequest:
         """What a parameter group passes to a step: options, and the weights with gradients and their momentum."""

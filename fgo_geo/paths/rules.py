@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, Protocol
 
 import geoopt
@@ -114,7 +115,7 @@ class StepOptions:
     fused: bool | None = None
     rule: Rule = momentum_sgd
 
-    @property
+    @cached_property  # a call in every step otherwise
     def keeps_buffer(self) -> bool:
         """Whether a weight has a buffer between steps; a rule of one's own may use one at any momentum."""
         return self.momentum != 0 or self.rule is not momentum_sgd
