@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import geoopt
 import pytest
@@ -18,7 +20,7 @@ from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fgo_geo import RiemannianFGSGD, ScaledSphere, channel_directed, constrain, on_manifolds, plan_of
-from fgo_geo.distributed import declare_plain, fully_shard
+from fgo_geo.distributed import declare_plain, exchange, fully_shard
 
 
 def mesh() -> DeviceMesh:
@@ -336,3 +338,26 @@ def check_an_option_that_is_wrong_on_one_process(rank: int, folder: Path) -> Non
         optimizer.param_groups[0]["rho"] = -1.0
     with pytest.raises(ValueError, match="rho must be at least 0"):
         optimizer.step()
+
+
+def check_an_error_between_two_sums(rank: int, folder: Path) -> None:
+    """Wherever one process fails while norms of groups are summed, no other waits for it, and nothing has changed."""
+    model, single = sharded(strategy="pi"), constrained(strategy="pi")
+    optimizers = [RiemannianFGSGD(own.named_parameters(), lr=0.1, momentum=0.9) for own in (model, single)]
+    before = whole(model)
+    places = (("odd_weights", 1.0), ("largest_of", 1e200), ("unit_of", 1e200), ("divide", 1e200))
+    for number, (failing, factor) in enumerate(places):
+        backward(model)
+        model[2].weight.grad.to_local().mul_(factor)  # pyright: ignore
+        error = MemoryError(f"no room in {failing}")
+        fails = patch.object(exchange, failing, side_effect=error)
+        with fails if rank == number % 2 else contextlib.nullcontext(), pytest.raises(MemoryError, match=str(error)):
+            optimizers[0].step()
+        optimizers[0].zero_grad()
+        assert all(torch.equal(a, b) for a, b in zip(before, whole(model), strict=True))
+        assert not optimizers[0].state
+    for own, optimizer in zip((model, single), optimizers, strict=True):
+        backward(own)
+        optimizer.step()
+    for a, b in zip(whole(model), single.parameters(), strict=True):
+        torch.testing.assert_close(a, b.detach().as_subclass(Tensor))

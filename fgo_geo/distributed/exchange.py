@@ -19,9 +19,10 @@ mesh that replicates shards, every replica does the same.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import hashlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -275,44 +276,59 @@ class WeightExchange:
 
     # -- norms of groups that several processes have components of -------------------------------------------------
 
-    def add_up(self, measured: Sequence[Measured], error: Exception | None) -> None:
-        """Sum ``R²`` of groups whose components several processes have; with an error anywhere, leave it at that.
+    def add_up(self, measured: Sequence[Measured], error: Exception | None) -> Exception | None:
+        """Sum ``R²`` of groups whose components several processes have.
 
         Gradients that cannot be squared on one process are divided by the same power of two on all, and measured again.
+        A process that meets an error keeps it until the next sum, which tells the others, so that none of them waits.
 
         Args:
             measured: All batches of the step; their ``R²`` are those of all components afterwards.
             error: What has kept this process from measuring.
+
+        Returns:
+            What the processes have yet to agree on: an error of this one after the last sum, or ``error``.
+
+        Raises:
+            Exception: On all processes, as :meth:`agree` does, if one of them has an error before that.
         """
         if not self._slots:
-            return
-        spread = [own for own in measured if any(weight.is_spread for weight in own.batch.weights)]
-        readable = [own for own in spread if own.is_free or own.check_finite]
-        odd = {weight.owner for weight in odd_weights(readable) if weight.is_spread}
-        flags = [float(error is not None), *(float(owner in odd) for owner in self._slots)]
-        total = self._sums([] if error else measured, flags)
-        failed, *troubled = total[: len(flags)].tolist()
-        if failed:
-            return
-        if any(troubled):
-            owners = [owner for owner, is_odd in zip(self._slots, troubled, strict=True) if is_odd]
-            divide(measured, self._common_units(owners))
-            total = self._sums(measured, flags)
-        for own in measured:
-            places, slots = self._places_of(own.batch)
-            if len(places):
-                own.squared = own.squared.index_copy(0, places, total[slots + len(flags)].to(own.squared.device))
+            return error
+        errors = [] if error is None else [error]
+        error, odd = None, set[Tensor]()
+        with _kept(errors):
+            spread = [own for own in measured if any(weight.is_spread for weight in own.batch.weights)]
+            readable = [own for own in spread if own.is_free or own.check_finite]
+            odd.update(weight.owner for weight in odd_weights(readable) if weight.is_spread)
+        is_odd, sums = self._sums(measured, odd, errors)
+        if any(is_odd):
+            units = self._common_units([owner for owner, flag in zip(self._slots, is_odd, strict=True) if flag], errors)
+            with _kept(errors):
+                divide(measured, units)
+            _, sums = self._sums(measured, odd, errors)
+        with _kept(errors):
+            for own in measured:
+                places, slots = self._places_of(own.batch)
+                if len(places):
+                    own.squared = own.squared.index_copy(0, places, sums[slots].to(own.squared.device))
+        return errors.pop() if errors else None
 
-    def _sums(self, measured: Sequence[Measured], flags: Sequence[float]) -> Tensor:
-        """Flags, and ``R²`` of all groups that are spread, summed over the processes."""
-        total = torch.zeros(len(flags) + self._n_slots, dtype=torch.float64)
-        total[: len(flags)] = torch.tensor(flags, dtype=torch.float64)
-        total = total.to(self._device)
-        for own in measured:
-            places, slots = self._places_of(own.batch)
-            total.index_add_(0, slots + len(flags), own.squared[places].to(total))
+    def _sums(
+        self, measured: Sequence[Measured], odd: set[Tensor], errors: list[Exception]
+    ) -> tuple[list[float], Tensor]:
+        """For every weight that is spread how many processes call it odd, and ``R²`` of all groups that are spread."""
+        sums = torch.zeros(self._n_slots, dtype=torch.float64, device=self._device)
+        with _kept(errors):
+            for own in [] if errors else measured:
+                places, slots = self._places_of(own.batch)
+                sums.index_add_(0, slots, own.squared[places].to(sums))
+        flags = torch.tensor([bool(errors), *(owner in odd for owner in self._slots)], dtype=torch.float64)
+        total = torch.cat([flags.to(self._device), sums])
         dist.all_reduce(total, dist.ReduceOp.SUM, self._group)
-        return total
+        failed, *is_odd = total[: len(flags)].tolist()
+        if failed:
+            self.agree(errors.pop() if errors else None)
+        return is_odd, total[len(flags) :]
 
     def _places_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Where the numbers of groups that are spread are: in what a batch has measured, and in the sums."""
@@ -330,14 +346,19 @@ class WeightExchange:
             self._places[batch] = found[0].to(batch.device), found[1].to(self._device)
         return self._places[batch]
 
-    def _common_units(self, owners: Sequence[Tensor]) -> dict[Weight, float]:
+    def _common_units(self, owners: Sequence[Tensor], errors: list[Exception]) -> dict[Weight, float]:
         """The power of two by which all processes divide the gradient of a weight."""
         lent = {weight.owner: weight for _, _, weight in self._lent if weight is not None}
-        here = [largest_of(lent[owner]) if owner in lent else 0.0 for owner in owners]
+        here = [0.0] * len(owners)
+        with _kept(errors):
+            here = [largest_of(lent[owner]) if owner in lent else 0.0 for owner in owners]
         largest = torch.tensor(here, dtype=torch.float64, device=self._device)
         dist.all_reduce(largest, dist.ReduceOp.MAX, self._group)
-        units = zip(owners, map(unit_of, largest.tolist()), strict=True)
-        return {lent[owner]: unit for owner, unit in units if owner in lent}
+        units: dict[Weight, float] = {}
+        with _kept(errors):
+            found = zip(owners, map(unit_of, largest.tolist()), strict=True)
+            units.update({lent[owner]: unit for owner, unit in found if owner in lent})
+        return units
 
     def _told_by_each(self, numbers: Sequence[tuple[LocalPart, Tensor | None]]) -> list[Tensor]:
         """Numbers of all groups of weights, of which every process has those of its own; in one all-reduce."""
@@ -421,6 +442,15 @@ class WeightExchange:
         self._lent, self._local_scales = [], local_scales
         self._all_scales = None if local_scales else {}
         return received
+
+
+@contextlib.contextmanager
+def _kept(errors: list[Exception]) -> Generator[None]:
+    """Keep an error, as other processes wait in the next collective."""
+    try:
+        yield
+    except Exception as error:
+        errors.append(error)
 
 
 def _is_shared(weight: Weight) -> bool:

@@ -62,8 +62,8 @@ class Exchange(Protocol):
         """Raise on all processes if one of them has an error."""
         ...
 
-    def add_up(self, measured: Sequence[Measured], error: Exception | None) -> None:
-        """Sum ``R²`` of groups whose components several processes have; with an error anywhere, leave it at that."""
+    def add_up(self, measured: Sequence[Measured], error: Exception | None) -> Exception | None:
+        """Sum ``R²`` of groups whose components several processes have; return an error to agree on, or raise."""
         ...
 
     def put_back(self, scales: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
@@ -172,7 +172,7 @@ class Stepper:
             except Exception as problem:
                 error = problem
             if exchange is not None:
-                exchange.add_up([own for _, own in measured], error)
+                error = exchange.add_up([own for _, own in measured], error)
             try:
                 if error is None and not all(_is_finite(own) for _, own in measured):
                     left_out = settle([own for _, own in measured], self._name_of, self._optimizer, self._unchanged)
