@@ -246,7 +246,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         return StepScales(self._stepper.step_scales(self.param_groups), self)
 
     def skipped_groups(self) -> int:
-        """How many steps of groups were skipped since the optimiser was built (synchronises)."""
+        """How many steps of groups were skipped since the optimiser was built (synchronises).
+
+        Under :func:`fgo_geo.distributed.fully_shard`, the number of this process: a group that is spread over processes
+        may be counted by each that has a part of it.
+        """
         return self._stepper.left_out()
 
     def shortened_gradients(self) -> int:

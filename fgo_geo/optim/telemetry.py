@@ -38,6 +38,9 @@ def telemetry(optimizer: Optimizer, module: nn.Module | None = None, *, every: i
 
     Weights are parameters with at least two dimensions, on manifolds or not, and all other parameters on manifolds.
 
+    Under :func:`fgo_geo.distributed.fully_shard` a measured step asks for ``step_scales()``, which all processes have
+    to do together: attach it on every process, with the same ``every``, and log on one.
+
     Args:
         optimizer: Any torch optimiser: :class:`~fgo_geo.RiemannianFGSGD`, one under :func:`~fgo_geo.on_manifolds`
             (attached before or after), or a bare one.
