@@ -56,7 +56,9 @@ def peak_of(work: Callable[[], object], device: torch.device) -> tuple[int, int]
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
         before = resident("VmRSS")
         kept = work()
-        peak, after = resident("VmHWM"), resident("VmRSS")
+        peak = resident("VmHWM")
+        ctypes.CDLL(None).malloc_trim(0)  # what is free doesn't stay
+        after = resident("VmRSS")
     del kept
     return peak - before, after - before
 
