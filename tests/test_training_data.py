@@ -75,6 +75,13 @@ def test_fashion_mnist_is_read_from_its_own_files(tmp_path, monkeypatch, suffix)
     torch.testing.assert_close(pooled, found.view(100, 1, 14, 2, 14, 2).mean((3, 5)))
 
 
+def test_a_folder_that_was_named_is_the_only_one_looked_into(tmp_path, monkeypatch):
+    trainer.write_fashion(tmp_path)
+    monkeypatch.setattr(data, "DEBIAN", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no Fashion-MNIST in .*elsewhere"):
+        load(data="fashion", data_dir=tmp_path / "elsewhere")
+
+
 def test_a_cut_file_of_fashion_mnist_is_refused(tmp_path):
     trainer.write_fashion(tmp_path, suffix="")
     path = tmp_path / data.FASHION[0]

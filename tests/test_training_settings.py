@@ -59,6 +59,7 @@ def test_defaults_follow_from_other_settings():
 
 
 REFUSED = {
+    "--recompute": "--recompute works on residual blocks and layers of transformers, and --model small has neither",
     "--lr 0": "expected a positive number, got '0'",
     "--lr nan": "expected a positive number, got 'nan'",
     "--momentum 1": "expected a number from 0 and below 1, got '1'",

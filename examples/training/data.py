@@ -110,7 +110,7 @@ def load(wanted: settings.Data, seed: int) -> Splits:
         ValueError: If the two halves of an image folder have different classes, or too few images are asked for.
     """
     root = wanted.data_dir or Path(os.environ.get("FGO_GEO_DATA", "data"))
-    raw = _read(wanted.data, root, wanted.download, wanted.image_size)
+    raw = _read(wanted, root)
     chosen = torch.arange(len(raw.labels))
     held_out, test, test_labels, of_test = "test images", raw.test, raw.test_labels, torch.arange(len(raw.test_labels))
     if wanted.validation:
@@ -228,11 +228,12 @@ def loader(images: Tensors | Files, order: Order, workers: int, device: str) -> 
 
 
 @lru_cache(1)
-def _read(name: str, root: Path, download: bool, size: int | None) -> Raw:
+def _read(wanted: settings.Data, root: Path) -> Raw:
+    name, download, size = wanted.data, wanted.download, wanted.image_size
     if name == "digits":
         return _digits(size)
     if name == "fashion":
-        return _fashion(root, download, size)
+        return _fashion([root] if wanted.data_dir else [root, DEBIAN], download, size)
     if name == "imagefolder":
         return _image_folder(root, size or 224)
     return _cifar(name, root, download, size or 32)
@@ -247,11 +248,12 @@ def _digits(size: int | None) -> Raw:
     return Raw(images[train], labels[train], images[test], labels[test], 10, 1, images.shape[-1])
 
 
-def _fashion(root: Path, download: bool, size: int | None) -> Raw:
+def _fashion(folders: Sequence[Path], download: bool, size: int | None) -> Raw:
     """70,000 grey images of 28 x 28 pixels, of which 10,000 are the test set."""
+    root, *others = folders
     if download:
         datasets.FashionMNIST(root, download=True)
-    places = (root, root / "FashionMNIST" / "raw", DEBIAN)
+    places = (root, root / "FashionMNIST" / "raw", *others)
     for place in places:
         files = [next((p for p in (place / n, place / f"{n}.gz") if p.is_file()), None) for n in FASHION]
         if None not in files:

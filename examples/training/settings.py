@@ -11,7 +11,6 @@ from typing import Annotated, Any
 
 import torch
 
-import fgo_geo
 from training import processes
 from training.flag_types import (
     BelowOne,
@@ -58,7 +57,7 @@ class Data:
     data: Annotated[str, choice(*DATA)] = "digits"
     """Images to classify. digits come with scikit-learn."""
     data_dir: FolderOrAuto = None
-    """Where they are (auto: $FGO_GEO_DATA, else data; fashion: also where Debian's dataset-fashion-mnist puts it)."""
+    """Where they are (auto: $FGO_GEO_DATA, data, or for fashion where Debian's dataset-fashion-mnist puts it)."""
     download: bool = False
     """Let torchvision fetch Fashion-MNIST or CIFAR."""
     validation: bool = False
@@ -325,8 +324,10 @@ def resolve(s: Settings) -> Settings:
         changes["norm"] = s.model.norm or "none"
     if optim.ema and geometry.scales != "none":
         raise SettingsError("--ema cannot follow --scales, which move the manifolds: drop one of them")
-    if optim.on_manifolds != "none" and not hasattr(fgo_geo, "on_manifolds"):
-        raise SettingsError("--on-manifolds: this version of fgo_geo has no on_manifolds")
+    if s.model.recompute and s.model.model in PLAINLY_BUILT:
+        raise SettingsError(
+            f"--recompute works on residual blocks and layers of transformers, and --model {s.model.model} has neither"
+        )
     changes["lr"] = optim.lr or DEFAULT_LR.get(optim.optimizer, 0.2)
     changes["time_constant"] = optim.time_constant or max(1.0, optim.epochs / 3)
     changes["device"] = s.run.device or processes.device()
