@@ -54,8 +54,9 @@ def run(settings: Settings, here: folder.RunFolder, display: reporting.Display) 
         )
         return 0
     run = engine.build(settings)
-    if processes.is_first():
-        folder.require_room(here, engine.bytes_of_state(run.model))
+    with checkpoints.agreed(here.path):
+        if processes.is_first():
+            folder.require_room(here, engine.bytes_of_state(run.model))
     try:
         restored = restore(run, here, display)
     except checkpoints.DamageError as error:
@@ -121,15 +122,16 @@ def save(run: engine.Run, here: folder.RunFolder) -> None:
         from training import sharded
 
         sharded.save(here.checkpoints, run.progress.step, state, run.shards(state["has_stepped"]))
-    if not processes.is_first():
-        return
-    if not run.is_sharded:
-        checkpoints.save(here.checkpoints, run.progress.step, state)
-    history = run.progress.history
-    if history:
-        reporting.write_csv(here.path / "epochs.csv", history)
-        if run.settings.run.tensorboard and not run.progress.batch:
-            reporting.write_tensorboard(here.path / "tensorboard", history[-1:])
+    with checkpoints.agreed(here.path):
+        if not processes.is_first():
+            return
+        if not run.is_sharded:
+            checkpoints.save(here.checkpoints, run.progress.step, state)
+        history = run.progress.history
+        if history:
+            reporting.write_csv(here.path / "epochs.csv", history)
+            if run.settings.run.tensorboard and not run.progress.batch:
+                reporting.write_tensorboard(here.path / "tensorboard", history[-1:])
 
 
 def write(run: engine.Run, here: folder.RunFolder) -> dict[str, object]:
@@ -143,10 +145,11 @@ def write(run: engine.Run, here: folder.RunFolder) -> dict[str, object]:
         "epochs": run.progress.history,
         "versions": reporting.versions(),
     }
-    engine.save_model(run, here.path / "model.pt")
-    if processes.is_first():
-        reporting.draw_curves(here.path / "curves.png", run.progress.history)
-        reporting.write_json(here.results, results)
+    with checkpoints.agreed(here.path):
+        engine.save_model(run, here.path / "model.pt")
+        if processes.is_first():
+            reporting.draw_curves(here.path / "curves.png", run.progress.history)
+            reporting.write_json(here.results, results)
     return results
 
 

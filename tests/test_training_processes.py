@@ -52,6 +52,20 @@ def test_a_full_disk_ends_the_run_in_one_line_and_keeps_the_checkpoint_before(tm
     assert bits(load(output)) == bits(load(tmp_path / "straight"))
 
 
+def test_a_full_disk_of_the_first_process_ends_all(tmp_path):
+    log, output = tmp_path / "log", tmp_path / "full"
+    arguments = [*QUICK, "--checkpoint-steps", "4", "--output", str(output)]
+    running = start(arguments, log, 2, prepare={0: FullDisk()})
+    for process in running:
+        process.join(60)
+        process.kill()
+    assert [process.exitcode for process in running] == [2, 2]
+    printed = [log.with_suffix(f".{rank}.log").read_text() for rank in range(2)]
+    assert printed[0].count("error: cannot write") == 1
+    assert not [text for text in printed if "Traceback" in text or ("error" in text and text is not printed[0])]
+    assert load(output)["progress"]["step"] == 4
+
+
 @pytest.mark.parametrize(
     ("method", "worlds"),
     [(("--method", "st"), (1, 3)), (("--method", "pio", "--accumulate", "2", "--clip", "0.5"), (1, 2))],

@@ -21,11 +21,14 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+
+from training import processes
 
 KEPT = 2
 REST, SUMS = "run.pt", "checksums.json"  # of a folder: what is not a weight, and the SHA-256 of every file
@@ -67,6 +70,26 @@ def write(path: Path, content: bytes) -> None:
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise WriteError(f"cannot write {path} ({error.strerror})") from error
+
+
+@contextmanager
+def agreed(path: Path) -> Iterator[None]:
+    """Raise on all processes if one of them cannot write to a path, so that none waits for it.
+
+    Raises:
+        WriteError: On all processes, if one of them could not write. An error of another kind is raised as it is on its
+            own process.
+    """
+    problem, error = None, None
+    try:
+        yield
+    except WriteError as raised:
+        problem, error = str(raised), raised
+    except Exception as raised:
+        problem, error = f"cannot write {path} ({type(raised).__name__}: {raised})", raised
+    problems = [each for each in processes.gathered(problem) if each is not None]
+    if problems:
+        raise error or WriteError(problems[0])
 
 
 def save(folder: Path, step: int, state: dict[str, Any]) -> Path:

@@ -79,23 +79,20 @@ def load(path: Path, parts: dict[str, TrainingState]) -> None:
 @contextmanager
 def _agreed(unfinished: Path) -> Iterator[None]:
     """Raise on all processes, and leave nothing behind, if one of them cannot write."""
-    problem, unexpected = None, None
     try:
-        yield
-    except checkpoints.WriteError as error:
-        problem = str(error)
-    except CheckpointException as error:
-        reason, _ = next(iter(error.failures.values()))
-        problem = f"cannot write {unfinished} ({getattr(reason, 'strerror', None) or reason})"
-    except OSError as error:
-        problem = f"cannot write {unfinished} ({error.strerror})"
-    except Exception as error:
-        problem, unexpected = f"cannot write {unfinished} ({type(error).__name__}: {error})", error
-    problems = [each for each in processes.gathered(problem) if each is not None]
-    if problems:
+        with checkpoints.agreed(unfinished):
+            try:
+                yield
+            except CheckpointException as error:
+                reason, _ = next(iter(error.failures.values()))
+                reason = getattr(reason, "strerror", None) or reason
+                raise checkpoints.WriteError(f"cannot write {unfinished} ({reason})") from error
+            except OSError as error:
+                raise checkpoints.WriteError(f"cannot write {unfinished} ({error.strerror})") from error
+    except Exception:
         if processes.is_first():
             shutil.rmtree(unfinished, ignore_errors=True)
-        raise unexpected or checkpoints.WriteError(problems[0])
+        raise
 
 
 @contextmanager
