@@ -2,8 +2,9 @@ r"""
 Channel-directed gradients
 ==========================
 
-A gradient before and after: what the three metrics of [Lao2020]_ do along the output channels of a layer. The tutorial
-is :doc:`/guides/channel-directed`; the formulas are in :doc:`/mathematics`, section 7.
+These figures show a gradient before and after it is smoothed along the output channels of a layer, with each of the
+three metrics of [Lao2020]_. The guide is :doc:`/guides/channel-directed`; :doc:`/mathematics`, section 7, has the
+formulas.
 """
 
 import matplotlib.pyplot as plt
@@ -31,16 +32,15 @@ METRICS = {"h0": 4.0, "h1": 4.0, "h1t": 40.0}  # with their λ
 # One channel
 # -----------
 #
-# Let the loss depend on a single output channel, number 5 of 32, so that the gradient is 1 there and 0 elsewhere. The
-# sum over the channels is 1 in every panel: all metrics keep the mean.
+# Let the loss depend on a single output channel, number 5 of 32. The gradient is then 1 in this channel and 0 in all
+# others. All metrics keep the mean, so the sum over the channels is 1 in every panel.
 #
-# * ``h0`` gives a share of it to all channels alike and damps the rest by :math:`1/\lambda`.
-# * ``h1`` hands it to the *neighbours*: the response decays like :math:`e^{-|i|/\ell}` over about
+# * ``h0`` gives all channels an equal share and damps the difference from the mean by :math:`1/\lambda`.
+# * ``h1`` passes the gradient to the *neighbours*: the response decays like :math:`e^{-|i|/\ell}` over about
 #   :math:`\ell \approx \sqrt\lambda` channels.
-# * ``h1t`` spreads it over the whole axis, as a parabola with a kink; some channels move against the gradient.
+# * ``h1t`` spreads the gradient over the whole axis, as a parabola with a kink; some channels move against it.
 #
-# With periodic ends the last channel is a neighbour of the first. With free ends what would leave over the
-# end is reflected.
+# With periodic ends the last channel is a neighbour of the first. Free ends reflect the response instead.
 
 spike = torch.zeros(32)
 spike[5] = 1.0
@@ -57,10 +57,10 @@ axes[0].legend()
 # A noisy gradient
 # ----------------
 #
-# Now a slow variation over the channels, with noise on top. ``h0`` shrinks both towards the mean; it
-# doesn't know the order of the channels. ``h1`` takes the noise away and leaves what varies slowly. ``h1t`` does so
-# too, but with :math:`\lambda` below :math:`(D / 2\pi)^2 = 104` it *amplifies* the slowest waves of a ring of
-# :math:`D = 64` channels, here by a factor of 2.6: choose its :math:`\lambda` by the number of channels, or a
+# Next, a gradient that varies slowly over the channels, with noise added. ``h0`` shrinks both parts towards the mean,
+# because it does not use the order of the channels. ``h1`` removes the noise and keeps the slow variation. So does
+# ``h1t``, but with :math:`\lambda` below :math:`(D / 2\pi)^2 = 104` it *amplifies* the slowest waves of a ring of
+# :math:`D = 64` channels, here by a factor of 2.6. Choose its :math:`\lambda` by the number of channels, or take a
 # smaller learning rate.
 
 channel = torch.arange(64)
@@ -84,8 +84,8 @@ axes[0].legend()
 # .. math::
 #    \frac1\lambda, \qquad \frac{1}{1 + 4 \lambda \sin^2(\pi k / D)}, \qquad \frac{1}{4 \lambda \sin^2(\pi k / D)}
 #
-# for ``h0``, ``h1`` and ``h1t`` (:math:`k \ge 1`; the mean, :math:`k = 0`, is kept). For large :math:`\lambda` or many
-# periods, ``h1`` and ``h1t`` agree.
+# for ``h0``, ``h1`` and ``h1t`` (:math:`k \ge 1`; all three keep the mean, :math:`k = 0`). ``h1`` and ``h1t`` agree for
+# large :math:`\lambda` and for many periods.
 
 figure, ax = plt.subplots(figsize=(5, 3.2))
 frequencies = torch.arange(1, 33)
@@ -101,10 +101,10 @@ ax.legend()
 # A convolution
 # -------------
 #
-# The gradient of a convolution with 32 output and 16 input channels, from a batch of digits, each panel with a colour
-# scale of its own. Rows are output channels, columns the 144 weights of each. Channels of a network come in no
-# particular order, so neighbours don't agree at first. That each column is smooth afterwards, with its mean unchanged,
-# is what the metric asks for.
+# The last figure shows the gradient of a convolution with 32 output and 16 input channels, from a batch of digits. Rows
+# are output channels, columns are the 144 weights of each, and every panel has its own colour scale. The channels of a
+# network have no particular order, so neighbours differ at first. Afterwards ``h1`` and ``h1t`` have made each column
+# smooth and kept its mean.
 
 digits = load_digits()
 images = torch.tensor(digits.images[:256], dtype=torch.float32).unsqueeze(1) / 16
@@ -128,7 +128,7 @@ for ax, (title, tensor) in zip(axes, shown.items(), strict=True):
 axes[-1].set_xlabel("input channel and place in the kernel")
 
 # %%
-# In training an optimiser sees the directed gradient at every step:
+# In training, ``channel_directed`` hands the directed gradient to the optimiser at every step:
 
 optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
 handle = fgo_geo.channel_directed(optimizer, metric="h1", lam=4.0, module=network)

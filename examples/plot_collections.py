@@ -1,14 +1,14 @@
 """Collections of groups: PI, PO, PIO, layer
 =========================================
 
-A convolution with 4 input and 6 output channels has 24 kernels. Which of them share a manifold kind
-and a step size? That is what a *collection* says: it parts the grid of kernels into *groups*. This
-page draws the collections of Figure 2 of [Ozay2019]_, with the example that the paper computes by
-hand, and the ones that ``fgo_geo.constrain`` makes for linear layers.
+A convolution with 4 input and 6 output channels has 24 kernels. A *collection* divides them into
+*groups*. The kernels of a group share a manifold kind and a step size. This page draws the
+collections of Figure 2 of [Ozay2019]_, among them the example that the paper works out, and the
+collections that ``fgo_geo.constrain`` makes for linear layers.
 
-In each picture a row is an output channel, a column an input channel, and a cell the kernel between
-the two. The colour is the manifold kind of the kernel, and the number is the number of its group:
-kernels with the same number are stepped together, with one step size.
+In each picture a row is an output channel, a column is an input channel, and a cell is the kernel
+between the two. The colour shows the manifold kind of the kernel, and the number is that of its
+group: the optimiser steps kernels with the same number together, with one step size.
 """
 
 from matplotlib import pyplot as plt
@@ -31,12 +31,12 @@ def draw(*collections):
 # PI and PO: one channel at a time
 # --------------------------------
 #
-# **PI** (*for input channels*) takes one input channel after the other. The 6 kernels that read the
-# channel are split into as many shares as there are kinds, here two of 3 kernels each, and every
-# share is one group: 4 x 2 = 8 groups.
+# **PI** (*for input channels*) treats each input channel separately. It splits the 6 kernels that
+# read a channel into as many shares as there are kinds, here into two shares of 3 kernels. Every
+# share is one group, so there are 4 x 2 = 8 groups.
 #
-# **PO** (*for output channels*) exchanges the roles. The 4 kernels that write an output channel are
-# split into two shares of 2 kernels: 6 x 2 = 12 groups.
+# **PO** (*for output channels*) exchanges the roles. It splits the 4 kernels that write an output
+# channel into two shares of 2 kernels, which makes 6 x 2 = 12 groups.
 
 draw(collection(6, 4, "pi", kinds), collection(6, 4, "po", kinds))
 
@@ -45,9 +45,9 @@ draw(collection(6, 4, "pi", kinds), collection(6, 4, "po", kinds))
 # ------------------
 #
 # **PIO** (*for input and output channels*) groups one half of the input channels by output channel:
-# the kernels of a row are one group, and the kinds share the 6 groups. The other half is
-# grouped as in PI. This is Example 1 of the paper: 10 groups, 5 of each kind, and of each kind 3 groups
-# of 2 kernels and 2 groups of 3 kernels.
+# the kernels of a row are one group, and the 6 groups are divided between the kinds. It groups the
+# other half as PI does. The picture is Example 1 of the paper. Of its 10 groups, each kind has 5: 3
+# groups of 2 kernels and 2 groups of 3 kernels.
 #
 # **Layer** is the classical way to constrain a network: one group, one manifold, one step size.
 
@@ -57,10 +57,10 @@ draw(collection(6, 4, "layer", "stiefel"), collection(6, 4, "pio", kinds))
 # Random selection
 # ----------------
 #
-# So far shares and halves were taken in the order of the channels. A random selection samples them
-# without replacement: the half of the input channels that is grouped by output channel, and the
-# members of every share. The numbers and sizes of the groups stay the same. The draw depends on the seed
-# and the layer's name alone, and is the same on every machine.
+# The pictures above take shares and halves in the order of the channels. A random selection samples
+# them without replacement: the half of the input channels that PIO groups by output channel, and the
+# members of every share. The numbers and sizes of the groups stay the same. The draw depends only on
+# the seed and the layer's name, and is the same on every machine.
 
 draw(
     collection(6, 4, "pi", kinds, "random", seed=4),
@@ -69,13 +69,13 @@ draw(
 )
 
 # %%
-# Shares that don't come out even
-# -------------------------------
+# Uneven shares
+# -------------
 #
-# Shares of a channel differ by one kernel at most. Where the kinds don't divide the number of kernels,
-# they take turns in getting the extra ones, so that the layer as a whole is balanced too. This
-# matters most in a depthwise convolution, where an output channel has a single kernel: the kinds
-# alternate.
+# The shares of a channel differ by at most one kernel. If the number of kernels is no multiple of the
+# number of kinds, the kinds take turns in getting the extra kernels, so the layer as a whole is
+# balanced too. This matters most in a depthwise convolution, where each output channel has a single
+# kernel: the kinds alternate.
 
 all_kinds = ("sphere", "oblique", "stiefel", "euclidean")
 draw(collection(6, 5, "po", all_kinds), collection(8, 1, "po", all_kinds))
@@ -84,10 +84,10 @@ draw(collection(6, 5, "po", all_kinds), collection(8, 1, "po", all_kinds))
 # Blocks of a matrix
 # ------------------
 #
-# The weight of a linear layer or of a 1 x 1 convolution is a matrix, and its single entries would make
-# poor manifolds. Here the strategies cut the matrix itself: PI by columns, PO by rows, and PIO one half
-# of the rows by rows and the other by columns. Each group is one block, which lies on one manifold as
-# a whole.
+# The weight of a linear layer or of a 1 x 1 convolution is a matrix of numbers, and a manifold for a
+# single number would be pointless. The strategies therefore cut the matrix itself: PI by columns, PO
+# by rows, and PIO one half of the rows by rows and the other half by columns. Each group is one
+# block, and the whole block lies on one manifold.
 
 draw(*(collection(8, 6, strategy, kinds, components="block") for strategy in ("pi", "po", "pio")))
 
@@ -95,7 +95,7 @@ draw(*(collection(8, 6, strategy, kinds, components="block") for strategy in ("p
 # Reading a collection
 # --------------------
 #
-# The groups are a sequence. Each knows its manifold kind and its (output, input) channel pairs.
+# ``groups`` is a sequence. Each group has its manifold kind and its (output, input) channel pairs.
 
 example = collection(6, 4, "pio", kinds)
 for group in example.groups[5:7]:

@@ -2,10 +2,10 @@ r"""
 Networks with a certified Lipschitz constant
 ============================================
 
-A matrix in the ball :math:`\| W \|_2 \le r` is a map that no two points leave farther apart than :math:`r` times their
-distance. A network of such matrices and of ReLUs, which are 1-Lipschitz, has a Lipschitz constant of at most the
-product of the radii: a number that holds for all inputs. The kind ``"spectral_ball"`` keeps weights in the ball, under
-any optimiser. This page trains such a network, certifies its answers, and attacks the certificates.
+A matrix in the ball :math:`\| W \|_2 \le r` multiplies the distance of two points by at most :math:`r`. ReLU does not
+increase distances. A network of such matrices and ReLUs therefore has a Lipschitz constant of at most the product of
+the radii, for all inputs. The kind ``"spectral_ball"`` keeps weights in the ball, under any optimiser. This page trains
+such a network, certifies its answers, and attacks the certificates.
 """
 
 import math
@@ -33,9 +33,9 @@ plt.rcParams.update(
 # Training in balls
 # -----------------
 #
-# Handwritten digits, scaled such that pixels are between 0 and 1, and a network of three matrices. Each lies in the
-# ball of radius one of the spectral norm. The outputs are then 1-Lipschitz, so that their margins say how far an image
-# is from being taken for another; the loss asks for a margin. The twin has the same loss and no constraint.
+# The data are handwritten digits with pixels between 0 and 1. The network has three matrices, each in the ball of
+# spectral norm one, so it is 1-Lipschitz, and the margin of an answer bounds how far the image is from one with another
+# answer. The loss therefore asks for a margin. A second network has the same loss and no constraint.
 
 digits = load_digits()
 images = torch.tensor(digits.data / 16, dtype=torch.float32)
@@ -77,8 +77,9 @@ models = {"in balls": trained(True), "free": trained(False)}
 # Certificates
 # ------------
 #
-# If the network is :math:`L`-Lipschitz, the difference of two of its outputs is :math:`\sqrt 2 L`-Lipschitz. An image
-# whose right output exceeds all others by :math:`m` keeps its label within a distance of :math:`m / (\sqrt 2 L)`.
+# If the network is :math:`L`-Lipschitz, the difference of two of its outputs is :math:`\sqrt 2 L`-Lipschitz. If the
+# output of an image's label exceeds all others by :math:`m`, every image within :math:`m / (\sqrt 2 L)` gets the same
+# label.
 
 
 def margins(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -101,9 +102,10 @@ for name, model in models.items():
 # The attack
 # ----------
 #
-# Descent on the margin looks for the image within a given distance that is closest to another label, from eight random
-# starts. No image may lose its label within its certified radius. The curves show the share of test images that are
-# certified, and the share that survive a shorter attack: the truth is between them.
+# The attack starts at eight random points within a given distance of an image, and descends on the margin to find a
+# point with another label. No image may lose its label within its certified radius. The figure shows the share of test
+# images that are certified, and the share that survive a shorter attack. The share that no attack can change lies
+# between the two curves.
 
 
 def attacked(model: nn.Module, distance: Tensor, steps: int = 30, starts: int = 8) -> Tensor:
@@ -140,8 +142,8 @@ ax.set(xlabel="distance in the space of images", ylabel="share of test images")
 ax.legend(loc="lower left", fontsize="small")
 
 # %%
-# The largest stretching that an attack finds is a lower bound on the Lipschitz constant: by power iteration along the
-# derivative, from every test image.
+# Power iteration with the derivative at every test image finds the direction that the network stretches most. The
+# largest factor is a lower bound on the Lipschitz constant.
 
 
 def stretching(model: nn.Module, steps: int = 20) -> float:

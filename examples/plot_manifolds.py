@@ -2,8 +2,8 @@ r"""
 Steps on manifolds
 ==================
 
-Three figures for :doc:`/mathematics`: how long a step of FG-SGD is, how far a retraction is from the exponential map,
-and what the bounded step does on a problem whose answer is known.
+Three figures for :doc:`/mathematics`: the length of an FG-SGD step, the error of a retraction, and the bounded step on
+a problem with a known answer.
 """
 
 import math
@@ -33,8 +33,8 @@ plt.rcParams.update(
 # --------------------
 #
 # A group whose Riemannian gradient has norm :math:`R` moves by :math:`\eta R / \tau(R)`. Up to
-# :math:`R = \sqrt 2 - 1` that is the step of SGD; beyond, the step gets *shorter* as the gradient grows. No gradient
-# moves a group by more than :math:`(\sqrt 2 - 1)\, \eta`.
+# :math:`R = \sqrt 2 - 1` this is the step of SGD. Beyond this threshold the step gets *shorter* as the gradient grows.
+# No gradient moves a group by more than :math:`(\sqrt 2 - 1)\, \eta`.
 
 
 def draw_step_length(ax: plt.Axes) -> None:
@@ -67,8 +67,9 @@ draw_step_length(axes)
 # Retractions
 # -----------
 #
-# A retraction replaces the exponential map. Its error shrinks with the cube of the step if it is of second order, with
-# the square if it is of first order: in the logarithmic plot the slopes are 3 and 2.
+# A retraction is a cheap replacement for the exponential map. The error of a first-order retraction falls with the
+# square of the step, and that of a second-order retraction with the cube. The slopes in the logarithmic plot are
+# therefore 2 and 3.
 
 
 def retraction_error(manifold: geoopt.Manifold, steps: torch.Tensor) -> list[float]:
@@ -113,16 +114,18 @@ draw_retractions(axes)
 # The leading principal component of a distribution, from one sample :math:`a` per step, is the
 # point of the sphere that maximises :math:`\tfrac12 \operatorname{E} \langle a, x \rangle^2`. The
 # samples here have heavy tails (Student's :math:`t` with three degrees of freedom, twice as wide
-# along the first axis), so now and then a gradient is a hundred times longer than usual. Shown are
-# medians and quartiles of 50 runs. On the right every learning rate was tried for both optimisers,
-# on the left each has its best one; they decay as the convergence theorem asks.
+# along the first axis), so some gradients are a hundred times longer than usual. The curves are
+# medians and quartiles of 50 runs. The left figure shows each optimiser with its best learning rate,
+# the right figure both optimisers with every learning rate. The rates decay as the convergence
+# theorem asks.
 #
-# With its own best learning rate each finds the component about as well in the end. The bounded
-# step is faster on the way, its runs agree more, and it loses less where the learning rate is too
-# long; where it is too short, dividing by :math:`\tau` makes it shorter still.
+# With their best learning rates both optimisers find the component about equally well in the end. The
+# bounded step is faster on the way, its runs differ less, and it loses less if the learning rate is
+# too large. If the learning rate is too small, the division by :math:`\tau` makes the steps even
+# shorter.
 #
-# The threshold :math:`\sqrt 2 - 1` is a number without a unit, so the scale of the loss matters: the
-# samples are scaled to a common size, which puts ordinary gradients around the threshold.
+# The threshold :math:`\sqrt 2 - 1` has no unit, so the scale of the loss matters. The samples here are
+# scaled so that ordinary gradients are near the threshold.
 
 
 def sine_of_angle(step_size: str, lr: float, n_steps: int = 300, n_runs: int = 50) -> torch.Tensor:

@@ -2,9 +2,10 @@ r"""
 Muon-like steps on Stiefel manifolds
 ====================================
 
-Muon steps along an orthogonal matrix: the polar factor of its momentum. Weights that are orthogonal themselves need two
-things more: the direction made tangent, and the way back to the manifold. :func:`fgo_geo.on_manifolds` adds both to any
-optimiser, so an optimiser of fifteen lines becomes one for Stiefel manifolds, without knowing of them.
+Muon steps along an orthogonal matrix, the polar factor of its momentum. If the weights are orthogonal too, the step
+needs two additions: a projection of the direction to the tangent space, and a retraction back to the manifold.
+:func:`fgo_geo.on_manifolds` adds both to any optimiser. Here it turns an optimiser of fifteen lines, which knows no
+manifold, into one for Stiefel manifolds.
 """
 
 import matplotlib.pyplot as plt
@@ -30,8 +31,8 @@ plt.rcParams.update(
 # An optimiser of orthogonal steps
 # --------------------------------
 #
-# Momentum, and its polar factor by a singular value decomposition. Torch 2.9 has the same with a faster polar factor,
-# ``torch.optim.Muon``, which :func:`~fgo_geo.on_manifolds` takes as well.
+# The optimiser keeps a momentum and computes its polar factor by a singular value decomposition. ``torch.optim.Muon``,
+# new in torch 2.9, computes the polar factor faster; :func:`~fgo_geo.on_manifolds` accepts it as well.
 
 
 class OrthogonalSteps(torch.optim.Optimizer):
@@ -54,8 +55,8 @@ class OrthogonalSteps(torch.optim.Optimizer):
 # A network of orthogonal matrices
 # --------------------------------
 #
-# Every matrix of this classifier of handwritten digits is one point of a Stiefel manifold, scaled so that signals keep
-# their length through ReLU. A learned factor gives the outputs their size.
+# Every matrix of this classifier of handwritten digits is a point on a Stiefel manifold. The radius makes signals keep
+# their length through ReLU. A learned factor sets the scale of the outputs.
 
 digits = load_digits()
 images = torch.tensor(digits.data / 8 - 1, dtype=torch.float32)
@@ -120,6 +121,7 @@ ax.set(xlabel="epoch", ylabel="training loss")
 ax.legend()
 
 # %%
-# All three stay on their manifolds to rounding. Each took the best of three learning rates, by its training loss.
-# Muon's orthogonal steps move every singular direction of a weight alike. :func:`~fgo_geo.on_manifolds` removes their
-# normal part, so a step on the manifold is no longer exactly orthogonal.
+# All three optimisers keep the weights on their manifolds up to rounding. The figure shows the learning rate of three
+# with the lowest training loss. Muon's orthogonal steps move all singular directions of a weight equally.
+# :func:`~fgo_geo.on_manifolds` removes the normal part of a step, so a step on the manifold is no longer exactly
+# orthogonal.

@@ -2,9 +2,10 @@ r"""
 A normalised transformer
 ========================
 
-In a normalised transformer the rows of all matrices lie on spheres: what a neuron computes with is a direction, and
-training is nothing but rotation. ``components="filter"`` makes every row a component, and :func:`fgo_geo.on_manifolds`
-lets AdamW rotate them. This page trains a small model of characters both ways, on a text that comes with Python.
+In a normalised transformer the rows of all matrices lie on spheres. The weights of a neuron are then a direction, and
+training only rotates it. ``components="filter"`` makes every row a component, and :func:`fgo_geo.on_manifolds` lets
+AdamW rotate the rows. This page trains a small language model of characters with and without spheres, on a text that
+comes with Python.
 """
 
 from pydoc_data.topics import topics
@@ -31,8 +32,9 @@ plt.rcParams.update(
 # Text and model
 # --------------
 #
-# The text is that of Python's ``help()``; every tenth part of it is kept for validation. The model has two blocks of
-# attention and a layer of twice the width, each after a normalisation without parameters.
+# The text is that of Python's ``help()``, and every tenth part of it is kept for validation. The model has two blocks.
+# Each consists of attention and a feed-forward part of twice the width, and both parts begin with a normalisation
+# without parameters.
 
 text = "".join(topics[name] for name in sorted(topics))[:400_000]
 letters = sorted(set(text))
@@ -89,8 +91,9 @@ def loss_of(model: nn.Module, source: Tensor, generator: torch.Generator, count:
 # Two ways of training
 # --------------------
 #
-# Both take AdamW and a learning rate that falls to zero, and the best of three learning rates for each. The spheres
-# have the radius that keeps the length of signals (``radius="kaiming"``, the default). Embeddings and places stay free.
+# Both ways use AdamW with a learning rate that falls to zero, and each takes the best of three learning rates. The
+# radius of the spheres keeps the length of signals (``radius="kaiming"``, the default). Token and position embeddings
+# stay free.
 
 
 def train(on_spheres: bool, lr: float) -> tuple[float, dict[int, float]]:
@@ -132,6 +135,7 @@ ax.set(xlabel="step", ylabel="mean angle per step (radians)", ylim=(0, None))
 ax.legend()
 
 # %%
-# The angles are the effective learning rates (:func:`fgo_geo.telemetry`). Tuned apart, to learning rates of 0.01 and
-# 0.03, both ways turn the matrices by nearly the same angles, step for step. The losses are those of one seed and of a
-# short training, chosen and reported on the same passages: they show that both ways work, and rank nothing.
+# The angles, measured by :func:`fgo_geo.telemetry`, are the effective learning rates. The two ways were tuned
+# separately, to learning rates of 0.01 and 0.03, and yet both turn the matrices by nearly the same angles at every
+# step. The losses come from one seed and a short training, and the learning rates were chosen on the passages that the
+# losses are reported for. They show that both ways work, and do not rank them.

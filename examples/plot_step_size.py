@@ -2,8 +2,8 @@ r"""
 The step size
 =============
 
-Figures for :doc:`/guides/step-size`: what the bound :math:`\rho` on the distance does to a step, what the radius of a
-manifold does to it, and where noisy gradients lead, under each option of :class:`fgo_geo.RiemannianFGSGD`.
+Three figures for :doc:`/guides/step-size`. They show how the options of :class:`fgo_geo.RiemannianFGSGD` act on a step:
+the bound :math:`\rho` on the distance, the radius of the manifold, and the norm to take when gradients are noisy.
 """
 
 import math
@@ -30,8 +30,9 @@ plt.rcParams.update(
 # The bound on the distance
 # -------------------------
 #
-# A group moves by :math:`\eta R / \tau(R)`. A larger :math:`\rho` makes all long steps shorter: the longest one is
-# :math:`\sqrt{1 + \rho^2} - \rho` times the learning rate, about :math:`1 / 2\rho`. Small gradients are not affected.
+# A group moves by :math:`\eta R / \tau(R)`. A larger :math:`\rho` shortens all long steps: the longest step is
+# :math:`\sqrt{1 + \rho^2} - \rho` times the learning rate, about :math:`1 / 2\rho` for large :math:`\rho`. Steps from
+# small gradients do not change.
 
 figure, ax = plt.subplots(figsize=(5.5, 3.8))
 norm = torch.logspace(-2, 2, 400, dtype=torch.float64)
@@ -46,11 +47,11 @@ ax.legend(loc="upper left")
 # The radius
 # ----------
 #
-# Kernels of a convolution with :math:`C` input channels get the radius :math:`\sqrt{2 / C}` by the variance rule: 0.06
-# for 512 channels. What matters to such a sphere is the step in units of its radius. Each curve is the longest step
-# over all gradients. Equation 7 as printed bounds the step in absolute terms, so that in units of the radius it grows
-# like :math:`1 / r`. With the manifold's own curvature it stays below one radius. In the radius-invariant form it is
-# the same for every radius.
+# The variance rule gives the sphere kernels of a convolution with :math:`C` input channels the radius
+# :math:`\sqrt{2 / C}`, which is 0.06 for 512 channels. The effect of a step on such a sphere depends on
+# the ratio of the step to the radius. Each curve shows the largest ratio over all gradients. Equation 7 as printed
+# bounds the absolute length, so the ratio grows like :math:`1 / r`. With the manifold's own curvature the ratio stays
+# below one. In the radius-invariant form it is the same for every radius.
 
 radius = torch.logspace(-1.3, 1, 200, dtype=torch.float64)
 scale = fgo_geo.optim.theorem_step_scale
@@ -70,11 +71,11 @@ ax.legend(loc="lower left")
 # Noisy gradients
 # ---------------
 #
-# On the unit circle let the loss be the mean of :math:`-\langle (0.2, z), x \rangle`, where :math:`z` is 3 once in ten
-# times and :math:`-1/3` otherwise. Its mean is 0, so the minimum is at angle 0. With ``norm="batch"``, as in the paper,
-# the rare large gradients are shortened and the frequent small ones are not: the iterates settle at another angle. With
-# ``norm="running"`` the divisor knows only earlier steps, and steps point to the minimum on average, as constant steps
-# do.
+# On the unit circle let the loss be the mean of :math:`-\langle (0.2, z), x \rangle`, where :math:`z` is 3 with
+# probability 0.1 and :math:`-1/3` otherwise. The mean of :math:`z` is 0, so the minimum is at angle 0. With
+# ``norm="batch"``, as in the paper, the optimiser shortens the rare large gradients and not the frequent small ones,
+# and the iterates settle at another angle. With ``norm="running"`` the divisor depends on earlier steps only, so steps
+# point to the minimum on average, as constant steps do.
 
 
 def angles(seed: int, **options: str) -> list[float]:

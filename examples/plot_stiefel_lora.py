@@ -2,11 +2,11 @@ r"""
 Low-rank adaptation on Stiefel manifolds
 ========================================
 
-Low-rank adaptation leaves a trained matrix :math:`W` frozen and learns :math:`W + s B A` with thin matrices :math:`B`
-and :math:`A`. Free factors are redundant (:math:`B M` and :math:`M^{-1} A` are the same update), and the update need
-not use all of its rank. On Stiefel manifolds, with orthonormal columns of :math:`B` and rows of :math:`A`, every
-direction of the update counts alike, and its size is one number :math:`s` per layer. This page adapts a small network
-to another task both ways.
+Low-rank adaptation (LoRA) freezes a trained matrix :math:`W` and learns :math:`W + s B A` with thin matrices :math:`B`
+and :math:`A`. Free factors are redundant, because :math:`B M` and :math:`M^{-1} A` give the same update, and the update
+may have a lower rank in effect. If :math:`B` has orthonormal columns and :math:`A` orthonormal rows (both on Stiefel
+manifolds), all directions of the update have the same weight, and one number :math:`s` per layer is its size. This page
+adapts a small network to another task both ways.
 """
 
 import geoopt
@@ -33,8 +33,8 @@ plt.rcParams.update(
 # A frozen network
 # ----------------
 #
-# It reads handwritten digits. The new task has the same digits, with their pixels shuffled, of which the frozen network
-# makes nothing.
+# The network classifies handwritten digits. The new task has the same digits with shuffled pixels, which the frozen
+# network cannot read.
 
 digits = load_digits()
 images = torch.tensor(digits.data / 8 - 1, dtype=torch.float32)
@@ -74,8 +74,8 @@ print(f"frozen network: {trained:.1%} on digits, {accuracy(frozen, shuffled):.1%
 # Factors, free or on Stiefel manifolds
 # -------------------------------------
 #
-# Free factors begin as usual, with :math:`B = 0`. On Stiefel manifolds :math:`s` begins at zero instead. Both are
-# trained by AdamW; :func:`fgo_geo.on_manifolds` keeps the factors on their manifolds and leaves :math:`s` to AdamW.
+# Free factors start as usual, with :math:`B = 0`. On Stiefel manifolds :math:`s` starts at zero instead. AdamW trains
+# both; :func:`fgo_geo.on_manifolds` keeps the factors on their manifolds and leaves :math:`s` to AdamW.
 
 RANK = 8
 
@@ -101,7 +101,7 @@ class Adapted(nn.Module):
         return self.layer(x) + self.scale * (x @ self.a) @ self.b.mT
 
     def update(self) -> Tensor:
-        """What is added to the frozen matrix."""
+        """The matrix that is added to the frozen one."""
         return (self.scale * self.b @ self.a.mT).detach().as_subclass(Tensor)
 
 
@@ -138,7 +138,7 @@ axes[0].set_ylabel("singular value of the update / largest")
 axes[1].legend(loc="lower left")
 
 # %%
-# The singular values of the update by free factors fall to less than a tenth of the largest one. On Stiefel manifolds
-# all are equal, by construction: the update has its full rank, and :math:`s` is its norm. That is a constraint, and
-# here it costs some accuracy: a task whose update is not spread evenly needs more of it. Each took the best of three
-# learning rates on the test images, so the accuracies compare the two ways, and are no estimate for new images.
+# With free factors the singular values of the update fall to less than a tenth of the largest one. On Stiefel
+# manifolds all are equal by construction: the update has full rank, and :math:`s` is its spectral norm. This constraint
+# costs some accuracy here; free factors learn an update with unequal directions. Each way took the best of three
+# learning rates on the test images, so the accuracies compare the two ways and do not estimate those on new images.
