@@ -11,6 +11,9 @@ import torch
 # the same, but nothing is one graph.
 TRACES_PARAMETERS = torch.__version__ >= "2.8"
 
+# FakeTensorMode refuses a geoopt.ManifoldParameter with values in torch 2.10 and takes it in 2.14 (untried in between).
+FAKES_PARAMETERS = torch.__version__ >= "2.14"
+
 
 def _triton() -> tuple[int, ...]:
     try:
