@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import fgo_geo
 from fgo_geo import Collection, Plan, ProductOfGroups, RiemannianFGSGD, collection, kernels
+from fgo_geo.distributed import step_cost
 from fgo_geo.manifolds import ComponentManifold
 from fgo_geo.weights import kinds
 from fgo_geo.weights.components import WeightLayout, partition
@@ -324,6 +325,24 @@ def test_renormalisation(rows: kinds.Kind, groups: str) -> None:
     layer.weight.sum().backward()
     assert bool(raw.grad.isfinite().all())
     assert float(raw.grad.norm()) > 0
+
+
+def test_a_weight_of_unknown_cost_is_kept_until_its_raw_weight_changes(rows: kinds.Kind) -> None:
+    layers = {word: nn.Linear(6, 8) for word in ("rows", "sphere")}
+    for word, layer in layers.items():
+        fgo_geo.renormalize(layer, manifold=word)
+    with torch.no_grad():
+        kept = {word: layer.weight.data_ptr() == layer.weight.data_ptr() for word, layer in layers.items()}
+        assert kept == {"rows": True, "sphere": False}
+        before = layers["rows"].weight.clone()
+        layers["rows"].parametrizations.weight.original.neg_()
+        torch.testing.assert_close(layers["rows"].weight, -before)
+
+
+def test_owners_take_an_added_kind_for_a_dear_one(rows: kinds.Kind) -> None:
+    size, sums = (64, 32), {"sphere", "oblique", "euclidean", "ball"}
+    for record in map(kinds.kind, (*BUILT_IN, *BALLS, "rows")):
+        assert step_cost(record.build(1.0), size) == 64 * 32 * (1 if record.name in sums else 2)
 
 
 def _blocks(layer: nn.Module) -> tuple[list[Tensor], tuple[str, ...]]:

@@ -46,8 +46,8 @@ def step_cost(manifold: geoopt.Manifold | None, shape: Sequence[int]) -> float:
 
 def _of_component(manifold: geoopt.Manifold, size: Sequence[int]) -> float:
     own = kind_of(manifold)
-    swept = own is not None and own.code is not None and own.name != "stiefel"
-    columns = 0 if swept or len(size) < 2 else min(size[-2:])
+    is_decomposed = (own is None or own.is_decomposed) and len(size) >= 2
+    columns = min(size[-2:]) if is_decomposed else 0
     return math.prod(size) * (1 + columns / _COLUMNS_PER_SWEEP)
 
 

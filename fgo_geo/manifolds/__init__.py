@@ -54,5 +54,15 @@ def _euclidean(radius: float | Tensor) -> geoopt.Manifold:
 
 
 register(
-    Kind("euclidean", geoopt.Euclidean, _euclidean, norms=None, carry=None, colour="#dddddd", code=0, aliases=("eu",))
+    Kind(
+        "euclidean",
+        geoopt.Euclidean,
+        _euclidean,
+        norms=None,
+        carry=None,
+        colour="#dddddd",
+        code=0,
+        is_decomposed=False,
+        aliases=("eu",),
+    )
 )

@@ -24,7 +24,14 @@ import math
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import has_closed_form, root_of_sum, spectral_norm_3, takes_full_products, takes_real_tensors
+from fgo_geo.linalg import (
+    Memory,
+    has_closed_form,
+    root_of_sum,
+    spectral_norm_3,
+    takes_full_products,
+    takes_real_tensors,
+)
 from fgo_geo.manifolds.embedded import ComponentManifold
 from fgo_geo.weights.kinds import Kind, register
 from fgo_geo.weights.norms import matrix_norms
@@ -280,11 +287,11 @@ def _spectral_norm(x: Tensor) -> Tensor:
     return norm[:, None, None]
 
 
-def _divide_outside(x: Tensor, source: Radius, target: Radius) -> Tensor:
+def _divide_outside(x: Tensor, source: Radius, target: Radius, memory: Memory | None) -> Tensor:
     return x * (target / _spectral_norm(x).clamp(min=source))
 
 
-def _divide(x: Tensor, source: Radius, target: Radius) -> Tensor:
+def _divide(x: Tensor, source: Radius, target: Radius, memory: Memory | None) -> Tensor:
     norm = _spectral_norm(x)
     zero = norm == 0
     first = torch.zeros_like(x[:1])
@@ -298,8 +305,9 @@ register(
         Ball,
         functools.partial(Ball, ndim=2),
         norms=lambda rows, columns: (1.0, 1.0),
-        carry=lambda x, source, target: clip_norm(x, source, (-2, -1)) * (target / source),
+        carry=lambda x, source, target, memory: clip_norm(x, source, (-2, -1)) * (target / source),
         colour="#a6d8f0",
+        is_decomposed=False,
     )
 )
 register(

@@ -44,9 +44,10 @@ register(
         Oblique,
         norms=lambda rows, columns: (math.sqrt(columns), math.sqrt(columns)),
         # transposed: on a CPU, columns of small matrices take several times as long to sum as rows
-        carry=lambda x, source, target: normalise(x.mT.contiguous(), target, (-1,)).mT,
+        carry=lambda x, source, target, memory: normalise(x.mT.contiguous(), target, (-1,)).mT,
         colour="#e69f00",
         code=2,
+        is_decomposed=False,
         aliases=("ob",),
     )
 )

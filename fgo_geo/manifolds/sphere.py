@@ -269,9 +269,10 @@ register(
         ScaledSphere,
         functools.partial(ScaledSphere, ndim=2),
         norms=lambda rows, columns: (1.0, 1.0),
-        carry=lambda x, source, target: normalise(x, target, (-2, -1)),
+        carry=lambda x, source, target, memory: normalise(x, target, (-2, -1)),
         colour="#56b4e9",
         code=1,
+        is_decomposed=False,
         aliases=("sp",),
     )
 )

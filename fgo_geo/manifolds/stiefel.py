@@ -318,7 +318,7 @@ register(
         Stiefel,
         Stiefel,
         norms=_norms,
-        carry=lambda x, source, target: target * polar_factor(x),
+        carry=lambda x, source, target, memory: target * polar_factor(x, memory),
         colour="#009e73",
         code=3,
         options=("retraction",),

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fgo_geo.linalg import Memory, computes_in_float32, polar_factor, reads_for_free, require_finite
+from fgo_geo.linalg import Memory, computes_in_float32, reads_for_free, require_finite
 from fgo_geo.linalg.values import is_differentiated
 from fgo_geo.models.choose import Components, collections_of
 from fgo_geo.models.feature_stats import (
@@ -72,17 +72,6 @@ __all__ = [
 def _kinds() -> tuple[str, ...]:
     """The kinds that a weight can be renormalised to: those with a radius and norms that it bounds."""
     return tuple(record.name for record in kinds.kinds() if record.carry is not None)
-
-
-def _carry(kind: str, x: Tensor, source: float | Tensor, target: float | Tensor, memory: Memory | None) -> Tensor:
-    """Nearest points of a kind's manifold of radius ``source``, carried to radius ``target``, per component.
-
-    NaN stays NaN, except that the decomposition inside the polar factor may raise.
-    """
-    if kind == "stiefel":
-        return target * polar_factor(x, memory)
-    carry = kinds.kind(kind).carry
-    return x if carry is None else carry(x, source, target)
 
 
 # -- one weight --------------------------------------------------------------------------------------------------
@@ -140,6 +129,7 @@ class Renormalization(FullPrecisionBuffers):
         self.statistics = statistics
         self.owns_statistics = False  # whether removing this ends the tracking of the layer's input
         cut = self.partition
+        self._keeps = any(kinds.kind(kind).is_decomposed for kind in cut.kinds)  # others are as fast as comparing
         self._weights = Memory()
         self._factors = [Memory() for _ in cut.kinds]
         parts = list(zip(cut.kinds, cut.sizes, strict=True))
@@ -161,7 +151,7 @@ class Renormalization(FullPrecisionBuffers):
         derivatives: both are reused while the raw weight stays the same.
         """
         target = self._radius(raw.dtype)
-        if not reads_for_free(raw) or {"sphere", "oblique"}.issuperset(self.partition.kinds):  # as fast as comparing
+        if not (self._keeps and reads_for_free(raw)):
             return self._map(raw, self._raw_radius, target)
         inputs = [raw, self.gamma, *([] if self.lam is None else [self.lam])]
         known = None if is_differentiated(raw) else self._weights.recall(inputs)
@@ -190,8 +180,9 @@ class Renormalization(FullPrecisionBuffers):
         memories: Sequence[Memory] | None = None,
     ) -> Tensor:
         cut = self.partition
-        parts = zip(cut.kinds, cut.split(x), source, target, memories or [None] * len(cut.kinds), strict=True)
-        result = cut.merge([_carry(*part) for part in parts])
+        carries: list[Any] = [kinds.kind(kind).carry for kind in cut.kinds]
+        parts = zip(carries, cut.split(x), source, target, memories or [None] * len(carries), strict=True)
+        result = cut.merge([carry(*part) for carry, *part in parts])
         # Transposed blocks come back transposed; some optimisers and kernels want the strides that they know.
         return result if result.stride() == x.stride() else torch.empty_like(x).copy_(result)
 

@@ -19,6 +19,7 @@ from fgo_geo.linalg import cut_of, is_sharded, local_part, whole, write_whole
 from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups, is_declared
 from fgo_geo.optim.base import StepRequest, manifold_of
 from fgo_geo.optim.groups import group_norms
+from fgo_geo.weights.kinds import kind
 
 __all__ = [
     "HALF",
@@ -54,7 +55,9 @@ def check_point(param: Tensor, what: str, step_size: str) -> None:
         manifold.to(param.device)
         manifold.require_point(whole(param).detach(), what, "move it there by `with torch.no_grad(): param.proj_()`")
     if step_size == "angle" and manifold is not None:
-        has_free = isinstance(manifold, ProductOfGroups) and "euclidean" in manifold.partition.kinds
+        has_free = isinstance(manifold, ProductOfGroups) and any(
+            kind(name).is_free for name in manifold.partition.kinds
+        )
         if bool(group_norms(manifold, tuple(param.shape)).isnan().any()) and not has_free:
             raise ValueError(
                 f"{what}: step_size='angle' needs a weight of fixed norm, and {manifold} fixes none; take "

@@ -26,6 +26,7 @@ import geoopt
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg import Memory
 from fgo_geo.weights.words import did_you_mean
 
 __all__ = [
@@ -62,11 +63,14 @@ class Kind:
         build: The manifold of given radius (a number, or a tensor with one per component) over the last two dimensions.
         norms: From ``(A, B)``, upper bounds of the Frobenius and the spectral norm at radius one; None if its points
             have no such bounds.
-        carry: ``carry(x, source, target)``: a map onto the points of radius ``source`` that leaves those where they
-            are, multiplied by ``target / source``, with radii of shape ``(n, 1, 1)``. It is differentiable and does not
-            check ``x``. None without ``norms`` or without a radius.
+        carry: ``carry(x, source, target, memory)``: a map onto the points of radius ``source`` that leaves those where
+            they are, multiplied by ``target / source``, with radii of shape ``(n, 1, 1)``. It is differentiable and
+            does not check ``x``; a decomposition of NaN may raise. A decomposition of the last ``x`` may be kept in
+            ``memory``. None without ``norms`` or without a radius.
         colour: Colour in plots.
         code: The number by which the fused sweeps know it; None if no fused sweep does.
+        is_decomposed: Whether its operations take products or decompositions of whole components, so that they cost
+            much more than sums over the entries.
         options: Attributes, besides the radius and ``ndim``, in which two manifolds of this kind can differ.
         joins_filters: Whether all filters of a group are one component, one column each, where components are filters;
             else every filter is a component.
@@ -77,12 +81,18 @@ class Kind:
     manifold: type[geoopt.Manifold]
     build: Callable[[Radius], geoopt.Manifold]
     norms: Callable[[int, int], tuple[float, float]] | None
-    carry: Callable[[Tensor, Radius, Radius], Tensor] | None
+    carry: Callable[[Tensor, Radius, Radius, Memory | None], Tensor] | None
     colour: str
     code: int | None = None
+    is_decomposed: bool = True
     options: tuple[str, ...] = ()
     joins_filters: bool = False
     aliases: tuple[str, ...] = ()
+
+    @property
+    def is_free(self) -> bool:
+        """Whether its components are not constrained at all."""
+        return self.manifold is geoopt.Euclidean
 
     @property
     def has_radius(self) -> bool:
@@ -320,7 +330,7 @@ def _enter(
     _check_norms(name, norms)
     free = [spare for spare in _SPARE_COLOURS if all(k.colour != spare for k in kinds())]
 
-    def carry(x: Tensor, source: Radius, target: Radius) -> Tensor:
+    def carry(x: Tensor, source: Radius, target: Radius, memory: Memory | None) -> Tensor:
         return unit.projx(x / source) * target
 
     record = Kind(

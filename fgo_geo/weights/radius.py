@@ -221,7 +221,7 @@ def group_radii(
         rule = layer_bounding_radius(cut, bound, norms)
     radii = np.ones(sum(len(g) for g in cut.groups))
     for kind, groups, counts, (rows, columns) in zip(cut.kinds, cut.groups, cut.group_sizes, cut.sizes, strict=True):
-        if rule == "unit" or kind == "euclidean":
+        if rule == "unit" or kinds.kind(kind).is_free:
             continue
         if not kinds.kind(kind).has_radius:
             _require_no_radius(kind, rule)
