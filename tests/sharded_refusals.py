@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fgo_geo import RiemannianFGSGD, ScaledSphere, channel_directed, constrain, on_manifolds, plan_of
+from fgo_geo import RiemannianFGSGD, ScaledSphere, Stiefel, channel_directed, constrain, on_manifolds, plan_of
 from fgo_geo.distributed import declare_plain, exchange, fully_shard
 
 
@@ -361,3 +361,61 @@ def check_an_error_between_two_sums(rank: int, folder: Path) -> None:
         optimizer.step()
     for a, b in zip(whole(model), single.parameters(), strict=True):
         torch.testing.assert_close(a, b.detach().as_subclass(Tensor))
+
+
+# -- what every process knows -----------------------------------------------------------------------------------
+
+
+def check_groups_are_counted_on_one_process(rank: int, folder: Path) -> None:
+    for strategy in ("pi", "po", "layer"):
+        models = sharded(strategy=strategy, manifolds="sphere"), constrained(strategy=strategy, manifolds="sphere")
+        optimizers = [
+            RiemannianFGSGD(own.named_parameters(), lr=0.1, norm="running", check_finite=False) for own in models
+        ]
+        for factor in (1.0, 1e6, torch.nan):
+            for own, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                backward(own)
+                for param in own.parameters():
+                    param.grad.mul_(factor)  # pyright: ignore
+                optimizer.step()
+        counts = [torch.tensor([own.skipped_groups(), own.shortened_gradients()]) for own in optimizers]
+        dist.all_reduce(counts[0])
+        assert counts[0].tolist() == counts[1].tolist(), strategy
+        assert min(counts[1].tolist()) > 0
+
+
+def check_running_norms_of_another_type(rank: int, folder: Path) -> None:
+    """As from the checkpoint of a model in another type: they are exchanged in the type of this one."""
+    models = sharded(strategy="pi"), constrained(strategy="pi")
+    optimizers = [RiemannianFGSGD(own.named_parameters(), lr=0.1, norm="running") for own in models]
+    for _ in range(2):
+        for own, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            backward(own)
+            optimizer.step()
+            for state in optimizer.state.values():
+                if "norm_squared" in state:
+                    state["norm_squared"] = state["norm_squared"].float()
+    for a, b in zip(whole(models[0]), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b.detach().as_subclass(Tensor), rtol=1e-6, atol=1e-6)
+
+
+def check_a_retraction_that_is_assigned_later(rank: int, folder: Path) -> None:
+    for radius in (1.5, torch.tensor([[0.5], [1.0], [1.5], [2.0]], dtype=torch.float64)):
+        torch.manual_seed(0)
+        models = nn.Conv2d(2, 4, 3, bias=False).double(), nn.Conv2d(2, 4, 3, bias=False).double()
+        point = Stiefel(radius).projx(models[0].weight.detach())
+        for own in models:
+            own.weight = geoopt.ManifoldParameter(point.clone(), Stiefel(radius))
+        fully_shard(models[0], mesh=mesh())
+        options: Any = {"lr": 0.01, "step_size": "constant"}
+        optimizers = [RiemannianFGSGD(own.named_parameters(), **options) for own in models]
+        for retraction in ("polar", "qr"):
+            for own, optimizer in zip(models, optimizers, strict=True):
+                manifold: Any = own.weight.manifold
+                manifold.retraction = retraction
+                optimizer.zero_grad()
+                own(images()[:, :2]).pow(4).sum().backward()
+                optimizer.step()
+        torch.testing.assert_close(whole(models[0])[0], models[1].weight.detach().as_subclass(Tensor))

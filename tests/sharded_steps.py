@@ -134,6 +134,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "angle": ("residual", {"manifolds": ("sphere", "oblique")}, {"step_size": "angle", "angle": 0.1}),
     "stabilised": ("residual", {}, {"momentum": 0.9, "stabilize": 2, "update": "exponential"}),
     "adapted": ("transformer", {}, {"adapt_euclidean": True, "momentum": 0.5}),
+    "constant": ("transformer", {}, {"step_size": "constant"}),
 }
 
 

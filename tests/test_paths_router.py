@@ -319,6 +319,22 @@ def test_a_change_between_steps_is_noticed(change: Any, in_place: bool):
 
 
 @built
+@pytest.mark.parametrize("radius", [0.5, torch.tensor([[0.5], [2.0]])])
+def test_a_retraction_that_is_assigned_between_steps_is_noticed(radius: Any):
+    manifold = Stiefel(radius)
+    x = manifold.projx(torch.randn(2, 3, 3, 3, generator=torch.Generator().manual_seed(0)))
+    weight = geoopt.ManifoldParameter(x, manifold)
+    weight.grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    optimizer = RiemannianFGSGD([weight], lr=0.1, step_size="constant")
+    optimizer.step()
+    before = weight.detach().clone()
+    manifold.retraction = "qr"
+    optimizer.step()
+    expected = manifold.retr(before, -0.1 * manifold.proju(before, weight.grad))
+    torch.testing.assert_close(weight.detach().as_subclass(Tensor), expected.as_subclass(Tensor), rtol=0, atol=1e-5)
+
+
+@built
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
 def test_a_duplicate_keeps_nothing_of_the_original(duplicate: Any):
     weight = weight_on(product("po"), torch.float64, torch.contiguous_format, 0)

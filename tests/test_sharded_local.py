@@ -110,7 +110,7 @@ def test_norms_of_groups_add_up(drawn: tuple[ProductOfGroups, Cut], seed: int) -
         assert len(own) == len(share.groups)
         summed[share.groups] += own
         holders[share.groups] += 1
-        told[share.groups] += part.is_told
+        told[share.groups] += share.is_told
         alone = torch.ones(len(own), dtype=torch.bool)
         alone[share.spread] = False
         torch.testing.assert_close(own[alone], expected[share.groups[alone]])
@@ -121,7 +121,7 @@ def test_norms_of_groups_add_up(drawn: tuple[ProductOfGroups, Cut], seed: int) -
         assert part.share.groups[part.share.spread].tolist() == [
             n for n in part.share.groups.tolist() if holders[n] > 1
         ]
-        assert part.n_groups == manifold.n_groups
+        assert part.share.n_groups == manifold.n_groups
 
 
 @given(products())
@@ -166,7 +166,7 @@ def test_single_manifolds_of_trailing_dimensions(
     projected = whole_of(parts, cut, lambda m, rank: m.projx(cut.piece(raw, rank)))
     torch.testing.assert_close(projected, manifold.projx(raw), rtol=0, atol=1e-14)
     assert [part.spread.tolist() for part in parts] == [[0]] * 2
-    assert [part.is_told.tolist() for part in parts] == [[True], [False]]
+    assert [part.share.is_told.tolist() for part in parts] == [[True], [False]]
     assert repr(parts[0].manifold).split("(")[0] == type(manifold).__name__
 
 

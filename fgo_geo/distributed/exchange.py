@@ -34,9 +34,9 @@ from torch import Tensor
 from fgo_geo.distributed.local import LocalPart, local_part_of
 from fgo_geo.distributed.owners import owners_of, step_cost
 from fgo_geo.distributed.parcels import Parcel, collect_parcels, return_parcels
-from fgo_geo.linalg import Cut, cut_of, is_sharded, local_part, processes_of
+from fgo_geo.linalg import Cut, cut_of, local_part, processes_of
 from fgo_geo.manifolds import ProductOfGroups
-from fgo_geo.optim.base import StepRequest
+from fgo_geo.optim.base import StepRequest, is_shared
 from fgo_geo.optim.finite import Measured, divide, largest_of, odd_weights, unit_of
 from fgo_geo.paths.protocol import Batch, Weight, configuration_of
 
@@ -123,8 +123,11 @@ class WeightExchange:
     # -- in ----------------------------------------------------------------------------------------------------
 
     def collect(self, requests: Sequence[StepRequest]) -> list[StepRequest]:
-        """The same requests with whole weights on manifolds: those that this process steps for all."""
-        shared = [(own, weight) for own in requests for weight in own.weights if _is_shared(weight)]
+        """The requests with what this process steps in place of sharded weights: its own parts, and whole weights.
+
+        Of the whole weights it has those that it owns; what other processes step alone is left out.
+        """
+        shared = [(own, weight) for own in requests for weight in own.weights if is_shared(weight)]
         error = None
         try:
             self._place([weight for _, weight in shared])
@@ -170,9 +173,9 @@ class WeightExchange:
     def _place(self, weights: Sequence[Weight]) -> None:
         """Find out how weights are dealt and choose owners, if anything has changed since the last step."""
         self._digests, self._number = (self._digests, self._number) if weights else ([], 0)
-        configurations = [(configuration_of(w.manifold), w.manifold, w.param.dtype) for w in weights]
+        configurations = [(w.manifold, *configuration_of(w.manifold), w.param.dtype) for w in weights]
         same = len(weights) == len(self._placed) and all(
-            w.param is placed.param and now[0][0] is before[0][0] and now[1] is before[1] and now[2] == before[2]
+            w.param is placed.param and now[0] is before[0] and now[1] is before[1] and now[2:] == before[2:]
             for w, placed, now, before in zip(weights, self._placed, configurations, self._configurations, strict=True)
         )
         if same:
@@ -201,19 +204,19 @@ class WeightExchange:
             )
         self._group = first
         count, rank = (1, 0) if first is None else (dist.get_world_size(first), dist.get_rank(first))
-        locals_ = [
+        local_parts = [
             None if weight.manifold is None else local_part_of(weight.manifold, cut, self._device)
             for weight, cut in zip(weights, cuts, strict=True)
         ]
         costs, loads = [0.0] * len(weights), [0.0] * count
-        for number, (weight, cut, local) in enumerate(zip(weights, cuts, locals_, strict=True)):
+        for number, (weight, cut, local) in enumerate(zip(weights, cuts, local_parts, strict=True)):
             cost = step_cost(weight.manifold, cut.shape)
             if local is None and cut.dim is not None:
                 costs[number] = cost
             elif cut.dim is not None:
                 loads = [load + cost * cut.range_of(n)[1] / cut.shape[cut.dim] for n, load in enumerate(loads)]
         owners = owners_of(costs, count, loads)
-        for weight, cut, local, owner in zip(weights, cuts, locals_, owners, strict=True):
+        for weight, cut, local, owner in zip(weights, cuts, local_parts, owners, strict=True):
             placed = _Placed(weight.param, cut, local, owner, None)
             if placed.has_owner and owner == rank:
                 placed.whole = local_part(weight.param).new_empty(cut.shape)
@@ -364,9 +367,10 @@ class WeightExchange:
         """Numbers of all groups of weights, of which every process has those of its own; in one all-reduce."""
         wholes: list[Tensor] = []
         for local, own in numbers:
-            whole = torch.zeros(local.n_groups, dtype=torch.float64, device=self._device)
+            share = local.share
+            whole = torch.zeros(share.n_groups, dtype=torch.float64, device=self._device)
             if own is not None:
-                whole[local.share.groups[local.is_told]] = own[local.is_told].to(whole)
+                whole[share.groups[share.is_told]] = own[share.is_told].to(whole)
             wholes.append(whole)
         if not wholes:
             return []
@@ -411,7 +415,8 @@ class WeightExchange:
                 local_scales.append((placed.local, owner, scales.get(owner)))
                 if own.running:
                     mean = self._state[owner].get("norm_squared")
-                    running.append((placed.local, owner, None if mean is None else mean[placed.local.share.groups]))
+                    mean = None if mean is None else mean.to(self._device)[placed.local.share.groups]
+                    running.append((placed.local, owner, mean))
             if not placed.has_owner:
                 continue
             send(cut, placed.owner, placed.whole, local_part(weight.param))
@@ -419,16 +424,11 @@ class WeightExchange:
                 send(cut, placed.owner, None if lent is None else lent.buffer, local_part(weight.buffer))
             everyone = Cut((weight.n_groups,), None, cut.count, cut.rank)
             number_type = torch.promote_types(owner.dtype, torch.float32)
-            if own.options.step_size != "constant":
-                tau = scales.get(owner)
-                target = torch.ones(everyone.shape, dtype=number_type, device=self._device)
-                received[owner] = target
-                send(everyone, placed.owner, None if lent is None else tau, target)
+            received[owner] = torch.ones(everyone.shape, dtype=number_type, device=self._device)
+            send(everyone, placed.owner, None if lent is None else scales[owner], received[owner])
             if own.running:
-                mean = self._state[owner].get("norm_squared")
-                if mean is None or lent is not None:
-                    mean = torch.zeros(everyone.shape, dtype=number_type, device=self._device)
                 value = None if lent is None else self._state[owner].get("norm_squared")
+                mean = torch.zeros(everyone.shape, dtype=number_type, device=self._device)
                 self._state[owner]["norm_squared"] = mean
                 send(everyone, placed.owner, value, mean)
         if parcels:
@@ -451,10 +451,6 @@ def _kept(errors: list[Exception]) -> Generator[None]:
         yield
     except Exception as error:
         errors.append(error)
-
-
-def _is_shared(weight: Weight) -> bool:
-    return weight.manifold is not None and is_sharded(weight.param)
 
 
 def _allocate(tensor: Tensor) -> None:

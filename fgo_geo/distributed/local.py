@@ -35,18 +35,11 @@ class LocalPart:
         manifold: That of its components; None if it has none.
         share: Which groups these are in.
         spread: Numbers of the whole weight's groups that have components on several processes, the same on all.
-        is_told: Which of ``share.groups`` the process tells the others of; each group is told by one process.
     """
 
     manifold: geoopt.Manifold | None
     share: Share
     spread: Tensor
-    is_told: Tensor
-
-    @property
-    def n_groups(self) -> int:
-        """Number of groups of the whole weight."""
-        return self.share.manifold.n_groups if isinstance(self.share.manifold, ProductOfGroups) else 1
 
 
 def local_part_of(manifold: geoopt.Manifold, cut: Cut, device: torch.device) -> LocalPart | None:
@@ -88,9 +81,9 @@ def local_part_of(manifold: geoopt.Manifold, cut: Cut, device: torch.device) -> 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
-    share = Share(manifold, cut.shape, tensor(groups[here]), tensor(np.flatnonzero(is_spread)))
     is_told = holders[first[groups[here]]] == cut.rank
-    return LocalPart(own, share, tensor(numbers[counts > 1]), tensor(is_told))
+    share = Share(manifold, cut.shape, tensor(groups[here]), tensor(np.flatnonzero(is_spread)), tensor(is_told))
+    return LocalPart(own, share, tensor(numbers[counts > 1]))
 
 
 def _axis_of(manifold: ProductOfGroups, dim: int) -> int | None:
@@ -118,7 +111,6 @@ def _product_here(manifold: ProductOfGroups, cut: Cut, axis: int, groups: np.nda
         _excerpt(manifold.collections[0], axis, first, length),
         replace(manifold.layout, shape=cut.shape_of(cut.rank)),
         lambda partition: [part[:, 0, 0] for part in partition.split(radii)],
-        exact=manifold.exact,
     )
     part_of = np.empty(manifold.n_groups, np.int64)
     for part, numbers in enumerate(manifold.partition.groups):
@@ -149,8 +141,10 @@ def _manifold_here(manifold: ComponentManifold, cut: Cut) -> ComponentManifold |
     first, length = cut.range_of(cut.rank)
     if length == 0:
         return None
-    own, radius = copy.deepcopy(manifold), manifold.radius
-    if isinstance(radius, Tensor):
-        dim = cut.dim - (len(cut.shape) - manifold.ndim - radius.ndim)
-        own.radius = radius if dim < 0 or radius.shape[dim] == 1 else radius.narrow(dim, first, length)
+    radius = manifold.radius
+    dim = cut.dim - (len(cut.shape) - manifold.ndim - radius.ndim) if isinstance(radius, Tensor) else -1
+    if not isinstance(radius, Tensor) or dim < 0 or radius.shape[dim] == 1:
+        return manifold
+    own = copy.deepcopy(manifold)
+    own.radius = radius.narrow(dim, first, length)
     return own

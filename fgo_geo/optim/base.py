@@ -27,7 +27,7 @@ from fgo_geo.optim.step_size import SPIKE, step_scale, theorem_step_bound
 from fgo_geo.paths.protocol import Batch, StepOptions, Weight
 from fgo_geo.paths.router import Router
 
-__all__ = ["Exchange", "StepRequest", "Stepper", "between_graphs", "exchange_by", "manifold_of"]
+__all__ = ["Exchange", "StepRequest", "Stepper", "between_graphs", "exchange_by", "is_shared", "manifold_of"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -55,7 +55,7 @@ class Exchange(Protocol):
     """What a step of sharded weights needs of other processes; :mod:`fgo_geo.distributed.exchange` has it."""
 
     def collect(self, requests: Sequence[StepRequest]) -> list[StepRequest]:
-        """The same requests with whole weights on manifolds: those that this process steps for all."""
+        """The requests with what this process steps in place of sharded weights: its own parts, and whole weights."""
         ...
 
     def agree(self, error: Exception | None) -> None:
@@ -135,9 +135,7 @@ class Stepper:
         Raises:
             FloatingPointError: If a gradient on a manifold is not finite and that is checked. Nothing has changed then.
         """
-        if self._exchange is None and any(
-            hasattr(w.param, "device_mesh") and w.manifold is not None for own in requests for w in own.weights
-        ):
+        if self._exchange is None and any(is_shared(weight) for own in requests for weight in own.weights):
             self._exchange = _make_exchange[0](self._state, self._name_of)
         if self._exchange is None:
             self._take(requests)
@@ -156,7 +154,6 @@ class Stepper:
         batches: list[tuple[StepRequest, Batch, bool]] = []
         measured: list[tuple[StepRequest, Measured]] = []
         swept: dict[Batch, StepRequest] = {}
-        left_out: list[Tensor] = []
         error: Exception | None = None
         try:
             try:
@@ -175,15 +172,16 @@ class Stepper:
                 error = exchange.add_up([own for _, own in measured], error)
             try:
                 if error is None and not all(_is_finite(own) for _, own in measured):
-                    left_out = settle([own for _, own in measured], self._name_of, self._optimizer, self._unchanged)
+                    settle([own for _, own in measured], self._name_of, self._optimizer, self._unchanged)
             except Exception as problem:
                 error = problem
             if exchange is not None:
                 exchange.agree(error)
             if error is not None:
                 raise error
-            for count in left_out:
-                self._count(self._left_out, count)
+            for _, own in measured:
+                if own.kept is not None:
+                    self._count(self._left_out, own.batch, ~own.kept)
             self._records.clear()
             self._received = {}
             for request, own in measured:
@@ -261,7 +259,7 @@ class Stepper:
         squared = batch.sweep(options, curvatures, leaves_out=request.check_finite is False)
         if not math.isfinite(float(squared.sum())):
             finite = torch.isfinite(squared)
-            self._count(self._left_out, (~finite).sum())
+            self._count(self._left_out, batch, ~finite)
             squared = torch.where(finite, squared, 0)
         self._record(batch, lambda: step_scale(squared.sqrt(), options, curvatures, norms))
 
@@ -307,7 +305,7 @@ class Stepper:
         batch, options = measured.batch, measured.options
         shortest = norm / (SPIKE * theorem_step_bound(options.rho))
         is_spike = shortest > tau
-        self._count(self._shortened, is_spike.sum())
+        self._count(self._shortened, batch, is_spike)
         taken = torch.where(is_spike, norm * tau / shortest, norm)
         mean = torch.lerp(taken.square(), before.square(), _DECAY)
         is_new = torch.ones_like(mean, dtype=torch.bool)
@@ -316,17 +314,18 @@ class Stepper:
         parts = (mean, is_new)
         for weight, own, mask in zip(batch.weights, *(t.split(batch.counts) for t in parts), strict=True):
             state, share = self._state[weight.owner], weight.share
-            before_it = state.get("norm_squared")
-            other = own.new_full((), math.nan) if before_it is None else cast(Tensor, _here(weight, before_it)).to(own)
+            previous = state.get("norm_squared")
+            other = own.new_full((), math.nan) if previous is None else cast(Tensor, _here(weight, previous)).to(own)
             now = torch.where(mask, own, other).to(torch.promote_types(weight.owner.dtype, torch.float32))
             if share is not None:  # what is known of other groups stays until the processes have told each other
-                n_groups = getattr(share.manifold, "n_groups", 1)
-                known = now.new_full((n_groups,), math.nan) if before_it is None else before_it
+                known = now.new_full((share.n_groups,), math.nan) if previous is None else previous.to(now)
                 now = known.index_copy(0, share.groups, now)
             state["norm_squared"] = now
         return torch.maximum(tau, shortest)
 
-    def _count(self, counts: dict[torch.device, Tensor], more: Tensor) -> None:
+    def _count(self, counts: dict[torch.device, Tensor], batch: Batch, which: Tensor) -> None:
+        """Count groups of a batch, each on one process."""
+        more = (which if batch.counted is None else which & batch.counted).sum()
         before = counts.get(more.device)
         counts[more.device] = more if before is None else before + more
 
@@ -387,12 +386,21 @@ class Stepper:
         return scales
 
     def left_out(self) -> int:
-        """How many group steps were left out because the gradient was not finite (synchronises)."""
+        """How many group steps this process left out because the gradient was not finite (synchronises).
+
+        A group whose components several processes have is counted by one of them, and so is a group of a weight that
+        one process steps for all: the sum over the processes counts each once.
+        """
         return sum(int(count) for count in self._left_out.values())
 
     def shortened(self) -> int:
-        """How many gradients of groups were shortened under ``norm="running"`` (synchronises)."""
+        """How many gradients of groups this process shortened; each is counted by one process (synchronises)."""
         return sum(int(count) for count in self._shortened.values())
+
+
+def is_shared(weight: Weight) -> bool:
+    """Whether a weight on a manifold is dealt to the processes of a device mesh."""
+    return weight.manifold is not None and hasattr(weight.param, "device_mesh")
 
 
 def _is_lent(weight: Weight) -> bool:
@@ -427,7 +435,9 @@ def _of_groups(weight: Weight, constants: Callable[..., Tensor], *arguments: Any
 
 def _here(weight: Weight, values: Tensor | None) -> Tensor | None:
     """Of numbers of the owner's groups, those of the weight's."""
-    return values if weight.share is None or values is None else values.index_select(0, weight.share.groups)
+    if weight.share is None or values is None:
+        return values
+    return values.to(weight.share.groups.device).index_select(0, weight.share.groups)
 
 
 def _allocate(batch: Batch, options: StepOptions) -> None:

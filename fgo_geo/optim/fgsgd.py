@@ -248,13 +248,16 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     def skipped_groups(self) -> int:
         """How many steps of groups were skipped since the optimiser was built (synchronises).
 
-        Under :func:`fgo_geo.distributed.fully_shard`, the number of this process: a group that is spread over processes
-        may be counted by each that has a part of it.
+        On many processes the number is per process. Of sharded weights each group is counted by one process: their sum
+        is that of one process. Replicas count every group of their own.
         """
         return self._stepper.left_out()
 
     def shortened_gradients(self) -> int:
-        """How many gradients ``norm="running"`` has shortened since the optimiser was built (synchronises)."""
+        """How many gradients ``norm="running"`` has shortened since the optimiser was built (synchronises).
+
+        On many processes the number is per process, as that of :meth:`skipped_groups`.
+        """
         return self._stepper.shortened()
 
     @torch.no_grad()

@@ -50,26 +50,20 @@ class Measured:
     unit: Tensor | None = None
 
 
-def settle(
-    measured: Sequence[Measured], name_of: Callable[[Tensor], str], optimizer: str, unchanged: str
-) -> list[Tensor]:
+def settle(measured: Sequence[Measured], name_of: Callable[[Tensor], str], optimizer: str, unchanged: str) -> None:
     """Measure again, refuse or leave out what is not finite, before anything has moved.
 
     Args:
-        measured: All batches of the step. Groups that are left out have ``R² = 0`` afterwards.
+        measured: All batches of the step. Groups that are left out have ``R² = 0`` afterwards, and are not ``kept``.
         name_of: Says which parameter one is, for messages.
         optimizer: Name of the optimiser, for messages.
         unchanged: What a refusal leaves as it was, for messages.
-
-    Returns:
-        How many groups of each batch are left out, where any may be.
 
     Raises:
         FloatingPointError: If a gradient on a manifold, or a weight, is not finite and that is checked.
     """
     readable = [own for own in measured if own.squared.numel() and (own.is_free or own.check_finite)]
     _rescale(readable)
-    left_out: list[Tensor] = []
     for own in measured:
         if own.squared.numel() == 0:  # plain parameters
             continue
@@ -80,8 +74,6 @@ def settle(
             raise _refusal(own, finite, measured, name_of, optimizer, unchanged)
         own.kept = finite
         own.squared = torch.where(finite, own.squared, 0)
-        left_out.append((~finite).sum())
-    return left_out
 
 
 def is_tiny(own: Measured) -> bool:

@@ -245,7 +245,10 @@ class OnManifolds:
         return StepScales(self._stepper.step_scales(self.optimizer.param_groups), self.optimizer)
 
     def skipped_groups(self) -> int:
-        """How many group steps were skipped because the displacement was not finite (synchronises)."""
+        """How many group steps were skipped because the displacement was not finite (synchronises).
+
+        On many processes the number is per process. Of sharded weights each group is counted by one process.
+        """
         return self._stepper.left_out()
 
     def __repr__(self) -> str:

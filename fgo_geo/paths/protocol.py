@@ -52,7 +52,7 @@ __all__ = [
     "configuration_of",
 ]
 
-Configuration: TypeAlias = tuple[object, int]
+Configuration: TypeAlias = tuple[object, object]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,12 +64,19 @@ class Share:
         shape: The shape of the whole weight.
         groups: Numbers of the process's groups among those of the whole weight, increasing, int64.
         spread: Positions in ``groups`` of those that other processes have components of, too, int64.
+        is_told: Which of ``groups`` this process tells the others of, and counts; each group is told by one process.
     """
 
     manifold: geoopt.Manifold
     shape: tuple[int, ...]
     groups: Tensor
     spread: Tensor
+    is_told: Tensor
+
+    @property
+    def n_groups(self) -> int:
+        """How many groups the whole weight has."""
+        return _number_of_groups(self.manifold)
 
 
 @dataclass(eq=False, slots=True)
@@ -100,7 +107,7 @@ class Weight:
     @property
     def n_groups(self) -> int:
         """How many groups have a step size of their own."""
-        return self.manifold.n_groups if isinstance(self.manifold, ProductOfGroups) else 1
+        return _number_of_groups(self.manifold)
 
     @property
     def whole_manifold(self) -> geoopt.Manifold | None:
@@ -189,6 +196,16 @@ class Batch(abc.ABC):
                     mask[torch.from_numpy(claim.weight.manifold.partition.groups[part])] = True
         return torch.cat(owned).to(self.device)
 
+    @functools.cached_property
+    def counted(self) -> Tensor | None:
+        """Which groups of all weights this process counts, so that all processes count each once; None if all."""
+        if not any(weight.is_spread for weight in self.weights):
+            return None
+        ones = (torch.ones(count, dtype=torch.bool) for count in self.counts)
+        shares = (weight.share for weight in self.weights)
+        told = [own if share is None else share.is_told.cpu() for share, own in zip(shares, ones, strict=True)]
+        return torch.cat(told).to(self.device)
+
     def is_moderate(self, options: StepOptions) -> bool:
         """Whether the whole step may be one :meth:`sweep`: all ``R²`` are known to be finite. Changes no weight."""
         raise NotImplementedError
@@ -249,8 +266,12 @@ class Path(abc.ABC):
         """The batch of claims that were accepted, all on one device."""
 
 
+def _number_of_groups(manifold: geoopt.Manifold | None) -> int:
+    return manifold.n_groups if isinstance(manifold, ProductOfGroups) else 1
+
+
 def configuration_of(manifold: geoopt.Manifold | None) -> Configuration:
-    """What differs after a change of a manifold's radii: an object, compared by identity, and a version number.
+    """What differs after a change of a manifold: its radii, compared by identity, and their version and the retraction.
 
     Example:
         >>> from fgo_geo import Oblique
@@ -265,8 +286,8 @@ def configuration_of(manifold: geoopt.Manifold | None) -> Configuration:
         return manifold.manifolds, 0  # every change of the radii makes a new list
     if not isinstance(manifold, ComponentManifold):
         return None, 0
-    radius = manifold.radius
+    radius, retraction = manifold.radius, getattr(manifold, "retraction", None)
     if not isinstance(radius, Tensor):
-        return radius, 0
+        return radius, retraction
     version = -1 if radius.is_inference() else radius._version  # pyright: ignore[reportPrivateUsage]
-    return radius, version
+    return radius, (version, retraction)
