@@ -273,8 +273,7 @@ def test_blocks_of_several_weights_move_as_those_of_one(path: Any):
 
 
 @built
-def test_a_forced_path_says_what_it_leaves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-    monkeypatch.setattr(router, "_said", set())
+def test_a_forced_path_says_what_it_leaves(caplog: pytest.LogCaptureFixture):
     weight = declared(product_of_blocks((1200, 450), "po", ("sphere", "stiefel")), 1200, 450)
     with caplog.at_level(logging.WARNING, "fgo_geo"):
         trained("fused", [weight], 2, 0.3)

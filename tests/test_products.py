@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 from fgo_geo import Stiefel
 from fgo_geo.linalg import (
+    Use,
     Workspace,
     frobenius_norm,
     gram_blocks,
@@ -157,7 +158,7 @@ def test_a_gram_matrix_in_blocks(columns: int, blocks: int, batch: tuple[int, ..
     assert gram_blocks(columns) == blocks
     x = normal((*batch, 40, columns), columns, torch.float64)
     expected = x.mT @ x
-    out = Workspace().square(x, "gram").fill_(math.nan)
+    out = Workspace().square(x, Use.GAP).fill_(math.nan)
     assert gram_matrix(x, out=out) is out
     for result in (out, gram_matrix(x), gram_matrix(by_columns(x))):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
@@ -237,17 +238,17 @@ def test_long_retractions_are_as_exact_as_their_gram_matrix(length: float, dtype
 # -- memory ------------------------------------------------------------------------------------------------------
 
 
-def test_memory_of_a_purpose_grows_to_what_was_needed() -> None:
+def test_memory_of_a_use_grows_to_what_was_needed() -> None:
     workspace = Workspace()
-    small = workspace.like(torch.zeros(2, 3), "sum")
-    large = workspace.like(torch.zeros(4, 3), "sum")
+    small = workspace.like(torch.zeros(2, 3), Use.EXCESS)
+    large = workspace.like(torch.zeros(4, 3), Use.EXCESS)
     assert large.data_ptr() != small.data_ptr()
-    for x, purpose, same in (
-        (torch.zeros(2, 3), "sum", True),
-        (torch.zeros(2, 3), "product", False),
-        (torch.zeros(2, 3, dtype=torch.float64), "sum", False),
+    for x, use, same in (
+        (torch.zeros(2, 3), Use.EXCESS, True),
+        (torch.zeros(2, 3), Use.PRODUCTS, False),
+        (torch.zeros(2, 3, dtype=torch.float64), Use.EXCESS, False),
     ):
-        again = workspace.like(x, purpose)
+        again = workspace.like(x, use)
         assert (again.data_ptr() == large.data_ptr()) == same
         assert (again.shape, again.dtype) == (x.shape, x.dtype)
 
@@ -256,9 +257,9 @@ def test_memory_of_a_purpose_grows_to_what_was_needed() -> None:
 def test_memory_is_laid_out_as_what_it_is_for(batch: tuple[int, ...]) -> None:
     x = torch.zeros(*batch, 5, 4)
     for stored in (x, by_columns(x)):
-        assert Workspace().like(stored, "point").stride() == stored.stride()
-        assert Workspace().like(stored, "rounded", torch.bfloat16).dtype == torch.bfloat16
-    square = Workspace().square(x, "gram")
+        assert Workspace().like(stored, Use.POINTS).stride() == stored.stride()
+        assert Workspace().like(stored, Use.ROUNDED_MATRIX, torch.bfloat16).dtype == torch.bfloat16
+    square = Workspace().square(x, Use.GAP)
     assert square.shape == (*batch, 4, 4)
     assert square.is_contiguous()
 

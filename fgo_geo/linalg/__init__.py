@@ -63,13 +63,14 @@ from fgo_geo.linalg.shards import Cut, cut_of, is_sharded, local_part, processes
 from fgo_geo.linalg.smooth import arctangent, cosine, sinc
 from fgo_geo.linalg.spectral import gram_iteration_bound, largest_eigenvalue, short_side_gram
 from fgo_geo.linalg.values import DAMAGED, reads_for_free, require_finite, traces
-from fgo_geo.linalg.workspace import Workspace
+from fgo_geo.linalg.workspace import Use, Workspace
 
 __all__ = [
     "DAMAGED",
     "REFINED",
     "Cut",
     "Memory",
+    "Use",
     "Workspace",
     "arctangent",
     "at_least_single",

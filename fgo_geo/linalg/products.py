@@ -17,7 +17,7 @@ from torch import Tensor
 from fgo_geo.linalg.matmul import add_matmul_2d, goes_to_onednn, matmul_2d
 from fgo_geo.linalg.precision import multiplies_bfloat16
 from fgo_geo.linalg.values import is_differentiated, reads_for_free, traces
-from fgo_geo.linalg.workspace import Workspace
+from fgo_geo.linalg.workspace import Use, Workspace
 
 __all__ = [
     "divide_or_zero",
@@ -152,10 +152,9 @@ def subtract_part(c: Tensor, part: Tensor, workspace: Workspace, *, from_left: b
     """
     if not _rounds(c, part):
         return subtract_product(c, *((part, c) if from_left else (c, part)), out=out)
-    whole, small = (
-        workspace.like(x, f"{name}, rounded", torch.bfloat16).copy_(x) for name, x in (("c", c), ("part", part))
-    )
-    product = workspace.like(c, "product, rounded", torch.bfloat16)
+    whole = workspace.like(c, Use.ROUNDED_MATRIX, torch.bfloat16).copy_(c)
+    small = workspace.like(part, Use.ROUNDED_PART, torch.bfloat16).copy_(part)
+    product = workspace.like(c, Use.ROUNDED_PRODUCT, torch.bfloat16)
     small_product(*((small, whole) if from_left else (whole, small)), out=product)
     return torch.sub(c, out.copy_(product), out=out)
 

@@ -1,43 +1,60 @@
 """Memory for the temporaries of a step, kept for the next one.
 
 Allocating a large tensor in every step costs more than the arithmetic on it: its memory goes back to the system, which
-has to map and clear every page again. A :class:`Workspace` holds one buffer per purpose, as large as the largest tensor
+has to map and clear every page again. A :class:`Workspace` holds one buffer per use, as large as the largest tensor
 that was requested for it.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Workspace"]
+__all__ = ["Use", "Workspace"]
 
 _ALIASED_STRIDE = 256  # rows whose stride is a multiple of this compete for the same lines of a cache
 _PADDING = 16
 
 
+class Use(enum.Enum):
+    """What temporaries of a step are used for."""
+
+    POINTS = enum.auto()
+    GRADIENTS = enum.auto()
+    MOMENTUM = enum.auto()
+    SORTING = enum.auto()
+    ALONG = enum.auto()  # products of gradients and points
+    PRODUCTS = enum.auto()
+    EXCESS = enum.auto()  # Gram matrices less their limit
+    GAP = enum.auto()  # inverse roots less theirs
+    ROUNDED_MATRIX = enum.auto()
+    ROUNDED_PART = enum.auto()
+    ROUNDED_PRODUCT = enum.auto()
+
+
 class Workspace:
-    """Memory by purpose: a tensor is valid until the next request for the same purpose.
+    """Memory by use: a tensor is valid until the next request for the same use.
 
     Example:
         >>> workspace = Workspace()
-        >>> first = workspace.like(torch.zeros(3, 2), "sum")
-        >>> first.data_ptr() == workspace.like(torch.zeros(2, 2), "sum").data_ptr()
+        >>> first = workspace.like(torch.zeros(3, 2), Use.GAP)
+        >>> first.data_ptr() == workspace.like(torch.zeros(2, 2), Use.GAP).data_ptr()
         True
     """
 
     def __init__(self) -> None:
-        self._memory: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+        self._memory: dict[tuple[Use, torch.dtype, torch.device], Tensor] = {}
 
-    def like(self, x: Tensor, purpose: str, dtype: torch.dtype | None = None) -> Tensor:
+    def like(self, x: Tensor, use: Use, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor of the shape and the layout of another one.
 
         Args:
             x: Any tensor; if it is stored neither by rows nor by columns, the result is contiguous.
-            purpose: What it is for.
+            use: What it is for.
             dtype: Its type, if it is not that of ``x``.
 
         Returns:
@@ -45,39 +62,39 @@ class Workspace:
         """
         dtype = x.dtype if dtype is None else dtype
         by_columns = not x.is_contiguous() and x.stride(-2) == 1
-        return self._take(purpose, x, x.mT.shape, dtype).mT if by_columns else self._take(purpose, x, x.shape, dtype)
+        return self._take(use, x, x.mT.shape, dtype).mT if by_columns else self._take(use, x, x.shape, dtype)
 
-    def square(self, x: Tensor, purpose: str) -> Tensor:
+    def square(self, x: Tensor, use: Use) -> Tensor:
         """An uninitialised square matrix of the short side for every matrix, stored row by row.
 
         Rows are padded where their stride would make them compete for the same lines of a cache.
 
         Args:
             x: Matrices, shape ``(..., A, B)``.
-            purpose: What it is for.
+            use: What it is for.
 
         Returns:
             A tensor of shape ``(..., B, B)``.
         """
         size = x.shape[-1]
         stride = size + _PADDING if size % _ALIASED_STRIDE == 0 else size
-        return self._take(purpose, x, (*x.shape[:-2], size, stride), x.dtype)[..., :size]
+        return self._take(use, x, (*x.shape[:-2], size, stride), x.dtype)[..., :size]
 
-    def empty(self, shape: Sequence[int], like: Tensor, purpose: str) -> Tensor:
+    def empty(self, shape: Sequence[int], like: Tensor, use: Use) -> Tensor:
         """An uninitialised tensor of any shape, of the type and on the device of another one.
 
         Args:
             shape: Its shape.
             like: Any tensor.
-            purpose: What it is for.
+            use: What it is for.
 
         Returns:
             A contiguous tensor.
         """
-        return self._take(purpose, like, shape, like.dtype)
+        return self._take(use, like, shape, like.dtype)
 
-    def _take(self, purpose: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        size, key = math.prod(shape), (purpose, dtype, x.device)
+    def _take(self, use: Use, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        size, key = math.prod(shape), (use, dtype, x.device)
         memory = self._memory.get(key)
         if memory is None or memory.numel() < size:
             with torch.inference_mode(False):  # a later step may run outside of inference mode

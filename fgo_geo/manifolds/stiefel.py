@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fgo_geo.linalg import (
     REFINED,
+    Use,
     Workspace,
     frobenius_norm,
     gram_excess,
@@ -253,7 +254,7 @@ class Stiefel(ComponentManifold):
         squared = squared if math.isnan(longest) else longest
         if not squared <= _LARGEST_BOUND**2:
             return _put(radius * polar_factor(y), out)
-        excess, gap = (None, None) if workspace is None else (workspace.square(y, k) for k in ("excess", "gap"))
+        excess, gap = (None, None) if workspace is None else (workspace.square(y, use) for use in (Use.EXCESS, Use.GAP))
         excess = gram_excess(y, radius, out=excess)
         distances = frobenius_norm(excess.detach())
         if bool((distances > explained + _DRIFT).any()):  # x was off the manifold, and the iteration may diverge

@@ -13,13 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
 
 import geoopt
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import Workspace, reads_for_free
+from fgo_geo.linalg import Use, Workspace, reads_for_free
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 from fgo_geo.paths.native import blocks
 from fgo_geo.paths.native.library import library
@@ -27,9 +26,7 @@ from fgo_geo.paths.protocol import Claim, Weight
 from fgo_geo.weights.components import BlockPartition, FilterPartition, KernelPartition, Segments
 from fgo_geo.weights.kinds import kind_of
 
-__all__ = ["Job", "LargeKernels", "Piece", "Purpose", "cut", "jobs_of", "put_back", "write", "write_if_complete"]
-
-Purpose: TypeAlias = Literal["x", "grad", "momentum"]
+__all__ = ["Job", "LargeKernels", "Piece", "cut", "jobs_of", "put_back", "write", "write_if_complete"]
 
 _JOIN_LIMIT = 2**16  # entries; larger pieces occupy all cores by themselves
 
@@ -217,7 +214,7 @@ class LargeKernels:
         self._shared = shared
         self._own = Workspace()
         self._partition = _kernels_of(weight)
-        self._planes: dict[str, Tensor] = {}
+        self._planes: dict[Use, Tensor] = {}
 
     @staticmethod
     def takes(claim: Claim) -> bool:
@@ -230,30 +227,30 @@ class LargeKernels:
         is_plain = param.dtype in (torch.float32, torch.float64) and reads_for_free(param)
         return is_plain and smallest > _JOIN_LIMIT and grad is not None and partition.takes_planes(param, grad.dtype)
 
-    def cut(self, tensor: Tensor, purpose: Purpose) -> dict[int, Tensor]:
+    def cut(self, tensor: Tensor, use: Use) -> dict[int, Tensor]:
         """The parts of the weight, or of its gradient or momentum; in own memory but for momentum."""
         partition = self._partition
-        planes = self._memory(purpose)
-        partition.take_planes(tensor.detach(), self._memory("sorting"), planes)
-        self._planes[purpose] = planes
+        planes = self._memory(use)
+        partition.take_planes(tensor.detach(), self._memory(Use.SORTING), planes)
+        self._planes[use] = planes
         return dict(enumerate(partition.parts_of(planes)))
 
-    def keep(self, purpose: Purpose, part: int, components: Tensor) -> Tensor:
-        """A part that replaces what was cut for a purpose, in the same memory."""
-        planes = self._planes.setdefault(purpose, self._memory(purpose))
+    def keep(self, use: Use, part: int, components: Tensor) -> Tensor:
+        """A part that replaces what was cut for a use, in the same memory."""
+        planes = self._planes.setdefault(use, self._memory(use))
         return self._partition.parts_of(planes)[part].copy_(components)
 
     def write(self) -> None:
         """Write momentum, if any is kept, and points, each in one operation."""
-        for purpose, target in (("momentum", self._weight.buffer), ("x", self._weight.param)):
-            planes = self._planes.pop(purpose, None)
+        for use, target in ((Use.MOMENTUM, self._weight.buffer), (Use.POINTS, self._weight.param)):
+            planes = self._planes.pop(use, None)
             if planes is not None and target is not None:
-                self._partition.put_planes_(planes, target.detach(), self._memory("sorting"))
+                self._partition.put_planes_(planes, target.detach(), self._memory(Use.SORTING))
 
-    def _memory(self, purpose: str) -> Tensor:
-        workspace = self._own if purpose in ("x", "grad") else self._shared
+    def _memory(self, use: Use) -> Tensor:
+        workspace = self._own if use in (Use.POINTS, Use.GRADIENTS) else self._shared
         shape = (math.prod(self._partition.layout.kernel), sum(self._partition.counts))
-        return workspace.empty(shape, self._weight.param.detach(), purpose)
+        return workspace.empty(shape, self._weight.param.detach(), use)
 
 
 def _kernels_of(weight: Weight) -> KernelPartition:

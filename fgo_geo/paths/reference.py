@@ -19,9 +19,9 @@ import geoopt
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import Workspace
+from fgo_geo.linalg import Use, Workspace
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold
-from fgo_geo.paths.pieces import Job, LargeKernels, Piece, Purpose, cut, jobs_of, write, write_if_complete
+from fgo_geo.paths.pieces import Job, LargeKernels, Piece, cut, jobs_of, write, write_if_complete
 from fgo_geo.paths.protocol import Batch, Claim, Path, StepOptions, Weight
 
 __all__ = ["JobBatch", "Reference", "fgsgd_update", "measure", "move_along", "step_bound"]
@@ -58,24 +58,24 @@ class JobBatch(Batch):
 
     def measure(self, options: StepOptions) -> Tensor:
         """Project all gradients; ``R²`` of all groups."""
-        points, grads = self._cut("x"), self._cut("grad")
+        points, grads = self._cut(Use.POINTS), self._cut(Use.GRADIENTS)
         sums: list[Tensor] = []
         for job in self._jobs:
-            job.x, job.grad = self._joined(job, points, "x"), self._joined(job, grads, "grad")
+            job.x, job.grad = self._joined(job, points, Use.POINTS), self._joined(job, grads, Use.GRADIENTS)
             sums.append(self.measure_job(job, options))
             large = self._large.get(job.pieces[0].weight)
             if large is not None:
-                job.grad = large.keep("grad", job.pieces[0].part, job.grad)
+                job.grad = large.keep(Use.GRADIENTS, job.pieces[0].part, job.grad)
         squared = torch.cat(sums)
         return squared.new_zeros(sum(self.counts)).index_copy_(0, self._order, squared)
 
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
         """Move all jobs, and write every weight at once."""
-        momentum = self._cut("momentum")
+        momentum = self._cut(Use.MOMENTUM)
         held: dict[Weight, dict[int, tuple[Tensor, Tensor | None]]] = {}
         for job in self._jobs:
-            if _tensor(job.pieces[0].weight, "momentum") is not None:
-                job.buffer = self._joined(job, momentum, "momentum")
+            if _tensor(job.pieces[0].weight, Use.MOMENTUM) is not None:
+                job.buffer = self._joined(job, momentum, Use.MOMENTUM)
             factors = None if scale is None else scale.index_select(0, job.index).to(job.x.dtype)
             if leaves_out and factors is not None:
                 job.grad = torch.where(job.spread(factors > 0), job.grad, 0)
@@ -103,30 +103,30 @@ class JobBatch(Batch):
         grad = job.grad if scale is None else job.grad * job.spread(scale)
         return fgsgd_update(job.manifold, job.x, grad, job.buffer, options, step_bound(options, job))
 
-    def _cut(self, purpose: Purpose) -> dict[Weight, dict[int, Tensor]]:
+    def _cut(self, use: Use) -> dict[Weight, dict[int, Tensor]]:
         """The parts of all weights but large kernels, whose turn comes with their jobs."""
-        tensors = [(claim, _tensor(claim.weight, purpose)) for claim in self.claims if claim.weight not in self._large]
+        tensors = [(claim, _tensor(claim.weight, use)) for claim in self.claims if claim.weight not in self._large]
         return {claim.weight: cut(claim, tensor) for claim, tensor in tensors if tensor is not None}
 
-    def _joined(self, job: Job, parts: dict[Weight, dict[int, Tensor]], purpose: Purpose) -> Tensor:
+    def _joined(self, job: Job, parts: dict[Weight, dict[int, Tensor]], use: Use) -> Tensor:
         """The components of a job."""
         weight = job.pieces[0].weight
         if weight not in parts:  # the parts of a large weight follow each other
-            parts[weight] = self._large[weight].cut(cast(Tensor, _tensor(weight, purpose)), purpose)
+            parts[weight] = self._large[weight].cut(cast(Tensor, _tensor(weight, use)), use)
         return job.join([parts[piece.weight][piece.part] for piece in job.pieces])
 
 
-def _tensor(weight: Weight, purpose: Purpose) -> Tensor | None:
-    if purpose == "momentum":
+def _tensor(weight: Weight, use: Use) -> Tensor | None:
+    if use == Use.MOMENTUM:
         return None if weight.first else weight.buffer
-    return weight.param if purpose == "x" else weight.grad
+    return weight.param if use == Use.POINTS else weight.grad
 
 
 def _keep(large: LargeKernels, piece: Piece, x: Tensor, buffer: Tensor | None) -> None:
     """Keep what becomes of a part of a large weight; with the last part, write the weight."""
-    large.keep("x", piece.part, x)
+    large.keep(Use.POINTS, piece.part, x)
     if buffer is not None:
-        large.keep("momentum", piece.part, buffer)
+        large.keep(Use.MOMENTUM, piece.part, buffer)
     if piece.part == piece.weight.n_parts - 1:
         large.write()
 

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import (
+    Use,
     Workspace,
     frobenius_norm,
     gram_matrix,
@@ -109,7 +110,7 @@ class _SharedBatch(JobBatch):
         manifold = cast(Stiefel, job.manifold)
         grad = job.grad
         memory = self._spare.pop(job, None)
-        memory = Workspace().square(job.x, "along") if memory is None else memory
+        memory = Workspace().square(job.x, Use.ALONG) if memory is None else memory
         along = small_product(job.x.mT, grad, out=memory)
         radius = manifold.radius_for(job.x)
         inner = tangent_square(grad, along, radius, self._workspace)
@@ -177,7 +178,7 @@ def tangent_square(
         >>> tangent_square(g, x.mT @ g, 2.0), tangent_square(x, x.mT @ x, 2.0)
         (tensor(16.), None)
     """
-    twice = torch.add(along, along.mT, out=None if workspace is None else workspace.square(grad, "gap"))
+    twice = torch.add(along, along.mT, out=None if workspace is None else workspace.square(grad, Use.GAP))
     normal = frobenius_norm(twice) / (2 * _over_components(radius))
     whole = frobenius_norm(grad).square()
     tangent = whole - normal.square()
@@ -284,25 +285,25 @@ def shared_products_step(
             drift = carried.drift
     along.mul_(scale)
     if buffer is not None:
-        before = small_product(x.mT, buffer, out=workspace.square(x, "excess")) if before is None else before
+        before = small_product(x.mT, buffer, out=workspace.square(x, Use.EXCESS)) if before is None else before
         along.add_(before, alpha=momentum)
-    normal = torch.add(along, along.mT, out=workspace.square(x, "gap")).div_(2 * radius**2)
-    total, factor = _weighted_sum(grad, scale, buffer, momentum, workspace.like(x, "momentum"))
-    m = subtract_product(total, x, normal, beta=factor, out=workspace.like(x, "momentum"))
+    normal = torch.add(along, along.mT, out=workspace.square(x, Use.GAP)).div_(2 * radius**2)
+    total, factor = _weighted_sum(grad, scale, buffer, momentum, workspace.like(x, Use.MOMENTUM))
+    m = subtract_product(total, x, normal, beta=factor, out=workspace.like(x, Use.MOMENTUM))
     if lowers_products():  # what follows from rounded products is off by a thousandth
         drift = math.inf
     else:
         # With xᵀx = r² (I + D) and an error βr² of B, a step leaves the error β' = μβ + D S of B, and D + 2η sym(β').
         slip = momentum * slip + (drift * float(frobenius_norm(normal).amax()) if drift < math.inf else 0.0)
         drift += 2 * abs(lr) * slip + 1
-    y = torch.add(x, m, alpha=-lr, out=workspace.like(x, "point"))
+    y = torch.add(x, m, alpha=-lr, out=workspace.like(x, Use.POINTS))
     out = torch.empty_like(x) if out is None else out
     if drift <= _MOST_DRIFT:
-        products = gram_matrix(m, out=workspace.square(x, "products"))
-        excess = torch.mul(products, (lr / radius) ** 2, out=workspace.square(x, "excess"))
+        products = gram_matrix(m, out=workspace.square(x, Use.PRODUCTS))
+        excess = torch.mul(products, (lr / radius) ** 2, out=workspace.square(x, Use.EXCESS))
         norm = float(frobenius_norm(excess).amax())
         if norm <= _LONGEST:
-            gap = inverse_root_gap(excess, norm, out=workspace.square(x, "gap"))
+            gap = inverse_root_gap(excess, norm, out=workspace.square(x, Use.GAP))
             rest = torch.sub(along, along.mT, out=excess).mul_(0.5).add_(products, alpha=-lr)
             along = subtract_part(rest, gap, workspace, from_left=True, out=along)
             squared_length = products.diagonal(dim1=-2, dim2=-1).sum(-1) / _over_components(radius) ** 2
