@@ -13,8 +13,9 @@ import reference_optimizer as reference
 import torch
 from torch import Tensor
 
-from fgo_geo import RiemannianFGSGD, Stiefel, linalg
+from fgo_geo import ProductOfGroups, RiemannianFGSGD, Stiefel, collection, linalg
 from fgo_geo.linalg import precision, products
+from fgo_geo.models import start
 
 
 def normal(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -81,6 +82,20 @@ def test_steps_stay_on_the_manifold(momentum: float, rounding: None) -> None:
         assert float(manifold.violation(plain(param).double())) <= 1e-6
     way, error = np.linalg.norm(oracle.x - start), np.linalg.norm(oracle.x - plain(param).double().numpy())
     assert 1e-5 * way < error < 1e-2 * way
+
+
+def test_open_components_are_looked_for_in_full_products(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def gram(x: Tensor) -> Tensor:
+        seen.append(linalg.lowers_products())
+        return x.mT @ x
+
+    monkeypatch.setattr(start, "gram_matrix", gram)
+    manifold = ProductOfGroups(collection(2, 2, "layer", "stiefel"), (2, 2, 7, 4))
+    start.initial_point(normal((2, 2, 7, 4), 0), manifold, "project", 0, "weight")
+    assert seen == [False]
+    assert linalg.lowers_products()
 
 
 def test_a_setting_that_is_lowered_between_steps(rounding: None) -> None:

@@ -121,6 +121,18 @@ def test_what_is_too_wide_for_products_takes_eigenvectors(eigenvectors: list[int
     assert eigenvectors == [40]
 
 
+def test_an_eigenvalue_that_is_missed_takes_eigenvectors(eigenvectors: list[int]) -> None:
+    """Lanczos' iteration never sees an eigenvector that is orthogonal to its start."""
+    start = torch.randn(60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unseen = normal(1, 60, 1)
+    unseen -= start * ((start.mT @ unseen) / (start.mT @ start))
+    v, _ = torch.linalg.qr(torch.cat([unseen, normal(2, 60, 59)], -1))
+    u, _ = torch.linalg.qr(normal(3, 80, 60))
+    values = torch.cat([torch.tensor([1.3]), torch.linspace(0.95, 1.05, 59)]).double()
+    torch.testing.assert_close(polar_factor(u * values @ v.mT), u @ v.mT, rtol=0, atol=1e-14)
+    assert eigenvectors == [60]
+
+
 def test_scales_of_a_batch_may_differ(eigenvectors: list[int]) -> None:
     pairs = [
         with_spectrum(seed, 60, scale * torch.linspace(1, 1.2, 35).double()) for seed, scale in ((0, 1e-3), (1, 50.0))

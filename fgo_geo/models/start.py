@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fgo_geo.linalg import computes_in_float32, gram_matrix
+from fgo_geo.linalg import computes_in_float32, gram_matrix, takes_full_products
 from fgo_geo.manifolds import ComponentManifold, ConvexBall, Oblique, ProductOfGroups, Stiefel
 
 __all__ = ["Initial", "initial_point", "moved_to", "nearest_point"]
@@ -141,6 +141,7 @@ def _independence(part: Tensor) -> Tensor:
     return pivots
 
 
+@takes_full_products
 def _smallest_pivot(part: Tensor) -> Tensor:
     gram = gram_matrix(part)
     scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(part.dtype).tiny)
