@@ -43,10 +43,11 @@ def require_finite(
             ...
         ValueError: the weight has 1 non-finite entry of 2 (shape (2,)); replace NaN and infinity first, e.g. with...
     """
-    if traces() and not torch.compiler.is_compiling():
-        return
-    if not torch.compiler.is_compiling() and x.is_floating_point() and math.isfinite(float(x.detach().sum())):
-        return  # a sum with NaN or infinity is not finite; a sum that overflows is checked entry by entry
+    if not torch.compiler.is_compiling():
+        if traces():
+            return
+        if x.is_floating_point() and math.isfinite(float(x.detach().sum())):
+            return  # a sum with NaN or infinity is not finite; a sum that overflows is checked entry by entry
     finite = torch.isfinite(x)
     if torch.compiler.is_compiling():
         message = f"{what} has non-finite entries"
