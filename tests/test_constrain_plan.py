@@ -28,6 +28,12 @@ def test_the_plan_prints_every_parameter_once() -> None:
     assert " ".join(rows["block.0.weight"]) == cells
     assert rows["attention.in_proj_weight"][3:8] == ["6", "blocks", "6", "(pi)", "3"]
     assert text.endswith("8 of 23 parameters constrained: 74.2 % of 1,043 numbers")
+
+
+def test_of_many_parameters_with_one_remark_the_plan_prints_twenty() -> None:
+    text = str(constrain(nn.Sequential(*[nn.Linear(3, 3) for _ in range(30)]), "layer", "sphere"))
+    assert "19.bias and 10 more: has one dimension" in " ".join(text.split())
+    assert all(f"{i}.weight" in text for i in range(30))
     assert all(len(line) < 170 for line in text.splitlines())
     assert "Left alone" not in str(constrain(nn.Linear(8, 8, bias=False), classifier=True))
 

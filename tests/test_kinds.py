@@ -86,6 +86,25 @@ def test_a_kind_that_is_added_and_taken_out() -> None:
         kinds.kind("rows")
 
 
+def test_a_class_whose_projection_or_violation_returns_something_else() -> None:
+    class Zero(Rows):
+        def projx(self, x: Tensor) -> Tensor:
+            return torch.zeros_like(x)
+
+    class OneNumber(Rows):
+        def violation(self, x: Tensor) -> Tensor:
+            return super().violation(x).amax()
+
+    cases = {Zero: r"projx of .* 'own' .* mean norm 0;", OneNumber: r"violation of .* 'own' .*\(256,\) .* got \(\);"}
+    for wrong, message in cases.items():
+        fgo_geo.register_kind("own", wrong)
+        try:
+            with pytest.raises(ValueError, match=message):
+                fgo_geo.constrain(nn.Sequential(nn.Linear(4, 4)), "layer", "own", classifier=True)
+        finally:
+            kinds.unregister_kind("own")
+
+
 def test_the_constructor_gets_ndim_if_it_takes_it() -> None:
     class Ball(fgo_geo.ScaledSphere):
         name = "Ball"

@@ -174,7 +174,7 @@ def test_a_plan_with_a_class_of_ones_own_asks_for_it() -> None:
 
 @pytest.mark.parametrize("rule", ["bound", 0.5])
 def test_a_kind_without_radius_refuses_rules_that_need_one(rule: Any) -> None:
-    message = f"2.weight cannot .* of kind 'geoopt.EuclideanStiefel' have no radius, so radius={rule!r} cannot be met"
+    message = f"2.weight.*: cannot .* 'geoopt.EuclideanStiefel' have no radius, so radius={rule!r} cannot be met"
     with pytest.raises(ValueError, match=message):
         fgo_geo.constrain(network(), "layer", geoopt.EuclideanStiefel(), radius=rule)
 

@@ -28,6 +28,7 @@ from fgo_geo.models.choose import (
     entry_of,
     settings_of,
 )
+from fgo_geo.models.entry import names_by_reason
 from fgo_geo.models.feature_stats import LambdaRule
 from fgo_geo.models.plan import Plan, plans_of
 from fgo_geo.models.sharded import reshard, sharded_manifold
@@ -44,6 +45,7 @@ from fgo_geo.models.surgery import (
 )
 from fgo_geo.weights.kinds import KindLike
 from fgo_geo.weights.radius import BoundOf, RadiusRule
+from fgo_geo.weights.words import few
 
 __all__ = ["constrain", "unconstrain"]
 
@@ -145,10 +147,10 @@ def constrain(
     entries = [entry for entry, _ in decided]
     wanted.check_honoured(entries)
     if not any(entry.constrained for entry in entries):
-        reasons = "; ".join(f"{e.name} {e.reason}" for e in entries) or "it has no parameters"
+        reasons = "; ".join(f"{few(names)}: {reason}" for reason, names in names_by_reason(entries).items())
         raise ValueError(
-            f"constrain: nothing is left to constrain ({reasons}); name layers with include=, or pass "
-            "first_layer=True or classifier=True"
+            f"constrain: nothing is left to constrain ({reasons or 'it has no parameters'}); name layers with "
+            "include=, or pass first_layer=True or classifier=True"
         )
     targets: list[Target] = []
     points: list[Tensor | None] = []

@@ -23,9 +23,9 @@ from fgo_geo.weights.components import Partition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.layout import Storage, WeightLayout
 from fgo_geo.weights.radius import BoundOf, RadiusRule, check_bound, check_bound_of, check_rule, group_radii
-from fgo_geo.weights.words import line_width
+from fgo_geo.weights.words import few, line_width
 
-__all__ = ["PlanEntry", "table_of"]
+__all__ = ["PlanEntry", "names_by_reason", "table_of"]
 
 
 @dataclass(frozen=True)
@@ -165,6 +165,7 @@ class PlanEntry:
 
 # -- printing -------------------------------------------------------------------------------------------------
 
+_NAMES = 20  # of parameters with the same remark; the entries hold all
 _HEADER = ("parameter", "shape", "layer", "components", "groups", "manifolds", "radius")
 
 
@@ -177,27 +178,33 @@ def table_of(entries: Sequence[PlanEntry], manifold_of: Callable[[PlanEntry], Pr
     """
     rows: list[tuple[str, ...]] = []
     notes: dict[str, list[str]] = {}
-    reasons: dict[str, list[str]] = {}
     for entry in entries:
         for note in entry.notes:
             notes.setdefault(note, []).extend(entry.names)
         if entry.reason is None:
             rows.append(_row(entry, manifold_of(entry)))
-        else:
-            reasons.setdefault(entry.reason, []).extend(entry.names)
     width = line_width()
-    remarks = [*_remarks("Notes:", notes, width), *_remarks("Left alone:", reasons, width)]
+    remarks = [*_remarks("Notes:", notes, width), *_remarks("Left alone:", names_by_reason(entries), width)]
     table = _table(rows)
     if max(map(len, table)) > width:
         table = [line for row in rows for line in _paragraph(row, int(width))]
     return "\n".join([*table, "", *remarks, textwrap.fill(_summary(entries), int(min(width, 160)))])
 
 
+def names_by_reason(entries: Sequence[PlanEntry]) -> dict[str, list[str]]:
+    """The names of the parameters that were left alone, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for entry in entries:
+        if entry.reason is not None:
+            reasons.setdefault(entry.reason, []).extend(entry.names)
+    return reasons
+
+
 def _remarks(title: str, remarks: dict[str, list[str]], width: float) -> list[str]:
     """Lines that list remarks with their parameters."""
     columns = int(min(width, 160))
     lines = [
-        textwrap.fill(f"{', '.join(names)}: {remark}", columns, initial_indent="  ", subsequent_indent="    ")
+        textwrap.fill(f"{few(names, _NAMES)}: {remark}", columns, initial_indent="  ", subsequent_indent="    ")
         for remark, names in remarks.items()
     ]
     return [title, *lines, ""] if lines else []

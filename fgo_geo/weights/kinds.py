@@ -108,12 +108,28 @@ class Kind:
 
         Returns:
             A number.
+
+        Raises:
+            ValueError: If ``projx`` of the class returns no points, or ``violation`` not one number for each.
         """
         if self.norms is not None:
             return self.norms(rows, columns)[0]
         generator = torch.Generator().manual_seed(0)
-        points = self.build(1.0).projx(torch.randn(256, rows, columns, dtype=torch.float64, generator=generator))
-        return math.sqrt(float(points.square().sum()) / len(points))
+        manifold = self.build(1.0)
+        drawn = torch.randn(256, rows, columns, dtype=torch.float64, generator=generator)
+        points = manifold.projx(drawn)
+        norm = math.sqrt(float(points.square().sum()) / len(points))
+        if points.shape != drawn.shape or not 0 < norm < math.inf:
+            raise ValueError(
+                f"projx of the manifold kind {self.name!r} must keep the shape {tuple(drawn.shape)} and return finite "
+                f"points, not all of them zero; their shape is {tuple(points.shape)} and their mean norm {norm:g}"
+            )
+        if hasattr(manifold, "violation") and manifold.violation(points).shape != drawn.shape[:1]:
+            raise ValueError(
+                f"violation of the manifold kind {self.name!r} must return one number per component: the shape (256,) "
+                f"for {tuple(drawn.shape)}, got {tuple(manifold.violation(points).shape)}"
+            )
+        return norm
 
 
 _kinds: dict[str, Kind] = {}
