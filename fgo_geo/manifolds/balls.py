@@ -152,7 +152,7 @@ class Ball(ConvexBall):
     def uniform(self, gaussian: Tensor) -> Tensor:
         """Gaussian vectors to uniformly distributed points of the ball.
 
-        The direction of a Gaussian vector is uniform. Its length is mapped such that the share of the ball's volume
+        The direction of a Gaussian vector is uniform. Its length is mapped so that the share of the ball's volume
         within that length is uniform too: this share is the probability of a shorter Gaussian vector.
         """
         size = math.prod(gaussian.shape[-self.ndim :])
@@ -172,7 +172,7 @@ class Ball(ConvexBall):
 class SpectralBall(ConvexBall):
     r"""The ball of the spectral norm, ``{ x in R^{A x B} : ‖x‖₂ <= r }``, over the last two dimensions.
 
-    A set with a border, and the convex hull of the Stiefel manifold. The projection clips singular values:
+    A set with a boundary: the convex hull of the Stiefel manifold. The projection clips singular values:
     ``U min(Σ, r) Vᵀ``.
 
     Args:

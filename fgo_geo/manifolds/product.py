@@ -104,7 +104,7 @@ class ProductOfGroups(EmbeddedManifold):
         return self.exact
 
     def set_radius(self, radius: RadiusLike) -> None:
-        """Give every component another radius. The caller has to scale points and momentum, by :meth:`radius_map`.
+        """Change the radius of every component. The caller must rescale points and momentum, with :meth:`radius_map`.
 
         Args:
             radius: As in the constructor.
@@ -196,7 +196,7 @@ class ProductOfGroups(EmbeddedManifold):
         return self._map(radii, x)
 
     def where_constrained(self, x: Tensor, otherwise: Tensor) -> Tensor:
-        """The entries of ``x`` that have a constraint, and those of ``otherwise`` that have none.
+        """``x`` where an entry has a constraint, and ``otherwise`` where it has none.
 
         Args:
             x: A weight.

@@ -157,9 +157,9 @@ class Plan(NoModel):
     def project(self) -> None:
         """Move every constrained parameter to the nearest point of its manifold, in place.
 
-        For weights that code without knowledge of the manifold has changed, e.g. the averages of
-        :class:`torch.optim.swa_utils.AveragedModel`: ``plan_of(averaged).project()``. If one is not finite, raises
-        ValueError, with nothing changed.
+        Use it after code that ignores manifolds has changed weights, for example on the averages of
+        :class:`torch.optim.swa_utils.AveragedModel`: ``plan_of(averaged).project()``. Raises
+        ValueError if a weight is not finite, with nothing changed.
         """
         params = self.parameters()
         require_finite_values(params.items())

@@ -120,17 +120,18 @@ def channel_directed(
     module: nn.Module | None = None,
     lam_relative: bool = False,
 ) -> ChannelDirected:
-    """Let an optimiser see channel-directed gradients from now on ([Lao2020]_).
+    """Give an optimiser channel-directed gradients at every step ([Lao2020]_).
 
     At every ``optimizer.step()``, before anything else, each ``p.grad`` is replaced by its
     :func:`~fgo_geo.optim.channel_metrics.channel_directed_gradient`: once per step, after all accumulation, unscaling
     and clipping. With ``optimizer.step(closure)`` it is done after every evaluation of the closure.
 
     *Which parameters.* Without ``module``, every parameter with at least two dimensions is directed along axis 0,
-    because a tensor alone does not reveal its layer. With ``module`` the layers decide: convolutions (each group a run
-    of its own), transposed convolutions (output channels on axis 1), linear layers and multi-head attention (the packed
-    projection is three runs) are directed; embeddings, bilinear and recurrent layers, norms, biases, parametrized
-    weights and those of unknown layers are not. ``print(handle.summary())`` lists the choice with the reasons.
+    because a tensor alone does not reveal its layer. With ``module`` the layers decide: convolutions (each group
+    separately), transposed convolutions (output channels on axis 1), linear layers and multi-head attention (the three
+    parts of the packed projection separately) are directed; embeddings, bilinear and recurrent layers, norms, biases,
+    parametrized weights and those of unknown layers are not. ``print(handle.summary())`` lists the choice with the
+    reasons.
 
     *Per parameter group.* A group may hold ``channel_directed=False``, or a dict with some of ``metric``, ``lam``,
     ``axis``, ``ends``, ``groups`` and ``lam_relative``, which take the place of the arguments here. Groups added later
@@ -156,8 +157,8 @@ def channel_directed(
             it is (up to 5 % from 8 channels on; 2 channels: 2.5 times) and ``h1`` halves it. Not for ``h0``.
 
     Returns:
-        A handle with ``remove()``, ``parameters`` and ``summary()``. Torch doesn't pickle an optimiser's hooks: a
-        copied or unpickled optimiser is bare. Copy or pickle the handle, which takes its optimiser along, or attach
+        A handle with ``remove()``, ``parameters`` and ``summary()``. Torch does not pickle an optimiser's hooks, so a
+        copied or unpickled optimiser has lost them. Copy or pickle the handle, which includes its optimiser, or attach
         again.
 
     Raises:

@@ -241,7 +241,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         Returns:
             For every parameter on a manifold that had a gradient (with ``adapt_euclidean``, for plain ones too), in
             their order, a tensor with one ``τ`` per group, on the parameter's device. Empty before the first step.
-            Of sharded parameters all processes have to ask.
+            For sharded parameters all processes must call this.
         """
         return StepScales(self._stepper.step_scales(self.param_groups), self)
 

@@ -63,7 +63,7 @@ def on_manifolds(
     update: Update = "retraction",
     check_finite: bool | None = None,
 ) -> OnManifolds:
-    """Keep the parameters of an optimiser on their manifolds, with a step size of their own for every group.
+    """Keep the parameters of an optimiser on their manifolds, with a separate step size for every group.
 
     Args:
         optimizer: Any torch optimiser that takes one step per call of ``step``. It is changed in place, and stays of
@@ -79,9 +79,9 @@ def on_manifolds(
             reading the answer is free: on the CPU. Elsewhere such a group does not move, and is counted.
 
     Returns:
-        A handle. ``handle.remove()`` gives the optimiser back as it was. Until then the optimiser has the handle's
+        A handle. ``handle.remove()`` restores the optimiser. Until then the optimiser has the handle's
         ``step_scales()``, so that :func:`fgo_geo.report` can read them. A deep copy of the optimiser or of the handle
-        is attached, too. Torch pickles no attribute of an optimiser: pickle the handle, which takes it along.
+        is attached, too. Torch pickles no attribute of an optimiser: pickle the handle, which includes the optimiser.
 
     Raises:
         TypeError: If the optimiser evaluates inside its step (``torch.optim.LBFGS``), or knows manifolds already.

@@ -92,9 +92,9 @@ _rules: dict[tuple[str, str], LayoutRule] = {}
 
 
 def register_layout(layer: type[nn.Module] | str, parameter: str, layout: LayoutRule) -> None:
-    """Say how a type of layer stores a weight, so that :func:`~fgo_geo.constrain` and all others can read it.
+    """Register how a type of layer stores a weight, so that :func:`~fgo_geo.constrain` and other functions can read it.
 
-    Holds for derived classes too; that of the nearest base class counts. A second call replaces the first.
+    The layout also applies to derived classes; that of the nearest base class counts. A second call replaces the first.
 
     Args:
         layer: The type, or its full name, ``"package.module.Class"``, for which nothing has to be imported.
