@@ -41,7 +41,7 @@ def device() -> str:
 
 @contextmanager
 def group(device: str) -> Iterator[None]:
-    """Let the processes find each other, for the time of a run."""
+    """Connect the processes during a run."""
     if count() == 1:
         yield
         return

@@ -272,7 +272,7 @@ class Stiefel(ComponentManifold):
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Exponential map, in closed form through a ``2B x 2B`` matrix exponential, in double precision.
 
-        Vectors longer than 1e6 radii are shortened to that length, with a warning where reading is free: rounding makes
+        Vectors longer than 1e6 radii are shortened to that length, on a CPU with a warning: rounding makes
         the end of a longer geodesic meaningless.
         """
         radius, wide = self.radius_for(x), wide_type(x)

@@ -41,7 +41,7 @@ def exponential(q: Tensor, v: Tensor) -> Tensor:
 
     Args:
         q: Points in double precision, shape ``(..., A, B)``.
-        v: Tangent vectors at ``q``. Longer ones than 1e6 are shortened to that, with a warning where reading is free.
+        v: Tangent vectors at ``q``. Those longer than 1e6 are shortened to 1e6; on a CPU with a warning.
 
     Returns:
         Points of the same shape.

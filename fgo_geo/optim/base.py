@@ -41,7 +41,7 @@ class StepRequest:
     Attributes:
         options: Hyper-parameters.
         weights: Weights with gradients.
-        check_finite: Raise on gradients that are not finite; None where reading is free.
+        check_finite: Raise on gradients that are not finite; None for only where reading does not wait for a device.
         running: Compute ``τ`` from a running mean of ``R²`` over earlier steps.
     """
 
@@ -404,7 +404,7 @@ def is_shared(weight: Weight) -> bool:
 
 
 def _is_lent(weight: Weight) -> bool:
-    """Whether a weight is whole here, for the time of a step, and sharded where it belongs."""
+    """Whether a weight is whole here during a step, and sharded between steps."""
     return hasattr(weight.owner, "device_mesh") and not hasattr(weight.param, "device_mesh")
 
 

@@ -35,7 +35,7 @@ class Measured:
         batch: The batch.
         options: Hyper-parameters.
         is_free: Whether values can be read on the host without waiting.
-        check_finite: Raise on what is not finite; None where reading is free.
+        check_finite: Raise on what is not finite; None for only where reading does not wait for a device.
         squared: ``R²`` of all groups, of the gradient divided by ``unit``.
         kept: Which groups take their gradient; None if all do.
         unit: What the gradients of all groups were divided by; None if by nothing.
