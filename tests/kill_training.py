@@ -40,7 +40,7 @@ def child(arguments: Sequence[str], environment: dict[str, str], log: Path, prep
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
-    trainer.modules["reporting"].draw_curves = lambda path, history: None  # half a second
+    trainer.reporting.draw_curves = lambda path, history: None  # half a second
     if prepare is not None:
         prepare()
     status = trainer.train.main(list(arguments))
@@ -88,7 +88,7 @@ class Moments:
 
     def __call__(self) -> None:
         """Watch what matters."""
-        engine = trainer.modules["engine"]
+        engine = trainer.engine
         engine.accumulate_gradients = self._watched(engine.accumulate_gradients)
         engine.evaluate = self._watched(engine.evaluate)
         os.fsync = self._watched(os.fsync)
@@ -163,7 +163,7 @@ def worker(arguments: list[str], log: Path, at: int) -> None:
     with log.with_suffix(f".{os.environ['RANK']}.{int(is_restarted)}.log").open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    engine, steps = trainer.modules["engine"], itertools.count(1)
+    engine, steps = trainer.engine, itertools.count(1)
     take_step = engine.take_step
 
     def fatal(*args: Any) -> Any:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import trainer
+from trainer import command_line, engine, settings
 
-command_line, engine, optimisers, settings = (
-    trainer.modules[name] if name in trainer.modules else trainer.importlib.import_module(f"training.{name}")
-    for name in ("command_line", "engine", "optimisers", "settings")
-)
 SMALL = {"width": 4, "fraction": 0.1, "batch_size": 16, "epochs": 2, "device": "cpu"}
 
 
@@ -95,6 +92,6 @@ def test_frozen_weights_stay_as_they_are():
             for name, weight in run.model.named_parameters()
             if torch.equal(weight.detach(), start.get_parameter(name).detach())
         }
-        kinds = trainer.modules["models"].weights_by_kind(run.model)
+        kinds = trainer.models.weights_by_kind(run.model)
         assert same == {name for kind in frozen for name in kinds[kind]}
     assert {name for names in kinds.values() for name in names} == dict(run.model.named_parameters()).keys()

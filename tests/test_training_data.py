@@ -14,9 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torchvision import datasets
-from trainer import bits, run
-
-data, processes, settings = (trainer.modules[name] for name in ("data", "processes", "settings"))
+from trainer import bits, data, run, settings
 
 
 @pytest.fixture(autouse=True)

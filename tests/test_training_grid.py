@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import json
 import math
@@ -15,12 +16,10 @@ import trainer
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from trainer import command_line, grid
 
-command_line, engine, grid, settings = (
-    trainer.modules[name] for name in ("command_line", "engine", "grid", "settings")
-)
-comparison = trainer.importlib.import_module("training.comparison")
-program = trainer.importlib.import_module("grid")
+comparison = importlib.import_module("training.comparison")
+program = importlib.import_module("grid")
 
 SPEC = {
     "common": {"fraction": 0.1, "epochs": 1, "batch_size": 16},

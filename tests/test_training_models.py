@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-import trainer
+from trainer import models, settings
 
 import fgo_geo
-
-models, settings = (trainer.modules[name] for name in ("models", "settings"))
 
 
 def test_a_large_image_keeps_the_stem_of_resnet():

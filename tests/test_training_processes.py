@@ -11,7 +11,7 @@ import trainer
 from kill_training import finish, kill_and_resume, start
 from trainer import bits, load
 
-RunFolder = trainer.modules["folder"].RunFolder
+RunFolder = trainer.folder.RunFolder
 QUICK = ("--fraction", "0.1", "--batch-size", "16", "--epochs", "2")
 
 
@@ -26,7 +26,7 @@ class FullDisk:
     """From the first checkpoint after step 5 on, files can have 20,000 bytes."""
 
     def __call__(self) -> None:
-        checkpoints = trainer.modules["checkpoints"]
+        checkpoints = trainer.checkpoints
         save = checkpoints.save
 
         def full(folder, step, state):

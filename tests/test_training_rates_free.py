@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import geoopt
@@ -12,8 +13,8 @@ import trainer
 
 import fgo_geo
 
-command_line, engine = trainer.modules["command_line"], trainer.modules["engine"]
-optimisers = trainer.importlib.import_module("training.optimisers")
+command_line, engine = trainer.command_line, trainer.engine
+optimisers = importlib.import_module("training.optimisers")
 RDoG = optimisers.RDoG
 
 

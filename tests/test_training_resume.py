@@ -14,60 +14,23 @@ import numpy as np
 import pytest
 import torch
 import trainer
-from trainer import EXAMPLES, bits, load, run, train
-
-checkpoints, command_line, data, engine, folder, measures, models, reporting, settings = (
-    trainer.modules[name]
-    for name in (
-        "checkpoints",
-        "command_line",
-        "data",
-        "engine",
-        "folder",
-        "measures",
-        "models",
-        "reporting",
-        "settings",
-    )
+from trainer import (  # noqa: F401  (fixtures of every test)
+    EXAMPLES,
+    QUICK,
+    bits,
+    checkpoints,
+    command_line,
+    ctrl_c_interrupts,
+    data,
+    engine,
+    folder,
+    light_runs,
+    load,
+    reporting,
+    run,
+    signal_at,
+    train,
 )
-QUICK = ("--fraction", "0.3", "--batch-size", "32")  # 14 steps an epoch
-
-
-def on_manifolds(results: dict) -> set[str]:
-    return {entry["names"][0] for entry in results["plan"]["entries"] if entry["reason"] is None}
-
-
-def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
-    """Send a signal to this process during its ``step``-th step."""
-    original, calls = engine.take_step, iter(range(1, 10**9))
-
-    def interrupted(*args):
-        if next(calls) == step:
-            signal.raise_signal(number)
-        return original(*args)
-
-    monkeypatch.setattr(engine, "take_step", interrupted)
-
-
-DRAW_CURVES = reporting.draw_curves
-
-
-@pytest.fixture(autouse=True)
-def light_runs(monkeypatch):
-    """Undo what ``--threads`` sets for the whole process, and save the time that drawing takes."""
-    monkeypatch.setattr(reporting, "draw_curves", lambda path, history: None)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c_interrupts():
-    """Take SIGINT as in the foreground: shells make processes in the background ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
 
 # --- interruption and resumption --------------------------------------------------------------------------------
 

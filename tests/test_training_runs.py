@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import io
 import json
 import math
-import signal
 import warnings
 from pathlib import Path
 
@@ -14,7 +14,6 @@ import geoopt
 import numpy as np
 import pytest
 import torch
-import trainer
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,62 +22,27 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch.optim.lr_scheduler import EPOCH_DEPRECATION_WARNING, LRScheduler
-from trainer import bits, load, run, train
+from trainer import (  # noqa: F401  (fixtures of every test)
+    DRAW_CURVES,
+    QUICK,
+    bits,
+    checkpoints,
+    command_line,
+    ctrl_c_interrupts,
+    engine,
+    folder,
+    light_runs,
+    load,
+    measures,
+    models,
+    on_manifolds,
+    reporting,
+    run,
+    signal_at,
+    train,
+)
 
 import fgo_geo
-
-checkpoints, command_line, data, engine, folder, measures, models, reporting, settings = (
-    trainer.modules[name]
-    for name in (
-        "checkpoints",
-        "command_line",
-        "data",
-        "engine",
-        "folder",
-        "measures",
-        "models",
-        "reporting",
-        "settings",
-    )
-)
-QUICK = ("--fraction", "0.3", "--batch-size", "32")  # 14 steps an epoch
-
-
-def on_manifolds(results: dict) -> set[str]:
-    return {entry["names"][0] for entry in results["plan"]["entries"] if entry["reason"] is None}
-
-
-def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
-    """Send a signal to this process during its ``step``-th step."""
-    original, calls = engine.take_step, iter(range(1, 10**9))
-
-    def interrupted(*args):
-        if next(calls) == step:
-            signal.raise_signal(number)
-        return original(*args)
-
-    monkeypatch.setattr(engine, "take_step", interrupted)
-
-
-DRAW_CURVES = reporting.draw_curves
-
-
-@pytest.fixture(autouse=True)
-def light_runs(monkeypatch):
-    """Undo what ``--threads`` sets for the whole process, and save the time that drawing takes."""
-    monkeypatch.setattr(reporting, "draw_curves", lambda path, history: None)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def ctrl_c_interrupts():
-    """Take SIGINT as in the foreground: shells make processes in the background ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
 
 # --- a run and its measurements ---------------------------------------------------------------------------------
 
@@ -385,7 +349,7 @@ def test_learning_rates_follow_their_formula(schedule, warmup, monkeypatch):
     flags = {"schedule": schedule, "warmup": warmup, "lr": 0.4, "epochs": 6}
     made = command_line.make({**flags, "time_constant": 2})
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.4)
-    scheduler = trainer.importlib.import_module("training.optimisers").schedule(made.optim, optimizer, 14)
+    scheduler = importlib.import_module("training.optimisers").schedule(made.optim, optimizer, 14)
     if warmup and hasattr(LRScheduler, "_update_lr"):
         update = LRScheduler._update_lr
 

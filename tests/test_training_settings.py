@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import pytest
-import trainer
 import yaml
-from trainer import train
-
-command_line, engine, processes, settings = (
-    trainer.modules[name] for name in ("command_line", "engine", "processes", "settings")
-)
+from trainer import command_line, settings, train
 
 
 def parse(*words):

@@ -10,13 +10,11 @@ from pathlib import Path
 import kill_training
 import pytest
 import torch
-import trainer
 from kill_training import RUN, finish, kill_and_resume, start
-from trainer import bits, load, run
+from trainer import bits, checkpoints, command_line, engine, load, run
 
 import fgo_geo
 
-checkpoints, command_line, engine = (trainer.modules[name] for name in ("checkpoints", "command_line", "engine"))
 WORLD, FLAGS = kill_training.WAYS["fsdp2"]
 
 

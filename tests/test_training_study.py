@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import itertools
 import json
 import math
@@ -14,11 +15,11 @@ import trainer
 from hypothesis import given
 from hypothesis import strategies as st
 
-grid = trainer.modules["grid"]
-comparison = trainer.importlib.import_module("training.comparison")
-curves = trainer.importlib.import_module("training.curves")
-convergence = trainer.importlib.import_module("convergence")
-generalisation = trainer.importlib.import_module("generalisation")
+grid = trainer.grid
+comparison = importlib.import_module("training.comparison")
+curves = importlib.import_module("training.curves")
+convergence = importlib.import_module("convergence")
+generalisation = importlib.import_module("generalisation")
 GRIDS = sorted((trainer.EXAMPLES / "grids").glob("*.yaml"))
 
 
@@ -70,7 +71,7 @@ def test_curves_have_a_panel_per_variant_and_a_line_per_row(tmp_path):
 
 
 def test_a_curve_is_over_something_that_varies():
-    with pytest.raises(trainer.modules["settings"].SettingsError, match="curve 'lr' is none"):
+    with pytest.raises(trainer.settings.SettingsError, match="curve 'lr' is none"):
         grid.from_dict({"rows": {"SGD": {"method": "euc"}}, "vary": {"depth": [2, 4]}, "curve": "lr"})
 
 
@@ -190,8 +191,8 @@ def test_students_learn_unless_the_determinant_is_wrong(tmp_path):
 
 def test_watching_shows_the_steps_and_leaves_the_run_as_it_is(tmp_path, capsys):
     flags = {"model": "plain", "depth": 4, "width": 4, "fraction": 0.2, "epochs": 2, "batch_size": 16, "method": "st"}
-    words = trainer.modules["command_line"].words_of(flags | {"lr": 0.1, "device": "cpu"})
-    watch = trainer.importlib.import_module("watch")
+    words = trainer.command_line.words_of(flags | {"lr": 0.1, "device": "cpu"})
+    watch = importlib.import_module("watch")
     assert watch.main([*words, "--until", "25", "--csv", str(tmp_path / "steps.csv")]) == 0
     shown = capsys.readouterr().out
     with (tmp_path / "steps.csv").open(newline="") as file:
@@ -199,7 +200,7 @@ def test_watching_shows_the_steps_and_leaves_the_run_as_it_is(tmp_path, capsys):
     assert [int(line["step"]) for line in steps] == list(range(1, 26))
     assert all(float(line["angle"]) > 0 and 0 <= float(line["dead in stem.0"]) <= 1 for line in steps)
     # the same training, without anybody watching
-    engine, make = trainer.modules["engine"], trainer.modules["command_line"].make
+    engine, make = trainer.engine, trainer.command_line.make
     run = engine.build(make(flags | {"lr": 0.1, "device": "cpu"}))
     losses = []
     for epoch in (1, 2):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import shlex
 
 import pytest
 import torch
 import trainer
+from trainer import command_line, grid
 
-program = trainer.importlib.import_module("table3")
-command_line, grid = (trainer.modules[name] for name in ("command_line", "grid"))
+program = importlib.import_module("table3")
 SMALL = ["--data", "digits", "--models", "small", "--rows", "euc", "pio", "--seeds", "2", "--epochs", "1"]
 SMALL += ["--workers", "0", "--set", "amp=off", "channels_last=False", "fraction=0.2", "norm=batch"]
 

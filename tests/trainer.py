@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
-import importlib
 import io
 import json
 import pickle
+import signal
 import struct
 import sys
 import tempfile
@@ -14,6 +14,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -22,21 +23,21 @@ from torchvision import datasets
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-NAMES = (
-    "checkpoints",
-    "command_line",
-    "data",
-    "engine",
-    "folder",
-    "grid",
-    "measures",
-    "models",
-    "processes",
-    "reporting",
-    "settings",
+import train  # noqa: E402  (found in the folder of the examples)
+from training import (  # noqa: E402, F401
+    checkpoints,
+    command_line,
+    data,
+    engine,
+    folder,
+    grid,
+    measures,
+    models,
+    optimisers,
+    processes,
+    reporting,
+    settings,
 )
-modules = {name: importlib.import_module(f"training.{name}") for name in NAMES}
-train = importlib.import_module("train")
 
 
 def bits(value: object) -> object:
@@ -60,7 +61,7 @@ def run(output: Path, *arguments: str) -> dict:
 
 def load(output: Path) -> dict:
     """Return the newest checkpoint without the times, which no two runs share; that of many processes put together."""
-    state, path, _ = modules["checkpoints"].load(output / "checkpoints")
+    state, path, _ = checkpoints.load(output / "checkpoints")
     assert state is not None
     if path.is_dir():
         with tempfile.NamedTemporaryFile() as file, warnings.catch_warnings():
@@ -126,3 +127,42 @@ def write_fashion(root: Path, train: int = 100, test: int = 20, suffix: str = ".
             path = root / f"{name}{suffix}"
             path.write_bytes(gzip.compress(content) if suffix else content)
     return kept[0], kept[1]
+
+
+QUICK = ("--fraction", "0.3", "--batch-size", "32")  # 14 steps an epoch
+
+
+def on_manifolds(results: dict) -> set[str]:
+    return {entry["names"][0] for entry in results["plan"]["entries"] if entry["reason"] is None}
+
+
+def signal_at(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGINT) -> None:
+    """Send a signal to this process during its ``step``-th step."""
+    original, calls = engine.take_step, iter(range(1, 10**9))
+
+    def interrupted(*args):
+        if next(calls) == step:
+            signal.raise_signal(number)
+        return original(*args)
+
+    monkeypatch.setattr(engine, "take_step", interrupted)
+
+
+DRAW_CURVES = reporting.draw_curves
+
+
+@pytest.fixture(autouse=True)
+def light_runs(monkeypatch):
+    """Undo what ``--threads`` sets for the whole process, and save the time that drawing takes."""
+    monkeypatch.setattr(reporting, "draw_curves", lambda path, history: None)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c_interrupts():
+    """Take SIGINT as in the foreground: shells make processes in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
