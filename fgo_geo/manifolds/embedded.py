@@ -174,6 +174,8 @@ class EmbeddedManifold(geoopt.Manifold):
     ) -> geoopt.ManifoldTensor:
         """A canonical point: ones on the diagonal (of a vector: in the first place), projected.
 
+        In a product it is that of every component, and zero where there is no constraint.
+
         Args:
             size: Shape of the result, as numbers or as one tuple.
             dtype: Type of the result.
@@ -189,10 +191,13 @@ class EmbeddedManifold(geoopt.Manifold):
         """
         shape = flat_shape(size)
         self._assert_check_shape(shape, "x")
-        point = torch.zeros(shape, dtype=dtype, device=device)
-        diagonal = point.diagonal(dim1=-2, dim2=-1) if self.ndim > 1 else point[..., 0]
+        return self._tensor(self._origin(torch.zeros(shape, dtype=dtype, device=device)))
+
+    def _origin(self, zero: Tensor) -> Tensor:
+        """The canonical point of the shape of a zero tensor, which may be overwritten."""
+        diagonal = zero.diagonal(dim1=-2, dim2=-1) if self.ndim > 1 else zero[..., 0]
         diagonal.fill_(1)
-        return self._tensor(self.projx(point))
+        return self.projx(zero)
 
     def _tensor(self, point: Tensor) -> geoopt.ManifoldTensor:
         build: Any = geoopt.ManifoldTensor  # its constructor has no usable annotation

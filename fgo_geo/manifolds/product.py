@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fgo_geo.linalg import computes_in_float32, root_of_sum
-from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold, flat_shape, require_constant_radius
+from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold, require_constant_radius
 from fgo_geo.manifolds.sphere import SphericalManifold
 from fgo_geo.weights.components import Partition, Segments, partition
 from fgo_geo.weights.grouping import Collection
@@ -361,34 +361,11 @@ class ProductOfGroups(EmbeddedManifold):
 
         return self._map(draw, gaussian)
 
-    def origin(
-        self,
-        *size: int | tuple[int, ...],
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        seed: int | None = 42,
-    ) -> geoopt.ManifoldTensor:
-        """Every component's canonical point; zero where there is no constraint.
-
-        Args:
-            size: The weight's shape, as numbers or as one tuple.
-            dtype: Type of the result.
-            device: Device of the result.
-            seed: Ignored, because nothing is random here; Geoopt's signature has it.
-
-        Returns:
-            A :class:`geoopt.ManifoldTensor`.
-
-        Raises:
-            ValueError: If the shape is not the weight's.
-        """
-        shape = flat_shape(size)
-        self._assert_check_shape(shape, "x")
-
+    def _origin(self, zero: Tensor) -> Tensor:
         def origin(manifold: geoopt.Manifold, part: Tensor) -> Tensor:
             return manifold.origin(*part.shape, dtype=part.dtype, device=part.device)
 
-        return self._tensor(self._map(origin, torch.zeros(shape, dtype=dtype, device=device)))
+        return self._map(origin, zero)
 
     def _shape_problem(self, shape: tuple[int, ...]) -> str | None:
         if shape == self.layout.shape:
