@@ -23,7 +23,7 @@ from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 from fgo_geo.paths.native import blocks
 from fgo_geo.paths.native.library import library
 from fgo_geo.paths.protocol import Claim, Weight
-from fgo_geo.weights.components import BlockPartition, FilterPartition, KernelPartition, Segments
+from fgo_geo.weights.components import KernelPartition, RectanglePartition, Segments
 from fgo_geo.weights.kinds import kind_of
 
 __all__ = ["Job", "LargeKernels", "Piece", "cut", "jobs_of", "put_back", "write", "write_if_complete"]
@@ -268,7 +268,7 @@ def cut(claim: Claim, tensor: Tensor) -> dict[int, Tensor]:
     partition = manifold.partition
     if claim.is_whole:
         return dict(enumerate(partition.split(tensor)))
-    assert isinstance(partition, (BlockPartition, FilterPartition))  # kernels are never shared between paths
+    assert isinstance(partition, RectanglePartition)  # kernels are never shared between paths
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or library() is None:
         parts = partition.split(tensor)
         return {part: parts[part] for part in claim.parts}

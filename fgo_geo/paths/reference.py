@@ -6,7 +6,7 @@ functions on whole batches of components:
 1. :meth:`~geoopt.Manifold.egrad2rgrad` projects the gradient onto the tangent space;
 2. sums over groups of its squared norm are ``R²``;
 3. a rule (:func:`~fgo_geo.paths.rules.momentum_sgd`) computes a direction from the gradient over ``τ`` and momentum;
-4. :func:`move_along` follows a retraction or the exponential map.
+4. ``_move_along`` follows a retraction or the exponential map.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold
 from fgo_geo.paths.pieces import Job, LargeKernels, Piece, cut, jobs_of, write, write_if_complete
 from fgo_geo.paths.protocol import Batch, Claim, Path, StepOptions, Weight
 
-__all__ = ["JobBatch", "Reference", "fgsgd_update", "measure", "move_along", "step_bound"]
+__all__ = ["JobBatch", "Reference", "fgsgd_update", "measure", "step_bound"]
 
 _UNKNOWN_LR_BOUND = 100.0  # assumed bound on ‖step‖ / r when the learning rate is a tensor that cannot be read for free
 
@@ -178,10 +178,10 @@ def fgsgd_update(
         tensor([-0.,  1.])
     """
     direction, buffer = options.rule(manifold, x, grad, buffer, options)
-    return move_along(manifold, x, direction, buffer, options, bound)
+    return _move_along(manifold, x, direction, buffer, options, bound)
 
 
-def move_along(
+def _move_along(
     manifold: geoopt.Manifold,
     x: Tensor,
     direction: Tensor,
@@ -189,18 +189,9 @@ def move_along(
     options: StepOptions,
     bound: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Points at ``-lr`` times the direction along a retraction or geodesics; momentum, transported where it has to be.
+    """Points at ``-lr`` times the direction along a retraction or geodesics, and the buffer.
 
-    Args:
-        manifold: Where ``x`` lives.
-        x: Points.
-        direction: Tangent vectors at ``x``.
-        buffer: Momentum, which Geoopt's manifolds transport here, and ours at the start of the next step.
-        options: Hyper-parameters; ``lr`` and ``update`` are read.
-        bound: Bound on the length of the step relative to the radius, if one is known.
-
-    Returns:
-        The new points and the buffer.
+    The step transports the buffer for Geoopt's manifolds; ours transport it at the start of the next step.
     """
     lr = options.lr
     if options.update == "retraction" and isinstance(manifold, ComponentManifold) and not isinstance(lr, Tensor):

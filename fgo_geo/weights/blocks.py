@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.layout import WeightLayout
-from fgo_geo.weights.parts import Partition, Segments, entries_of, sorted_rows
+from fgo_geo.weights.parts import RectanglePartition, Segments, sorted_rows
 
 __all__ = ["BlockPartition"]
 
@@ -71,7 +71,7 @@ class _Band:
         return torch.cat([x if n == 1 else x.unflatten(0, (-1, n)).transpose(1, 2).flatten(2) for n, x in columns], 2)
 
 
-class BlockPartition(Partition):
+class BlockPartition(RectanglePartition):
     """Every group of the collections is one rectangular block of the matrix ``(D, C K)``, transposed if wide.
 
     Equal blocks of one kind share a part.
@@ -181,19 +181,6 @@ class BlockPartition(Partition):
         """Rows ``(n, a)`` and columns ``(n, b)`` of a part's blocks, in the matrix ``(D, C K)``."""
         rows, columns = self._rectangles[part]
         return rows, columns
-
-    def entries(self, part: int, chosen: Tensor) -> Tensor:
-        """Where the entries of some components of a part are."""
-        rows, columns = (lines[chosen] for lines in self.rectangles(part))
-        return entries_of(rows, columns, self.layout.in_channels * math.prod(self.layout.kernel))
-
-    def per_component(self, values: np.ndarray) -> list[np.ndarray]:
-        """Numbers per group ``(G,)`` in the order of the components; a block has no number per kernel."""
-        if values.ndim != 1:
-            raise ValueError(
-                f"a block is one component, so numbers are given per group, shape (G,), got shape {values.shape}"
-            )
-        return [values[g] for g in self.groups]
 
 
 def _sorted_columns(strips: Tensor, order: Tensor | None) -> Tensor:

@@ -24,7 +24,7 @@ from fgo_geo.weights.filters import FilterPartition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.kernels import KernelPartition
 from fgo_geo.weights.layout import CONVOLUTIONS, Storage, WeightLayout, layout_of
-from fgo_geo.weights.parts import Partition, Segments
+from fgo_geo.weights.parts import Partition, RectanglePartition, Segments
 
 __all__ = [
     "CONVOLUTIONS",
@@ -32,6 +32,7 @@ __all__ = [
     "FilterPartition",
     "KernelPartition",
     "Partition",
+    "RectanglePartition",
     "Segments",
     "Storage",
     "WeightLayout",

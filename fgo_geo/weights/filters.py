@@ -12,14 +12,14 @@ from torch import Tensor
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.kinds import kind
 from fgo_geo.weights.layout import WeightLayout
-from fgo_geo.weights.parts import Partition, Segments, entries_of, sorted_rows
+from fgo_geo.weights.parts import RectanglePartition, Segments, sorted_rows
 
 __all__ = ["FilterPartition"]
 
 _PartKey = tuple[str, int]  # manifold kind, and filters of a component
 
 
-class FilterPartition(Partition):
+class FilterPartition(RectanglePartition):
     """Every filter, a row of the matrix ``(D, C K)``, is a component ``C K x 1``; or all filters of a group are one.
 
     The latter holds for kinds whose constraint couples the columns of a matrix (``Kind.joins_filters``; Stiefel: the
@@ -83,24 +83,10 @@ class FilterPartition(Partition):
     def rectangles(self, part: int) -> tuple[Tensor, Tensor]:
         """Rows ``(n, filters of a component)`` and columns ``(n, C K)`` of a part's components, in ``(D, C K)``."""
         rows = self.rows[part]
-        if part not in self._columns:  # kept: compiled code is given their address
+        if part not in self._columns:
             length = self.layout.in_channels * math.prod(self.layout.kernel)
             self._columns[part] = torch.arange(length, dtype=torch.int32).expand(len(rows), -1).contiguous()
         return rows, self._columns[part]
-
-    def entries(self, part: int, chosen: Tensor) -> Tensor:
-        """Where the entries of some components of a part are."""
-        rows, columns = (lines[chosen] for lines in self.rectangles(part))
-        return entries_of(rows, columns, self.layout.in_channels * math.prod(self.layout.kernel))
-
-    def per_component(self, values: np.ndarray) -> list[np.ndarray]:
-        """Numbers per group ``(G,)`` in the order of the components; a filter has no number per kernel."""
-        if values.ndim != 1:
-            raise ValueError(
-                f"a filter is one component, so numbers are given per group, shape (G,), got shape {values.shape}"
-            )
-        labels = [own.spread(torch.arange(own.count)).numpy() for own in self.segments]
-        return [values[g][own] for g, own in zip(self.groups, labels, strict=True)]
 
 
 def _sorted_part(groups: Sequence[tuple[int, np.ndarray]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -141,8 +141,7 @@ class KernelPartition(Partition):
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
         """Numbers per group ``(G,)``, or per kernel ``(D, C)``, in the order of the components of every part."""
         if values.ndim == 1:
-            labels = [own.spread(torch.arange(own.count)).numpy() for own in self.segments]
-            return [values[g][own] for g, own in zip(self.groups, labels, strict=True)]
+            return super().per_component(values)
         kernels = values.ravel()
         if self.order is not None:
             kernels = kernels[self.order.cpu().numpy()]

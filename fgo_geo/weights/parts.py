@@ -7,6 +7,7 @@ merges them. :class:`Segments` holds the group of every component of a part, and
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fgo_geo.weights.layout import WeightLayout
 
-__all__ = ["Partition", "Segments", "entries_of", "sorted_rows"]
+__all__ = ["Partition", "RectanglePartition", "Segments", "sorted_rows"]
 
 
 @dataclass(frozen=True)
@@ -179,15 +180,34 @@ class Partition(nn.Module, abc.ABC):
         """
         weight.copy_(self.merge(parts, weight))
 
-    @abc.abstractmethod
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
-        """Numbers per group ``(G,)``, or per kernel ``(D, C)``, in the order of the components of every part."""
+        """Numbers per group ``(G,)``, or per kernel ``(D, C)``, in the order of the components of every part.
+
+        Raises:
+            ValueError: If numbers are given per kernel, and a component is a block or a filter.
+        """
+        if values.ndim != 1:
+            word = type(self).__name__.removesuffix("Partition").lower()
+            raise ValueError(
+                f"a {word} is one component, so numbers are given per group, shape (G,), got shape {values.shape}"
+            )
+        labels = [own.spread(torch.arange(own.count)).numpy() for own in self.segments]
+        return [values[g][own] for g, own in zip(self.groups, labels, strict=True)]
 
 
-def entries_of(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """Places of rectangles ``(n, a)`` rows by ``(n, b)`` columns in a flattened matrix; tall, shape ``(n, A, B)``."""
-    places = rows.long().unsqueeze(2) * width + columns.long().unsqueeze(1)
-    return places.mT if places.shape[1] < places.shape[2] else places
+class RectanglePartition(Partition):
+    """A partition whose components are rectangles of the matrix ``(D, C K)``."""
+
+    @abc.abstractmethod
+    def rectangles(self, part: int) -> tuple[Tensor, Tensor]:
+        """Rows ``(n, a)`` and columns ``(n, b)`` of a part's components, kept: compiled code is given their address."""
+
+    def entries(self, part: int, chosen: Tensor) -> Tensor:
+        """Where the entries of some components of a part are."""
+        rows, columns = (lines[chosen].long() for lines in self.rectangles(part))
+        width = self.layout.in_channels * math.prod(self.layout.kernel)
+        places = rows.unsqueeze(2) * width + columns.unsqueeze(1)
+        return places.mT if places.shape[1] < places.shape[2] else places
 
 
 def sorted_rows(kernels: Tensor, order: Tensor | None) -> Tensor:

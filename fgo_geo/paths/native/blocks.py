@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fgo_geo.paths.native.library import library, threads_for
 from fgo_geo.paths.protocol import StepOptions, Weight
-from fgo_geo.weights.components import BlockPartition, FilterPartition
+from fgo_geo.weights.components import RectanglePartition
 
 __all__ = ["Block", "MatrixOptions", "block_of", "matrix_of", "put", "take"]
 
@@ -42,7 +42,7 @@ class Block(ctypes.Structure):
     )
 
 
-def take(weight: Tensor, cut: BlockPartition | FilterPartition, part: int) -> Tensor:
+def take(weight: Tensor, cut: RectanglePartition, part: int) -> Tensor:
     """The blocks of one part of a weight: ``cut.split(weight)[part]``, without reading the others.
 
     Args:
@@ -67,13 +67,13 @@ def take(weight: Tensor, cut: BlockPartition | FilterPartition, part: int) -> Te
     return blocks.mT if rows.shape[1] < columns.shape[1] else blocks
 
 
-def matrix_of(weight: Tensor, cut: BlockPartition | FilterPartition) -> Tensor | None:
+def matrix_of(weight: Tensor, cut: RectanglePartition) -> Tensor | None:
     """The channels of a weight as a matrix in its memory; None if that matrix is not contiguous."""
     matrix = cut.layout.channels(weight).flatten(1)
     return matrix if matrix.data_ptr() == weight.data_ptr() and matrix.is_contiguous() else None
 
 
-def block_of(matrix: Tensor, cut: BlockPartition | FilterPartition, part: int, blocks: Tensor) -> Block:
+def block_of(matrix: Tensor, cut: RectanglePartition, part: int, blocks: Tensor) -> Block:
     """The structure that describes blocks of a part and their place in a matrix.
 
     Args:

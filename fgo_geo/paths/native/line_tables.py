@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 from fgo_geo.paths.kept import kept
-from fgo_geo.weights.components import BlockPartition, FilterPartition, Segments
+from fgo_geo.weights.components import FilterPartition, RectanglePartition, Segments
 from fgo_geo.weights.kinds import kind, kind_of
 
 __all__ = ["BlockTable", "LineTable", "table_of"]
@@ -125,7 +125,7 @@ def _build(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
 def _build_strided(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
     if isinstance(manifold, ProductOfGroups):
         cut = manifold.partition
-        if not isinstance(cut, (BlockPartition, FilterPartition)) or len(cut.kinds) > 1:
+        if not isinstance(cut, RectanglePartition) or len(cut.kinds) > 1:
             return None
         ((part, segments),) = manifold.parts
         (components,), (numbers,) = cut.split(weight), cut.groups
@@ -231,7 +231,7 @@ class _Block:
 
 def _build_by_blocks(manifold: ProductOfGroups, weight: Tensor) -> LineTable | None:
     cut = manifold.partition
-    if not isinstance(cut, (BlockPartition, FilterPartition)) or not any(map(_has_lines, cut.kinds)):
+    if not isinstance(cut, RectanglePartition) or not any(map(_has_lines, cut.kinds)):
         return None
     matrix = _matrix_of(manifold.layout.channels(weight), cut)
     if matrix.data_ptr() != weight.data_ptr() or not matrix.is_contiguous():
@@ -260,7 +260,7 @@ def _build_by_blocks(manifold: ProductOfGroups, weight: Tensor) -> LineTable | N
     )
 
 
-def _matrix_of(channels: Tensor, cut: BlockPartition | FilterPartition) -> Tensor:
+def _matrix_of(channels: Tensor, cut: RectanglePartition) -> Tensor:
     """The matrix ``(D, C K)``.
 
     Where all components are single filters, and lines, the order of a row's entries is that of memory: it changes
@@ -275,7 +275,7 @@ def _matrix_of(channels: Tensor, cut: BlockPartition | FilterPartition) -> Tenso
     return channels.flatten(1)
 
 
-def _blocks_of(manifold: ProductOfGroups, cut: BlockPartition | FilterPartition, part: int) -> list[_Block]:
+def _blocks_of(manifold: ProductOfGroups, cut: RectanglePartition, part: int) -> list[_Block]:
     """The blocks of a part; filters that are components are the lines of one block."""
     name, (own, segments) = cut.kinds[part], manifold.parts[part]
     groups = segments.spread(torch.from_numpy(cut.groups[part])).numpy()

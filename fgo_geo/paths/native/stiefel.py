@@ -27,7 +27,7 @@ from fgo_geo.paths.native.blocks import Block, MatrixOptions, matrix_of, put
 from fgo_geo.paths.native.library import NOT_BUILT, library, threads_for
 from fgo_geo.paths.pieces import write_if_complete
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
-from fgo_geo.weights.components import BlockPartition, FilterPartition
+from fgo_geo.weights.components import RectanglePartition
 
 __all__ = ["NativeStiefel"]
 
@@ -114,8 +114,8 @@ def _build(manifold: ProductOfGroups | Stiefel, weight: Tensor) -> dict[int, Sti
         radii = _radii(manifold, weight.shape[:-2])
         return {0: StiefelTable(rows, columns, torch.zeros(n, dtype=torch.int32), radii, b)}
     cut = manifold.partition
-    matrix = matrix_of(weight, cut) if isinstance(cut, (BlockPartition, FilterPartition)) else None
-    if matrix is None or not isinstance(cut, (BlockPartition, FilterPartition)):
+    matrix = matrix_of(weight, cut) if isinstance(cut, RectanglePartition) else None
+    if matrix is None or not isinstance(cut, RectanglePartition):
         return {}
     tables: dict[int, StiefelTable] = {}
     for part, (own, segments) in enumerate(manifold.parts):
