@@ -254,10 +254,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         return self._stepper.left_out()
 
     def shortened_gradients(self) -> int:
-        """How many gradients ``norm="running"`` has shortened since the optimiser was built (synchronises).
-
-        On many processes the number is per process, as that of :meth:`skipped_groups`.
-        """
+        """How many gradients ``norm="running"`` has shortened, counted as by :meth:`skipped_groups` (synchronises)."""
         return self._stepper.shortened()
 
     @torch.no_grad()
