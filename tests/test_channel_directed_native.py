@@ -46,6 +46,29 @@ def test_many_gradients_of_any_layout_at_once(data: st.DataObject) -> None:
         assert g._version > version
 
 
+@built
+@given(
+    st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 17, 70, 130]), st.integers(510, 1700)),
+    st.integers(1, 2),
+    st.sampled_from(INSTRUCTION_SETS),
+    st.integers(1, 2),
+)
+def test_many_columns_at_once(shape: tuple[int, int, int], groups: int, instructions: str, threads: int) -> None:
+    """Rows so long that the metric h0 takes more than a cache line of them at once."""
+    outer, length, inner = shape
+    g = drawn((outer, groups * length, inner), dtype=torch.float32)
+    split = g.double().unflatten(1, (groups, length))
+    mean = split.mean(2, keepdim=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with limited_to(instructions):
+            direct_gradients([g], [Direction("h0", 3.0, 1, "periodic", groups)])
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(g.double(), (mean + (split - mean) / 3).flatten(1, 2), rtol=0, atol=2.4e-7)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 33])

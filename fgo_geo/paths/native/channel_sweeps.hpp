@@ -31,11 +31,22 @@ FGO_INLINE void store(float *p, vec v) {
   __builtin_memcpy(p, &converted, sizeof converted);
 }
 
-// g <- m + (g - m) / lam.
-FGO_TARGET static void damp(float *g, int64_t length, int64_t stride, const vec *mean, double lam) {
+// g <- m + (g - m) / lam in `width` adjacent columns; `mean` is memory.
+FGO_TARGET static void damp(float *g, int64_t length, int64_t stride, int64_t width, double *mean, double lam) {
+  constexpr int64_t ahead = 16, line = 16;  // rows, and numbers of a cache line
   const double share = 1 / lam;
-  for (int64_t i = 0; i < length; ++i, g += stride)
-    FGO_PARTS store(g + part * in_part, (1 - share) * mean[part] + share * load(g + part * in_part));
+  for (int64_t j = 0; j < width; ++j) mean[j] = 0;
+  for (int64_t i = 0; i < length; ++i) {
+    const float *const row = g + i * stride;
+    if (i + ahead < length)
+      for (int64_t j = 0; j < width; j += line) __builtin_prefetch(row + ahead * stride + j, 1);
+    for (int64_t j = 0; j < width; ++j) mean[j] += double(row[j]);
+  }
+  for (int64_t j = 0; j < width; ++j) mean[j] *= (1 - share) / double(length);
+  for (int64_t i = 0; i < length; ++i) {
+    float *const row = g + i * stride;
+    for (int64_t j = 0; j < width; ++j) row[j] = float(mean[j] + share * row[j]);
+  }
 }
 
 // g <- (I + lam D'D)^(-1) g. On a ring the matrix is c (1 - r S)(1 - r S') with the shift S by one, so the solution is a
@@ -90,15 +101,14 @@ FGO_TARGET static void smooth_deviations(float *g, int64_t length, int64_t strid
 
 // Overwrites a block of columns whose rows have the stride `stride`.
 FGO_TARGET static void direct_block(const fgo_channel &t, float *g, int64_t stride, double *v, const recursion &k, const double *powers) {
+  if (t.metric == h0) return damp(g, t.length, stride, lanes, v, t.lam);
   vec mean[parts] = {};
   for (int64_t i = 0; i < t.length; ++i) {
     FGO_PARTS mean[part] += load(g + i * stride + part * in_part);
     __builtin_prefetch(g + i * stride + lanes, 1);  // of the next block
   }
   FGO_PARTS mean[part] /= double(t.length);
-  if (t.metric == h0)
-    damp(g, t.length, stride, mean, t.lam);
-  else if (t.metric == h1t)
+  if (t.metric == h1t)
     smooth_deviations(g, t.length, stride, mean, v, t.periodic, t.lam);
   else if (t.periodic)
     smooth<true>(g, t.length, stride, mean, v, k, powers);
@@ -110,6 +120,14 @@ FGO_TARGET static void direct_block(const fgo_channel &t, float *g, int64_t stri
 FGO_TARGET static void direct(const fgo_channel &t, int64_t begin, int64_t end, float *copy, double *v, const recursion &k, const double *powers) {
   const int64_t n = t.length, inner = t.inner;
   float *const g = t.gradient;
+  if (t.metric == h0 && inner >= wide) {  // as many columns at once as stay in the cache
+    const int64_t last = end * lanes < t.columns ? end * lanes : t.columns, most = width_of(n);
+    for (int64_t column = begin * lanes, width; column < last; column += width) {
+      width = std::min({most, last - column, inner - column % inner});
+      damp(g + column / inner * (n * inner) + column % inner, n, inner, width, v, t.lam);
+    }
+    return;
+  }
   for (int64_t block = begin; block < end; ++block) {
     const int64_t first = block * lanes, count = t.columns - first < lanes ? t.columns - first : lanes;
     int64_t place[lanes];

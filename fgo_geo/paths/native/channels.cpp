@@ -5,6 +5,7 @@
 // forwards and one backwards, solve a system of any length. A block of columns is read once, stays in the cache during the
 // recursions, which are in double precision, and is written once. Plain C ABI, as in fused.cpp.
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -26,6 +27,12 @@ namespace {
 
 enum metric { h0, h1, h1t };
 constexpr int lanes = 16;  // columns of a block: one cache line in single precision
+
+// From this stride on, blocks of one cache line compete for the same places of the cache, and the metric h0 takes more columns.
+constexpr int64_t wide = 512;
+
+// The number of columns that it takes at once.
+int64_t width_of(int64_t length) { return std::clamp<int64_t>((int64_t(1) << 16) / length, lanes, 1024); }
 
 // Coefficients for the metric h1, where r is the smaller root of lam r² - (1 + 2 lam) r + lam.
 struct recursion {
@@ -103,7 +110,8 @@ FGO_API int64_t fgo_direct(const fgo_channel *tasks, int64_t count, int threads)
       const fgo_channel &t = tasks[k];
       const int64_t blocks = (t.columns + lanes - 1) / lanes, shares = 8 * threads, step = (blocks + shares - 1) / shares;
       const recursion own = recursion_of(t);
-      if (int64_t(sums.size()) < lanes * t.length) sums.resize(lanes * t.length), copy.resize(lanes * t.length);
+      const size_t needed = lanes * std::max<int64_t>(t.length, 64);
+      if (sums.size() < needed) sums.resize(needed), copy.resize(needed);
       if (t.metric == h1) fill_powers(powers, t.length, own.decay);
 #pragma omp for schedule(static) nowait
       for (int64_t begin = 0; begin < blocks; begin += step) {
