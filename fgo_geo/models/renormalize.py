@@ -25,6 +25,7 @@ decay assume that scale.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, cast, get_args
 
 import geoopt
@@ -129,7 +130,6 @@ class Renormalization(FullPrecisionBuffers):
         self.statistics = statistics
         self.owns_statistics = False  # whether removing this ends the tracking of the layer's input
         cut = self.partition
-        self._keeps = any(kinds.kind(kind).is_decomposed for kind in cut.kinds)  # others are as fast as comparing
         self._weights = Memory()
         self._factors = [Memory() for _ in cut.kinds]
         parts = list(zip(cut.kinds, cut.sizes, strict=True))
@@ -142,6 +142,11 @@ class Renormalization(FullPrecisionBuffers):
             gamma = np.nextafter(gamma.astype(np.float32), np.float32(0))  # rounded down: a bound is a bound
         self.register_buffer("gamma", torch.from_numpy(gamma).to(like.device), persistent=False)
         self.register_buffer("lam", None if statistics is None else torch.ones_like(self.gamma))
+
+    @cached_property
+    def _keeps(self) -> bool:
+        """Whether results are kept: where nothing is decomposed, computing is as fast as comparing."""
+        return any(kinds.kind(kind).is_decomposed for kind in self.partition.kinds)
 
     @computes_in_float32
     def forward(self, raw: Tensor) -> Tensor:

@@ -105,14 +105,16 @@ def register_layout(layer: type[nn.Module] | str, parameter: str, layout: Layout
         TypeError: If the layer is no type of module and no name, or the layout cannot be called.
 
     Example:
-        The ``Conv1D`` of GPT-2 in Hugging Face's transformers, a linear layer that stores its matrix as ``(C, D)``, is
-        entered like this.
+        A linear layer that stores its matrix as ``(C, D)``, as the ``Conv1D`` of GPT-2 does:
 
+        >>> class Transposed(nn.Linear):
+        ...     def __init__(self, in_features, out_features):
+        ...         super().__init__(out_features, in_features)
         >>> register_layout(
-        ...     "transformers.pytorch_utils.Conv1D",
-        ...     "weight",
-        ...     lambda layer: WeightLayout(tuple(layer.weight.shape), "transposed"),
+        ...     Transposed, "weight", lambda layer: WeightLayout(tuple(layer.weight.shape), "transposed")
         ... )
+        >>> layout_of(Transposed(3, 5), "weight").out_channels
+        5
     """
     is_type = isinstance(layer, type) and issubclass(layer, nn.Module)
     if not (is_type or (isinstance(layer, str) and "." in layer)):
