@@ -1,6 +1,6 @@
 """A training run for torchrun, one process of which dies once; run by ``test_sharded_checkpoints.py``.
 
-    torchrun --standalone --nproc-per-node 2 --max-restarts 1 tests/elastic_training.py FOLDER
+    torchrun --standalone --nproc-per-node 2 --max-restarts 3 tests/elastic_training.py FOLDER
 
 The processes train without interruption first, and then with checkpoints, until one is killed. Torchrun starts all of
 them anew, and they go on from the newest checkpoint.

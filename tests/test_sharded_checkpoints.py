@@ -54,9 +54,13 @@ def test_one_process_loads_what_two_have_saved(outcomes: groups.Outcomes, folder
 
 
 def test_a_killed_process_and_a_restart_change_nothing(tmp_path: Path) -> None:
-    """When one dies, torchrun starts all anew; they go on from the newest checkpoint, to the identical bits."""
+    """When one dies, torchrun starts all anew; they go on from the newest checkpoint, to the identical bits.
+
+    Besides the death that is meant, torch may abort a process by chance while it starts or ends (seen once, "terminate
+    called without an active exception", with torch 2.14): that is one more death, after which the same must hold.
+    """
     script = Path(__file__).with_name("elastic_training.py")
-    options = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1")
+    options = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "3", "--monitor-interval", "0.1")
     ended = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *options, str(script), str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -65,8 +69,10 @@ def test_a_killed_process_and_a_restart_change_nothing(tmp_path: Path) -> None:
         timeout=300,
     )
     assert ended.returncode == 0, ended.stderr[-4000:]
-    assert len(list(tmp_path.glob("attempt-*"))) == 4
+    assert {f"attempt-{attempt}-{rank}" for attempt in range(2) for rank in range(2)} <= {
+        p.name for p in tmp_path.iterdir()
+    }
     resumed = torch.load(tmp_path / "resumed.pt", weights_only=True)
-    assert resumed["went on from"] == 4
+    assert resumed["went on from"] in ((4, 6) if (tmp_path / "attempt-2-0").exists() else (4,))
     straight = torch.load(tmp_path / "straight.pt", weights_only=True)
     assert all(torch.equal(a, b) for a, b in zip(resumed["weights"], straight, strict=True))
