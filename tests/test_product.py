@@ -600,6 +600,15 @@ def test_other_shapes_are_refused() -> None:
         geoopt.ManifoldParameter(torch.zeros(2, 4, 3, 3, 2), manifold=manifold)
 
 
+def test_a_retraction_is_not_assigned_to_a_part() -> None:
+    """Steps of a part retract as its kind was registered."""
+    manifold = ProductOfGroups(collection(4, 2, "po", ("sphere", "stiefel")), (4, 2, 3, 3))
+    part = next(own for own in manifold.manifolds if isinstance(own, Stiefel))
+    with pytest.raises(AttributeError, match=r"^Stiefel: .*part of a ProductOfGroups.*got 'qr'; register a class of"):
+        part.retraction = "qr"
+    assert part.retraction == "polar"
+
+
 def test_a_radius_is_not_assigned_past_set_radius() -> None:
     """Nothing would come of it, or the fused steps would go on with the old one."""
     manifold = ProductOfGroups(PIO, SHAPE, 2.0)

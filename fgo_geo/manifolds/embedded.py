@@ -296,6 +296,11 @@ class EmbeddedManifold(geoopt.Manifold):
 
 _SMALLEST_RADIUS, _LARGEST_RADIUS = 1e-12, 1e12
 
+_FIXED_IN_PRODUCTS = {  # and what to do instead of assigning it
+    "radius": "call set_radius of the product",
+    "retraction": "register a class of manifolds that has it, by fgo_geo.register_kind",
+}
+
 
 def require_constant_radius(radius: object, name: str) -> None:
     """Raise ValueError for a trainable radius, because a manifold keeps a constant copy.
@@ -322,7 +327,7 @@ class ComponentManifold(EmbeddedManifold):
 
     Raises:
         ValueError: If a radius, here or assigned, is out of range, empty, or requires a gradient.
-        AttributeError: If the radius of a part of a :class:`~fgo_geo.ProductOfGroups` is assigned.
+        AttributeError: If radius or retraction of a part of a :class:`~fgo_geo.ProductOfGroups` are assigned.
         TypeError: If the radius is neither a real number nor a floating-point tensor.
     """
 
@@ -337,17 +342,17 @@ class ComponentManifold(EmbeddedManifold):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Check a radius when it is assigned. The caller has to move the points."""
+        if self.is_part and name in _FIXED_IN_PRODUCTS:
+            raise AttributeError(
+                f"{self.name}: this manifold is a part of a ProductOfGroups, so its {name} cannot be assigned, got "
+                f"{value!r}; {_FIXED_IN_PRODUCTS[name]}"
+            )
         if name == "radius":
             self._set_radius(value)
         else:
             super().__setattr__(name, value)
 
     def _set_radius(self, radius: Any) -> None:
-        if self.is_part:
-            raise AttributeError(
-                f"{self.name}: this manifold is a part of a ProductOfGroups, so its radius cannot be assigned, got "
-                f"{radius!r}; call set_radius of the product"
-            )
         require_constant_radius(radius, self.name)
         if isinstance(radius, Tensor) and radius.ndim == 0:
             radius = radius.item()
