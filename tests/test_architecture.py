@@ -131,7 +131,6 @@ FILES = {
         "router.py",
         "rules.py",
         "shared_products.py",
-        "torch_sgd.py",
         "triton/__init__.py",
         "triton/_sweeps.py",
         "triton/launches.py",

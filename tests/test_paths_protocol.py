@@ -37,7 +37,7 @@ from fgo_geo.paths.native.lines import NativeLines
 from fgo_geo.paths.protocol import Path, Refusal
 from fgo_geo.paths.reference import Reference
 
-PATHS: list[Path] = [router._PLAIN, *router._FUSED, *router._UNFUSED]
+PATHS: list[Path] = [*router._FUSED, *router._UNFUSED]
 LOCK = type(threading.Lock())
 PACKAGE = FilePath(fgo_geo.__file__).parent
 
@@ -198,12 +198,14 @@ def files_of(work: Callable[[], object]) -> set[str]:
 
 
 @built
-def test_the_step_of_a_convolution_is_in_six_files() -> None:
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_the_step_of_a_convolution_is_in_six_files(bias: bool, momentum: float) -> None:
     """``What happens to the gradient of layer1.conv1.weight in one step?``"""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(8, 16, 3, bias=False))
+    model = nn.Sequential(nn.Conv2d(8, 16, 3, bias=bias))
     constrain(model, strategy="pio", first_layer=True)
-    optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.1, momentum=momentum)
     for _ in range(2):
         model(torch.randn(2, 8, 8, 8)).square().sum().backward()
         optimizer.step()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import geoopt
 import groups
 import pytest
 import sharded_meshes
@@ -71,7 +72,9 @@ def test_owners_have_about_as_much_to_do(costs: list[float], count: int) -> None
 
 def test_costs_follow_what_a_step_computes() -> None:
     shape = (64, 32)
-    assert step_cost(None, shape) == step_cost(ScaledSphere(), shape) == step_cost(Oblique(), shape) == 2048
+    assert (
+        step_cost(geoopt.Euclidean(), shape) == step_cost(ScaledSphere(), shape) == step_cost(Oblique(), shape) == 2048
+    )
     assert step_cost(Stiefel(), shape) == step_cost(Stiefel(), shape[::-1]) == 2048 * (1 + 32 / 32)
     kernels = ProductOfGroups(collection(8, 4, "po", ("stiefel",)), (8, 4, 3, 3))
     assert step_cost(kernels, (8, 4, 3, 3)) == 8 * 4 * 9 * (1 + 3 / 32)

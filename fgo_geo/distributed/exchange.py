@@ -43,11 +43,11 @@ from fgo_geo.paths.protocol import Batch, Weight, configuration_of
 __all__ = ["WeightExchange", "fingerprint"]
 
 
-def fingerprint(manifold: geoopt.Manifold | None) -> bytes:
+def fingerprint(manifold: geoopt.Manifold) -> bytes:
     """A digest of a manifold: groups, kinds and radii.
 
     Args:
-        manifold: Any manifold; None for a plain parameter.
+        manifold: Any manifold.
 
     Example:
         >>> from fgo_geo import Oblique
@@ -83,7 +83,7 @@ class _Placed:
         """The weight as it is stepped here."""
         if self.lent is None or self.lent.owner is not weight.owner or self.lent.param is not point:
             self.lent = Weight(point, weight.owner, weight.manifold, grad)
-            if self.local is not None:
+            if self.local is not None and self.local.manifold is not None:
                 self.lent.manifold, self.lent.share = self.local.manifold, self.local.share
         self.lent.grad, self.lent.buffer, self.lent.first = grad, buffer, weight.first
         return self.lent
@@ -127,7 +127,7 @@ class WeightExchange:
 
         Of the whole weights it has those that it owns; what other processes step alone is left out.
         """
-        shared = [(own, weight) for own in requests for weight in own.weights if is_shared(weight)]
+        shared = [(own, weight) for own in requests for weight in own.weights if is_shared(weight.param)]
         error = None
         try:
             self._place([weight for _, weight in shared])
@@ -205,8 +205,7 @@ class WeightExchange:
         self._group = first
         count, rank = (1, 0) if first is None else (dist.get_world_size(first), dist.get_rank(first))
         local_parts = [
-            None if weight.manifold is None else local_part_of(weight.manifold, cut, self._device)
-            for weight, cut in zip(weights, cuts, strict=True)
+            local_part_of(weight.manifold, cut, self._device) for weight, cut in zip(weights, cuts, strict=True)
         ]
         costs, loads = [0.0] * len(weights), [0.0] * count
         for number, (weight, cut, local) in enumerate(zip(weights, cuts, local_parts, strict=True)):

@@ -19,11 +19,11 @@ __all__ = ["owners_of", "step_cost"]
 _COLUMNS_PER_SWEEP = 32  # of a matrix whose products take as long as the sweeps over its numbers
 
 
-def step_cost(manifold: geoopt.Manifold | None, shape: Sequence[int]) -> float:
+def step_cost(manifold: geoopt.Manifold, shape: Sequence[int]) -> float:
     """What a step of a weight costs, in numbers swept over.
 
     Args:
-        manifold: Its manifold; None for a plain one.
+        manifold: Its manifold.
         shape: Its shape.
 
     Returns:
@@ -38,8 +38,6 @@ def step_cost(manifold: geoopt.Manifold | None, shape: Sequence[int]) -> float:
         cut = manifold.partition
         sizes = zip(manifold.manifolds, cut.counts, cut.sizes, strict=True)
         return sum(count * _of_component(own, size) for own, count, size in sizes)  # pyright: ignore
-    if manifold is None:
-        return float(math.prod(shape))
     ndim = max(manifold.ndim, 1)
     return math.prod(shape[:-ndim]) * _of_component(manifold, tuple(shape[-ndim:]))
 
@@ -52,7 +50,7 @@ def _of_component(manifold: geoopt.Manifold, size: Sequence[int]) -> float:
 
 
 def owners_of(costs: Iterable[float], count: int, loads: Sequence[float] | None = None) -> list[int]:
-    """Deal weights to processes: the dearest first, each to the one that has least to do so far.
+    """Assign weights to processes: the most expensive first, each to the one with the least work so far.
 
     Args:
         costs: What every weight costs.

@@ -1,8 +1,9 @@
 """One step, for every optimiser, rule and path.
 
 A step routes the weights to paths, measures ``R²`` of every group, refuses or skips what is not finite, computes ``τ``
-once, moves everything, and records. A batch in which nothing can be refused may measure and move at once.
-:class:`Stepper` takes such steps for the weights that an optimiser collects. It contains no formula: ``τ`` is in
+once, moves everything, and records. A batch in which nothing can be refused may measure and move at once. Parameters
+without a manifold follow, by torch's own function for SGD. :class:`Stepper` takes such steps for the weights that an
+optimiser collects. It contains no formula: ``τ`` is in
 :mod:`~fgo_geo.optim.step_size`, the policy for gradients that are not finite in :mod:`~fgo_geo.optim.finite`, and the
 computation in :mod:`fgo_geo.paths`.
 """
@@ -18,6 +19,7 @@ from typing import Any, Protocol, TypeVar, cast
 import geoopt
 import torch
 from torch import Tensor
+from torch.optim.sgd import sgd
 
 from fgo_geo.linalg import whole, write_whole
 from fgo_geo.manifolds import REPLACED, lost_manifold, replaced_error
@@ -40,15 +42,17 @@ class StepRequest:
 
     Attributes:
         options: Hyper-parameters.
-        weights: Weights with gradients.
+        weights: Weights on manifolds that have gradients.
         check_finite: Raise on gradients that are not finite; None for only where reading does not wait for a device.
         running: Compute ``τ`` from a running mean of ``R²`` over earlier steps.
+        plain: Parameters without a manifold, and their gradients.
     """
 
     options: StepOptions
     weights: Sequence[Weight]
     check_finite: bool | None = None
     running: bool = False
+    plain: Sequence[tuple[Tensor, Tensor]] = ()
 
 
 class Exchange(Protocol):
@@ -135,13 +139,42 @@ class Stepper:
         Raises:
             FloatingPointError: If a gradient on a manifold is not finite and that is checked. Nothing has changed then.
         """
-        if self._exchange is None and any(is_shared(weight) for own in requests for weight in own.weights):
+        if self._exchange is None and any(is_shared(weight.param) for own in requests for weight in own.weights):
             self._exchange = _make_exchange[0](self._state, self._name_of)
         if self._exchange is None:
             self._take(requests)
         else:
             self._take(self._exchange.collect(requests), self._exchange)
             _write_back(requests)
+        for request in requests:
+            for sharded in (False, True):  # torch steps sharded tensors in one call, or others, not both
+                self._step_plain([own for own in request.plain if is_shared(own[0]) is sharded], request.options)
+
+    def _step_plain(self, plain: Sequence[tuple[Tensor, Tensor]], options: StepOptions) -> None:
+        """The step of :class:`torch.optim.SGD`, bit for bit."""
+        if not plain:
+            return
+        grads = [grad for _, grad in plain]
+        if options.nesterov and options.weight_decay == 0 and not options.maximize:
+            grads = [grad.clone() for grad in grads]  # torch's multi-tensor Nesterov step writes into its gradients
+        buffers = [self.momentum_of(param, param) if options.momentum != 0 else None for param, _ in plain]
+        lr = options.lr
+        sgd(
+            [param for param, _ in plain],
+            grads,
+            buffers,
+            foreach=options.foreach,
+            fused=options.fused,
+            weight_decay=options.weight_decay,
+            momentum=options.momentum,
+            lr=cast(float, lr.squeeze() if isinstance(lr, Tensor) else lr),  # torch 2.6 takes no dimensions
+            dampening=options.dampening,
+            nesterov=options.nesterov,
+            maximize=options.maximize,
+        )
+        for (param, _), buffer in zip(plain, buffers, strict=True):
+            if buffer is not None:
+                self._state[param]["momentum_buffer"] = buffer
 
     def refuse(self, error: Exception) -> None:
         """Raise an error on all processes that share weights with this one; return if there are none."""
@@ -234,20 +267,18 @@ class Stepper:
         """Compute ``τ`` of a batch, move it, and record."""
         batch, options = own.batch, own.options
         _allocate(batch, options)
-        scale = tau = None
-        if own.squared.numel():
-            norm = own.squared.sqrt() if own.unit is None else own.squared.sqrt() * own.unit
-            before = self._norm_before(batch, norm) if request.running else None
-            tau = step_scale(norm if before is None else before, options, *self._constants_of(batch, options))
-            if before is not None and tau is not None:
-                tau = self._shortening(own, norm, before, tau)
-            if tau is not None and own.is_free and bool((tau == 1).all()):
-                tau = None
-            scale = None if tau is None else tau.reciprocal()
-            if own.unit is not None:
-                scale = own.unit if scale is None else own.unit * scale
-            if own.kept is not None:
-                scale = torch.where(own.kept, torch.ones_like(norm) if scale is None else scale, 0)
+        norm = own.squared.sqrt() if own.unit is None else own.squared.sqrt() * own.unit
+        before = self._norm_before(batch, norm) if request.running else None
+        tau = step_scale(norm if before is None else before, options, *self._constants_of(batch, options))
+        if before is not None and tau is not None:
+            tau = self._shortening(own, norm, before, tau)
+        if tau is not None and own.is_free and bool((tau == 1).all()):
+            tau = None
+        scale = None if tau is None else tau.reciprocal()
+        if own.unit is not None:
+            scale = own.unit if scale is None else own.unit * scale
+        if own.kept is not None:
+            scale = torch.where(own.kept, torch.ones_like(norm) if scale is None else scale, 0)
         batch.move(options, scale, leaves_out=own.kept is not None)
         self._record(batch, lambda: tau)
 
@@ -265,8 +296,7 @@ class Stepper:
 
     def _record(self, batch: Batch, tau: Callable[[], Tensor | None]) -> None:
         """Keep ``τ`` for those who ask, and momentum for the next step."""
-        if any(batch.counts):
-            self._records.append(_Record(batch, [weight.owner for weight in batch.weights], tau))
+        self._records.append(_Record(batch, [weight.owner for weight in batch.weights], tau))
         for weight in batch.weights:
             if weight.buffer is None or weight.staged:
                 continue
@@ -398,14 +428,14 @@ class Stepper:
         return sum(int(count) for count in self._shortened.values())
 
 
-def is_shared(weight: Weight) -> bool:
-    """Whether a weight on a manifold is dealt to the processes of a device mesh."""
-    return weight.manifold is not None and hasattr(weight.param, "device_mesh")
+def is_shared(tensor: Tensor) -> bool:
+    """Whether a tensor is distributed over the processes of a device mesh."""
+    return hasattr(tensor, "device_mesh")
 
 
 def _is_lent(weight: Weight) -> bool:
     """Whether a weight is whole here during a step, and sharded between steps."""
-    return hasattr(weight.owner, "device_mesh") and not hasattr(weight.param, "device_mesh")
+    return is_shared(weight.owner) and not is_shared(weight.param)
 
 
 def _write_back(requests: Sequence[StepRequest]) -> None:
@@ -443,14 +473,12 @@ def _here(weight: Weight, values: Tensor | None) -> Tensor | None:
 def _allocate(batch: Batch, options: StepOptions) -> None:
     """Give momentum to the weights that have none yet."""
     for weight in batch.weights if options.keeps_buffer else ():
-        if weight.buffer is None and weight.manifold is not None:  # torch's SGD makes its own
+        if weight.buffer is None:
             weight.buffer = torch.zeros_like(weight.param.detach())
 
 
 def _is_finite(own: Measured) -> bool:
     """Whether it can be read for free that nothing is to be settled."""
-    if own.squared.numel() == 0:
-        return True
     if not own.is_free or not math.isfinite(float(own.squared.sum())):
         return False
     return own.options.step_size != "angle" or not is_tiny(own)

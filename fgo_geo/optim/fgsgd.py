@@ -114,13 +114,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         foreach: bool | None = None,
         fused: bool | None = None,
     ) -> None:
-        defaults: dict[str, Any] = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-        }
-        defaults |= {"nesterov": nesterov, "maximize": maximize, "foreach": foreach, "fused": fused}
+        defaults: dict[str, Any] = {"lr": lr, "momentum": momentum, "dampening": dampening}
+        defaults |= {"weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
+        defaults |= {"foreach": foreach, "fused": fused}
         defaults |= {"stabilize": stabilize, "step": 0, "longest_step": 0.0, "check_finite": check_finite}
         defaults |= {"step_size": step_size, "angle": angle, "norm": norm, "rho": rho, "curvature": curvature}
         defaults |= {"radius_invariant": radius_invariant, "update": update, "adapt_euclidean": adapt_euclidean}
@@ -285,15 +281,19 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         """What a parameter group passes to a step: options, and the weights with gradients and their momentum."""
         options = self._options_of(number, group)
         weights: list[Weight] = []
+        plain: list[tuple[Tensor, Tensor]] = []
         for param, manifold, grad in self._stepper.collect(group["params"], self._held.manifolds):
             point = param
-            if manifold is None and group["adapt_euclidean"]:
+            if manifold is None:
+                if not group["adapt_euclidean"]:
+                    plain.append((param, grad))
+                    continue
                 manifold = self._default_manifold
-            elif manifold is not None and param.dtype in HALF and group["master_weights"]:
+            elif param.dtype in HALF and group["master_weights"]:
                 point, grad = self._masters.of(param, manifold), grad.float()
             buffer = self._stepper.momentum_of(param, point) if options.keeps_buffer else None
             weights.append(Weight(point, param, manifold, grad, buffer, buffer is None and options.keeps_buffer))
-        return StepRequest(options, weights, group["check_finite"], group["norm"] == "running")
+        return StepRequest(options, weights, group["check_finite"], group["norm"] == "running", plain)
 
 
 setattr(RiemannianFGSGD, STEPS_SHARDS, True)

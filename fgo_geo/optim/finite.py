@@ -62,11 +62,9 @@ def settle(measured: Sequence[Measured], name_of: Callable[[Tensor], str], optim
     Raises:
         FloatingPointError: If a gradient on a manifold, or a weight, is not finite and that is checked.
     """
-    readable = [own for own in measured if own.squared.numel() and (own.is_free or own.check_finite)]
+    readable = [own for own in measured if own.is_free or own.check_finite]
     _rescale(readable)
     for own in measured:
-        if own.squared.numel() == 0:  # plain parameters
-            continue
         finite = torch.isfinite(own.squared)
         if own in readable and bool(finite.all()):
             continue

@@ -20,13 +20,11 @@ from fgo_geo.weights.kinds import kind_of
 __all__ = ["group_curvatures", "group_norms"]
 
 
-def group_curvatures(
-    manifold: geoopt.Manifold | None, shape: tuple[int, ...], radius_invariant: bool = False
-) -> Tensor:
+def group_curvatures(manifold: geoopt.Manifold, shape: tuple[int, ...], radius_invariant: bool = False) -> Tensor:
     """Upper bound ``c`` on the sectional curvature of every group ("Mathematics", section 2).
 
     Args:
-        manifold: A manifold; None for a plain parameter.
+        manifold: A manifold.
         shape: Shape of the weight.
         radius_invariant: Whether gradients are measured on manifolds of radius one.
 
@@ -50,11 +48,11 @@ def group_curvatures(
     return _per_group(manifold, shape, bounds, lambda groups, values: groups.max(values))
 
 
-def group_norms(manifold: geoopt.Manifold | None, shape: tuple[int, ...]) -> Tensor:
+def group_norms(manifold: geoopt.Manifold, shape: tuple[int, ...]) -> Tensor:
     """Frobenius norm of the points of every group, which their manifold fixes.
 
     Args:
-        manifold: A manifold; None for a plain parameter.
+        manifold: A manifold.
         shape: Shape of the weight.
 
     Returns:
@@ -77,16 +75,15 @@ def group_norms(manifold: geoopt.Manifold | None, shape: tuple[int, ...]) -> Ten
 
 
 def _per_group(
-    manifold: geoopt.Manifold | None,
+    manifold: geoopt.Manifold,
     shape: tuple[int, ...],
     of_components: Callable[[geoopt.Manifold, tuple[int, ...], tuple[int, ...]], Tensor],
     over_groups: Callable[[Segments, Tensor], Tensor],
 ) -> Tensor:
     """Numbers of components, combined over the groups, in the order of the collection."""
     if not isinstance(manifold, ProductOfGroups):
-        own = geoopt.Euclidean() if manifold is None else manifold
-        batch, component = shape[: len(shape) - own.ndim], shape[len(shape) - own.ndim :]
-        return over_groups(Segments(1, math.prod(batch)), of_components(own, batch, component).flatten())
+        batch, component = shape[: len(shape) - manifold.ndim], shape[len(shape) - manifold.ndim :]
+        return over_groups(Segments(1, math.prod(batch)), of_components(manifold, batch, component).flatten())
     values = torch.empty(manifold.n_groups, dtype=torch.float64)
     for number, (own, groups) in enumerate(manifold.parts):
         cpu = Segments(groups.count, groups.total, None if groups.labels is None else groups.labels.cpu())

@@ -107,10 +107,9 @@ def _pieces_of(claim: Claim, first_group: int) -> list[Piece]:
             index = torch.from_numpy(manifold.partition.groups[part]).long().to(device) + first_group
             pieces.append(Piece(weight, part, own, manifold.smallest_radii[part], groups, index))
         return pieces
-    own = geoopt.Euclidean() if manifold is None else manifold
-    n = math.prod(weight.param.shape[: weight.param.ndim - own.ndim])
-    radius = own.radius_range[0] if isinstance(own, ComponentManifold) else 1.0
-    return [Piece(weight, 0, own, radius, Segments(1, n), torch.tensor([first_group], device=device))]
+    n = math.prod(weight.param.shape[: weight.param.ndim - manifold.ndim])
+    radius = manifold.radius_range[0] if isinstance(manifold, ComponentManifold) else 1.0
+    return [Piece(weight, 0, manifold, radius, Segments(1, n), torch.tensor([first_group], device=device))]
 
 
 class Job:

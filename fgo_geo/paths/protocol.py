@@ -1,7 +1,7 @@
 r"""What an execution path is: a way to compute the step of some weights.
 
-Every way to compute a step (torch's own SGD for plain parameters, the batched reference, shared products, compiled
-sweeps, Triton) implements the same three verbs, and no other code depends on anything else of a path:
+Every way to compute the step of weights on manifolds (the batched reference, shared products, compiled sweeps, Triton)
+implements the same three verbs, and no other code depends on anything else of a path:
 
 * :meth:`Path.accepts` looks at a weight and returns the numbers of the parts that the path takes, or a
   :class:`Refusal`. Remaining parts go to the next path.
@@ -81,12 +81,12 @@ class Share:
 
 @dataclass(eq=False, slots=True)
 class Weight:
-    """A parameter in one step.
+    """A parameter on a manifold, in one step.
 
     Attributes:
         param: What is moved, in place.
         owner: The parameter of the model; ``param`` is a copy of it in single precision where it is half.
-        manifold: Its manifold; None for the step of torch's SGD.
+        manifold: Its manifold.
         grad: Its Euclidean gradient, which is read only; None between steps.
         buffer: Its momentum, stored as the parameter is, written in place; None without momentum and between steps.
         first: Whether the buffer holds nothing yet.
@@ -97,7 +97,7 @@ class Weight:
 
     param: Tensor
     owner: Tensor
-    manifold: geoopt.Manifold | None
+    manifold: geoopt.Manifold
     grad: Tensor | None
     buffer: Tensor | None = None
     first: bool = False
@@ -110,7 +110,7 @@ class Weight:
         return _number_of_groups(self.manifold)
 
     @property
-    def whole_manifold(self) -> geoopt.Manifold | None:
+    def whole_manifold(self) -> geoopt.Manifold:
         """The manifold of the owner."""
         return self.manifold if self.share is None else self.share.manifold
 
@@ -266,11 +266,11 @@ class Path(abc.ABC):
         """The batch of claims that were accepted, all on one device."""
 
 
-def _number_of_groups(manifold: geoopt.Manifold | None) -> int:
+def _number_of_groups(manifold: geoopt.Manifold) -> int:
     return manifold.n_groups if isinstance(manifold, ProductOfGroups) else 1
 
 
-def configuration_of(manifold: geoopt.Manifold | None) -> Configuration:
+def configuration_of(manifold: geoopt.Manifold) -> Configuration:
     """What differs after a change of a manifold: its radii, compared by identity, and their version and the retraction.
 
     Example:

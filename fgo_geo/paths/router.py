@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode,  # pyright: ignore[reportPrivateUsage, reportUnknownVariableType]
 )
 
-from fgo_geo.linalg import is_sharded
 from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.paths.native.kernels import NativeKernels
 from fgo_geo.paths.native.library import instruction_set, library
@@ -29,14 +28,12 @@ from fgo_geo.paths.native.stiefel import NativeStiefel
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight, configuration_of
 from fgo_geo.paths.reference import Reference
 from fgo_geo.paths.shared_products import SharedProducts
-from fgo_geo.paths.torch_sgd import TorchSGD
 from fgo_geo.paths.triton.launches import TritonKernels
 
 __all__ = ["PathName", "Router", "explain", "use_path"]
 
 PathName = Literal["auto", "fused", "reference"]
 
-_PLAIN: Path = TorchSGD()
 _FUSED: tuple[Path, ...] = (TritonKernels(), NativeRows(), NativeKernels(), NativeLines(), NativeStiefel())
 _UNFUSED: tuple[Path, ...] = (SharedProducts(), Reference())
 
@@ -55,7 +52,7 @@ def use_path(path: PathName) -> Generator[None]:
         path: ``"auto"`` takes the fastest that applies; ``"reference"`` the batched torch code; ``"fused"`` is
             ``"auto"`` that raises for kernels whose type, size or strides no fused path can take. What has no fused
             path at all (large Stiefel matrices, other manifolds, the exponential map) takes the batched torch code
-            there too; the logger ``fgo_geo`` warns of it, once per reason.
+            there too; the logger ``fgo_geo`` warns of it, once per reason and block.
 
     Raises:
         ValueError: If there is no such path.
@@ -72,6 +69,7 @@ def use_path(path: PathName) -> Generator[None]:
     """
     global _path
     before, _path = _path, _checked(path, "use_path")
+    _said.clear()
     try:
         yield
     finally:
@@ -105,7 +103,7 @@ class Router:
         """The batches that step these weights.
 
         Args:
-            weights: The parameters of a group that have gradients, in this step.
+            weights: The parameters of a group that are on manifolds and have gradients, in this step.
             options: Hyper-parameters of the step.
 
         Returns:
@@ -129,7 +127,7 @@ class Router:
         for old, new, before, now in zip(self._weights, weights, self._stamps, stamps, strict=True):
             if old.param is not new.param or old.manifold is not new.manifold:
                 return False
-            if before is not now and (before[0] is not now[0] or before[1:] != now[1:]):
+            if before[0] is not now[0] or before[1:] != now[1:]:
                 return False
         for old, new in zip(self._weights, weights, strict=True):
             old.grad, old.buffer = new.grad, new.buffer
@@ -152,13 +150,8 @@ def _circumstances(options: StepOptions) -> tuple[object, ...]:
     )
 
 
-_OF_PLAIN: tuple[object, ...] = (None,)
-
-
 def _stamp(weight: Weight) -> tuple[object, ...]:
     """What a kept batch depends on besides the weight itself; the first entry is compared by identity."""
-    if weight.manifold is None:
-        return _OF_PLAIN
     is_product = isinstance(weight.manifold, ProductOfGroups)
     radii, version = (weight.manifold.manifolds, 0) if is_product else configuration_of(weight.manifold)
     param, grad = weight.param, cast(torch.Tensor, weight.grad)
@@ -167,11 +160,8 @@ def _stamp(weight: Weight) -> tuple[object, ...]:
 
 def _batches(weights: Sequence[Weight], options: StepOptions, is_recorded: bool) -> list[Batch]:
     """Assign weights to paths, and make one batch per path and device."""
-    claims: dict[tuple[Path, torch.device | bool], list[Claim]] = {}
+    claims: dict[tuple[Path, torch.device], list[Claim]] = {}
     for weight in weights:
-        if weight.manifold is None:  # torch steps sharded tensors in one call, or others, not both
-            claims.setdefault((_PLAIN, is_sharded(weight.param)), []).append(Claim(weight, (0,), is_whole=True))
-            continue
         for path, parts in _claims_of(weight, options, is_recorded):
             claim = Claim(weight, parts, is_whole=len(parts) == weight.n_parts)
             claims.setdefault((path, weight.param.device), []).append(claim)

@@ -57,7 +57,7 @@ class NativeLines(Path):
         if problem is not None:
             return problem
         is_single = param.dtype == torch.float32 and weight.grad is not None and weight.grad.dtype == torch.float32
-        table = table_of(manifold, param) if is_single and manifold is not None else None
+        table = table_of(manifold, param) if is_single else None
         if table is None:
             taken = "spheres and oblique manifolds in float32, with at least four numbers per vector"
             return Refusal(Reason.COMPONENTS, f"fused steps for vectors take {taken}")
