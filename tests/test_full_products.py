@@ -12,9 +12,10 @@ import pytest
 import reference_optimizer as reference
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from fgo_geo import ProductOfGroups, RiemannianFGSGD, Stiefel, collection, linalg
-from fgo_geo.linalg import precision, products
+from fgo_geo.linalg import precision
 from fgo_geo.models import start
 
 
@@ -40,19 +41,20 @@ def medium() -> Iterator[None]:
     precision._set_precisions(before)
 
 
+class RoundsFactors(TorchFunctionMode):
+    """A processor that rounds the factors of products as soon as it may."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = {"mm": 0, "bmm": 0, "matmul": 0, "__matmul__": 0, "addmm": 1, "baddbmm": 1}.get(function.__name__)
+        if first is not None and linalg.lowers_products():
+            args = (*args[:first], *map(rounded, args[first : first + 2]), *args[first + 2 :])
+        return function(*args, **(kwargs or {}))
+
+
 @pytest.fixture
-def rounding(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor that rounds as soon as it may."""
-    multiply, minus = products._product, products._minus
-
-    def own_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-        return multiply(rounded(a), rounded(b), out) if linalg.lowers_products() else multiply(a, b, out)
-
-    def own_minus(c: Tensor, a: Tensor, b: Tensor, *options: Any) -> Tensor:
-        return minus(c, rounded(a), rounded(b), *options) if linalg.lowers_products() else minus(c, a, b, *options)
-
-    monkeypatch.setattr(products, "_product", own_product)
-    monkeypatch.setattr(products, "_minus", own_minus)
+def rounding(medium: None) -> Iterator[None]:
+    with RoundsFactors():
+        yield
 
 
 @pytest.mark.parametrize("bound", [None, 0.01, 0.3, 3.0])
@@ -135,14 +137,6 @@ def test_the_setting_inside_and_after(method: str, medium: None, monkeypatch: py
         getattr(manifold, method)(*arguments.get(method, (x, u)))
     assert set(seen) == {method == "proju"}
     assert linalg.lowers_products()
-    assert torch.get_float32_matmul_precision() == "medium"
-
-
-def test_one_setting_for_all_devices(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As torch had before 2.9."""
-    monkeypatch.setattr(precision, "_BY_BACKEND", False)
-    assert linalg.lowers_products()
-    assert not linalg.takes_full_products(linalg.lowers_products)()
     assert torch.get_float32_matmul_precision() == "medium"
 
 

@@ -39,11 +39,6 @@ from fgo_geo.paths.protocol import StepOptions, Weight
 from fgo_geo.paths.reference import JobBatch
 
 
-@pytest.fixture
-def nothing_was_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(router, "_said", set())
-
-
 def test_a_copied_model_takes_the_same_step():
     model = constrain_a_model()
     again = copy.deepcopy(model)
@@ -121,7 +116,6 @@ UNFUSED: list[tuple[Any, tuple[int, ...], str]] = [
 
 
 @built
-@pytest.mark.usefixtures("nothing_was_said")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_forcing_the_fused_path_says_once_what_has_none(compiled: bool, caplog: pytest.LogCaptureFixture):
     torch._dynamo.reset()
@@ -142,7 +136,6 @@ def test_forcing_the_fused_path_says_once_what_has_none(compiled: bool, caplog: 
 
 
 @built
-@pytest.mark.usefixtures("nothing_was_said")
 def test_forcing_the_fused_path_says_what_no_weight_is_the_reason_for(caplog: pytest.LogCaptureFixture):
     weight = weight_on(product(), torch.float32, torch.contiguous_format, 0)
     with caplog.at_level(logging.WARNING, "fgo_geo"):
@@ -155,7 +148,6 @@ def test_forcing_the_fused_path_says_what_no_weight_is_the_reason_for(caplog: py
     assert unfused(caplog)[1:] == ["operations are recorded, by a mode or a transform of torch"]
 
 
-@pytest.mark.usefixtures("nothing_was_said")
 @pytest.mark.parametrize("kind", ["kernels", "lines"])
 def test_without_the_extension_everything_works_and_it_is_said_once(
     kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -172,7 +164,6 @@ def test_without_the_extension_everything_works_and_it_is_said_once(
 
 
 @built
-@pytest.mark.usefixtures("nothing_was_said")
 @pytest.mark.parametrize("number", INSTRUCTION_SETS)
 def test_the_active_path_and_its_instruction_set_are_said_once(number: int, caplog: pytest.LogCaptureFixture):
     weights = [weight_on(product(), torch.float32, torch.contiguous_format, 0), declared(ScaledSphere(), 3, 40)]

@@ -40,7 +40,7 @@ from fgo_geo.grouping import collection
 from fgo_geo.paths.native.kernels import NativeKernels
 from fgo_geo.paths.protocol import Claim, Reason, Refusal, StepOptions, Weight
 from fgo_geo.paths.triton import launches as gpu
-from fgo_geo.paths.triton.launches import TritonKernels
+from fgo_geo.paths.triton.launches import TritonKernels, problem_with_triton
 from fgo_geo.weights.components import WeightLayout
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -361,10 +361,9 @@ def kernels_on_cpu(dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = 
     return weight_on(product(shape=shape), dtype, torch.contiguous_format, 0)
 
 
-def test_the_device_of_the_weight_chooses_the_path(monkeypatch):
-    monkeypatch.setattr(gpu, "_INTERPRETED", False)
+def test_the_device_of_the_weight_chooses_the_path():
     weight = kernels_on_cpu()
-    assert answer(TritonKernels(), weight) == Refusal(
+    assert answer(TritonKernels(interpreted=False), weight) == Refusal(
         Reason.DEVICE, "the Triton sweeps run on CUDA devices, the weight is on cpu"
     )
     elsewhere = as_parameter(torch.empty(4, 4, 3, 3, device="meta"), weight.manifold)
@@ -373,11 +372,13 @@ def test_the_device_of_the_weight_chooses_the_path(monkeypatch):
     )
 
 
-def test_what_cannot_be_fused_says_why(monkeypatch):
-    monkeypatch.setattr(gpu, "_INTERPRETED", True)
-    monkeypatch.setattr(gpu, "_missing", lambda device: None)
-    path = TritonKernels()
-    assert takes(path, kernels_on_cpu(), kernels_on_cpu(shape=(4, 4, 3, 3, 3))) == [True, True]
+def test_what_cannot_be_fused_says_why():
+    path = TritonKernels(interpreted=True)
+    for weight in (kernels_on_cpu(), kernels_on_cpu(shape=(4, 4, 3, 3, 3))):
+        reply = answer(path, weight)
+        works = not isinstance(reply, Refusal)
+        assert works or reply.reason is Reason.MISSING  # without Triton, or where it compiles for a GPU
+        assert works == (INTERPRETED and problem_with_triton(gpu._sweeps().triton, list) is None)
     assert answer(path, kernels_on_cpu(torch.bfloat16)) == Refusal(
         Reason.DTYPE, "fused steps take float32 and float64, got torch.bfloat16"
     )
@@ -389,8 +390,6 @@ def test_what_cannot_be_fused_says_why(monkeypatch):
     reply = answer(path, strange)
     assert isinstance(reply, Refusal)
     assert reply.reason is Reason.LAYOUT
-    monkeypatch.setattr(gpu, "_missing", lambda device: "Triton is on holiday")
-    assert answer(path, kernels_on_cpu()) == Refusal(Reason.MISSING, "Triton is on holiday")
 
 
 @pytest.mark.parametrize(
@@ -402,13 +401,11 @@ def test_what_cannot_be_fused_says_why(monkeypatch):
     ],
 )
 @pytest.mark.parametrize("error", [RuntimeError, ValueError, OSError])
-def test_a_triton_that_is_of_no_use_says_why(monkeypatch, triton: Any, message: str, error: type[Exception]):
-    def written(rows: Any, device: torch.device) -> None:
+def test_a_triton_that_is_of_no_use_says_why(triton: Any, message: str, error: type[Exception]):
+    def try_out() -> None:
         raise error("no compiler")
 
-    monkeypatch.setattr(gpu, "_sweeps", lambda: SimpleNamespace(triton=triton))
-    monkeypatch.setattr(gpu, "_written", written)
-    assert gpu._missing.__wrapped__(torch.device("cpu")) == message
+    assert problem_with_triton(triton, try_out) == message
 
 
 @pytest.mark.skipif(INTERPRETED, reason="once is enough")

@@ -1,4 +1,4 @@
-"""The polar factor of large matrices by products alone, and its derivatives, against those by eigenvectors."""
+"""The polar factor of large matrices by products alone, and its derivatives, against singular value decompositions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fgo_geo.linalg import factors, polar_factor
+from fgo_geo.linalg import polar_factor
 from fgo_geo.linalg.chebyshev import inverse_root_polynomial, polynomial, solve_skew, spectral_interval
 
 
@@ -28,7 +28,7 @@ def with_spectrum(seed: int, rows: int, values: Tensor) -> tuple[Tensor, Tensor]
 
 @pytest.fixture
 def eigenvectors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the matrices whose eigenvectors are computed; products serve all sizes."""
+    """Sizes of the matrices whose eigenvectors are computed."""
     sizes: list[int] = []
     real = torch.linalg.eigh
 
@@ -37,9 +37,10 @@ def eigenvectors(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return real(a)
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
-    monkeypatch.setattr(factors, "_GRAM_FROM", 2)
-    monkeypatch.setattr(factors, "_PRODUCTS_FROM", 2)
     return sizes
+
+
+COLUMNS = 160  # of the narrowest matrices whose polar factors are computed by products
 
 
 # -- the interval, the polynomial and the equation ---------------------------------------------------------------------
@@ -100,42 +101,42 @@ def test_the_skew_equation(spread: float, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("condition", [1.0, 1.0001, 1.05, 1.3, 1.45])
-@pytest.mark.parametrize("rows", [140, 300])
+@pytest.mark.parametrize("rows", [COLUMNS, 300])
 def test_products_give_the_polar_factor(
     rows: int, condition: float, dtype: torch.dtype, eigenvectors: list[int]
 ) -> None:
     for seed, values in enumerate(
-        [torch.linspace(1, condition, 140), torch.cat([torch.ones(139), torch.full((1,), condition)])]
+        [torch.linspace(1, condition, COLUMNS), torch.cat([torch.ones(COLUMNS - 1), torch.full((1,), condition)])]
     ):
         x, expected = with_spectrum(seed, rows, 0.03 * values.double())
         q = polar_factor(x.to(dtype)).double()
         eps = torch.finfo(dtype).eps
         assert float((q - expected).abs().max()) <= 8 * eps
-        assert float((q.mT @ q - torch.eye(140)).abs().max()) <= (16 if dtype == torch.float32 else 45) * eps
+        assert float((q.mT @ q - torch.eye(COLUMNS)).abs().max()) <= (16 if dtype == torch.float32 else 45) * eps
     assert eigenvectors == []
 
 
 def test_what_is_too_wide_for_products_takes_eigenvectors(eigenvectors: list[int]) -> None:
-    x, expected = with_spectrum(0, 50, torch.linspace(1, 1.7, 40).double())
+    x, expected = with_spectrum(0, 180, torch.linspace(1, 1.7, 170).double())
     torch.testing.assert_close(polar_factor(x), expected, rtol=0, atol=1e-13)
-    assert eigenvectors == [40]
+    assert eigenvectors == [170]
 
 
 def test_an_eigenvalue_that_is_missed_takes_eigenvectors(eigenvectors: list[int]) -> None:
     """Lanczos' iteration never sees an eigenvector that is orthogonal to its start."""
-    start = torch.randn(60, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    unseen = normal(1, 60, 1)
+    start = torch.randn(COLUMNS, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    unseen = normal(1, COLUMNS, 1)
     unseen -= start * ((start.mT @ unseen) / (start.mT @ start))
-    v, _ = torch.linalg.qr(torch.cat([unseen, normal(2, 60, 59)], -1))
-    u, _ = torch.linalg.qr(normal(3, 80, 60))
-    values = torch.cat([torch.tensor([1.3]), torch.linspace(0.95, 1.05, 59)]).double()
-    torch.testing.assert_close(polar_factor(u * values @ v.mT), u @ v.mT, rtol=0, atol=1e-14)
-    assert eigenvectors == [60]
+    v, _ = torch.linalg.qr(torch.cat([unseen, normal(2, COLUMNS, COLUMNS - 1)], -1))
+    u, _ = torch.linalg.qr(normal(3, 180, COLUMNS))
+    values = torch.cat([torch.tensor([1.3]), torch.linspace(0.95, 1.05, COLUMNS - 1)]).double()
+    torch.testing.assert_close(polar_factor(u * values @ v.mT), u @ v.mT, rtol=0, atol=2e-14)
+    assert eigenvectors == [COLUMNS]
 
 
 def test_scales_of_a_batch_may_differ(eigenvectors: list[int]) -> None:
     pairs = [
-        with_spectrum(seed, 60, scale * torch.linspace(1, 1.2, 35).double()) for seed, scale in ((0, 1e-3), (1, 50.0))
+        with_spectrum(seed, 190, scale * torch.linspace(1, 1.2, 165).double()) for seed, scale in ((0, 1e-3), (1, 50.0))
     ]
     q = polar_factor(torch.stack([x for x, _ in pairs]))
     torch.testing.assert_close(q, torch.stack([expected for _, expected in pairs]), rtol=0, atol=1e-14)
@@ -156,34 +157,42 @@ def test_no_number_comes_out_of_what_is_none(bad: float) -> None:
 # -- derivatives -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=10)
-@given(st.integers(0, 99), st.sampled_from([(6, 4), (5, 5), (7, 2)]), st.floats(1.0, 1.45))
+@settings(max_examples=3)
+@given(st.integers(0, 99), st.sampled_from([(170, 160), (160, 160), (200, 165)]), st.floats(1.0, 1.45))
 def test_gradients_of_every_order(seed: int, size: tuple[int, int], condition: float) -> None:
+    """Along random directions, as there are too many entries."""
     rows, columns = size
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factors, "_GRAM_FROM", 2)
-        patch.setattr(factors, "_PRODUCTS_FROM", 2)
         patch.delattr(torch.linalg, "eigh")
         x, _ = with_spectrum(seed, rows, torch.linspace(1, condition, columns).double())
         x = torch.stack([x, 3 * x]).requires_grad_()
-        assert torch.autograd.gradcheck(polar_factor, (x,), check_forward_ad=True, check_batched_grad=True)
-        assert torch.autograd.gradgradcheck(polar_factor, (x,))
+        assert torch.autograd.gradcheck(polar_factor, (x,), check_forward_ad=True, fast_mode=True)
+        assert torch.autograd.gradgradcheck(polar_factor, (x,), fast_mode=True)
+
+
+def gradient(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The gradient of ``<weight, Q>`` at ``x = U S Vᵀ`` for ``Q = U Vᵀ``.
+
+    Q moves by the skew part of ``Uᵀ dx V`` over sums of singular values, and by what of ``dx`` the columns of U do not
+    span.
+    """
+    u, s, vh = np.linalg.svd(x, full_matrices=False)
+    inside = u.T @ weight @ vh.T
+    outside = weight @ vh.T - u @ inside
+    return (u @ ((inside - inside.T) / (s[:, None] + s)) + outside / s) @ vh
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("condition", [1.0, 1.2, 1.45])
-@pytest.mark.parametrize("rows", [150, 400])
-def test_gradients_are_those_by_eigenvectors(
-    rows: int, condition: float, dtype: torch.dtype, eigenvectors: list[int], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("rows", [COLUMNS, 400])
+def test_gradients_are_those_by_singular_values(
+    rows: int, condition: float, dtype: torch.dtype, eigenvectors: list[int]
 ) -> None:
-    x, _ = with_spectrum(0, rows, torch.linspace(1, condition, 150).double())
-    weight = normal(7, rows, 150)
+    x, _ = with_spectrum(0, rows, torch.linspace(1, condition, COLUMNS).double())
+    weight = normal(7, rows, COLUMNS)
     by_products = x.to(dtype, copy=True).requires_grad_()
     (polar_factor(by_products) * weight.to(dtype)).sum().backward()
     assert eigenvectors == []
-    monkeypatch.setattr(factors, "_PRODUCTS_FROM", 10**9)
-    exact = x.clone().requires_grad_()
-    (polar_factor(exact) * weight).sum().backward()
-    assert eigenvectors == [150]
-    bound = 40 * torch.finfo(dtype).eps * float(exact.grad.abs().max())
-    torch.testing.assert_close(by_products.grad.double(), exact.grad, rtol=0, atol=bound)
+    exact = gradient(x.numpy(), weight.numpy())
+    bound = 40 * torch.finfo(dtype).eps * np.abs(exact).max()
+    np.testing.assert_allclose(by_products.grad.double().numpy(), exact, rtol=0, atol=bound)

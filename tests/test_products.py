@@ -31,6 +31,7 @@ from fgo_geo.linalg import (
 )
 
 EPS = 2.0**-23
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN")
 
 
 def normal(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -42,33 +43,25 @@ def by_columns(x: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def bfloat16_unit(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """A processor with a unit for bfloat16, and what it was asked to do."""
-    used: list[bool] = []
-    rounds = products._rounds
-
-    def recorded(c: Tensor, part: Tensor) -> bool:
-        used.append(rounds(c, part))
-        return used[-1]
-
+def bfloat16_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor with a unit for bfloat16."""
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
-    monkeypatch.setattr(products, "_rounds", recorded)
-    return used
 
 
 # -- a small part ------------------------------------------------------------------------------------------------
 
 
+@onednn
+@pytest.mark.usefixtures("bfloat16_unit")
 @pytest.mark.parametrize("from_left", [False, True])
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, by_columns])
 @pytest.mark.parametrize("batch", [(), (1,), (2,)])
-def test_a_small_part_is_subtracted_as_exactly_as_float32_can(batch, layout, from_left, bfloat16_unit) -> None:
+def test_a_small_part_is_subtracted_as_exactly_as_float32_can(batch, layout, from_left) -> None:
     """Also where all roundings agree, as they do in a matrix of rank one."""
     orthonormal = torch.linalg.qr(normal((*batch, 300, 300), 0, torch.float64))[0].float()
     signs = normal((*batch, 300, 1), 1).sign()
     for part in (sym(normal((*batch, 300, 300), 2)), signs @ signs.mT):
         check_a_small_part(layout(orthonormal), 0.999 * 2.0**-15 / frobenius_norm(part).amax() * part, from_left)
-    assert bfloat16_unit == [True, True]
 
 
 def check_a_small_part(c: Tensor, part: Tensor, from_left: bool) -> None:
@@ -81,13 +74,15 @@ def check_a_small_part(c: Tensor, part: Tensor, from_left: bool) -> None:
     gram = gram_excess(result.double()) - gram_excess(expected)
     assert float(gram.abs().max()) <= 2.0**-22
     assert not torch.equal(result, c)
+    assert not torch.equal(result, subtract_product(c, left, right)), "it was not rounded"
 
 
+@pytest.mark.usefixtures("bfloat16_unit")
 @pytest.mark.parametrize(
     ("size", "largest", "dtype"),
     [(300, 1.01 * 2.0**-15, torch.float32), (255, 1e-6, torch.float32), (300, 1e-6, torch.float64)],
 )
-def test_what_would_show_is_not_rounded(size: int, largest: float, dtype: torch.dtype, bfloat16_unit) -> None:
+def test_what_would_show_is_not_rounded(size: int, largest: float, dtype: torch.dtype) -> None:
     """A part with large entries, of either sign; narrow ones gain nothing."""
     c = normal((400, size), 0, dtype)
     for sign in (1, -1):
@@ -95,7 +90,6 @@ def test_what_would_show_is_not_rounded(size: int, largest: float, dtype: torch.
         part[3, 4] = sign * largest
         result = subtract_part(c, part, Workspace(), out=torch.empty_like(c))
         assert torch.equal(result, subtract_product(c, c, part))
-    assert bfloat16_unit == [False, False]
 
 
 @pytest.mark.parametrize("switch", ["processor", "oneDNN"])
@@ -103,11 +97,7 @@ def test_no_unit_no_rounding(switch: str, monkeypatch: pytest.MonkeyPatch) -> No
     """Without oneDNN torch multiplies bfloat16 a hundred times slower."""
     monkeypatch.setattr(products, "multiplies_bfloat16", lambda: switch == "oneDNN")
     c, part = normal((400, 300), 0), 1e-8 * normal((300, 300), 1)
-    with monkeypatch.context() as patch:
-        patch.setattr(products, "multiplies_bfloat16", lambda: True)
-        assert products._rounds(c, part) == torch.backends.mkldnn.enabled
     monkeypatch.setattr(type(torch.backends.mkldnn), "enabled", switch == "processor")
-    assert not products._rounds(c, part)
     result = subtract_part(c, part, Workspace(), out=torch.empty_like(c))
     assert torch.equal(result, subtract_product(c, c, part))
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from fgo_geo.linalg.precision import rounds_to_bfloat16
 from fgo_geo.linalg.values import is_differentiated, reads_for_free
 
-__all__ = ["add_matmul_2d", "goes_to_onednn", "matmul_2d", "mkl_avoids_avx512"]
+__all__ = ["add_matmul_2d", "goes_to_onednn", "matmul_2d", "mkl_avoids_avx512", "without_gaps"]
 
 _LARGE = 128  # rows, columns and terms, at least
 _LARGE_TRANSPOSED = 256  # if the first factor has to be copied
 _LARGE_PRODUCT = 2**22  # multiplications; smaller products are no faster
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def matmul_2d(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -106,17 +107,16 @@ def goes_to_onednn(a: Tensor, b: Tensor, *added: Tensor) -> bool:
 
 
 @functools.cache
-def mkl_avoids_avx512() -> bool:
-    """Whether torch's BLAS is MKL, and the processor one of AMD's that has AVX-512 instructions."""
+def mkl_avoids_avx512(processor: str | None = None) -> bool:
+    """Whether torch's BLAS is MKL, and the processor one of AMD's that has AVX-512 instructions.
+
+    Args:
+        processor: What the system says of the processor; None to ask it.
+    """
+    if processor is None:
+        processor = _CPU_INFO.read_text() if _CPU_INFO.exists() else platform.processor()
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
-    return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
-
-
-def _processor() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
+    return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in processor
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -127,12 +127,16 @@ def _is_plain(x: Tensor) -> bool:
 def _onednn_product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
     """``a @ b`` by what ``torch.compile`` calls for a linear layer, which can add another matrix.
 
-    That copies ``a`` unless it is stored row by row, and would go one number at a time if there were gaps in ``b``.
+    That copies ``a`` unless it is stored row by row.
     """
     linear = cast(Callable[..., Tensor], torch.ops.mkldnn._linear_pointwise)  # pyright: ignore
-    has_gaps = not (b.is_contiguous() or b.mT.is_contiguous())
-    weight = (b.contiguous() if has_gaps else b).mT
+    weight = without_gaps(b).mT
     return linear(a, weight, None, "none", [], "") if added is None else linear(a, added, weight, None, "add")
+
+
+def without_gaps(x: Tensor) -> Tensor:
+    """A matrix stored row by row or column by column; oneDNN would process others one number at a time."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
 def _rounded_product(a: Tensor, b: Tensor) -> Tensor:

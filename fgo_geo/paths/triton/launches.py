@@ -29,7 +29,7 @@ import math
 import os
 import struct
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -40,7 +40,7 @@ from torch import Tensor
 from fgo_geo.paths.kernel_tables import KernelTable, gradient_of, place_of, problem_of, table_of
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
 
-__all__ = ["TritonKernels"]
+__all__ = ["TritonKernels", "problem_with_triton"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs on the CPU
 _OLDEST = (3, 3)  # Triton without tuples before
@@ -63,34 +63,45 @@ def _sweeps() -> ModuleType:
 @functools.cache
 def _missing(device: torch.device) -> str | None:
     """Why Triton cannot be used on a device; None if it can. Compiles and runs a small function once."""
-    triton = _sweeps().triton
+    return problem_with_triton(_sweeps().triton, lambda: _written([range(_WIDTH)], device))
+
+
+def problem_with_triton(triton: Any, try_out: Callable[[], object]) -> str | None:
+    """Why Triton is of no use; None if it is.
+
+    Args:
+        triton: The module; None if it is not installed.
+        try_out: Compiles and runs something.
+    """
     if triton is None:
         return "Triton is not installed; it comes with torch for CUDA on Linux"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < _OLDEST:
         return f"Triton {triton.__version__} is installed, at least {'.'.join(map(str, _OLDEST))} is needed"
     try:
-        _written([range(_WIDTH)], device)
-    except (
-        RuntimeError,
-        OSError,
-        subprocess.CalledProcessError,
-        triton.TritonError,
-    ) as error:  # no C compiler, an old device, ...
-        return f"Triton does not work here: {error}"
+        try_out()
+    except (RuntimeError, OSError, subprocess.CalledProcessError, triton.TritonError) as error:
+        return f"Triton does not work here: {error}"  # without a C compiler, on an old device
     return None
 
 
 class TritonKernels(Path):
-    """The path of kernels in single and double precision on the current CUDA device."""
+    """The path of kernels in single and double precision on the current CUDA device.
+
+    Args:
+        interpreted: Whether Triton's interpreter runs the sweeps, which it does on the CPU.
+    """
 
     name = "Triton sweeps over kernels"
+
+    def __init__(self, interpreted: bool = _INTERPRETED) -> None:
+        self._interpreted = interpreted
 
     def accepts(self, weight: Weight, parts: tuple[int, ...], options: StepOptions) -> tuple[int, ...] | Refusal:
         """All parts of a weight of kernels, or none."""
         device = weight.param.device
-        if device.type != ("cpu" if _INTERPRETED else "cuda"):
-            runs_on = "the CPU in Triton's interpreter" if _INTERPRETED else "CUDA devices"
+        if device.type != ("cpu" if self._interpreted else "cuda"):
+            runs_on = "the CPU in Triton's interpreter" if self._interpreted else "CUDA devices"
             return Refusal(Reason.DEVICE, f"the Triton sweeps run on {runs_on}, the weight is on {device}")
         if weight.param.is_cuda and device.index != torch.cuda.current_device():
             current = torch.cuda.current_device()
@@ -284,7 +295,7 @@ def _inverse_squares(table: KernelTable) -> Tensor:
 
 
 def _rate_on(device: torch.device, options: StepOptions) -> Tensor | None:
-    """The learning rate, if it lies on the device."""
+    """The learning rate, if it is stored on the device."""
     return options.lr if isinstance(options.lr, Tensor) and options.lr.device == device else None
 
 
