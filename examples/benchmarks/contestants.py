@@ -306,7 +306,7 @@ def ours(
     check = False if path == "unchecked" else None
     optimizer = fgo_geo.RiemannianFGSGD(params, lr=LR, momentum=MOMENTUM, foreach=True, check_finite=check)
     if path == "compile":
-        step = torch.compile(lambda: optimizer.step(), fullgraph=True)
+        step = torch.compile(optimizer.step)
         # The first step has no momentum yet, so the second is compiled anew.
         return Contestant(step, params, violation=lambda: _violation(params), warm_up=2)
 
