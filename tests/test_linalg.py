@@ -14,22 +14,21 @@ from torch import Tensor
 
 from fgo_geo.linalg import (
     computes_in_float32,
+    gram_excess,
     inner_sum,
+    inverse_root_gap,
     matrix_exponential,
     newton_schulz_schedule,
     polar_factor,
-    polar_newton_schulz,
-    polar_series,
     polish,
     qr_factor,
     require_finite,
     root_of_sum,
-    series_limit,
     small_product,
     subtract_product,
     sym,
-    unrefined_precision,
 )
+from fgo_geo.linalg.newton_schulz import series_limit, unrefined_precision
 
 HALF = [torch.float16, torch.bfloat16]
 EPS = torch.finfo(torch.float64).eps
@@ -330,6 +329,11 @@ def test_the_last_step_takes_what_the_schedule_leaves_to_the_precision(precision
         assert float(1 - value * (3 - value**2) / 2) == pytest.approx(precision, rel=1e-3)
 
 
+def polar_by_products(y: Tensor, squared: float, radius: Any = 1.0) -> Tensor:
+    """``r y (yᵀy)^{-1/2}`` for squares of singular values up to ``1 + squared`` times those of the radius."""
+    return subtract_product(y, y, inverse_root_gap(gram_excess(y, radius), squared))
+
+
 @given(seed=seeds, size=sizes, bound=st.floats(0.01, 4), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_newton_schulz_reaches_the_polar_factor(
     seed: int, size: tuple[int, int], bound: float, dtype: torch.dtype
@@ -338,8 +342,7 @@ def test_newton_schulz_reaches_the_polar_factor(
     share = torch.rand(3, b, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     values = 1 + share * (math.sqrt(1 + bound**2) - 1)
     y = with_singular_values(seed, a, b, values).to(dtype)
-    excess = y.new_tensor([bound**2, bound**2, float(values[2].max()) ** 2 - 1])
-    q = polar_newton_schulz(y, excess, newton_schulz_schedule(bound**2, torch.finfo(dtype).eps))
+    q = polar_by_products(y, bound**2)
     unit = torch.finfo(dtype).eps * (1 + bound**2)
     assert orthonormality(q) <= 16 * unit
     torch.testing.assert_close(q.double(), polar_factor(y.double()), rtol=0, atol=16 * unit)
@@ -347,7 +350,7 @@ def test_newton_schulz_reaches_the_polar_factor(
 
 def test_newton_schulz_corrects_drift_in_both_directions() -> None:
     y = with_singular_values(0, 6, 4, torch.tensor([1 - 1e-4, 1.0, 1 + 1e-4, 1.1], dtype=torch.float64))
-    q = polar_newton_schulz(y, y.new_tensor(0.21), newton_schulz_schedule(0.21, EPS))
+    q = polar_by_products(y, 0.21)
     torch.testing.assert_close(q, polar_factor(y), rtol=0, atol=32 * EPS)
 
 
@@ -439,14 +442,12 @@ def test_norms_show_what_is_not_finite(layout: Any) -> None:
 
 @given(seed=seeds, size=sizes, radius=st.sampled_from([0.02, 1.0, 40.0]), layout=st.sampled_from(LAYOUTS))
 def test_newton_schulz_at_a_radius(seed: int, size: tuple[int, int], radius: float, layout: Any) -> None:
-    """One bound for all matrices, or one per matrix: the polar factor times the radius."""
+    """One radius for all matrices, or one per matrix: the polar factor times the radius."""
     values = 1 + 0.4 * torch.rand(6, size[1], dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     y = with_singular_values(seed, *size, values)
     left, _, right = np.linalg.svd(y.numpy(), full_matrices=False)
-    schedule = newton_schulz_schedule(0.96, EPS)
-    radii = torch.full((6, 1, 1), radius, dtype=torch.float64)
-    for excess, r in ((0.96, radius), (values.amax(1) ** 2 - 1, radii)):
-        result = polar_newton_schulz(layout(radius * y), excess, schedule, r)
+    for r in (radius, torch.full((6, 1, 1), radius, dtype=torch.float64)):
+        result = polar_by_products(layout(radius * y), 0.96, r)
         np.testing.assert_allclose(result.numpy() / radius, left @ right, atol=64 * EPS)
 
 
@@ -458,13 +459,16 @@ def test_the_series_reaches_the_precision_that_its_limit_promises(seed: int, rel
     u, _, vh = torch.linalg.svd(torch.randn(9, 4, dtype=torch.float64, generator=generator), full_matrices=False)
     excess = torch.tensor([0.0, 0.3, 0.7, 1.0], dtype=torch.float64) * relative * series_limit(precision)
     y = (u * (1 + excess).sqrt() @ vh).to(dtype)
-    factor = polar_series(1.7 * y, 1.7).double() / 1.7
+    factor = polar_by_products(1.7 * y, series_limit(precision), 1.7).double() / 1.7
     assert float((factor - u @ vh).abs().max()) <= 8 * precision
 
 
-def test_the_limit_of_the_series_is_sharp():
-    y = torch.tensor([[1.0], [0.0]], dtype=torch.float64) * (1 + series_limit(1e-9)) ** 0.5
-    assert float((polar_series(y)[0, 0] - 1).abs()) == pytest.approx(1e-9, rel=2e-3)
+@pytest.mark.parametrize("terms", [1, 2, 4])
+def test_the_limit_of_the_series_is_sharp(terms: int) -> None:
+    with mpmath.workdps(40):
+        e = mpmath.mpf(series_limit(1e-12, terms))
+        series = mpmath.taylor(lambda e: 1 / mpmath.sqrt(1 + e), 0, terms)
+        assert float(abs(mpmath.polyval(series[::-1], e) - 1 / mpmath.sqrt(1 + e))) == pytest.approx(1e-12, rel=0.01)
 
 
 def test_a_norm_over_millions_of_entries_is_exact_to_rounding():

@@ -1,41 +1,13 @@
 """Batched tensor algebra: the matrix functions that the manifolds are built from.
 
-Nothing here depends on a manifold. There are fourteen modules, and each imports only those above it:
-
-* :mod:`~fgo_geo.linalg.precision`: upcasting of half precision, and full products of float32 matrices;
-* :mod:`~fgo_geo.linalg.values`: whether values can be read, and whether they are finite;
-* :mod:`~fgo_geo.linalg.memory`: results that are kept while their inputs stay the same;
-* :mod:`~fgo_geo.linalg.matmul`: products of two large matrices, by torch's BLAS or oneDNN;
-* :mod:`~fgo_geo.linalg.workspace`: memory for temporaries, kept from step to step;
-* :mod:`~fgo_geo.linalg.products`: products and sums, as long loops over the batch where it has the smallest stride;
-* :mod:`~fgo_geo.linalg.spectral`: spectral norms of matrices of any size, from Gram matrices;
-* :mod:`~fgo_geo.linalg.newton_schulz`: polar factors by matrix products alone, for matrices whose singular values are
-  in a known interval;
-* :mod:`~fgo_geo.linalg.chebyshev`: functions of symmetric matrices with eigenvalues in a narrow interval, by
-  polynomials;
-* :mod:`~fgo_geo.linalg.smooth`: functions with derivatives of every order, backward and forward;
-* :mod:`~fgo_geo.linalg.polar_derivative`: the derivatives of the polar factor;
-* :mod:`~fgo_geo.linalg.closed_forms`: closed forms for matrices with three columns;
-* :mod:`~fgo_geo.linalg.shards`: tensors of which every process has a part;
-* :mod:`~fgo_geo.linalg.factors`: factors of every matrix, by a factorisation.
-
-All functions act on the last two dimensions and batch over the rest. The rest of the package imports them from here.
+Nothing here depends on a manifold. All functions act on the last two dimensions and batch over the rest. The rest of
+the package imports them from here; the first line of each module says what it holds.
 """
 
 from fgo_geo.linalg.closed_forms import has_closed_form, spectral_norm_3
 from fgo_geo.linalg.factors import matrix_exponential, polar_factor, qr_factor
 from fgo_geo.linalg.memory import Memory
-from fgo_geo.linalg.newton_schulz import (
-    REFINED,
-    inverse_root_gap,
-    newton_schulz_schedule,
-    polar_newton_schulz,
-    polar_series,
-    polish,
-    refine_gap,
-    series_limit,
-    unrefined_precision,
-)
+from fgo_geo.linalg.newton_schulz import inverse_root_gap, newton_schulz_schedule, polish, refine_gap
 from fgo_geo.linalg.precision import (
     at_least_single,
     computes_in_float32,
@@ -67,7 +39,6 @@ from fgo_geo.linalg.workspace import Use, Workspace
 
 __all__ = [
     "DAMAGED",
-    "REFINED",
     "Cut",
     "Memory",
     "Use",
@@ -93,8 +64,6 @@ __all__ = [
     "matrix_exponential",
     "newton_schulz_schedule",
     "polar_factor",
-    "polar_newton_schulz",
-    "polar_series",
     "polish",
     "processes_of",
     "qr_factor",
@@ -104,7 +73,6 @@ __all__ = [
     "require_real",
     "root_of_sum",
     "root_or_zero",
-    "series_limit",
     "short_side_gram",
     "sinc",
     "skew",
@@ -116,7 +84,6 @@ __all__ = [
     "takes_full_products",
     "takes_real_tensors",
     "traces",
-    "unrefined_precision",
     "whole",
     "write_whole",
 ]

@@ -1,10 +1,10 @@
 """The polar factor by matrix products alone, for matrices whose singular values are in a known interval.
 
-:func:`newton_schulz_schedule` computes the number of iterations and their factors from the interval, before any data is
-seen, and :func:`polar_newton_schulz` runs them. For singular values very close to one the first terms of a series are
-enough, :func:`polar_series`; :func:`polish` is the single iteration that nearly orthonormal matrices need. Nothing here
-factorises a matrix, reads values or branches on them; functions for every matrix are in
-:mod:`~fgo_geo.linalg.factors`.
+The polar factor of ``y`` is ``y - y H`` with ``H = I - (yᵀy)^{-1/2}``, which :func:`inverse_root_gap` computes: where
+singular values are close to one by the first terms of a series, else by Newton-Schulz iterations, whose number and
+factors :func:`newton_schulz_schedule` computes from the interval before any data is seen. :func:`polish` is the single
+iteration that nearly orthonormal matrices need. Nothing here factorises a matrix, reads values or branches on them;
+functions for every matrix are in :mod:`~fgo_geo.linalg.factors`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,15 @@ from torch import Tensor
 from fgo_geo.linalg.products import gram_excess, small_product, subtract_product
 
 __all__ = [
-    "REFINED",
     "inverse_root_gap",
     "newton_schulz_schedule",
-    "polar_newton_schulz",
-    "polar_series",
     "polish",
     "refine_gap",
     "series_limit",
     "unrefined_precision",
 ]
 
-REFINED = 1.0
-"""Norm of ``E`` up to which :func:`refine_gap` improves the accuracy."""
-
+_REFINED = 1.01  # norm of E up to which refine_gap improves the accuracy: a step of one radius, and some drift
 _SAFETY = 1.05  # margin for points that have drifted off the manifold
 
 
@@ -65,45 +60,18 @@ def newton_schulz_schedule(excess: float, precision: float) -> tuple[float, ...]
     return tuple(factors)
 
 
-def polar_newton_schulz(
-    y: Tensor, excess: Tensor | float, schedule: tuple[float, ...], radius: float | Tensor = 1.0, refine: bool = False
-) -> Tensor:
-    r"""The polar factor of nearly orthonormal matrices by matrix products alone.
+def _newton_schulz_gap(excess: Tensor, bound: float, out: Tensor | None = None) -> Tensor:
+    r"""``I - (I + E)^{-1/2}`` for eigenvalues of ``E`` in ``[0, bound]``, with a margin on either side.
 
-    Runs the scaled Newton-Schulz iteration on the ``B x B`` Gram matrix ``M = yᵀy / s²``::
+    Runs the scaled iteration on ``M = (I + E) / s²`` with ``s² = 1.05 (1 + bound)``::
 
-        T = ρ (3 I - ρ² M) / 2,    Z <- Z T,    M <- M T T,    result y Z / s
+        T = ρ (3 I - ρ² M) / 2,    Z <- Z T,    M <- M T T,    result I - Z / s
 
-    so the long side enters two products only. The scale ``s² = 1.05 (1 + excess)`` leaves a margin for points that
-    have drifted off the manifold; the Gram matrix is formed from ``y`` itself, so that the drift is corrected too.
-    All ``B x B`` matrices are polynomials in ``M``: they commute.
-
-    Args:
-        y: Matrices with singular values in ``[1, sqrt(1 + excess)]`` times the radius, shape ``(..., A, B)``,
-            ``A >= B``.
-        excess: Bound per matrix, shape ``(...)``, or for all of them.
-        schedule: Factors from :func:`newton_schulz_schedule`, for a bound at least as large as every ``excess``.
-        radius: Factor of ``y`` and of the result; a tensor broadcasts against ``y``.
-        refine: Whether :func:`refine_gap` doubles the digits of the schedule and corrects its rounding errors; for an
-            ``excess`` of at most :data:`REFINED`.
-
-    Returns:
-        Matrices with orthonormal columns times the radius, shape ``(..., A, B)``.
-
-    Example:
-        >>> y = torch.tensor([[1.0, 0.0], [0.0, 1.1]])
-        >>> polar_newton_schulz(y, torch.tensor(0.21), newton_schulz_schedule(0.21, 1e-7)).round(decimals=6)
-        tensor([[1., 0.],
-                [0., 1.]])
+    All matrices are polynomials in ``E``: they commute.
     """
-    bound = excess[..., None, None] if isinstance(excess, Tensor) else excess
-    return subtract_product(y, y, _newton_schulz_gap(gram_excess(y, radius), bound, schedule, refine))
-
-
-def _newton_schulz_gap(
-    excess: Tensor, bound: Tensor | float, schedule: tuple[float, ...], refine: bool, out: Tensor | None = None
-) -> Tensor:
-    """``I - (I + E)^{-1/2}`` for eigenvalues of ``E`` in ``[0, bound]``, with a margin on either side."""
+    precision = torch.finfo(excess.dtype).eps
+    refine = bound <= _REFINED
+    schedule = newton_schulz_schedule(bound, unrefined_precision(precision) if refine else precision)
     top = _SAFETY * (1 + bound)
     identity = torch.eye(excess.shape[-1], dtype=excess.dtype, device=excess.device)
     gram = (excess + identity) / top
@@ -122,8 +90,8 @@ def refine_gap(excess: Tensor, gap: Tensor, *, out: Tensor | None = None) -> Ten
     r"""Newton's step for ``Z = (I + E)^{-1/2}``, ``Z <- Z (I + R/2)`` with ``R = I - Z (I + E) Z``, for ``H = I - Z``.
 
     In terms of ``H`` and ``E``, ``R = K - E + K E`` for ``K = 2 H - H²``, all terms are small, whereas rounding errors
-    of products with ``Z``, whose diagonal is near one, are relative to one. That helps up to ``‖E‖`` of
-    :data:`REFINED`. An error ``ε`` of the singular values of ``y Z`` becomes ``3 ε² / 2``.
+    of products with ``Z``, whose diagonal is near one, are relative to one. That helps up to ``‖E‖``
+    of about one. An error ``ε`` of the singular values of ``y Z`` becomes ``3 ε² / 2``.
 
     Args:
         excess: Symmetric matrices ``E``, shape ``(..., B, B)``.
@@ -180,26 +148,6 @@ def series_limit(precision: float, terms: int = 2) -> float:
     return (precision / abs(_SERIES[terms])) ** (1 / (terms + 1))
 
 
-def polar_series(y: Tensor, radius: float | Tensor = 1.0) -> Tensor:
-    """The polar factor of almost orthonormal matrices, ``y (I - E/2 + 3E²/8)`` with ``E = yᵀy / r² - I``.
-
-    It takes one product of size ``B``, and two with the long side.
-
-    Args:
-        y: Matrices whose ``E`` is at most :func:`series_limit`, shape ``(..., A, B)``, ``A >= B``.
-        radius: Radius ``r`` by which ``y`` is scaled, broadcastable.
-
-    Returns:
-        Matrices with orthonormal columns times the radius, shape ``(..., A, B)``.
-
-    Example:
-        >>> polar_series(torch.tensor([[1.001], [0.0]], dtype=torch.float64)).round(decimals=8)
-        tensor([[1.],
-                [0.]], dtype=torch.float64)
-    """
-    return subtract_product(y, y, _series_gap(gram_excess(y, radius), 2))
-
-
 def _series_gap(excess: Tensor, terms: int, out: Tensor | None = None) -> Tensor:
     """``I - (I + E)^{-1/2}`` for small ``E``, by one, two or four terms of its series: none, one or two products."""
     first, second, third, fourth = _SERIES[:4]
@@ -239,9 +187,7 @@ def inverse_root_gap(excess: Tensor, norm: float, *, out: Tensor | None = None) 
             return _series_gap(excess, terms, out)
     if norm <= series_limit(unrefined_precision(precision), 4):
         return refine_gap(excess, _series_gap(excess, 4), out=out)
-    refine = norm <= REFINED
-    schedule = newton_schulz_schedule(norm, unrefined_precision(precision) if refine else precision)
-    return _newton_schulz_gap(excess, norm, schedule, refine, out)
+    return _newton_schulz_gap(excess, norm, out)
 
 
 def polish(y: Tensor) -> Tensor:

@@ -24,27 +24,21 @@ from geoopt.manifolds.base import ScalingInfo
 from torch import Tensor
 
 from fgo_geo.linalg import (
-    REFINED,
     Use,
     Workspace,
     frobenius_norm,
     gram_excess,
     inner_sum,
     inverse_root_gap,
-    newton_schulz_schedule,
     polar_factor,
-    polar_newton_schulz,
-    polar_series,
     polish,
     qr_factor,
     reads_for_free,
-    series_limit,
     small_product,
     subtract_part,
     subtract_product,
     takes_full_products,
     takes_real_tensors,
-    unrefined_precision,
 )
 from fgo_geo.manifolds import sphere, stiefel_geodesics
 from fgo_geo.manifolds.embedded import ComponentManifold
@@ -203,20 +197,15 @@ class Stiefel(ComponentManifold):
             return self.retr(x, scale * u)
         radius = self.radius_for(x)
         squared = math.inf if bound is None else bound**2
-        excess = (inner_sum(u, u, (-2, -1)) * (scale / radius) ** 2).squeeze((-2, -1))
         y = torch.add(x, u, alpha=scale)
         if u.numel() > 0 and reads_for_free(u):
-            return self.retract_measured(y, excess.detach(), squared)
+            explained = (inner_sum(u, u, (-2, -1)) * (scale / radius) ** 2).squeeze((-2, -1))
+            return self.retract_measured(y, explained.detach(), squared)
         if torch.compiler.is_compiling():
             squared = _rung(squared)
         if not squared <= _LARGEST_BOUND**2:
             return radius * polar_factor(y)
-        precision = torch.finfo(x.dtype).eps
-        if squared + _DRIFT <= series_limit(precision):
-            return polar_series(y, radius)
-        refine = squared <= REFINED
-        schedule = newton_schulz_schedule(squared, unrefined_precision(precision) if refine else precision)
-        y = polar_newton_schulz(y, excess, schedule, radius, refine)
+        y = subtract_product(y, y, inverse_root_gap(gram_excess(y, radius), squared + _DRIFT))
         return y if squared <= _POLISH_BOUND**2 else radius * polish(y / radius)
 
     @__scaling__(ScalingInfo.NotCompatible)

@@ -306,7 +306,7 @@ def _series(e, B: constexpr):
 def _newton_schulz(y, shared, own, across, A: constexpr, B: constexpr):
     """Retraction y (I + E)^(-1/2) in double precision, of constrained components.
 
-    By the scaled iteration of :func:`fgo_geo.linalg.polar_newton_schulz` on ``y`` itself: of a long step, a product of
+    By the scaled iteration of :mod:`fgo_geo.linalg.newton_schulz` on ``y`` itself: of a long step, a product of
     Gram matrices would lose the digits of the small singular values.
     """
     e = _excess(y, shared, own, across, A, B)
