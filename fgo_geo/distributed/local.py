@@ -45,11 +45,6 @@ class LocalPart:
 def local_part_of(manifold: geoopt.Manifold, cut: Cut, device: torch.device) -> LocalPart | None:
     """What this process steps of a weight; None if a component has entries on several processes.
 
-    Args:
-        manifold: The weight's manifold.
-        cut: How the weight is dealt.
-        device: Where it is.
-
     Example:
         >>> from fgo_geo import ScaledSphere
         >>> local_part_of(ScaledSphere(ndim=1), Cut((4, 3), 1, 2, 0), torch.device("cpu")) is None

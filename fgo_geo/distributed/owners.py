@@ -20,14 +20,7 @@ _COLUMNS_PER_SWEEP = 32  # of a matrix whose products take as long as the sweeps
 
 
 def step_cost(manifold: geoopt.Manifold, shape: Sequence[int]) -> float:
-    """What a step of a weight costs, in numbers swept over.
-
-    Args:
-        manifold: Its manifold.
-        shape: Its shape.
-
-    Returns:
-        A positive number.
+    """What a step of a weight on a manifold costs, by its shape, in numbers that are read and written.
 
     Example:
         >>> from fgo_geo import ScaledSphere, Stiefel

@@ -34,14 +34,7 @@ class Parcel:
 def collect_parcels(
     parcels: Sequence[Parcel], shards: Sequence[Tensor], targets: Sequence[Tensor | None], group: Any
 ) -> None:
-    """Bring shards to owners, by one all-to-all for every type.
-
-    Args:
-        parcels: What is sent, the same on all processes.
-        shards: What this process has of each.
-        targets: Where to put what this process owns, whole tensors; None for what others own.
-        group: The processes.
-    """
+    """Bring the shards of this process to the owners, and theirs to whole targets here, by one all-to-all per type."""
     rank = dist.get_rank(group)
 
     def sent_to(other: int, numbers: Sequence[int]) -> list[Tensor]:
@@ -61,14 +54,7 @@ def collect_parcels(
 def return_parcels(
     parcels: Sequence[Parcel], wholes: Sequence[Tensor | None], targets: Sequence[Tensor], group: Any
 ) -> None:
-    """Send to every process its shards of what the owners have; the inverse of :func:`collect_parcels`.
-
-    Args:
-        parcels: What is sent, the same on all processes.
-        wholes: The tensors that this process owns; None for others.
-        targets: The shards of this process, written in place.
-        group: The processes.
-    """
+    """Send every process its shards of what the owners have whole; the inverse of :func:`collect_parcels`."""
     rank = dist.get_rank(group)
 
     def sent_to(other: int, numbers: Sequence[int]) -> list[Tensor]:

@@ -80,15 +80,7 @@ def add_matmul_2d(
 
 
 def goes_to_onednn(a: Tensor, b: Tensor, *added: Tensor) -> bool:
-    """Whether oneDNN takes a product: of large float32 matrices of torch's own, without derivatives.
-
-    Args:
-        a: Matrix, shape ``(A, K)``.
-        b: Matrix, shape ``(K, B)``.
-        added: What is added to the product.
-
-    Returns:
-        Whether the functions of this module call it.
+    """Whether oneDNN takes ``a @ b``, and adds it to others: large float32 matrices of torch's own without derivatives.
 
     Example:
         >>> goes_to_onednn(torch.ones(3, 2), torch.ones(2, 3))

@@ -113,12 +113,6 @@ def refine_gap(excess: Tensor, gap: Tensor, *, out: Tensor | None = None) -> Ten
 def unrefined_precision(precision: float) -> float:
     """The precision ``ε`` of a schedule after which :func:`refine_gap` reaches a precision, ``3 ε² / 2``.
 
-    Args:
-        precision: Accepted distance of the singular values from 1.
-
-    Returns:
-        Accepted distance before the last step.
-
     Example:
         >>> round(unrefined_precision(2.0**-23), 5)
         0.00028

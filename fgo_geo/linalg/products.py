@@ -285,15 +285,7 @@ def gram_excess(y: Tensor, radius: float | Tensor = 1.0, *, out: Tensor | None =
 
 
 def inner_sum(a: Tensor, b: Tensor, dim: tuple[int, ...]) -> Tensor:
-    """Sum of ``a * b`` over dimensions, which are kept with size one.
-
-    Args:
-        a: Any tensor.
-        b: Tensor of the same shape.
-        dim: Dimensions, counted from the end.
-
-    Returns:
-        Inner products.
+    """Sum of ``a * b`` over dimensions, counted from the end, which are kept with size one.
 
     Example:
         >>> inner_sum(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.0]), (-1,))
@@ -333,12 +325,6 @@ def root_of_sum(a: Tensor, dim: tuple[int, ...]) -> Tensor:
 def root_or_zero(x: Tensor) -> Tensor:
     """Square root where ``x`` is positive, and zero elsewhere; so is its derivative.
 
-    Args:
-        x: Any tensor.
-
-    Returns:
-        Roots.
-
     Example:
         >>> root_or_zero(torch.tensor([4.0, 0.0, -1e-9]))
         tensor([2., 0., 0.])
@@ -374,14 +360,7 @@ def frobenius_norm(x: Tensor) -> Tensor:
 
 
 def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b`` where ``b`` is positive, and zero elsewhere; so is its derivative.
-
-    Args:
-        a: Any tensor.
-        b: Tensor that broadcasts against it.
-
-    Returns:
-        Quotients.
+    """``a / b`` where ``b``, which broadcasts, is positive, and zero elsewhere; so is its derivative.
 
     Example:
         >>> divide_or_zero(torch.tensor([3.0, 3.0]), torch.tensor([2.0, 0.0]))
@@ -391,13 +370,7 @@ def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:
 
 
 def sym(m: Tensor) -> Tensor:
-    """Symmetric part, ``(m + mᵀ) / 2``.
-
-    Args:
-        m: Square matrices, shape ``(..., B, B)``.
-
-    Returns:
-        Symmetric matrices of the same shape.
+    """Symmetric part of square matrices ``(..., B, B)``, ``(m + mᵀ) / 2``.
 
     Example:
         >>> sym(torch.tensor([[0.0, 2.0], [0.0, 0.0]]))
@@ -408,13 +381,7 @@ def sym(m: Tensor) -> Tensor:
 
 
 def skew(m: Tensor) -> Tensor:
-    """Skew-symmetric part, ``(m - mᵀ) / 2``.
-
-    Args:
-        m: Square matrices, shape ``(..., B, B)``.
-
-    Returns:
-        Skew-symmetric matrices of the same shape.
+    """Skew-symmetric part of square matrices ``(..., B, B)``, ``(m - mᵀ) / 2``.
 
     Example:
         >>> skew(torch.tensor([[5.0, 2.0], [0.0, 0.0]]))

@@ -32,12 +32,6 @@ _ARCTANGENT = [sign / (2 * k + 1) for k, sign in enumerate(_SIGNS)]
 def cosine(squared: Tensor) -> Tensor:
     """``cos(t)`` as a function of ``t²``.
 
-    Args:
-        squared: Values of ``t²``, non-negative.
-
-    Returns:
-        A tensor of the same shape.
-
     Example:
         >>> cosine(torch.tensor([0.0, torch.pi**2]))
         tensor([ 1., -1.])
@@ -48,12 +42,6 @@ def cosine(squared: Tensor) -> Tensor:
 def sinc(squared: Tensor) -> Tensor:
     """``sin(t) / t`` as a function of ``t²``; one at zero.
 
-    Args:
-        squared: Values of ``t²``, non-negative.
-
-    Returns:
-        A tensor of the same shape.
-
     Example:
         >>> sinc(torch.tensor([0.0, (torch.pi / 2) ** 2])) * torch.pi
         tensor([3.1416, 2.0000])
@@ -63,12 +51,6 @@ def sinc(squared: Tensor) -> Tensor:
 
 def arctangent(squared: Tensor) -> Tensor:
     """``atan(t) / t`` as a function of ``t²``; one at zero.
-
-    Args:
-        squared: Values of ``t²``, non-negative.
-
-    Returns:
-        A tensor of the same shape.
 
     Example:
         >>> arctangent(torch.tensor([0.0, 1.0])) * 4

@@ -11,13 +11,7 @@ __all__ = ["gram_iteration_bound", "largest_eigenvalue", "short_side_gram"]
 
 
 def short_side_gram(x: Tensor) -> Tensor:
-    """``x xᴴ`` or ``xᴴ x``, whichever is smaller.
-
-    Args:
-        x: Matrices, real or complex, shape ``(..., A, B)``.
-
-    Returns:
-        Hermitian matrices of the short side.
+    """``x xᴴ`` or ``xᴴ x`` of real or complex matrices ``(..., A, B)``, whichever is smaller.
 
     Example:
         >>> short_side_gram(torch.tensor([[3.0, 4.0]]))
@@ -31,13 +25,7 @@ _EIGEN_BATCH = 2**17
 
 
 def largest_eigenvalue(gram: Tensor) -> Tensor:
-    """Largest eigenvalue of Hermitian matrices; NaN for those with non-finite entries.
-
-    Args:
-        gram: Matrices, shape ``(..., B, B)``.
-
-    Returns:
-        Eigenvalues, shape ``(...)``.
+    """Largest eigenvalues ``(...)`` of Hermitian matrices ``(..., B, B)``; NaN for those with non-finite entries.
 
     Example:
         >>> largest_eigenvalue(torch.tensor([[2.0, 1.0], [1.0, 2.0]]))

@@ -50,47 +50,22 @@ class Workspace:
         self._memory: dict[tuple[Use, torch.dtype, torch.device], Tensor] = {}
 
     def like(self, x: Tensor, use: Use, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor of the shape and the layout of another one.
-
-        Args:
-            x: Any tensor; if it is stored neither by rows nor by columns, the result is contiguous.
-            use: What it is for.
-            dtype: Its type, if it is not that of ``x``.
-
-        Returns:
-            A tensor of the same shape.
-        """
+        """An uninitialised tensor of another one's shape, stored by columns if that one is, else contiguous."""
         dtype = x.dtype if dtype is None else dtype
         by_columns = not x.is_contiguous() and x.stride(-2) == 1
         return self._take(use, x, x.mT.shape, dtype).mT if by_columns else self._take(use, x, x.shape, dtype)
 
     def square(self, x: Tensor, use: Use) -> Tensor:
-        """An uninitialised square matrix of the short side for every matrix, stored row by row.
+        """An uninitialised square matrix ``(..., B, B)`` for every matrix ``(..., A, B)``, stored row by row.
 
         Rows are padded where their stride would make them compete for the same lines of a cache.
-
-        Args:
-            x: Matrices, shape ``(..., A, B)``.
-            use: What it is for.
-
-        Returns:
-            A tensor of shape ``(..., B, B)``.
         """
         size = x.shape[-1]
         stride = size + _PADDING if size % _ALIASED_STRIDE == 0 else size
         return self._take(use, x, (*x.shape[:-2], size, stride), x.dtype)[..., :size]
 
     def empty(self, shape: Sequence[int], like: Tensor, use: Use) -> Tensor:
-        """An uninitialised tensor of any shape, of the type and on the device of another one.
-
-        Args:
-            shape: Its shape.
-            like: Any tensor.
-            use: What it is for.
-
-        Returns:
-            A contiguous tensor.
-        """
+        """An uninitialised contiguous tensor of any shape, of the type and on the device of another one."""
         return self._take(use, like, shape, like.dtype)
 
     def _take(self, use: Use, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -151,11 +151,6 @@ class SphericalManifold(ComponentManifold):
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
         """Inner product on each sphere, kept along its dimensions: what Geoopt's Adam takes second moments of.
 
-        Args:
-            x: Points; only their shape matters.
-            u: Tangent vectors at ``x``.
-            v: Tangent vectors at ``x``; ``u`` if left out.
-
         Returns:
             Inner products that broadcast against ``x``, for an oblique manifold one per column.
         """
@@ -165,17 +160,7 @@ class SphericalManifold(ComponentManifold):
 
     @takes_real_tensors
     def projx(self, x: Tensor) -> Tensor:
-        """Nearest point, ``r x / ‖x‖``; a zero vector goes to ``r`` times the first basis vector.
-
-        Args:
-            x: Any finite tensor of the manifold's shape.
-
-        Returns:
-            Points on the manifold.
-
-        Raises:
-            ValueError: If ``x`` holds NaN or infinity, or its shape is none of a point.
-        """
+        """``r x / ‖x‖``; zero goes to ``r`` times the first basis vector. ValueError if ``x`` is not finite."""
         self._require_projectable(x)
         return normalise(x, self.radius_for(x), self._dims)
 

@@ -26,14 +26,6 @@ _of_manifold = weakref.WeakKeyDictionary()
 def kept(manifold: geoopt.Manifold, key: Hashable, build: Callable[[], _Value]) -> _Value:
     """The value of ``build()`` for a manifold and a key, computed once after every change of the radii.
 
-    Args:
-        manifold: The manifold.
-        key: Everything else that the value depends on.
-        build: Computes the value.
-
-    Returns:
-        The value.
-
     Example:
         >>> from fgo_geo import Oblique
         >>> manifold = Oblique(2.0)

@@ -80,14 +80,7 @@ class Piece:
 
 
 def jobs_of(claims: Sequence[Claim]) -> list[Job]:
-    """Cut the claimed parts of weights into pieces, and join them.
-
-    Args:
-        claims: Claims of one device.
-
-    Returns:
-        Jobs that hold every piece once.
-    """
+    """Cut the claimed parts of weights, all on one device, into pieces, and join them into jobs."""
     first_group = 0
     buckets: dict[object, list[Piece]] = {}
     for claim in claims:
@@ -275,13 +268,7 @@ def cut(claim: Claim, tensor: Tensor) -> dict[int, Tensor]:
 
 
 def put_back(weight: Weight, target: Tensor, parts: dict[int, Tensor]) -> None:
-    """Write all parts of a weight into the parameter, or into its momentum, in one operation.
-
-    Args:
-        weight: The weight.
-        target: Where to.
-        parts: Components by the number of their part.
-    """
+    """Write all parts of a weight into the parameter, or into its momentum, in one operation."""
     if isinstance(weight.manifold, ProductOfGroups):
         weight.manifold.partition.put_([parts[part] for part in sorted(parts)], target)
     elif parts[0].data_ptr() != target.data_ptr():
@@ -289,12 +276,7 @@ def put_back(weight: Weight, target: Tensor, parts: dict[int, Tensor]) -> None:
 
 
 def write(weight: Weight, parts: dict[int, tuple[Tensor, Tensor | None]]) -> None:
-    """Write momentum and points of a weight, each in one operation.
-
-    Args:
-        weight: The weight.
-        parts: Points and momentum by the number of their part.
-    """
+    """Write momentum and points of a weight, given by the number of their part, each in one operation."""
     momentum = {part: buffer for part, (_, buffer) in parts.items() if buffer is not None}
     if weight.buffer is not None and momentum:
         put_back(weight, weight.buffer, momentum)

@@ -196,15 +196,7 @@ def _claims_of(weight: Weight, options: StepOptions, is_recorded: bool) -> list[
 
 
 def explain(weight: Weight, options: StepOptions) -> tuple[list[str], list[str]]:
-    """Which paths step a weight, and why no faster one does.
-
-    Args:
-        weight: A weight with its gradient.
-        options: Hyper-parameters of the step.
-
-    Returns:
-        The names of the paths that take its parts, and why fused paths refuse the others.
-    """
+    """The names of the paths that step the parts of a weight with its gradient, and why fused paths refuse others."""
     taken = _claims_of(weight, options, is_recorded=False)
     fused = {part for path, parts in taken if path in _FUSED for part in parts}
     remaining = tuple(part for part in range(weight.n_parts) if part not in fused)

@@ -87,13 +87,7 @@ class KernelPartition(Partition):
         return list(kernels.split(list(self.counts)))
 
     def take_planes(self, weight: Tensor, memory: Tensor, out: Tensor) -> None:
-        """Split a weight into given planes.
-
-        Args:
-            weight: The weight, of the type of the planes.
-            memory: For temporaries, shape ``(K, n)``.
-            out: The planes.
-        """
+        """Split a weight into planes ``(K, n)`` of its type, by way of memory for temporaries of their shape."""
         channels = self.layout.channels(weight).flatten(2)
         planes = out if self.inverse is None else memory
         if _channels_last(channels):

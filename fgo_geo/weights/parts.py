@@ -149,15 +149,7 @@ class Partition(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def merge(self, parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
-        """Inverse of :meth:`split`.
-
-        Args:
-            parts: The components of every part.
-            like: A weight whose memory format the result has, where that is cheap.
-
-        Returns:
-            The weight.
-        """
+        """Inverse of :meth:`split`; in the memory format of a weight ``like``, where that is cheap."""
 
     @abc.abstractmethod
     def entries(self, part: int, chosen: Tensor) -> Tensor:
@@ -172,12 +164,7 @@ class Partition(nn.Module, abc.ABC):
         """
 
     def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
-        """Write ``merge(parts)`` into a weight.
-
-        Args:
-            parts: The components of every part.
-            weight: Where to.
-        """
+        """Write ``merge(parts)`` into a weight."""
         weight.copy_(self.merge(parts, weight))
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:

@@ -43,16 +43,7 @@ class Block(ctypes.Structure):
 
 
 def take(weight: Tensor, cut: RectanglePartition, part: int) -> Tensor:
-    """The blocks of one part of a weight: ``cut.split(weight)[part]``, without reading the others.
-
-    Args:
-        weight: A weight in float32, or its gradient or momentum.
-        cut: The partition of the weight.
-        part: Number of the part.
-
-    Returns:
-        Blocks ``(n, A, B)``.
-    """
+    """The blocks ``(n, A, B)`` of a part of a float32 tensor: ``cut.split(weight)[part]``, without reading others."""
     rows, columns = cut.rectangles(part)
     blocks = weight.new_empty(*rows.shape, columns.shape[1])
     matrix = cut.layout.channels(weight).flatten(1).contiguous()
@@ -74,14 +65,7 @@ def matrix_of(weight: Tensor, cut: RectanglePartition) -> Tensor | None:
 
 
 def block_of(matrix: Tensor, cut: RectanglePartition, part: int, blocks: Tensor) -> Block:
-    """The structure that describes blocks of a part and their place in a matrix.
-
-    Args:
-        matrix: The channels of a weight, contiguous.
-        cut: The partition of the weight.
-        part: Number of the part.
-        blocks: Blocks ``(n, rows, columns)``, as they are in the matrix, contiguous.
-    """
+    """The structure that describes contiguous blocks of a part, as they are in a contiguous matrix of channels."""
     rows, columns = cut.rectangles(part)
     addresses = (rows.data_ptr(), columns.data_ptr())
     return Block(
@@ -90,12 +74,7 @@ def block_of(matrix: Tensor, cut: RectanglePartition, part: int, blocks: Tensor)
 
 
 def put(weights: Sequence[Weight], blocks: Sequence[Block]) -> None:
-    """Write blocks into weights, and into their momentum, in one call.
-
-    Args:
-        weights: The weights.
-        blocks: What to write, and where in the memory of the weights.
-    """
+    """Write blocks into weights, and into their momentum, in one call."""
     if blocks:
         torch.autograd.graph.increment_version([weight.param for weight in weights])
         entries, threads = (Block * len(blocks))(*blocks), threads_for(sum(own.n * own.a * own.b for own in blocks))

@@ -31,14 +31,7 @@ class _Channel(ctypes.Structure):
 
 
 def takes(g: Tensor) -> bool:
-    """Whether :func:`direct` takes a gradient: on the CPU, in single precision, and without gaps in memory.
-
-    Args:
-        g: A gradient.
-
-    Returns:
-        A bool.
-    """
+    """Whether :func:`direct` takes a gradient: on the CPU, in single precision, and without gaps in memory."""
     known = g.dtype == torch.float32 and g.layout == torch.strided
     return known and reads_for_free(g) and _has_no_gaps(g) and library() is not None
 
@@ -54,12 +47,7 @@ def _has_no_gaps(g: Tensor) -> bool:
 
 
 def direct(gradients: Sequence[Tensor], directions: Sequence[tuple[str, float, int, str, int]]) -> None:
-    """Overwrite gradients with the channel-directed ones.
-
-    Args:
-        gradients: Tensors that :func:`takes` accepts.
-        directions: Metric, ``λ``, axis (from the front), ends and groups for each of them.
-    """
+    """Overwrite gradients that :func:`takes` accepts; directions hold metric, ``λ``, axis >= 0, ends and groups."""
     pairs = [(g, d) for g, d in zip(gradients, directions, strict=True) if g.numel() > 0]
     loaded = library()
     if not pairs or loaded is None:

@@ -98,15 +98,7 @@ class LineTable:
 
 
 def table_of(manifold: geoopt.Manifold, weight: Tensor) -> LineTable | None:
-    """The table of a weight, kept until a radius changes.
-
-    Args:
-        manifold: The manifold of the weight.
-        weight: The weight, for its shape and strides.
-
-    Returns:
-        A table; None if no part of the weight consists of lines in one of the two arrangements.
-    """
+    """The table of a weight, kept until a radius changes; None if no part of it consists of lines in an arrangement."""
     if not isinstance(manifold, (ProductOfGroups, ComponentManifold)):
         return None
     return kept(manifold, ("lines", weight.shape, weight.stride()), lambda: _build(manifold, weight.detach()))
@@ -167,16 +159,7 @@ class _Arrangement(NamedTuple):
 
 
 def _arrangement_of(by_columns: bool, x: Tensor, ndim: int) -> _Arrangement | None:
-    """How the lines of components are stored.
-
-    Args:
-        by_columns: Whether lines are the columns of components, or whole components.
-        x: Components.
-        ndim: Number of dimensions of a component.
-
-    Returns:
-        The arrangement, or None if the lines are not strided.
-    """
+    """How the lines of components (whole components, or their columns) are stored; None if they are not strided."""
     sizes = list(zip(x.shape, x.stride(), strict=True))
     batch, component = sizes[: x.ndim - ndim], sizes[x.ndim - ndim :]
     if not by_columns:
