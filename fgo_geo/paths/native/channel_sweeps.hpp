@@ -31,21 +31,37 @@ FGO_INLINE void store(float *p, vec v) {
   __builtin_memcpy(p, &converted, sizeof converted);
 }
 
+// Adds R rows to sums, and prefetches the rows below: the hardware prefetcher does not follow rows of a few cache lines.
+template <int R> FGO_INLINE void add_rows(const float *row, int64_t stride, int64_t width, double *sums) {
+  int64_t j = 0;
+  for (; j + in_part <= width; j += in_part) {
+    if (j % lanes == 0)
+      for (int r = R; r < 2 * R; ++r) __builtin_prefetch(row + r * stride + j);
+    vec sum = load(sums + j);
+    for (int r = 0; r < R; ++r) sum += load(row + r * stride + j);
+    store(sums + j, sum);
+  }
+  for (; j < width; ++j)
+    for (int r = 0; r < R; ++r) sums[j] += row[r * stride + j];
+}
+
 // g <- m + (g - m) / lam in `width` adjacent columns; `mean` is memory.
 FGO_TARGET static void damp(float *g, int64_t length, int64_t stride, int64_t width, double *mean, double lam) {
-  constexpr int64_t ahead = 16, line = 16;  // rows, and numbers of a cache line
+  constexpr int at_once = 4;
   const double share = 1 / lam;
   for (int64_t j = 0; j < width; ++j) mean[j] = 0;
-  for (int64_t i = 0; i < length; ++i) {
-    const float *const row = g + i * stride;
-    if (i + ahead < length)
-      for (int64_t j = 0; j < width; j += line) __builtin_prefetch(row + ahead * stride + j, 1);
-    for (int64_t j = 0; j < width; ++j) mean[j] += double(row[j]);
-  }
+  int64_t i = 0;
+  for (; i + at_once <= length; i += at_once) add_rows<at_once>(g + i * stride, stride, width, mean);
+  for (; i < length; ++i) add_rows<1>(g + i * stride, stride, width, mean);
   for (int64_t j = 0; j < width; ++j) mean[j] *= (1 - share) / double(length);
-  for (int64_t i = 0; i < length; ++i) {
+  for (i = 0; i < length; ++i) {
     float *const row = g + i * stride;
-    for (int64_t j = 0; j < width; ++j) row[j] = float(mean[j] + share * row[j]);
+    int64_t j = 0;
+    for (; j + in_part <= width; j += in_part) {
+      if (j % lanes == 0) __builtin_prefetch(row + 2 * stride + j, 1);
+      store(row + j, load(mean + j) + share * load(row + j));
+    }
+    for (; j < width; ++j) row[j] = float(mean[j] + share * row[j]);
   }
 }
 
@@ -120,10 +136,10 @@ FGO_TARGET static void direct_block(const fgo_channel &t, float *g, int64_t stri
 FGO_TARGET static void direct(const fgo_channel &t, int64_t begin, int64_t end, float *copy, double *v, const recursion &k, const double *powers) {
   const int64_t n = t.length, inner = t.inner;
   float *const g = t.gradient;
-  if (t.metric == h0 && inner >= wide) {  // as many columns at once as stay in the cache
-    const int64_t last = end * lanes < t.columns ? end * lanes : t.columns, most = width_of(n);
+  if (t.metric == h0 && inner >= lanes) {  // its means need no copy of the columns, so it takes many at once
+    const int64_t last = end * lanes < t.columns ? end * lanes : t.columns;
     for (int64_t column = begin * lanes, width; column < last; column += width) {
-      width = std::min({most, last - column, inner - column % inner});
+      width = std::min({wide, last - column, inner - column % inner});
       damp(g + column / inner * (n * inner) + column % inner, n, inner, width, v, t.lam);
     }
     return;

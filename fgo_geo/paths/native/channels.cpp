@@ -28,11 +28,7 @@ namespace {
 enum metric { h0, h1, h1t };
 constexpr int lanes = 16;  // columns of a block: one cache line in single precision
 
-// From this stride on, blocks of one cache line compete for the same places of the cache, and the metric h0 takes more columns.
-constexpr int64_t wide = 512;
-
-// The number of columns that it takes at once.
-int64_t width_of(int64_t length) { return std::clamp<int64_t>((int64_t(1) << 16) / length, lanes, 1024); }
+constexpr int64_t wide = 512;  // columns that the metric h0 takes at once, whose means fit the first-level cache
 
 // Coefficients for the metric h1, where r is the smaller root of lam r² - (1 + 2 lam) r + lam.
 struct recursion {
@@ -108,9 +104,9 @@ FGO_API int64_t fgo_direct(const fgo_channel *tasks, int64_t count, int threads)
     std::vector<float> copy;
     for (int64_t k = 0; k < count; ++k) {
       const fgo_channel &t = tasks[k];
-      const int64_t blocks = (t.columns + lanes - 1) / lanes, shares = 8 * threads, step = (blocks + shares - 1) / shares;
+      const int64_t blocks = (t.columns + lanes - 1) / lanes, step = (blocks + threads - 1) / threads;
       const recursion own = recursion_of(t);
-      const size_t needed = lanes * std::max<int64_t>(t.length, 64);
+      const size_t needed = std::max(lanes * t.length, wide);
       if (sums.size() < needed) sums.resize(needed), copy.resize(needed);
       if (t.metric == h1) fill_powers(powers, t.length, own.decay);
 #pragma omp for schedule(static) nowait
