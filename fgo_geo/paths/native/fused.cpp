@@ -86,7 +86,7 @@ template <class T, int BYTES> struct vector_of {
 
 constexpr int max_a = 49, max_b = 7;
 constexpr int64_t chunk = 512;  // kernels that a thread takes at a time, within one row
-constexpr int64_t near = 512;   // numbers between a stream and its prefetches
+constexpr int64_t near = 2048;  // numbers between a stream and its prefetches
 template <class T> constexpr T precision = sizeof(T) == 4 ? T(1.1920929e-7) : T(8.8817842e-16);  // 2^-23, 2^-50
 // Up to this ‖e‖² two or four terms of the series suffice: precision^(2/3) and precision^(2/5).
 template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T(9.2e-11),
@@ -106,8 +106,7 @@ double step_scale(double norm, double rho, double curvature) {
 
 }  // namespace
 
-// Instructions that the language does not express: whether any bit is set; values by index; 16 bytes from each of several
-// addresses as one vector, and back; and the first numbers of a vector.
+// Instructions that the language does not express: whether any bit is set; values by index; and the first numbers of a vector.
 #ifdef FGO_AVX2
 #define FGO_FAST 0
 #else
@@ -130,9 +129,6 @@ double step_scale(double norm, double rho, double curvature) {
 #define FGO_TARGET FGO_AVX2
 #define FGO_ANY(m) (!_mm256_testz_si256((__m256i)m, (__m256i)m))
 #define FGO_LOOK_UP(values, index) _mm256_permutevar_ps(_mm256_broadcast_ps((const __m128 *)(values)), (__m256i)index)
-#define FGO_JOIN(place) _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(place(0))), _mm_loadu_ps(place(1)), 1)
-#define FGO_SPLIT(v, place) \
-  _mm_storeu_ps(place(0), _mm256_castps256_ps128(v)), _mm_storeu_ps(place(1), _mm256_extractf128_ps(v, 1))
 #define FGO_SOME(count) (__m256i)((mask<float>){0, 1, 2, 3, 4, 5, 6, 7} < count)
 #define FGO_LOAD_SOME(p, count) _mm256_maskload_ps(p, FGO_SOME(count))
 #define FGO_STORE_SOME(p, count, v) _mm256_maskstore_ps(p, FGO_SOME(count), v)
@@ -141,8 +137,6 @@ double step_scale(double norm, double rho, double curvature) {
 #undef FGO_LOOK_UP
 #undef FGO_LOAD_SOME
 #undef FGO_STORE_SOME
-#undef FGO_JOIN
-#undef FGO_SPLIT
 
 #undef FGO_NAMESPACE
 #undef FGO_TARGET
@@ -152,13 +146,6 @@ double step_scale(double norm, double rho, double curvature) {
 #define FGO_BYTES 64
 #define FGO_ANY(m) (_mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0)
 #define FGO_LOOK_UP(values, index) _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(values)), (__m512i)index)
-#define FGO_FIRST(place) \
-  _mm512_insertf32x4(_mm512_castps128_ps512(_mm_loadu_ps(place(0))), _mm_loadu_ps(place(1)), 1)
-#define FGO_JOIN(place) \
-  _mm512_insertf32x4(_mm512_insertf32x4(FGO_FIRST(place), _mm_loadu_ps(place(2)), 2), _mm_loadu_ps(place(3)), 3)
-#define FGO_SPLIT(v, place) \
-  _mm_storeu_ps(place(0), _mm512_castps512_ps128(v)), _mm_storeu_ps(place(1), _mm512_extractf32x4_ps(v, 1)), \
-      _mm_storeu_ps(place(2), _mm512_extractf32x4_ps(v, 2)), _mm_storeu_ps(place(3), _mm512_extractf32x4_ps(v, 3))
 #define FGO_LOAD_SOME(p, count) _mm512_maskz_loadu_ps((1u << (count)) - 1, p)
 #define FGO_STORE_SOME(p, count, v) _mm512_mask_storeu_ps(p, (1u << (count)) - 1, v)
 #include "fused_sweeps.hpp"

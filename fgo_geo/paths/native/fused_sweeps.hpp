@@ -63,36 +63,66 @@ template <class T> FGO_INLINE void store_some(T *p, int count, vec<T> v) {
   for (int l = 0; l < count; ++l) p[l] = v[l];
 }
 
-// Numbers in a part of a vector, which is 16 bytes of it.
-template <class T> constexpr int in_part = 16 / sizeof(T);
-
-// Groups of numbers of x and y in turn, from the lower or the upper half of every part.
-template <class T, int GROUP, bool UPPER, int... L>
-FGO_INLINE vec<T> interleave(vec<T> x, vec<T> y, std::integer_sequence<int, L...>) {
-#define FGO_FROM (L / in_part<T> * in_part<T> + (UPPER ? in_part<T> / 2 : 0) + L % in_part<T> / (2 * GROUP) * GROUP + \
-                  L % GROUP + (L / GROUP % 2 ? lanes<T> : 0))...
+// Numbers of x and y by place: those of y come after the lanes of x. The places are constants.
 #ifdef __clang__
-  return __builtin_shufflevector(x, y, FGO_FROM);
+#define FGO_SHUFFLE(x, y, places) __builtin_shufflevector(x, y, places)
 #else
-  return __builtin_shuffle(x, y, (mask<T>){FGO_FROM});
+#define FGO_SHUFFLE(x, y, places) __builtin_shuffle(x, y, (mask<T>){places})
 #endif
-#undef FGO_FROM
+
+// Kernels of K entries that follow each other fill K vectors of L lanes: entry i of kernel k is number K k + i = L r + c, lane c
+// of vector r. For odd K the L numbers of an entry are in L different lanes. So vectors are transposed by a rotation of every
+// lane among the K vectors, which is a blend per bit of its distance, and a permutation within each vector.
+
+// x, or y in the lanes that are rotated by BIT.
+template <class T, int K, int BIT, int... L> FGO_INLINE vec<T> blend(vec<T> x, vec<T> y, std::integer_sequence<int, L...>) {
+  return FGO_SHUFFLE(x, y, (L % K & BIT ? L + lanes<T> : L)...);
 }
 
-// Transposition within the parts: number j of a part of v[i] becomes number i of that of v[j].
-template <class T> FGO_INLINE void transpose(vec<T> *v) {
-  const std::make_integer_sequence<int, lanes<T>> all;
-  vec<T> p[in_part<T>];
-  for (int k = 0; k < in_part<T>; k += 2) {
-    p[k] = interleave<T, 1, false>(v[k], v[k + 1], all);
-    p[k + 1] = interleave<T, 1, true>(v[k], v[k + 1], all);
+// Lane l becomes lane FACTOR l + SHIFT.
+template <class T, int FACTOR, int SHIFT, int... L> FGO_INLINE vec<T> permute(vec<T> x, std::integer_sequence<int, L...>) {
+  return FGO_SHUFFLE(x, x, ((FACTOR * L + SHIFT) % lanes<T>)...);
+}
+#undef FGO_SHUFFLE
+
+// Lane l of v[i] becomes that of v[i - l], or v[i + l], modulo K.
+template <class T, int K, bool BACK, int BIT = 1> FGO_INLINE void rotate(vec<T> *v) {
+  if constexpr (BIT < K && BIT < lanes<T>) {
+    vec<T> turned[K];
+    for (int i = 0; i < K; ++i)
+      turned[i] = blend<T, K, BIT>(v[i], v[(i + (BACK ? BIT : K - BIT)) % K], std::make_integer_sequence<int, lanes<T>>());
+    for (int i = 0; i < K; ++i) v[i] = turned[i];
+    rotate<T, K, BACK, 2 * BIT>(v);
   }
-  for (int k = 0; k < in_part<T>; ++k) v[k] = p[k];
-  if constexpr (in_part<T> == 4)
-    for (int k = 0; k < 2; ++k) {
-      v[2 * k] = interleave<T, 2, false>(p[k], p[k + 2], all);
-      v[2 * k + 1] = interleave<T, 2, true>(p[k], p[k + 2], all);
-    }
+}
+
+// The vector in memory whose first lane belongs to an entry.
+template <class T, int K> constexpr int vector_of_entry(int entry) {
+  int r = 0;
+  while (r * lanes<T> % K != entry) ++r;
+  return r;
+}
+
+// 1 / K modulo the lanes.
+template <class T, int K> constexpr int inverse() {
+  int f = 1;
+  while (f * K % lanes<T> != 1 % lanes<T>) ++f;
+  return f;
+}
+
+template <class T, int K, int... I> FGO_INLINE void read_kernels(const T *p, vec<T> *v, std::integer_sequence<int, I...>) {
+  const std::make_integer_sequence<int, lanes<T>> all;
+  ((v[I] = load<T>(p + lanes<T> * vector_of_entry<T, K>(I))), ...);
+  rotate<T, K, false>(v);
+  ((v[I] = permute<T, K, I>(v[I], all)), ...);
+}
+
+template <class T, int K, int... I> FGO_INLINE void write_kernels(T *p, const vec<T> *v, std::integer_sequence<int, I...>) {
+  const std::make_integer_sequence<int, lanes<T>> all;
+  constexpr int f = inverse<T, K>();
+  vec<T> turned[K] = {permute<T, f, (lanes<T> * K - I) * f>(v[I], all)...};
+  rotate<T, K, true>(turned);
+  (store<T>(p + lanes<T> * vector_of_entry<T, K>(I), turned[I]), ...);
 }
 
 // -- memory ------------------------------------------------------------------------------------------------------
@@ -106,55 +136,6 @@ template <class T> FGO_INLINE T *at(T *base, int64_t start) {
   T *p = base + start;
   asm("" : "+r"(p));
   return p;
-}
-
-// Where part `part` of a vector is in memory, for consecutive kernels: in kernel `number` of those that share the part.
-template <class T, int K> FGO_INLINE float *place(const T *p, int part, int number) {
-  return (float *)(p + (part * in_part<T> + number) * K);
-}
-
-template <class T, int K> FGO_INLINE vec<T> join(const T *p, int number) {
-#define FGO_PLACE(part) (place<T, K>(p, part, number))
-#ifdef FGO_JOIN
-  return (vec<T>)FGO_JOIN(FGO_PLACE);
-#else
-  vec<T> v;
-  for (int part = 0; part < lanes<T> / in_part<T>; ++part) __builtin_memcpy((char *)&v + 16 * part, FGO_PLACE(part), 16);
-  return v;
-#endif
-}
-
-template <class T, int K> FGO_INLINE void split(T *p, int number, vec<T> v) {
-#ifdef FGO_SPLIT
-  FGO_SPLIT((vec<float>)v, FGO_PLACE);
-#else
-  for (int part = 0; part < lanes<T> / in_part<T>; ++part) __builtin_memcpy(FGO_PLACE(part), (char *)&v + 16 * part, 16);
-#endif
-#undef FGO_PLACE
-}
-
-// Entries of consecutive kernels, from entry DONE on, in blocks of as many entries as a part has numbers. The last block
-// overlaps the one before it.
-template <class T, int K, int DONE> FGO_INLINE void read_blocks(const T *p, vec<T> *v) {
-  if constexpr (DONE < K) {
-    constexpr int N = in_part<T>, first = DONE + N <= K ? DONE : K - N;
-    vec<T> block[N];
-    for (int k = 0; k < N; ++k) block[k] = join<T, K>(p + first, k);
-    transpose<T>(block);
-    for (int k = DONE - first; k < N; ++k) v[first + k] = block[k];
-    read_blocks<T, K, DONE + N>(p, v);
-  }
-}
-
-template <class T, int K, int DONE> FGO_INLINE void write_blocks(T *p, const vec<T> *v) {
-  if constexpr (DONE < K) {
-    constexpr int N = in_part<T>, first = DONE + N <= K ? DONE : K - N;
-    vec<T> block[N];
-    for (int k = 0; k < N; ++k) block[k] = v[first + k];
-    transpose<T>(block);
-    for (int k = 0; k < N; ++k) split<T, K>(p + first, k, block[k]);
-    write_blocks<T, K, DONE + N>(p, v);
-  }
 }
 
 // Entries of kernels at any strides; lanes beyond the last kernel repeat the first.
@@ -186,7 +167,7 @@ FGO_INLINE void read(const T *p, const int64_t *offset, int64_t kernel_stride, i
   if constexpr (P == layout::planar)
     for (int e = 0; e < K; ++e) v[e] = load<T>(p + offset[e]);
   else if constexpr (P == layout::interleaved)
-    read_blocks<T, K, 0>(p, v);
+    read_kernels<T, K>(p, v, std::make_integer_sequence<int, K>());
   else
     gather<T>(p, offset, kernel_stride, count, size, v);
 }
@@ -196,7 +177,7 @@ FGO_INLINE void write(T *p, const int64_t *offset, int64_t kernel_stride, int co
   if constexpr (P == layout::planar)
     for (int e = 0; e < K; ++e) store<T>(p + offset[e], v[e]);
   else if constexpr (P == layout::interleaved)
-    write_blocks<T, K, 0>(p, v);
+    write_kernels<T, K>(p, v, std::make_integer_sequence<int, K>());
   else
     scatter<T>(p, offset, kernel_stride, count, size, v);
 }
