@@ -89,11 +89,11 @@ def test_steps_stay_on_the_manifold(momentum: float, rounding: None) -> None:
 def test_open_components_are_looked_for_in_full_products(medium: None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[bool] = []
 
-    def gram(x: Tensor) -> Tensor:
+    def factor(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         seen.append(linalg.lowers_products())
-        return x.mT @ x
+        return linalg.polar_factor_and_range(x)
 
-    monkeypatch.setattr(start, "gram_matrix", gram)
+    monkeypatch.setattr(start, "polar_factor_and_range", factor)
     manifold = ProductOfGroups(collection(2, 2, "layer", "stiefel"), (2, 2, 7, 4))
     start.initial_point(normal((2, 2, 7, 4), 0), manifold, "project", 0, "weight")
     assert seen == [False]

@@ -20,6 +20,7 @@ from fgo_geo.linalg import (
     matrix_exponential,
     newton_schulz_schedule,
     polar_factor,
+    polar_factor_and_range,
     polish,
     qr_factor,
     require_finite,
@@ -210,6 +211,23 @@ def test_polar_factor_of_deficient_matrices_is_a_nearest_point() -> None:
     assert orthonormality(q) <= 16 * EPS
     # ‖x - q‖² = ‖x‖² - 2 <x, q> + B is least where <x, q> is the sum of the singular values.
     torch.testing.assert_close((x * q).sum((-2, -1)), values.sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("a", "b", "condition"), [(7, 4, 1e3), (60, 40, 2.0), (90, 50, 1e3), (200, 170, 1.2), (300, 170, 5.0)]
+)
+def test_the_range_of_singular_values(a: int, b: int, condition: float, dtype: torch.dtype) -> None:
+    values = 3 * torch.stack([torch.linspace(1, condition, b, dtype=torch.float64), torch.ones(b, dtype=torch.float64)])
+    x = with_singular_values(a, a, b, values).to(dtype)
+    q, low, high = polar_factor_and_range(x)
+    assert torch.equal(q, polar_factor(x))
+    rounding = 1e3 * torch.finfo(dtype).eps * values.amax(-1)
+    least, largest = (end(values, -1) for end in (torch.amin, torch.amax))
+    assert bool((low <= least + rounding).all())
+    assert bool((high >= largest - rounding).all())
+    assert bool((low >= 0.6 * least - rounding).all())  # by products the interval is that of all matrices
+    assert bool((high <= 1.6 * largest + rounding).all())
 
 
 @given(seed=seeds, size=sizes)

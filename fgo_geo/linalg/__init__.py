@@ -5,7 +5,7 @@ the package imports them from here; the first line of each module says what it h
 """
 
 from fgo_geo.linalg.closed_forms import has_closed_form, spectral_norm_3
-from fgo_geo.linalg.factors import matrix_exponential, polar_factor, qr_factor
+from fgo_geo.linalg.factors import matrix_exponential, polar_factor, polar_factor_and_range, qr_factor
 from fgo_geo.linalg.memory import Memory
 from fgo_geo.linalg.newton_schulz import inverse_root_gap, newton_schulz_schedule, polish, refine_gap
 from fgo_geo.linalg.precision import (
@@ -64,6 +64,7 @@ __all__ = [
     "matrix_exponential",
     "newton_schulz_schedule",
     "polar_factor",
+    "polar_factor_and_range",
     "polish",
     "processes_of",
     "qr_factor",

@@ -18,11 +18,11 @@ from fgo_geo.linalg.closed_forms import has_closed_form, polar_factor_3
 from fgo_geo.linalg.memory import Memory
 from fgo_geo.linalg.newton_schulz import polish
 from fgo_geo.linalg.polar_derivative import polar_differential
-from fgo_geo.linalg.products import gram_excess, gram_matrix, small_product, subtract_product
+from fgo_geo.linalg.products import frobenius_norm, gram_excess, gram_matrix, small_product, subtract_product
 from fgo_geo.linalg.smooth import apply, save
 from fgo_geo.linalg.values import reads_for_free
 
-__all__ = ["matrix_exponential", "polar_factor", "qr_factor"]
+__all__ = ["matrix_exponential", "polar_factor", "polar_factor_and_range", "qr_factor"]
 
 # Eigenvectors of xᵀx take half the time of a singular value decomposition, and lose the square of the condition: from
 # this size on, and up to this condition, they leave less than 1e-4, which one Newton-Schulz step takes to rounding.
@@ -97,6 +97,27 @@ def polar_factor(x: Tensor, memory: Memory | None = None) -> Tensor:
     return factors[0]
 
 
+def polar_factor_and_range(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The polar factor, and an interval that holds the singular values, up to rounding of the largest.
+
+    Args:
+        x: Matrices with ``A >= B``, shape ``(..., A, B)``.
+
+    Returns:
+        The polar factors, and the lower and upper ends, shape ``(...)``.
+
+    Example:
+        >>> _, low, high = polar_factor_and_range(torch.tensor([[3.0, 0.0], [0.0, 0.5], [0.0, 0.0]]))
+        >>> low, high
+        (tensor(0.5000), tensor(3.))
+    """
+    factor, v, h = apply(_PolarFactor, x)
+    if h.ndim < v.ndim:
+        return factor, h.amin(-1), h.amax(-1)
+    scale, spread = h.squeeze(-2).unbind(-1)
+    return factor, (1 - spread).sqrt() / scale, (1 + spread).sqrt() / scale
+
+
 class _PolarFactor(torch.autograd.Function):
     """``x = Q H``; returns ``(Q, v, h)`` as :func:`polar_differential` takes them, differentiable in Q alone."""
 
@@ -165,6 +186,8 @@ def _by_products(x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor] | Non
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     squared = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
     excess = gram / squared - identity
+    if float(frobenius_norm(excess).amax()) > _SPREAD / (1 - _SPREAD) * math.sqrt(gram.shape[-1]):
+        return None  # in an interval that is narrow enough, eigenvalues of mean zero have a smaller mean square
     low, high = spectral_interval(excess)
     middle = 1 + (low + high) / 2
     spread = (high - low) / (2 * middle)

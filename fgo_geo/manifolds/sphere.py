@@ -30,11 +30,17 @@ def _position(x: Tensor, dim: Dims) -> Tensor:
     return torch.arange(math.prod(sizes), device=x.device).reshape(*sizes, *(1,) * (-1 - max(dim)))
 
 
+_SMALL = 1e-20  # squared norms from which on the squares that vanish in single precision do not count
+
+
 def normalise(x: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Nearest point, ``r x / ‖x‖``; zero goes to ``r`` times the first basis vector.
 
-    Scaled by the largest entry first, so that no square overflows or vanishes.
+    Where a square overflows or vanishes, or that cannot be read, the vector is scaled by its largest entry first.
     """
+    squared = inner_sum(x, x, dim)
+    if reads_for_free(squared) and bool(((squared > _SMALL) & (squared < 1 / _SMALL)).all()):
+        return x * (radius * squared.rsqrt())
     largest = x.detach().abs().amax(dim, keepdim=True)  # it cancels, and so does its derivative
     zero = largest == 0
     first = (_position(x, dim) == 0).to(x.dtype)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fgo_geo.linalg import computes_in_float32, gram_matrix, takes_full_products
+from fgo_geo.linalg import computes_in_float32, polar_factor_and_range, takes_full_products
 from fgo_geo.manifolds import ComponentManifold, ConvexBall, Oblique, ProductOfGroups, Stiefel
 
 __all__ = ["Initial", "initial_point", "moved_to", "nearest_point"]
@@ -73,25 +73,23 @@ def initial_point(
     exact = value if value.dtype == torch.float64 else value.float()
     size = exact.abs()
     smallest = torch.finfo(value.dtype).eps * float(size.amax())
-    tiny = int((size <= smallest).sum())
+    tiny = 0 if float(size.amin()) > smallest else int((size <= smallest).count_nonzero())
     manifold = moved_to(manifold, exact)
     manifolds, sizes = [each for each, _ in manifold.parts], manifold.partition.sizes
-    can_be_open = [_can_be_open(each, *own, tiny) for each, own in zip(manifolds, sizes, strict=True)]
     parts = manifold.partition.split(exact)
-    masks = [
-        _is_open(each, part, smallest) if possible else torch.zeros(len(part), dtype=torch.bool, device=part.device)
-        for each, part, possible in zip(manifolds, parts, can_be_open, strict=True)
-    ]
-    count, notes = sum(int(mask.sum()) for mask in masks), ()
+    can_be_open = [_can_be_open(each, *own, tiny) for each, own in zip(manifolds, sizes, strict=True)]
+    found = [_nearest(*own, smallest) for own in zip(manifolds, parts, can_be_open, strict=True)]
+    points, masks = [point for point, _ in found], [is_open for _, is_open in found]
+    count, notes = sum(int(is_open.sum()) for is_open in masks), ()
     if count:
         of = f"{count} of {sum(map(len, parts))} components"
         notes = (f"{of} have no unique nearest point and were drawn at random (seed {seed})",)
         key = hashlib.sha256(json.dumps([seed, name, "initial"]).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
-        parts = [part.clone() for part in parts]
-        for each, part, mask in zip(manifolds, parts, masks, strict=True):
-            part[mask] = _completed(each, part[mask], smallest, generator)
-    points = [each.projx(part) for each, part in zip(manifolds, parts, strict=True)]
+        for k, (each, part, is_open) in enumerate(zip(manifolds, parts, masks, strict=True)):
+            completed = part.clone()
+            completed[is_open] = _completed(each, part[is_open], smallest, generator)
+            points[k] = each.projx(completed)
     return manifold.partition.merge(points, like=exact).to(value.dtype), notes
 
 
@@ -104,17 +102,24 @@ def _can_be_open(manifold: geoopt.Manifold, rows: int, columns: int, tiny: int) 
     return tiny >= (rows if isinstance(manifold, Oblique) else rows * columns)
 
 
-def _is_open(manifold: geoopt.Manifold, part: Tensor, smallest: float) -> Tensor:
-    """Which components have no unique nearest point, up to the rounding of the largest component of the weight."""
+@takes_full_products
+def _nearest(manifold: geoopt.Manifold, part: Tensor, can_be_open: bool, smallest: float) -> tuple[Tensor, Tensor]:
+    """Nearest points, and which components have no unique one, up to the rounding of the weight's largest component."""
+    if not can_be_open:
+        return manifold.projx(part), torch.zeros(len(part), dtype=torch.bool, device=part.device)
     if isinstance(manifold, Oblique):
-        return (part.abs().amax(-2) <= smallest).any(-1)
+        return manifold.projx(part), (part.abs().amax(-2) <= smallest).any(-1)
     if not isinstance(manifold, Stiefel):
-        return part.abs().amax((-2, -1)) <= smallest
-    is_open = _independence(part) <= _SUSPECT
+        return manifold.projx(part), part.abs().amax((-2, -1)) <= smallest
+    if part.shape[-2:] == (3, 3):
+        points, is_open = manifold.projx(part), _flatness(part) <= _SUSPECT
+    else:
+        factor, low, high = polar_factor_and_range(part)
+        points, is_open = manifold.radius_for(part) * factor, ~(low > _EXACT_IN_SINGLE * high)
     if bool(is_open.any()):
         values = torch.linalg.svdvals(part[is_open].double())
         is_open[is_open.clone()] = ~_is_kept(part, values, smallest)[:, -1]
-    return is_open
+    return points, is_open
 
 
 def _is_kept(part: Tensor, values: Tensor, smallest: float) -> Tensor:
@@ -123,30 +128,16 @@ def _is_kept(part: Tensor, values: Tensor, smallest: float) -> Tensor:
     return values > (rounding * values[:, :1]).clamp(min=smallest)
 
 
-_SUSPECT = 1e-6  # of :func:`_independence`: far above the rounding errors of zero, and rare among random matrices
-_EXACT_IN_SINGLE = 1e-3  # a larger pivot is accurate in single precision
+_SUSPECT = 1e-6  # of :func:`_flatness`: far above the rounding errors of zero, and rare among random matrices
+_EXACT_IN_SINGLE = 1e-3  # a larger ratio of singular values is accurate in single precision
 
 
-def _independence(part: Tensor) -> Tensor:
-    """How far the columns are from dependent, cheaply: determinant or smallest pivot of the Gram matrix, scaled."""
-    if part.shape[-2:] == (3, 3):
-        a, b, c, d, e, f, g, h, i = part.flatten(1).unbind(1)
-        determinant = a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g)
-        scale = a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h + i * i
-        return torch.where(scale > 0, determinant.square() / (scale / 3) ** 3, 0)
-    pivots = _smallest_pivot(part)
-    near = pivots <= _EXACT_IN_SINGLE
-    if bool(near.any()):
-        pivots[near] = _smallest_pivot(part[near].double()).to(pivots.dtype)
-    return pivots
-
-
-@takes_full_products
-def _smallest_pivot(part: Tensor) -> Tensor:
-    gram = gram_matrix(part)
-    scale = gram.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=torch.finfo(part.dtype).tiny)
-    factor, info = torch.linalg.cholesky_ex(gram / scale[:, None, None])
-    return torch.where(info == 0, factor.diagonal(dim1=-2, dim2=-1).square().amin(-1), 0)
+def _flatness(part: Tensor) -> Tensor:
+    """How far the columns of 3 x 3 matrices are from dependent: the square of the determinant, scaled."""
+    a, b, c, d, e, f, g, h, i = part.flatten(1).unbind(1)
+    determinant = a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g)
+    scale = a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h + i * i
+    return torch.where(scale > 0, determinant.square() / (scale / 3) ** 3, 0)
 
 
 def _completed(manifold: geoopt.Manifold, part: Tensor, smallest: float, generator: torch.Generator) -> Tensor:
