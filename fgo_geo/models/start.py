@@ -115,7 +115,7 @@ def _nearest(manifold: geoopt.Manifold, part: Tensor, can_be_open: bool, smalles
         points, is_open = manifold.projx(part), _flatness(part) <= _SUSPECT
     else:
         factor, low, high = polar_factor_and_range(part)
-        points, is_open = manifold.radius_for(part) * factor, ~(low > _EXACT_IN_SINGLE * high)
+        points, is_open = manifold.radius_for(part) * factor, ~(low > _SMALL_RATIO * high)
     if bool(is_open.any()):
         values = torch.linalg.svdvals(part[is_open].double())
         is_open[is_open.clone()] = ~_is_kept(part, values, smallest)[:, -1]
@@ -129,7 +129,7 @@ def _is_kept(part: Tensor, values: Tensor, smallest: float) -> Tensor:
 
 
 _SUSPECT = 1e-6  # of :func:`_flatness`: far above the rounding errors of zero, and rare among random matrices
-_EXACT_IN_SINGLE = 1e-3  # a larger ratio of singular values is accurate in single precision
+_SMALL_RATIO = 1e-5  # of singular values: far above the rounding errors of single precision
 
 
 def _flatness(part: Tensor) -> Tensor:
