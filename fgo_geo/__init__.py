@@ -70,4 +70,5 @@ _former_names.register()
 if not TYPE_CHECKING:
 
     def __getattr__(name):
-        raise AttributeError(f"module 'fgo_geo' has no attribute {name!r}{did_you_mean(name, __all__)}")
+        hint = "" if name.startswith("_") else did_you_mean(name, __all__)
+        raise AttributeError(f"module 'fgo_geo' has no attribute {name!r}{hint}")

@@ -345,7 +345,7 @@ def test_frozen_after_constraining_stays_frozen() -> None:
         (
             {"exclude": "*"},
             ValueError,
-            "nothing is left to constrain .*stem.weight, .* and [0-9]+ more: is excluded.*include=",
+            "nothing is left to constrain .*stem.weight, .* and [0-9]+ more: each is excluded.*include=",
         ),
         ({"strategy": "pip"}, ValueError, "strategy must be one of"),
         ({"strategy": "layer"}, ValueError, "puts the whole layer on one manifold, got 4"),

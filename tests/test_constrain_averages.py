@@ -178,7 +178,7 @@ def test_an_average_with_numbers_that_are_not_finite_is_refused() -> None:
     state = type(state)((name, value.clone()) for name, value in state.items())
     state["module.up.weight"][0, 0, 0, 0] = torch.nan
     with pytest.raises(
-        ValueError, match=r"'module\.up\.weight' in the state_dict has 1 non-finite entry.*go back to a checkpoint"
+        ValueError, match=r"'module\.up\.weight' in the state_dict has 1 non-finite entry.*load a checkpoint"
     ):
         mean.load_state_dict(state)
     assert_same_bits(mean.module, {n.removeprefix("module."): v for n, v in expected.items() if n != "n_averaged"})

@@ -32,7 +32,7 @@ def test_the_plan_prints_every_parameter_once() -> None:
 
 def test_of_many_parameters_with_one_remark_the_plan_prints_twenty() -> None:
     text = str(constrain(nn.Sequential(*[nn.Linear(3, 3) for _ in range(30)]), "layer", "sphere"))
-    assert "19.bias and 10 more: has one dimension" in " ".join(text.split())
+    assert "19.bias and 10 more: each has one dimension" in " ".join(text.split())
     assert all(f"{i}.weight" in text for i in range(30))
     assert all(len(line) < 170 for line in text.splitlines())
     assert "Left alone" not in str(constrain(nn.Linear(8, 8, bias=False), classifier=True))
@@ -58,7 +58,7 @@ def test_weights_that_were_declared_by_hand_have_no_plan_and_the_remedy_works() 
     averaged.update_parameters(model)
     message = (
         r"no plan: 1 parameter\(s\) were put on manifolds without fgo_geo.constrain: module.0.weight. To project "
-        r"these, `with torch.no_grad\(\):` call `p.proj_\(\)` of every geoopt.ManifoldParameter p in model.parameters"
+        r"them under `with torch.no_grad\(\):`, call `p.proj_\(\)` for every geoopt.ManifoldParameter"
     )
     with pytest.raises(ValueError, match=message):
         plan_of(averaged).project()
@@ -85,9 +85,9 @@ def test_json_keeps_everything() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "no plan in JSON"),
-        ("[]", "no plan in JSON"),
-        ("{}", "no plan in JSON"),
+        ("", "not a plan in JSON"),
+        ("[]", "not a plan in JSON"),
+        ("{}", "not a plan in JSON"),
         ('{"version": 99, "entries": []}', "version 99, expected 1"),
         ('{"version": 1}', "damaged"),
         ('{"version": 1, "entries": [{}]}', "damaged"),

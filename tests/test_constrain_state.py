@@ -78,7 +78,7 @@ def test_a_plain_checkpoint_is_refused(assign: bool) -> None:
     model, plain = net(), net(seed=1)
     plan = constrain(model)
     before, entries = snapshot(model), plan.entries
-    with pytest.raises(ValueError, match=r"'conv.weight' in the state_dict does not lie.*load plain weights before"):
+    with pytest.raises(ValueError, match=r"'conv.weight' in the state_dict does not lie.*load them before"):
         model.load_state_dict(plain.state_dict(), assign=assign)
     assert_unchanged(model, before)
     assert plan.entries is entries
@@ -100,7 +100,7 @@ def test_a_damaged_plan_is_refused() -> None:
     constrain(model)
     state, before = model.state_dict(), snapshot(model)
     state._metadata[""]["fgo_geo_plan"] = "{}"
-    with pytest.raises(ValueError, match="no plan in JSON"):
+    with pytest.raises(ValueError, match="not a plan in JSON"):
         model.load_state_dict(state)
     assert_unchanged(model, before)
 
@@ -263,7 +263,7 @@ def test_weights_that_are_not_finite_are_named_first(value: float) -> None:
         model.conv.weight[:, 0] = value
         model.head.weight[0] = value
     before = snapshot(model)
-    remedy = r".*go back to a checkpoint"
+    remedy = r".*load a checkpoint"
     with pytest.raises(
         ValueError, match=r"2 parameter\(s\) have non-finite values: conv\.weight, head\.weight" + remedy
     ):

@@ -271,7 +271,7 @@ def test_an_option_that_was_changed_is_checked_before_anything_changes(option, v
     for weight in weights:
         weight.grad = torch.ones_like(weight)
     optimizer.param_groups[0][option] = value
-    with pytest.raises(error, match=rf"{option} .*; no parameter was changed. Look at what has set it"):
+    with pytest.raises(error, match=rf"{option} .*; no parameter was changed. Check which code has set it"):
         optimizer.step()
     assert all(torch.equal(weight.detach(), old) for weight, old in zip(weights, before, strict=True))
 
@@ -301,7 +301,7 @@ def test_an_optimiser_whose_parameters_were_replaced_says_so(change):
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     message = (
-        r"'1.weight', .* is no parameter of its model any more.*no parameter was changed.*Build the optimiser after"
+        r"'1.weight', .* is no longer a parameter of its model.*no parameter was changed.*Build the optimiser after"
     )
     with pytest.raises(RuntimeError, match=message):
         stale.step()

@@ -134,7 +134,7 @@ def test_a_pre_activation_block_keeps_what_is_between_activations():
         ("norm2", "conv1", "output"),
         ("norm3", "shortcut", "input"),
     ]
-    assert "relu is no convolution" in records[0].reason
+    assert "relu is not a convolution" in records[0].reason
     norm = model.norm1
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     torch.testing.assert_close(records[0].scale, scale.detach())
@@ -165,7 +165,7 @@ REFUSALS = {
         "the parameters of a are used elsewhere too",
     ),
     "scale read": (lambda m, x: m.norm(m.a(x)) + m.norm.bias.sum(), "the parameters of norm are used elsewhere too"),
-    "function": (lambda m, x: m.norm(nn.functional.conv2d(x, m.a.weight)).relu(), "conv2d is no convolution"),
+    "function": (lambda m, x: m.norm(nn.functional.conv2d(x, m.a.weight)).relu(), "conv2d is not a convolution"),
     "unused": (lambda m, x: m.b(m.a(x)), "is never used"),
     "control flow": (lambda m, x: m.norm(m.a(x)) if x.sum() > 0 else x, "torch.fx cannot trace the model: TraceError"),
 }

@@ -442,7 +442,7 @@ def test_arrays_are_read_only():
         ({"manifolds": None}, ValueError, "manifolds must name at least one of .*, got None"),
         ({"manifolds": ("s",)}, ValueError, "manifold kind must be one of .*'sphere'.*, got 's'"),
         ({"manifolds": (1,)}, ValueError, "manifold kind must be one of .*, got 1"),
-        ({"strategy": "layer"}, ValueError, "got 2 manifolds: give one of them, or use strategy"),
+        ({"strategy": "layer"}, ValueError, "got 2 manifolds: pass one of them, or use strategy"),
     ],
 )
 def test_wrong_arguments(change, error, message):

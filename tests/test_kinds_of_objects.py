@@ -128,7 +128,7 @@ def test_settings_of_an_object_are_those_of_its_kind() -> None:
 @pytest.mark.parametrize(
     ("manifold", "error", "message"),
     [
-        (fgo_geo.Stiefel(2.0), ValueError, r"Stiefel, given .* has radius 2.0; .* give a manifold of radius 1"),
+        (fgo_geo.Stiefel(2.0), ValueError, r"Stiefel, given .* has radius 2.0; .* pass a manifold of radius 1"),
         (fgo_geo.Oblique(torch.ones(3)), ValueError, r"Oblique, given .* has radius tensor.*of radius 1"),
         (
             fgo_geo.Stiefel(retraction="qr"),
@@ -138,7 +138,11 @@ def test_settings_of_an_object_are_those_of_its_kind() -> None:
         (geoopt.Sphere(), TypeError, r"'geoopt.Sphere' needs a Sphere with ndim = 2, got Sphere with ndim = 1"),
         (geoopt.Scaled(geoopt.EuclideanStiefel()), TypeError, r"stands for other manifolds"),
         (geoopt.ProductManifold((geoopt.Sphere(), 3)), TypeError, r"ProductManifold, .* stands for other manifolds"),
-        (Kernel(), ValueError, r"would be called 'sphere', which names another kind; call fgo_geo.register_kind"),
+        (
+            Kernel(),
+            ValueError,
+            r"would be called 'sphere', which is the name of another kind; register its class under",
+        ),
         (Weighted(), TypeError, r"Weighted, given .* holds 'weights'; register its class"),
     ],
 )

@@ -562,10 +562,10 @@ def test_layers_that_have_no_layout_are_refused_with_the_reason():
         (nn.BatchNorm2d(3), "weight", r"BatchNorm2d\.weight scales or shifts"),
         (nn.GRU(3, 2), "weight_ih_l0", r"GRU\.weight_ih_l0 holds the gates"),
         (nn.Linear(3, 2), "bias", r"Linear\.bias has one dimension"),
-        (nn.Linear(3, 2), "wait", r"Linear\.wait is no parameter; this module has \['weight', 'bias'\]"),
+        (nn.Linear(3, 2), "wait", r"Linear\.wait is not a parameter; this module has \['weight', 'bias'\]"),
         (nn.LazyLinear(2), "weight", r"LazyLinear\.weight is not initialised yet: run a forward pass"),
-        (nn.Linear(3, 2, device="meta"), "weight", r"Linear\.weight is on the meta device: give it values first"),
-        (nn.Sequential(nn.Linear(3, 2)), "weight", r"Sequential\.weight is no parameter; its layers have 0\.weight"),
+        (nn.Linear(3, 2, device="meta"), "weight", r"Linear\.weight is on the meta device: load its values first"),
+        (nn.Sequential(nn.Linear(3, 2)), "weight", r"Sequential\.weight is not a parameter; its layers have 0\.weight"),
         (nn.ParameterDict({"a": torch.eye(2)}), "a", r"ParameterDict\.a is 'a' of ParameterDict, of unknown layout"),
     ):
         with pytest.raises(ValueError, match=f"^renormalize: {message}"):
@@ -672,7 +672,7 @@ def test_removing_what_is_not_there():
         remove_renormalization(layer)
     renormalize(layer)
     parametrize.register_parametrization(layer, "weight", nn.Identity())
-    with pytest.raises(ValueError, match=r"Linear\.weight has further parametrizations"):
+    with pytest.raises(ValueError, match=r"Linear\.weight has other parametrizations"):
         remove_renormalization(layer)
 
 

@@ -23,7 +23,7 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "FG-SGD": lambda params: RiemannianFGSGD(params, lr=0.1),
 }
 every_optimiser = pytest.mark.parametrize("make", OPTIMISERS.values(), ids=OPTIMISERS)
-MESSAGE = r"conv\.weight.* is no parameter of its model any more.*Build the optimiser after that"
+MESSAGE = r"conv\.weight.* is no longer a parameter of its model.*Build the optimiser after that"
 
 
 def backward(model: nn.Module) -> None:
@@ -77,7 +77,7 @@ def test_assigned_parameters_are_all_named_as_replaced() -> None:
     reload(model)
     assert plan_of(model).lost() == []
     with pytest.raises(
-        RuntimeError, match=r"SGD: param_groups\[0\]\['params'\]\[0\], of shape \(4,\), is no parameter"
+        RuntimeError, match=r"SGD: param_groups\[0\]\['params'\]\[0\], of shape \(4,\), is no longer a parameter"
     ):
         optimizer.step()
     constrain(net())
@@ -100,7 +100,7 @@ def test_channel_directed_before_constrain() -> None:
     channel_directed(optimizer, module=model)
     constrain(model)
     backward(model)
-    with pytest.raises(RuntimeError, match="is no parameter of its model any more"):
+    with pytest.raises(RuntimeError, match="is no longer a parameter of its model"):
         optimizer.step()
 
 

@@ -54,7 +54,7 @@ def test_one_process_loads_what_two_have_saved(outcomes: groups.Outcomes, folder
 
 
 def test_a_killed_process_and_a_restart_change_nothing(tmp_path: Path) -> None:
-    """When one dies, torchrun starts all anew; they go on from the newest checkpoint, to the identical bits.
+    """When one dies, torchrun restarts all of them; they continue from the newest checkpoint, to the identical bits.
 
     Besides the death that is meant, torch may abort a process by chance while it starts or ends (seen once, "terminate
     called without an active exception", with torch 2.14): that is one more death, after which the same must hold.

@@ -102,7 +102,7 @@ def test_a_tied_head_leaves_the_layer_before_it_to_its_manifold() -> None:
 def test_both_heads_are_spared_and_say_so() -> None:
     plan = constrain(Distilled())
     reasons = {entry.name: entry.reason for entry in plan.entries}
-    assert "puts out 10 numbers that no other layer takes" in str(reasons["head.1.weight"])
+    assert "has 10 outputs that no other layer takes as inputs" in str(reasons["head.1.weight"])
     assert "is the classifier (the last linear layer" in str(reasons["head_dist.1.weight"])
     assert len(constrain(Distilled(), classifier=True).constrained) == len(plan.constrained) + 2
 
@@ -235,12 +235,12 @@ def test_a_stiefel_layer_per_section() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"conv": {"split": 2}}, r"'conv\.weight' is no matrix of one layer, so it cannot be split into 2 parts"),
+        ({"conv": {"split": 2}}, r"'conv\.weight' is not the matrix of one layer, so it cannot be split into 2 parts"),
         (
             {"block.0": {"split": 5}},
             r"'block\.0\.weight' has 12 output channels, which do not split into 5",
         ),
-        ({"attention": {"split": 3}}, r"'attention\.in_proj_weight' is no matrix of one layer"),
+        ({"attention": {"split": 3}}, r"'attention\.in_proj_weight' is not the matrix of one layer"),
         ({"block.0": {"split": 0}}, "split must be a positive number of equal parts, got 0"),
         ({"block.0": {"split": 1.5}}, "split must be a positive number of equal parts, got 1.5"),
     ],

@@ -79,13 +79,13 @@ SLIPS = {
     "one parameter without a list": (
         lambda net: RiemannianFGSGD(net[0].weight, lr=0.1),
         TypeError,
-        "params is a Parameter, expected a list of parameters; put it into brackets, [w]",
+        "params is a Parameter, expected a list of parameters; put it in brackets, [w]",
     ),
     "a generator twice": (
         lambda net: RiemannianFGSGD(used_up(), lr=0.1),
         ValueError,
-        "RiemannianFGSGD: got an empty parameter list. A generator like model.parameters() is empty once it was "
-        "read: call model.named_parameters() anew for every use",
+        "RiemannianFGSGD: got an empty parameter list. A generator like model.parameters() is empty after its first "
+        "use: call model.named_parameters() again for every use",
     ),
     "an optimiser for the model": (
         lambda net: constrain(torch.optim.SGD(net.parameters(), lr=0.1)),
@@ -117,7 +117,7 @@ SLIPS = {
     "a kind for the strategy": (
         lambda net: constrain(net, "stiefel"),
         ValueError,
-        "got 'stiefel', which is a manifold kind: give it as manifolds, e.g. strategy='layer', manifolds='stiefel'",
+        "got 'stiefel', which is a manifold kind: pass it as manifolds, e.g. strategy='layer', manifolds='stiefel'",
     ),
     "a strategy misspelt": (
         lambda net: constrain(net, "poi"),
@@ -127,23 +127,23 @@ SLIPS = {
     "several kinds in one text": (
         lambda net: constrain(net, manifolds="sphere,stiefel"),
         ValueError,
-        "got 'sphere,stiefel'; give several kinds as a tuple, ('sphere', 'stiefel')",
+        "got 'sphere,stiefel'; pass several kinds as a tuple, ('sphere', 'stiefel')",
     ),
     "a kind misspelt": (lambda net: constrain(net, manifolds=["steifel"]), ValueError, "; did you mean 'stiefel'?"),
     "the class of a manifold": (
         lambda net: constrain(net, manifolds=Stiefel),
         ValueError,
-        "got <class 'fgo_geo.manifolds.stiefel.Stiefel'>; give an object, Stiefel()",
+        "got <class 'fgo_geo.manifolds.stiefel.Stiefel'>; pass an object, Stiefel()",
     ),
     "a manifold of another radius": (
         lambda net: constrain(net, manifolds=Stiefel(radius=2.0)),
         ValueError,
-        "radii are set by the argument radius",
+        "the argument radius sets radii",
     ),
     "the name of a layer's type": (
         lambda net: constrain(net, include=["Conv2d"]),
         ValueError,
-        "constrain: include has 'Conv2d', which matches no parameter; to name all layers of a type give the type, "
+        "constrain: include has 'Conv2d', which matches no parameter; to name all layers of a type pass the type, "
         "Conv2d without quotes, e.g. torch.nn.Conv2d",
     ),
     "a layer misspelt": (
@@ -169,7 +169,7 @@ SLIPS = {
     "a model for a layer": (
         lambda net: renormalize(net),
         ValueError,
-        "renormalize: Sequential.weight is no parameter; its layers have 0.weight, 2.weight, 4.weight: call "
+        "renormalize: Sequential.weight is not a parameter; its layers have 0.weight, 2.weight, 4.weight: call "
         "renormalize for one layer at a time, e.g. renormalize(model.get_submodule('0'), 'weight')",
     ),
 }
@@ -191,15 +191,15 @@ def test_a_plan_that_is_taken_for_the_model_says_what_it_is():
     net = network()
     plan = constrain(net)
     remedy = "Keep the model under its own name: write `plan = constrain(model)` and go on with `model`"
-    with pytest.raises(TypeError, match=f"a Plan is no model and cannot be called: .*{re.escape(remedy)}"):
+    with pytest.raises(TypeError, match=f"a Plan is not a model and cannot be called: .*{re.escape(remedy)}"):
         plan(torch.ones(2, 3, 6, 6))
     for name in ("train", "eval", "to", "state_dict", "named_parameters", "zero_grad"):
-        with pytest.raises(AttributeError, match=f"a Plan is no model and has no '{name}': .*{re.escape(remedy)}"):
+        with pytest.raises(AttributeError, match=f"a Plan is not a model and has no '{name}': .*{re.escape(remedy)}"):
             getattr(plan, name)
-    with pytest.raises(TypeError, match=f"a Plan is no model and has no layers: .*{re.escape(remedy)}"):
+    with pytest.raises(TypeError, match=f"a Plan is not a model and has no layers: .*{re.escape(remedy)}"):
         plan[0]
     of_a_dict = constrain(nn.ModuleDict({"stem": network()}))
-    with pytest.raises(AttributeError, match=f"a Plan is no model and has no 'stem': .*{re.escape(remedy)}"):
+    with pytest.raises(AttributeError, match=f"a Plan is not a model and has no 'stem': .*{re.escape(remedy)}"):
         _ = of_a_dict.stem
     with pytest.raises(AttributeError, match=r"^'Plan' object has no attribute 'nothing'$"):
         _ = plan.nothing
@@ -208,12 +208,29 @@ def test_a_plan_that_is_taken_for_the_model_says_what_it_is():
 
 
 @pytest.mark.parametrize(
-    ("name", "known"), [("Sphere", "ScaledSphere"), ("FGSGD", "RiemannianFGSGD"), ("stiefel", "Stiefel")]
+    ("name", "known"),
+    [
+        ("Sphere", "ScaledSphere"),
+        ("Sphre", "ScaledSphere"),
+        ("FGSGD", "RiemannianFGSGD"),
+        ("FSGD", "RiemannianFGSGD"),
+        ("stiefel", "Stiefel"),
+        ("Steifel", "Stiefel"),
+        ("on_manifold", "on_manifolds"),
+    ],
 )
 def test_a_public_name_that_does_not_exist_is_asked_back(name, known):
     with pytest.raises(AttributeError, match=f"module 'fgo_geo' has no attribute '{name}'; did you mean .*'{known}'"):
         getattr(fgo_geo, name)
+
+
+def test_names_that_resemble_none_and_names_that_exist_take_no_search(monkeypatch):
     assert not hasattr(fgo_geo, "xyzzy")
+    with pytest.raises(AttributeError, match=r"module 'fgo_geo' has no attribute 'xyzzy'$"):
+        _ = fgo_geo.xyzzy
+    monkeypatch.setattr(fgo_geo, "did_you_mean", lambda *_: pytest.fail("searched"))
+    assert all(hasattr(fgo_geo, name) for name in fgo_geo.__all__)
+    assert not hasattr(fgo_geo, "__wrapped__")
 
 
 def test_one_manifold_object_is_one_kind():

@@ -199,8 +199,8 @@ class WeightExchange:
         first = next((group for group in groups if group is not None), None)
         if any(group is not None and group is not first for group in groups):
             raise ValueError(
-                "the sharded weights of one optimiser are dealt to different groups of processes; build an optimiser "
-                "for each device mesh"
+                "the sharded weights of one optimiser are spread over different groups of processes; build one "
+                "optimiser for each device mesh"
             )
         self._group = first
         count, rank = (1, 0) if first is None else (dist.get_world_size(first), dist.get_rank(first))
@@ -262,9 +262,9 @@ class WeightExchange:
             name = self._name_of(self._placed[number].param) if self._placed else "weights"
             self._placed = []
             raise ValueError(
-                f"the processes have different manifolds, first of {name}: groups, kinds or radii differ, or which "
-                "weights have gradients; no parameter was changed. Call fgo_geo.constrain with the same arguments and "
-                "seed on all processes"
+                f"the manifolds differ between processes, first for {name}: the processes have different groups, kinds "
+                "or radii, or different weights have gradients; no parameter was changed. Call fgo_geo.constrain with "
+                "the same arguments and seed on all processes"
             )
 
     def _told(self, words: Any) -> list[Any]:

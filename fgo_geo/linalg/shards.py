@@ -55,7 +55,7 @@ class Cut:
     def range_of(self, rank: int) -> tuple[int, int]:
         """First index and number of indices of a process along the dimension that is cut."""
         if self.dim is None:
-            raise ValueError("this tensor is not cut")
+            raise ValueError("this tensor is not sharded")
         length = self.shape[self.dim]
         run = -(-length // self.count)
         first = min(rank * run, length)

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import (
 __all__ = ["DAMAGED", "is_differentiated", "reads_for_free", "require_finite", "traces"]
 
 DAMAGED = (
-    "NaN and infinity come from training that diverged, or from a damaged file: go back to a checkpoint from before"
+    "NaN and infinity come from training that diverged, or from a damaged file: load a checkpoint from before that"
 )
 """Why a weight holds NaN or infinity, and what to do."""
 

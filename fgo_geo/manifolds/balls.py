@@ -44,8 +44,8 @@ Radius = float | Tensor
 def clip_norm(x: Tensor, radius: Radius, dim: tuple[int, ...]) -> Tensor:
     """Nearest point of Euclidean norm at most ``r``, ``x min(1, r / ‖x‖)``.
 
-    ``x`` is scaled by its largest entry first, so that no square overflows. Points of the ball do not change, bit for
-    bit.
+    The function first scales ``x`` by its largest entry, so that no square overflows. Points of the ball keep their
+    bits.
     """
     largest = x.detach().abs().amax(dim, keepdim=True)
     unit = torch.where(largest == 0, 1, largest)
@@ -55,7 +55,7 @@ def clip_norm(x: Tensor, radius: Radius, dim: tuple[int, ...]) -> Tensor:
 
 
 def clip_singular_values(x: Tensor, radius: Radius) -> Tensor:
-    """Nearest matrix without singular values above ``r``, ``U min(Σ, r) Vᵀ``; others do not change, bit for bit."""
+    """Nearest matrix without singular values above ``r``, ``U min(Σ, r) Vᵀ``; points of the ball keep their bits."""
     u, values, vh = torch.linalg.svd(x, full_matrices=False)
     limit = radius[..., 0] if isinstance(radius, Tensor) else radius
     inside = (values[..., :1] <= limit)[..., None]
@@ -63,7 +63,7 @@ def clip_singular_values(x: Tensor, radius: Radius) -> Tensor:
 
 
 def largest_to(x: Tensor, radius: Radius) -> Tensor:
-    """Nearest matrix of spectral norm ``r``: larger singular values are clipped, else the first one becomes ``r``."""
+    """Nearest matrix of spectral norm ``r``: singular values above ``r`` become ``r``; if there are none, the first."""
     u, values, vh = torch.linalg.svd(x, full_matrices=False)
     limit = radius[..., 0] if isinstance(radius, Tensor) else radius
     first = torch.arange(values.shape[-1], device=x.device) == 0
@@ -81,7 +81,7 @@ class ConvexBall(ComponentManifold):
 
     @takes_real_tensors
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
-        """The nearest point to ``x + u``; that is ``x + u`` inside the ball."""
+        """The nearest point to ``x + u``; inside the ball, ``x + u`` itself."""
         return self._clip(x + u)
 
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:

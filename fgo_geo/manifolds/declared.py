@@ -1,9 +1,9 @@
 """Sharded parameters, and the manifolds that they are on.
 
-Sharding replaces a parameter by one of torch's own class, which has no manifold. Therefore a sharded parameter is
-*declared*: an attribute states its manifold, or that it has none. Optimisers of this package reject sharded parameters
-that are not declared. Geoopt's optimisers recognise constrained weights by their class and would treat a sharded one as
-plain: after the first declaration, their step raises an error if they hold one.
+Sharding replaces a parameter by one of torch's own class, which has no manifold. The package therefore *declares*
+sharded parameters: an attribute holds the manifold, or None for a plain parameter. Optimisers of this package reject
+sharded parameters that are not declared. Geoopt's optimisers recognise constrained weights by their class and would
+treat a sharded one as plain: after the first declaration, their step raises an error if they hold one.
 """
 
 from __future__ import annotations
@@ -68,5 +68,5 @@ def _refuse_others(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
                 raise RuntimeError(
                     f"{type(optimizer).__name__} does not know sharded weights on manifolds, and would step one of "
                     f"shape {tuple(param.shape)} as a plain one; no parameter was changed. Use "
-                    "fgo_geo.RiemannianFGSGD, or fgo_geo.on_manifolds with an optimiser of torch"
+                    "fgo_geo.RiemannianFGSGD, or fgo_geo.on_manifolds with a torch optimiser"
                 )

@@ -174,13 +174,13 @@ class EmbeddedManifold(geoopt.Manifold):
     ) -> geoopt.ManifoldTensor:
         """A canonical point: ones on the diagonal (of a vector: in the first place), projected.
 
-        In a product it is that of every component, and zero where there is no constraint.
+        In a product every component is its canonical point; entries without a constraint are zero.
 
         Args:
             size: Shape of the result, as numbers or as one tuple.
             dtype: Type of the result.
             device: Device of the result.
-            seed: Ignored, because nothing is random here; Geoopt's signature has it.
+            seed: Ignored, because the point is not random; Geoopt's signature includes it.
 
         Returns:
             A :class:`geoopt.ManifoldTensor` of equal components.
@@ -194,7 +194,7 @@ class EmbeddedManifold(geoopt.Manifold):
         return self._tensor(self._origin(torch.zeros(shape, dtype=dtype, device=device)))
 
     def _origin(self, zero: Tensor) -> Tensor:
-        """The canonical point of the shape of a zero tensor, which may be overwritten."""
+        """The canonical point in the shape of a zero tensor; it may overwrite this tensor."""
         diagonal = zero.diagonal(dim1=-2, dim2=-1) if self.ndim > 1 else zero[..., 0]
         diagonal.fill_(1)
         return self.projx(zero)
@@ -341,7 +341,7 @@ class ComponentManifold(EmbeddedManifold):
         self.radius = radius
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Check a radius when it is assigned. The caller has to move the points."""
+        """Check a radius when it is assigned. The caller must project the points."""
         if self.is_part and name in _FIXED_IN_PRODUCTS:
             raise AttributeError(
                 f"{self.name}: this manifold is a part of a ProductOfGroups, so its {name} cannot be assigned, got "
@@ -461,6 +461,6 @@ def _rounding(x: Tensor) -> float:
 
 
 def flat_shape(size: tuple[int | tuple[int, ...], ...]) -> tuple[int, ...]:
-    """The shape that ``f(2, 3)`` or ``f((2, 3))`` passes."""
+    """The shape from the arguments of ``f(2, 3)`` or ``f((2, 3))``."""
     first = size[0] if len(size) == 1 else size
     return tuple(first) if isinstance(first, tuple) else (first,)  # type: ignore[arg-type]

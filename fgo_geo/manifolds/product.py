@@ -250,7 +250,7 @@ class ProductOfGroups(EmbeddedManifold):
 
         Args:
             per_part: The numbers of every part, or of some parts by the part's number.
-            others: The numbers of all groups ``(G,)``, where those of some parts are not given.
+            others: The numbers of all groups ``(G,)``, for parts without an entry in ``per_part``.
 
         Returns:
             A new tensor.
@@ -296,7 +296,8 @@ class ProductOfGroups(EmbeddedManifold):
     def retr_transp(self, x: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Retraction along ``u``, and transport of ``v`` to its end: by projection, or along geodesics if ``exact``.
 
-        If ``exact``, the tangent parts of ``u`` and ``v`` are taken: the momentum of Geoopt's SGRHMC is not tangent.
+        If ``exact``, the method takes the tangent parts of ``u`` and ``v``, because the momentum of Geoopt's SGRHMC is
+        not tangent.
         """
         if self.exact:
             u, v = self.proju(x, u), self.proju(x, v)
@@ -360,7 +361,7 @@ class ProductOfGroups(EmbeddedManifold):
 
 
 def violation_of(manifold: geoopt.Manifold, x: Tensor) -> Tensor:
-    """Relative distance of components from their constraint; on other packages' manifolds, from the nearest point."""
+    """Relative distance of components from their constraint; on manifolds of other packages, from the nearest point."""
     if isinstance(manifold, EmbeddedManifold):
         return manifold.violation(x)
     return (x - manifold.projx(x)).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
@@ -380,10 +381,10 @@ def _method(name: str) -> Callable[..., Tensor]:
 
 @computes_in_float32
 def _carried(manifold: geoopt.Manifold, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Transport of ``v`` to the end of the geodesic along ``u`` that turns ``u`` into the geodesic's velocity there.
+    """Transport of ``v`` to the end of the geodesic along ``u`` that maps ``u`` to the geodesic's velocity there.
 
-    Parallel transport has this property. Transport by projection has not, so the part of ``v`` along ``u`` becomes the
-    same multiple of the velocity, and the rest is projected.
+    Parallel transport has this property, and transport by projection does not. Therefore the part of ``v`` along ``u``
+    becomes the same multiple of the velocity, and the rest is projected.
     """
     if isinstance(manifold, SphericalManifold) or not isinstance(manifold, ComponentManifold):
         return manifold.transp_follow_expmap(x, u, v)

@@ -1,9 +1,9 @@
 """Parameters that a model no longer uses, or that have lost their manifold: optimisers that hold one raise an error.
 
 Constraining a weight creates a new parameter, and so do :func:`~fgo_geo.unconstrain` and
-``load_state_dict(assign=True)``. An optimiser that was built before would keep the old parameter, which gets no
-gradient, and silently not train the weight. Therefore, after every replacement, the next step of each torch optimiser
-checks its parameters.
+``load_state_dict(assign=True)``. An optimiser that was built earlier would keep the old parameter, which gets no
+gradient any more, and would silently stop training the weight. Therefore, after every replacement, the next step of
+each torch optimiser checks its parameters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def mark_replaced(param: Tensor) -> None:
 
 
 def replacements() -> int:
-    """How many parameters have been replaced so far, in this process."""
+    """The number of parameters that have been replaced so far in this process."""
     return _replacements
 
 
@@ -73,24 +73,24 @@ def replaced_error(what: str) -> RuntimeError:
         The error.
     """
     return RuntimeError(
-        f"{what} is no parameter of its model any more: constrain, unconstrain or load_state_dict(assign=True) has put "
-        "another in its place; no parameter was changed. Build the optimiser after that, from what "
-        "model.named_parameters() gives now"
+        f"{what} is no longer a parameter of its model: constrain, unconstrain or load_state_dict(assign=True) has "
+        "replaced it; no parameter was changed. Build the optimiser after that call, from model.named_parameters()"
     )
 
 
 def lost_manifold(manifold: geoopt.Manifold, what: str) -> RuntimeError:
-    """The error that a parameter which was given on a manifold has become a plain one.
+    """The error for a parameter that was on a manifold and has become a plain one.
 
     Args:
         manifold: Its manifold.
         what: Optimiser and name of the parameter.
     """
     return RuntimeError(
-        f"{what} was on {manifold} when the optimiser was given it, and is a plain parameter now; no parameter was "
-        "changed. Converting a module under torch.__future__.set_swap_module_params_on_conversion(True) does that: "
-        "declare the weight again, `module.weight = geoopt.ManifoldParameter(manifold.projx(module.weight.detach()), "
-        "manifold=manifold)`, and build the optimiser after that"
+        f"{what} was on {manifold} when the optimiser was built, and is a plain parameter now; no parameter was "
+        "changed. Converting a module under torch.__future__.set_swap_module_params_on_conversion(True) has this "
+        "effect: declare the weight again, `module.weight = "
+        "geoopt.ManifoldParameter(manifold.projx(module.weight.detach()), manifold=manifold)`, and build the optimiser "
+        "after that"
     )
 
 

@@ -36,7 +36,7 @@ _SMALL = 1e-20  # squared norms from which on the squares that vanish in single 
 def normalise(x: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Nearest point, ``r x / ‖x‖``; zero goes to ``r`` times the first basis vector.
 
-    Where a square overflows or vanishes, or that cannot be read, the vector is scaled by its largest entry first.
+    If a square overflows or vanishes, or its value cannot be read, the function first divides by the largest entry.
     """
     squared = inner_sum(x, x, dim)
     if reads_for_free(squared) and bool(((squared > _SMALL) & (squared < 1 / _SMALL)).all()):
@@ -49,7 +49,7 @@ def normalise(x: Tensor, radius: Radius, dim: Dims) -> Tensor:
 
 
 def _onto(y: Tensor, radius: Radius, dim: Dims) -> Tensor:
-    """``r y / ‖y‖`` for a vector that is not tiny, nor, where reading costs, too long to be squared."""
+    """``r y / ‖y‖`` for a vector that is not tiny; where reading values takes time, its square must not overflow."""
     squared = inner_sum(y, y, dim)
     if reads_for_free(squared) and math.isinf(float(squared.detach().sum())):
         y = y / y.detach().abs().amax(dim, keepdim=True)  # which cancels
@@ -70,7 +70,8 @@ def retract(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
 def exponential(x: Tensor, u: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Exponential map, ``cos(t) x + sin(t) / t u``, normalised so that rounding does not add up over many steps.
 
-    Where ``t²`` overflows, rounding of ``u`` covers the great circle many times, and any of its points will do.
+    Where ``t²`` overflows, the rounding error of ``u`` covers the great circle many times, so any of its points is
+    valid.
     """
     squared = (inner_sum(u, u, dim) / radius**2).clamp_max(torch.finfo(u.dtype).max)
     return _onto(cosine(squared) * x + sinc(squared) * u, radius, dim)
@@ -85,9 +86,9 @@ _NEAR = 0.05  # of tan²(θ/2): angles up to 25 degrees
 
 
 def _half_tangent(x: Tensor, y: Tensor, dim: Dims) -> tuple[Tensor, Tensor]:
-    """Where ``tan²(θ/2) = ‖x - y‖² / ‖x + y‖²`` is small, and its values there; zero elsewhere.
+    """A mask where ``tan²(θ/2) = ‖x - y‖² / ‖x + y‖²`` is small, and the values there; zero elsewhere.
 
-    Near ``x = y`` the maps below are smooth functions of it, which they are not of the angle.
+    Near ``x = y`` the maps below are smooth functions of this number, but not of the angle.
     """
     gap, total = inner_sum(x - y, x - y, dim), inner_sum(x + y, x + y, dim)
     near = gap <= _NEAR * total
@@ -104,8 +105,8 @@ def logarithm(x: Tensor, y: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Inverse of the exponential map: the tangent part of ``y - x``, scaled to the length ``r θ``.
 
     For small angles the factor ``θ / sin θ`` is a series in ``tan²(θ/2)``, smooth at ``x = y``. Beyond a right angle
-    ``y + x`` is projected instead, which has the same tangent part and no cancellation near the antipode. At the
-    antipode every direction is shortest; the one of the smallest coordinate of ``x`` is taken.
+    the function projects ``y + x`` instead, which has the same tangent part and no cancellation near the antipode. At
+    the antipode all directions are shortest; the function takes that of the smallest coordinate of ``x``.
     """
     theta = angle(x, y, dim)
     far = theta > math.pi / 2
@@ -155,7 +156,7 @@ class SphericalManifold(ComponentManifold):
 
     @takes_real_tensors
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
-        """Inner product on each sphere, kept along its dimensions: what Geoopt's Adam takes second moments of.
+        """Inner product on each sphere, kept along its dimensions. Geoopt's Adam computes its second moments from it.
 
         Returns:
             Inner products that broadcast against ``x``, for an oblique manifold one per column.

@@ -10,8 +10,8 @@ three retractions:
 * *QR* with positive diagonal: first order;
 * the *exponential map*, in closed form through a ``2B x 2B`` matrix exponential.
 
-Points come from products in full float32, whatever ``torch.set_float32_matmul_precision`` says; the tangent projection
-follows the setting, since the way back to the manifold corrects what TF32 and bfloat16 leave of a normal part.
+Products that compute points have full float32 precision for every setting of ``torch.set_float32_matmul_precision``.
+The tangent projection follows the setting: TF32 and bfloat16 leave a small normal part, which the retraction corrects.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ _RUNGS = (*(4.0**k for k in range(-12, 7)), _LARGEST_BOUND**2)
 def _rung(squared: float) -> float:
     """A slightly larger bound, one of a few values.
 
-    Inside ``torch.compile`` a number that changes is a symbol, from which a schedule cannot be worked out; these are
-    constants, and a step is compiled once for each.
+    Inside ``torch.compile`` a number that changes is a symbol, which cannot determine a number of iterations. The
+    values of this function are constants, and torch compiles a step once for each.
     """
     for rung in _RUNGS:
         if squared <= rung:
@@ -85,7 +85,7 @@ def wide_type(x: Tensor) -> torch.dtype:
 
 
 def _put(x: Tensor, out: Tensor | None) -> Tensor:
-    """A tensor, where it is wanted."""
+    """A tensor, written into the given memory if there is some."""
     return x if out is None else out.copy_(x)
 
 
@@ -167,12 +167,13 @@ class Stiefel(ComponentManifold):
     def retract_bounded(self, x: Tensor, u: Tensor, bound: float | None, scale: float = 1.0) -> Tensor:
         """The polar retraction by matrix products alone, in a number of iterations that follows from the bound.
 
-        Where reading is free (on the CPU, outside ``torch.compile``) the longest step of the batch is measured and
-        takes the place of the bound, and the Gram matrix shows whether ``x`` is on the manifold. If ``x`` is not, or
-        the step is longer than 100 radii, the method uses a factorisation.
+        Where reading values costs no time (on the CPU, outside ``torch.compile``), the method measures the longest step
+        of the batch and uses it instead of the bound, and the Gram matrix shows whether ``x`` is on the manifold. If
+        ``x`` is off, or the step is longer than 100 radii, the method uses a factorisation.
 
-        Per component of size ``A x B`` it costs two products with the long side (``4AB²`` flops; four for a bound above
-        1) and three of size ``B`` per iteration: three iterations up to ``‖u‖ <= 0.41 r`` in single precision.
+        A component of size ``A x B`` costs two products with the long side (``4AB²`` flops; four for a bound above 1)
+        and three products of size ``B`` per iteration. Up to ``‖u‖ <= 0.41 r`` three iterations are enough in single
+        precision.
 
         Args:
             x: Points.
@@ -207,10 +208,10 @@ class Stiefel(ComponentManifold):
         squared: float = 1.0,
         memory: tuple[Workspace, Tensor] | None = None,
     ) -> Tensor:
-        """The polar retraction of ``y = x + u``, where reading values is free.
+        """The polar retraction of ``y = x + u``, where reading values costs no time.
 
-        By products, if the step is not long and explains how far ``yᵀy / r²`` is from the identity; else by a
-        factorisation.
+        The method uses products if the step is not long and explains how far ``yᵀy / r²`` is from the identity;
+        otherwise it uses a factorisation.
 
         Args:
             y: Points moved along tangent vectors, shape ``(..., A, B)``.
@@ -251,8 +252,8 @@ class Stiefel(ComponentManifold):
     def expmap(self, x: Tensor, u: Tensor) -> Tensor:
         """Exponential map, in closed form through a ``2B x 2B`` matrix exponential, in double precision.
 
-        Vectors longer than 1e6 radii are shortened to that length, on a CPU with a warning: rounding makes
-        the end of a longer geodesic meaningless.
+        The method shortens vectors longer than 1e6 radii to that length, on a CPU with a warning, because rounding
+        makes the end of a longer geodesic meaningless.
         """
         radius, wide = self.radius_for(x), wide_type(x)
         return radius * stiefel_geodesics.exponential(x.to(wide) / radius, u.to(wide) / radius).to(x.dtype)
@@ -267,8 +268,8 @@ class Stiefel(ComponentManifold):
             y: Points.
 
         Returns:
-            Tangent vectors at ``x``. Up to a distance of ``π r`` they belong to the shortest geodesic. Beyond, several
-            geodesics exist, and the result belongs to the one that the search has found.
+            Tangent vectors at ``x``. Up to a distance of ``π r`` they belong to the shortest geodesic. Beyond that,
+            several geodesics exist, and the result belongs to the one that the search finds.
 
         Raises:
             RuntimeError: If there is no geodesic (square matrices with determinants of opposite signs), or the search

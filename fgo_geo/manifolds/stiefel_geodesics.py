@@ -1,8 +1,8 @@
 r"""Geodesics of the unit Stiefel manifold with the Euclidean metric: the exponential map and its inverse.
 
-The exponential map is the closed form of [Edelman1998]_ (eq. 2.7), in double precision. Its inverse has none, except
-for square matrices, where it is the logarithm of a rotation. Otherwise the initial velocity is found by *shooting*: the
-error of the end point is carried back to the start and added, with Anderson acceleration. Points ``q`` and ``y`` of
+The exponential map is the closed form of [Edelman1998]_ (eq. 2.7), in double precision. Its inverse has no closed form,
+except for square matrices, where it is the logarithm of a rotation. Otherwise *shooting* finds the initial velocity: it
+carries the error of the end point back to the start and adds it, with Anderson acceleration. Points ``q`` and ``y`` of
 ``B`` columns span at most ``2B`` dimensions, in which the search takes place.
 
 The logarithm's derivative is that of an implicit function. With ``J`` the derivative of the end point with respect to
@@ -36,8 +36,8 @@ def exponential(q: Tensor, v: Tensor) -> Tensor:
     r"""The end of the geodesic from ``q`` with initial velocity ``v``.
 
     ``[q, v] expm [[A, -S], [I, A]] [I; 0] expm(-A)`` with ``A = qᵀv`` (skew) and ``S = vᵀv``. Rounding errors normal to
-    the manifold would grow with the length of ``v``, so they are removed at both ends. The blocks are scaled to the
-    length of ``v`` instead of its square.
+    the manifold would grow with the length of ``v``, so the function removes them at both ends. It scales the blocks to
+    the length of ``v`` instead of its square.
 
     Args:
         q: Points in double precision, shape ``(..., A, B)``.
@@ -60,8 +60,8 @@ def exponential(q: Tensor, v: Tensor) -> Tensor:
     if reads_for_free(length) and bool((length > _LONGEST).any()):
         warnings.warn(
             f"Stiefel.expmap: a tangent vector is {float(length.max()):.3g} radii long, and was shortened to "
-            f"{_LONGEST:g}, beyond which rounding leaves nothing of where a geodesic ends; take shorter steps, or the "
-            "retraction",
+            f"{_LONGEST:g}, because rounding makes the end of a longer geodesic meaningless; take shorter steps, or "
+            "use the retraction",
             stacklevel=2,
         )
     v = v * (_LONGEST / length).clamp_max(1)
@@ -97,7 +97,7 @@ def logarithm(q: Tensor, y: Tensor) -> Tensor:
 
 
 def _batched(function: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:
-    """The rule of ``vmap`` for functions of equally shaped matrices: one more batch dimension in front."""
+    """The ``vmap`` rule for functions of equally shaped matrices: add a batch dimension in front."""
     size = info.batch_size
 
     def in_front(arg: Any, dim: int | None) -> Any:
@@ -180,7 +180,7 @@ def _pull(function: Callable[..., Any], at: tuple[Tensor, ...], cotangents: Any)
 def _push(function: Callable[..., Tensor], at: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Tensor:
     """The derivative of a function along tangents, as the gradient of a gradient, which is linear.
 
-    Forward derivatives do not nest, and this is called from within one.
+    The caller is already inside a forward derivative, and forward derivatives do not nest.
     """
     value, pull = cast(tuple[Tensor, Any], torch.func.vjp(function, *at))
     back: Any = torch.func.vjp(pull, torch.zeros_like(value))[1]
@@ -317,7 +317,7 @@ def _rotation_logarithm(turn: Tensor) -> Tensor:
 
 
 def _tolerance(q: Tensor) -> float:
-    """Error of an end point that rounding explains."""
+    """The error of an end point that rounding alone can cause."""
     return 8 * torch.finfo(q.dtype).eps * math.sqrt(q.shape[-2] * q.shape[-1])
 
 
@@ -386,8 +386,9 @@ def _accelerated_shooting(
 ) -> tuple[Tensor, Tensor]:
     """Shooting (Bryner 2017; Zimmermann and Hüper 2022, algorithm 1) with Anderson acceleration (Walker and Ni 2011).
 
-    The error of the end point is carried back along the geodesic by projections that keep its length. The next velocity
-    combines the last ones so that their errors cancel best; a pair whose error grows too much forgets them.
+    Projections that preserve lengths carry the error of the end point back along the geodesic. The next velocity
+    combines the latest ones so that their errors cancel best. For a pair whose error grows too much, the search
+    discards the earlier velocities.
 
     Returns:
         The best velocity of every pair, and its error.
@@ -434,7 +435,7 @@ def _accelerated_shooting(
 
 
 def _combination(changes: Tensor, moves: Tensor, gap: Tensor) -> Tensor:
-    """The combination of moves whose changes come nearest to an error, by damped normal equations."""
+    """The combination of moves whose changes are closest to an error, by damped normal equations."""
     gram = changes @ changes.mT
     squares = gram.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(squares > 0, squares.clamp_min(torch.finfo(gap.dtype).tiny).rsqrt(), 1)

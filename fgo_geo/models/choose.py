@@ -112,10 +112,10 @@ def _meant(pattern: Pattern, sites: Sequence[Site]) -> str:
     """A hint for a pattern that matches nothing."""
     types = {owner_type.__name__ for site in sites for owner in site.owners for owner_type in type(owner).__mro__}
     if pattern in types:
-        return f"to name all layers of a type give the type, {pattern} without quotes, e.g. torch.nn.{pattern}"
+        return f"to name all layers of a type pass the type, {pattern} without quotes, e.g. torch.nn.{pattern}"
     names = [site.names[0] for site in sites]
     return (
-        "give a parameter name, a module name, a glob or a module type. The parameters are "
+        "pass a parameter name, a module name, a glob or a module type. The parameters are "
         f"{few(names)}{did_you_mean(pattern, [*names, *(name.rpartition('.')[0] for name in names)])}"
     )
 
@@ -253,7 +253,9 @@ def entry_of(site: Site, settings: Settings, reason: str | None) -> tuple[PlanEn
 def _split(layout: WeightLayout, split: int, name: str) -> WeightLayout:
     """The layout with sections."""
     if math.prod(layout.kernel) != 1 or layout.conv_groups != 1 or layout.sections != 1:
-        raise ValueError(f"constrain: {name!r} is no matrix of one layer, so it cannot be split into {split} parts")
+        raise ValueError(
+            f"constrain: {name!r} is not the matrix of one layer, so it cannot be split into {split} parts"
+        )
     if layout.out_channels % split:
         raise ValueError(
             f"constrain: {name!r} has {layout.out_channels} output channels, which do not split into {split} equal "

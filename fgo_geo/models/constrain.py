@@ -45,7 +45,7 @@ from fgo_geo.models.surgery import (
 )
 from fgo_geo.weights.kinds import KindLike
 from fgo_geo.weights.radius import BoundOf, RadiusRule
-from fgo_geo.weights.words import few
+from fgo_geo.weights.words import stated
 
 __all__ = ["constrain", "unconstrain"]
 
@@ -96,9 +96,9 @@ def constrain(
         components: ``"auto"`` (kernels of spatial convolutions, blocks of the matrix of all other layers), or
             ``"kernel"``, ``"block"`` or ``"filter"`` for all layers. A filter is all weights of one output channel:
             ``constrain(model, "po", "sphere", components="filter")`` fixes the norm of every row.
-        initial: ``"project"`` moves every weight to the nearest point, and draws by ``seed`` where there is no nearest
-            one (zero kernels, zero columns, too low a rank); the plan says so. ``"uniform"`` draws a random one, by
-            torch's global generator.
+        initial: ``"project"`` moves every weight to the nearest point. Where several points are nearest (zero kernels,
+            zero columns, too low a rank), it draws one of them from ``seed``, and the plan has a note. ``"uniform"``
+            draws a random point from torch's global generator.
         include: Constrain only these: parameter or module names, globs, or module types. A parameter that is named here
             is constrained even if it is the first convolution or the classifier.
         exclude: Leave these alone.
@@ -110,17 +110,17 @@ def constrain(
         statistics: Divide the radii by the standard deviation ``λ`` of the features that a component is applied to,
             whenever :meth:`~fgo_geo.Plan.update_scales` is called. ``"max1"`` takes ``max(1, λ)``, which keeps norm
             bounds; with ``"std"``, the plain ``λ`` of [Ozay2019]_, a bound ``β`` becomes ``β / λ``. None: never.
-        watch: Check a few components in some forward passes of training, and warn once if an optimiser without
-            knowledge of manifolds has moved them off. ``plan.watches`` can be changed later.
+        watch: Check a few components in some forward passes of training, and warn once if an optimiser that knows no
+            manifold has moved them off. You can change ``plan.watches`` later.
 
     Returns:
         The plan.
 
     Raises:
-        TypeError: If the model is no module.
+        TypeError: If the model is not a module.
         ValueError: If the model is constrained or distributed already, a pattern matches nothing, a setting is
-            unknown, a layer that was named cannot be constrained, or nothing is left to constrain. Nothing has changed
-            then.
+            unknown, a layer named in ``include`` cannot be constrained, or nothing is left to constrain. In each case
+            nothing has changed.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
@@ -147,7 +147,7 @@ def constrain(
     entries = [entry for entry, _ in decided]
     wanted.check_honoured(entries)
     if not any(entry.constrained for entry in entries):
-        reasons = "; ".join(f"{few(names)}: {reason}" for reason, names in names_by_reason(entries).items())
+        reasons = "; ".join(stated(names, reason) for reason, names in names_by_reason(entries).items())
         raise ValueError(
             f"constrain: nothing is left to constrain ({reasons or 'it has no parameters'}); name layers with "
             "include=, or pass first_layer=True or classifier=True"

@@ -23,7 +23,7 @@ from fgo_geo.weights.components import Partition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.layout import Storage, WeightLayout
 from fgo_geo.weights.radius import BoundOf, RadiusRule, check_bound, check_bound_of, check_rule, group_radii
-from fgo_geo.weights.words import few, line_width
+from fgo_geo.weights.words import few, line_width, stated
 
 __all__ = ["PlanEntry", "names_by_reason", "table_of"]
 
@@ -105,7 +105,7 @@ class PlanEntry:
             key: Its key there.
 
         Raises:
-            ValueError: If it is no tensor of real numbers, or of another shape.
+            ValueError: If it is not a tensor of real numbers, or has another shape.
         """
         if isinstance(value, Tensor) and value.shape == self.shape and value.is_floating_point():
             return whole(value.detach())
@@ -184,7 +184,9 @@ def table_of(entries: Sequence[PlanEntry], manifold_of: Callable[[PlanEntry], Pr
         if entry.reason is None:
             rows.append(_row(entry, manifold_of(entry)))
     width = line_width()
-    remarks = [*_remarks("Notes:", notes, width), *_remarks("Left alone:", names_by_reason(entries), width)]
+    remarks = _remarks("Notes:", [f"{few(names, _NAMES)}: {note}" for note, names in notes.items()], width)
+    reasons = [stated(names, reason, _NAMES) for reason, names in names_by_reason(entries).items()]
+    remarks += _remarks("Left alone:", reasons, width)
     table = _table(rows)
     if max(map(len, table)) > width:
         table = [line for row in rows for line in _paragraph(row, int(width))]
@@ -200,13 +202,10 @@ def names_by_reason(entries: Sequence[PlanEntry]) -> dict[str, list[str]]:
     return reasons
 
 
-def _remarks(title: str, remarks: dict[str, list[str]], width: float) -> list[str]:
-    """Lines that list remarks with their parameters."""
+def _remarks(title: str, remarks: list[str], width: float) -> list[str]:
+    """A title and indented remarks; nothing without remarks."""
     columns = int(min(width, 160))
-    lines = [
-        textwrap.fill(f"{few(names, _NAMES)}: {remark}", columns, initial_indent="  ", subsequent_indent="    ")
-        for remark, names in remarks.items()
-    ]
+    lines = [textwrap.fill(remark, columns, initial_indent="  ", subsequent_indent="    ") for remark in remarks]
     return [title, *lines, ""] if lines else []
 
 

@@ -212,7 +212,7 @@ def track(module: nn.Module, momentum: float | None = 0.1) -> TrackingHandle:
     :class:`torch.nn.MultiheadAttention`) keeps a standard deviation of one.
 
     Args:
-        module: A convolution, a transposed convolution or a linear layer. Of a grouped convolution all input channels
+        module: A convolution, a transposed convolution or a linear layer. In a grouped convolution all input channels
             are tracked.
         momentum: Weight of a new batch; None for the plain average over all batches.
 
@@ -244,7 +244,7 @@ def require_trackable(module: nn.Module) -> None:
     """Raise if :func:`track` would.
 
     Raises:
-        TypeError: If the module is no convolution and no linear layer.
+        TypeError: If the module is neither a convolution nor a linear layer.
         ValueError: If it is tracked already, or lazy and not initialised yet.
     """
     kind = type(module).__name__

@@ -55,7 +55,7 @@ class BatchNormRecord:
         side: Whether it was folded on the output or the input channels of the layer; None if it was kept.
         reason: Why it was kept; None if it was folded.
         scale: ``s = γ / √(σ² + ε)``, float64, one number per channel: the diagonal of the matrix that it multiplies by.
-            None if it is no fixed map or never called.
+            None if it is not a fixed map or never called.
     """
 
     name: str
@@ -66,7 +66,7 @@ class BatchNormRecord:
 
     @property
     def norm(self) -> float | None:
-        """Its spectral norm ``max |s|``; None if it is no fixed map."""
+        """Its spectral norm ``max |s|``; None if it is not a fixed map."""
         return None if self.scale is None else float(self.scale.abs().max())
 
 
@@ -76,10 +76,10 @@ def fold_batchnorm(model: nn.Module) -> tuple[nn.Module, tuple[BatchNormRecord, 
     The copy is in eval mode, computes what the model computes in eval mode, up to rounding, and is plain: weights on
     manifolds and renormalised weights become parameters with the values that they have. The model does not change.
 
-    The copy keeps some normalisations, with the reason: normalisations without running statistics; normalisations with
-    no layer directly before or after them; normalisations that are called more than once, have hooks or share their
-    parameters, or whose neighbour is such a layer; and all of them if :mod:`torch.fx` cannot trace the model. Linear
-    layers are assumed to act on ``(N, features)``.
+    The copy keeps some normalisations, and the records hold the reason: normalisations without running statistics;
+    normalisations with no layer directly before or after them; normalisations that are called more than once, have
+    hooks or share their parameters, or whose neighbour is such a layer; and all of them if :mod:`torch.fx` cannot trace
+    the model. The function assumes that linear layers act on ``(N, features)``.
 
     Args:
         model: Any module.
@@ -88,7 +88,7 @@ def fold_batchnorm(model: nn.Module) -> tuple[nn.Module, tuple[BatchNormRecord, 
         The copy, and one record per batch normalisation in the order of the model.
 
     Raises:
-        TypeError: If the model is no module.
+        TypeError: If the model is not a module.
 
     Source:
         The formulas are those of :mod:`torch.nn.utils.fusion`, for both sides and all layouts.
@@ -154,7 +154,7 @@ class _Folder:
         """Fold one normalisation, or record why it is kept."""
         scale_shift = _affine(norm)
         if scale_shift is None:
-            reason = "has no running statistics: it normalises by those of the batch, which is no fixed linear map"
+            reason = "has no running statistics: it normalises by those of the batch, which is not a fixed linear map"
             return BatchNormRecord(name, None, None, reason, None)
         node = self._nodes.get(name)
         if node is None or not node.users:
@@ -198,7 +198,7 @@ class _Folder:
             return name, f"the output of {shared.name} is used {len(shared.users)} times"
         module = self._model.get_submodule(name) if neighbour.op == "call_module" else None
         if type(module) not in _LAYERS:
-            return name, f"{neighbour.name} is no convolution or linear layer"
+            return name, f"{neighbour.name} is not a convolution or linear layer"
         layer = cast("nn.Module", module)
         layout = cast(WeightLayout, layout_of(layer, "weight"))
         channels = layout.out_channels if side == "output" else layout.in_channels * layout.conv_groups

@@ -113,7 +113,7 @@ class Plan(NoModel):
                 f"{len(lost)} constrained parameter(s) have become plain parameters or are gone: {few(lost)}. Moving "
                 "to the meta device, to_empty and torch's sharding drop the manifold (fgo_geo.distributed.fully_shard "
                 "keeps it): load the values, call plan_of(model).attach(model), and build the optimiser after that. If "
-                "you have replaced a layer, call unconstrain(model) and constrain it anew"
+                "you have replaced a layer, call unconstrain(model) and constrain it again"
             )
 
     def attach(self, model: nn.Module, *, project: bool = False) -> Plan:
@@ -130,8 +130,8 @@ class Plan(NoModel):
             This plan, now the model's.
 
         Raises:
-            ValueError: If a parameter is missing, has another shape, or is off its manifold, or the plan is another
-                model's. Nothing has changed then.
+            ValueError: If a parameter is missing, has another shape, or is off its manifold, or the plan belongs to
+                another model. In each case nothing has changed.
         """
         if self.model is not None and self.model is not model:
             raise ValueError(
@@ -259,11 +259,11 @@ class Plan(NoModel):
             data = json.loads(text)
             version = data["version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"this is no plan in JSON ({error!r}): pass what Plan.to_json returned") from error
+            raise ValueError(f"this is not a plan in JSON ({error!r}): pass what Plan.to_json returned") from error
         if version != _JSON_VERSION:
             raise ValueError(
                 f"this plan has version {version!r}, expected {_JSON_VERSION}: read it with the fgo_geo that wrote it, "
-                "or constrain the model anew"
+                "or constrain the model again"
             )
         try:
             return cls(tuple(PlanEntry.from_dict(entry) for entry in data["entries"]))
@@ -327,8 +327,8 @@ class Plan(NoModel):
             local_metadata: The metadata of this plan's model.
 
         Raises:
-            ValueError: If the stored plan is damaged or another model's, or a constrained weight has another shape, is
-                not finite, or is off its manifold and the model no average. Nothing has changed then.
+            ValueError: If the stored plan is damaged or of another model, or a constrained weight has another shape, is
+                not finite, or is off its manifold in a model that is not an average. Nothing has changed then.
         """
         model, text = self._require_model(), local_metadata.get(_METADATA)
         reshard(model)
@@ -429,13 +429,13 @@ class Plan(NoModel):
 
 
 def plan_of(model: nn.Module) -> Plan:
-    """The plan of a model, or of the model inside a wrapper (DistributedDataParallel, AveragedModel, compiled).
+    """The plan of a model, or of the model inside a wrapper (DistributedDataParallel, AveragedModel, compiled model).
 
     Args:
         model: A constrained model.
 
     Raises:
-        ValueError: If there is none. Weights that were declared on manifolds by hand have none.
+        ValueError: If the model has no plan, as with weights that were declared on manifolds by hand.
     """
     plans = plans_of(model)
     if plans:
@@ -444,7 +444,7 @@ def plan_of(model: nn.Module) -> Plan:
     if declared:
         raise ValueError(
             f"this model has no plan: {len(declared)} parameter(s) were put on manifolds without fgo_geo.constrain: "
-            f"{few(declared)}. To project these, `with torch.no_grad():` call `p.proj_()` of every "
+            f"{few(declared)}. To project them under `with torch.no_grad():`, call `p.proj_()` for every "
             "geoopt.ManifoldParameter p in model.parameters()"
         )
     raise ValueError("this model is not constrained: call fgo_geo.constrain(model) first")

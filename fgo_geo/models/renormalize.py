@@ -1,7 +1,7 @@
 r"""Renormalisation: weights that obey norm bounds at every step, whatever optimiser trains them.
 
-A layer's weight is computed from a free tensor of the same shape, the *raw* weight, which is what the optimiser sees.
-For every component ``i`` there are two stages ([Ozay2019]_; "Mathematics", section 5)::
+The layer computes its weight from a free tensor of the same shape, the *raw* weight. The optimiser sees only the raw
+weight. For every component ``i`` there are two stages ([Ozay2019]_; "Mathematics", section 5)::
 
     wᵢ = Rᵢ N(rawᵢ),    Rᵢ = γᵢ / λᵢ
 
@@ -17,9 +17,9 @@ For every component ``i`` there are two stages ([Ozay2019]_; "Mathematics", sect
 epoch and :func:`remove_renormalization` makes the weight plain again. Components and groups are those of
 :class:`~fgo_geo.manifolds.ProductOfGroups`.
 
-The weight does not depend on the scale of the raw weight (for the ball: it depends on the ratio to a unit). The raw
-weight has the scale of [He2015]_, at which random entries have variance ``2 / fan_in``: usual learning rates and weight
-decay assume that scale.
+The weight does not depend on the scale of the raw weight (for the ball, it depends on the ratio to a unit). The raw
+weight starts at the scale of [He2015]_, at which random entries have variance ``2 / fan_in``, because usual learning
+rates and weight decay assume that scale.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Renormalization(FullPrecisionBuffers):
         self._factors = [Memory() for _ in cut.kinds]
         parts = list(zip(cut.kinds, cut.sizes, strict=True))
         for kind, size in parts:
-            _require_room(kind, size)
+            _require_dimensions(kind, size)
         self._raw_radius = [kaiming_radius(kind, *size, layout.fan_in) for kind, size in parts]
         per_group = group_radii(cut, "bound", bound, norms, bound_of).numpy()
         gamma = np.concatenate(cut.per_component(per_group))
@@ -145,15 +145,15 @@ class Renormalization(FullPrecisionBuffers):
 
     @cached_property
     def _keeps(self) -> bool:
-        """Whether results are kept: where nothing is decomposed, computing is as fast as comparing."""
+        """Whether to keep results: without a decomposition, computing is as fast as comparing."""
         return any(kinds.kind(kind).is_decomposed for kind in self.partition.kinds)
 
     @computes_in_float32
     def forward(self, raw: Tensor) -> Tensor:
         """The weight that belongs to a raw weight: differentiable, of the same shape and type.
 
-        On the CPU, factorisations are kept for the next forward pass, and so is the weight itself where torch takes no
-        derivatives: both are reused while the raw weight stays the same.
+        On the CPU, the module keeps factorisations for the next forward pass, and the weight itself where torch takes
+        no derivatives. It reuses both as long as the raw weight stays the same.
         """
         target = self._radius(raw.dtype)
         if not (self._keeps and reads_for_free(raw)):
@@ -237,7 +237,7 @@ class Renormalization(FullPrecisionBuffers):
         return f"{groups}; {', '.join(self.norms)} of the {self.bound_of} <= {self.bound:g}{scale}"
 
 
-def _require_room(kind: str, size: tuple[int, int]) -> None:
+def _require_dimensions(kind: str, size: tuple[int, int]) -> None:
     """Raise if components of this size are isolated points."""
     if kind not in _kinds():
         raise ValueError(
@@ -302,9 +302,9 @@ def renormalize(
         The module.
 
     Raises:
-        TypeError: If the module is no module; with statistics, if it is no convolution or linear layer.
+        TypeError: If ``module`` is not a module; with statistics, if it is not a convolution or linear layer.
         ValueError: If the parameter has no layout or no values, is constrained or parametrised already, or holds NaN or
-            infinity, or an argument is not understood. Nothing has changed then.
+            infinity, or an argument has an unknown value. In each case nothing has changed.
 
     Example:
         >>> layer = renormalize(nn.Linear(4, 2), manifold="stiefel")
@@ -342,14 +342,14 @@ def _plain_weight(module: nn.Module, name: str) -> tuple[nn.Parameter, WeightLay
         raise ValueError(f"renormalize: {what} is re-parametrised already: remove the parametrization first")
     param = getattr(module, name, None)
     if not isinstance(param, nn.Parameter):
-        raise ValueError(f"renormalize: {what} is no parameter; {weights_inside(module)}")
+        raise ValueError(f"renormalize: {what} is not a parameter; {weights_inside(module)}")
     if isinstance(param, geoopt.ManifoldParameter):
         raise ValueError(f"renormalize: {what} is constrained to a manifold already: unconstrain the model first")
     layout = layout_of(module, name)
     if isinstance(layout, str):
         raise ValueError(f"renormalize: {what} {layout}")
     if param.is_meta:
-        raise ValueError(f"renormalize: {what} is on the meta device: give it values first")
+        raise ValueError(f"renormalize: {what} is on the meta device: load its values first")
     return param, layout
 
 
@@ -472,7 +472,7 @@ def remove_renormalization(module: nn.Module, name: str = "weight") -> nn.Module
     chain = cast("nn.ModuleDict", module.parametrizations)[name]
     if len(list(chain.children())) > 1:
         raise ValueError(
-            f"{type(module).__name__}.{name} has further parametrizations; remove all of them with "
+            f"{type(module).__name__}.{name} has other parametrizations, too; remove all of them with "
             "torch.nn.utils.parametrize.remove_parametrizations"
         )
     _give_own_class(module)
@@ -483,7 +483,7 @@ def remove_renormalization(module: nn.Module, name: str = "weight") -> nn.Module
 
 
 def _give_own_class(module: nn.Module) -> None:
-    """Give a module a class of its own: copies share one, and torch edits it when it removes a parametrization."""
+    """Give a module its own class. Copies share a class, and torch changes it when it removes a parametrization."""
     shared = type(module)
     members = {name: value for name, value in vars(shared).items() if name not in ("__dict__", "__weakref__")}
     own: Any = type(shared.__name__, shared.__bases__, members)

@@ -1,9 +1,9 @@
 """Checks of constrained models under DistributedDataParallel, where two mistakes would go unnoticed.
 
-DistributedDataParallel shares weights and gradients between processes, and nothing else. It averages the gradients of
-the parameters that it found when it was built; a parameter that replaces one of them later would differ between
-processes. It does not share plans either: with different seeds or radii, processes would use different manifolds. A
-forward pass checks both.
+DistributedDataParallel synchronises weights and gradients between processes, and nothing else. It averages the
+gradients of the parameters that it found when it was built; a parameter that replaces one of them later would differ
+between processes. It does not synchronise plans either: with different seeds or radii, processes would use different
+manifolds. A forward pass checks for both mistakes.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ def check_replicas(model: nn.Module, entries: Sequence[PlanEntry]) -> None:
     for names, _ in told:
         if names:
             raise RuntimeError(
-                f"DistributedDataParallel does not know {len(names)} constrained parameter(s): {few(names)}. Their "
-                "gradients would not be averaged, and every process would go its own way: constrain the model, and "
+                f"DistributedDataParallel does not know {len(names)} constrained parameter(s): {few(names)}. It would "
+                "not average their gradients, so their values would differ between processes: constrain the model, and "
                 "load with assign=True, before wrapping it"
             )
     for _, others in told:
         if others != digests:
             first = next((n for n, own in enumerate(digests) if others[n : n + 1] != [own]), 0)
             raise ValueError(
-                f"the processes have different plans, first of {entries[first].name!r}: DistributedDataParallel "
-                "shares weights, not manifolds. Call fgo_geo.constrain with the same arguments and seed on all "
-                "processes, or let all load the same state_dict"
+                f"the plans differ between processes, first for {entries[first].name!r}: DistributedDataParallel "
+                "synchronises weights, not manifolds. Call fgo_geo.constrain with the same arguments and seed on all "
+                "processes, or load the same state_dict on all of them"
             )
     checked[id(model)] = number
 

@@ -1,7 +1,8 @@
 """Sharded models: where their parameters are, and which of them are on manifolds.
 
-FSDP2 registers sharded parameters between passes and whole ones during a pass; those are new each time, and of torch's
-own class. Every module therefore remembers its declared sharded parameters, and they tell the manifolds of whole ones.
+FSDP2 registers sharded parameters between passes and whole ones during a pass. The whole ones are new objects in every
+pass, and of torch's own class. Every module therefore remembers its declared sharded parameters, which know the
+manifolds of the whole ones.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def declare_in(module: nn.Module, name: str, manifold: geoopt.Manifold | None) -
 
 
 def declared_in(module: nn.Module, name: str) -> Tensor | None:
-    """The declared sharded parameter of a module; None if there is none, or it has lost what was declared."""
+    """The declared sharded parameter of a module; None if there is none, or it has lost its declaration."""
     param = module.__dict__.get(_SHARDED, {}).get(name)
     return param if param is not None and is_declared(param) else None
 
@@ -77,7 +78,7 @@ def recover(model: nn.Module, params: Iterable[Tensor]) -> bool:
     if reset is None:
         raise RuntimeError(
             "a forward pass was refused in its middle, and this version of torch cannot bring FSDP back to order: "
-            "build the model anew, and call plan_of(model).attach(model) before its first forward pass"
+            "build the model again, and call plan_of(model).attach(model) before its first forward pass"
         )
     reset()
     return True

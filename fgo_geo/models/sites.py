@@ -38,7 +38,7 @@ class Site:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The parameter's shape; none if it is not initialised yet."""
+        """The parameter's shape; empty if the parameter is not initialised yet."""
         return () if isinstance(self.param, nn.UninitializedParameter) else tuple(self.param.shape)
 
     def matches(self, pattern: Pattern) -> bool:
@@ -129,7 +129,7 @@ def output_heads(sites: Sequence[Site]) -> dict[Site, str]:
     for site in linear:
         outputs, others = site.outputs(), [width for place, width in inputs if place not in site.places]
         if not any(_takes(w, outputs) or _takes_several(w, outputs, site.is_convolution()) for w in others):
-            heads[site] = f"puts out {outputs} numbers that no other layer takes, as an output head does"
+            heads[site] = f"has {outputs} outputs that no other layer takes as inputs, like an output head"
     if linear:
         last, outputs = linear[-1], linear[-1].outputs()
         takers = [width for place, width in inputs if place > last.places[-1]]

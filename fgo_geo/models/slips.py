@@ -21,30 +21,30 @@ class NoModel:
     """Base class of plans: its errors explain the slip ``model = constrain(model)``."""
 
     def __call__(self, *arguments: Any, **options: Any) -> NoReturn:
-        """Raise, as a plan computes nothing.
+        """Raise, because a plan computes nothing.
 
         Raises:
             TypeError: Always, with the remedy.
         """
-        raise TypeError(f"a {type(self).__name__} is no model and cannot be called: {_KEEP_THE_MODEL}")
+        raise TypeError(f"a {type(self).__name__} is not a model and cannot be called: {_KEEP_THE_MODEL}")
 
     def __getitem__(self, index: object) -> NoReturn:
-        """Raise, as a plan has no layers: ``model[0]`` after ``model = constrain(model)``.
+        """Raise, because a plan has no layers: ``model[0]`` after ``model = constrain(model)``.
 
         Raises:
             TypeError: Always, with what to write instead.
         """
-        raise TypeError(f"a {type(self).__name__} is no model and has no layers: {_KEEP_THE_MODEL}")
+        raise TypeError(f"a {type(self).__name__} is not a model and has no layers: {_KEEP_THE_MODEL}")
 
     def __getattr__(self, name: str) -> NoReturn:
         own = type(self).__name__
         if not name.startswith("_") and (hasattr(nn.Module, name) or hasattr(vars(self).get("model"), name)):
-            raise AttributeError(f"a {own} is no model and has no {name!r}: {_KEEP_THE_MODEL}")
+            raise AttributeError(f"a {own} is not a model and has no {name!r}: {_KEEP_THE_MODEL}")
         raise AttributeError(f"{own!r} object has no attribute {name!r}")
 
 
 def require_model(model: object, function: str) -> None:
-    """Raise TypeError, with the remedy, if an object is no module.
+    """Raise TypeError, with the remedy, if an object is not a module.
 
     Args:
         model: The object.

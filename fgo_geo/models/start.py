@@ -1,9 +1,9 @@
 r"""The initial point of a weight on its manifold: the nearest one, or a random one where that is not unique.
 
-The projection of a zero kernel onto a sphere is not unique, nor is that of a zero column onto an oblique manifold, nor
-that of a matrix of less than full rank onto a Stiefel manifold. Some layers are initialised like that (zeros,
-constants, pruned filters). The same point for all such components would make them equal for ever, so
-:func:`initial_point` draws what the projection does not determine, uniformly and from a seed.
+The projection of a zero kernel onto a sphere is not unique, and neither is that of a zero column onto an oblique
+manifold or that of a matrix of less than full rank onto a Stiefel manifold. Some layers start with such weights (zeros,
+constants, pruned filters). If all such components started at the same point, they would stay equal for ever. Therefore
+:func:`initial_point` draws one of the nearest points, uniformly and from a seed.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def initial_point(
 
 
 def _can_be_open(manifold: geoopt.Manifold, rows: int, columns: int, tiny: int) -> bool:
-    """Whether components ``rows x columns`` may lack a unique nearest point, in a weight with so many tiny entries."""
+    """Whether components ``rows x columns`` may lack a unique nearest point, in a weight with ``tiny`` tiny entries."""
     if not isinstance(manifold, ComponentManifold) or isinstance(manifold, ConvexBall):
         return False  # the nearest point of a ball is unique
     if isinstance(manifold, Stiefel):
@@ -133,7 +133,7 @@ _SMALL_RATIO = 1e-5  # of singular values: far above the rounding errors of sing
 
 
 def _flatness(part: Tensor) -> Tensor:
-    """How far the columns of 3 x 3 matrices are from dependent: the square of the determinant, scaled."""
+    """A measure of linear independence of the columns of 3 x 3 matrices: the scaled square of the determinant."""
     a, b, c, d, e, f, g, h, i = part.flatten(1).unbind(1)
     determinant = a * (e * i - f * h) + b * (f * g - d * i) + c * (d * h - e * g)
     scale = a * a + b * b + c * c + d * d + e * e + f * f + g * g + h * h + i * i
@@ -141,7 +141,7 @@ def _flatness(part: Tensor) -> Tensor:
 
 
 def _completed(manifold: geoopt.Manifold, part: Tensor, smallest: float, generator: torch.Generator) -> Tensor:
-    """Components whose nearest point is unique: Gaussian where it was not, because that projects to uniform."""
+    """Components with a unique nearest point: Gaussian ones, which project to uniform, where the given have none."""
     gaussian = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(part.device)
     if isinstance(manifold, Oblique):
         is_zero = part.abs().amax(-2, keepdim=True) <= smallest

@@ -66,7 +66,7 @@ class _Answer:
 
 @dataclass
 class Watch:
-    """The state of a model's checks. Copies and pickles start anew.
+    """The state of a model's checks. Copies and pickles start with an empty state.
 
     Attributes:
         passes: Forward passes of training so far.
@@ -131,7 +131,7 @@ class Watch:
         return True
 
     def _read(self, answer: _Answer) -> None:
-        """Warn of a weight that is off its manifold, if the answer has arrived."""
+        """Warn about a weight that is off its manifold, if the answer has arrived."""
         if answer.arrived is not None and not answer.arrived.query():
             return
         self._answer, worst = None, float(answer.worst)
@@ -140,10 +140,10 @@ class Watch:
         self.has_warned = True
         warnings.warn(
             f"{answer.name!r} has left its manifold in training: relative constraint violation {worst:.3g}, expected "
-            f"at most {answer.tolerance:.3g}. An optimiser that knows no manifold moves constrained weights as it "
-            "likes: use fgo_geo.RiemannianFGSGD, or keep the optimiser and call fgo_geo.on_manifolds(optimizer). "
-            "plan_of(model).project() moves all weights back to their manifolds; call it first, and after whatever "
-            "else has written to them. This is said once; constrain(..., watch=False) leaves the look out",
+            f"at most {answer.tolerance:.3g}. An optimiser that knows no manifold moves constrained weights off: use "
+            "fgo_geo.RiemannianFGSGD, or keep the optimiser and call fgo_geo.on_manifolds(optimizer). "
+            "plan_of(model).project() moves all weights back to their manifolds; call it first, and after any other "
+            "code has written to them. This warning appears once; constrain(..., watch=False) turns the check off",
             UserWarning,
             stacklevel=2,
         )

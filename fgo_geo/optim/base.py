@@ -56,10 +56,10 @@ class StepRequest:
 
 
 class Exchange(Protocol):
-    """What a step of sharded weights needs of other processes; :mod:`fgo_geo.distributed.exchange` has it."""
+    """What a step of sharded weights needs from other processes; :mod:`fgo_geo.distributed.exchange` implements it."""
 
     def collect(self, requests: Sequence[StepRequest]) -> list[StepRequest]:
-        """The requests with what this process steps in place of sharded weights: its own parts, and whole weights."""
+        """The requests, with what this process steps in place of sharded weights: its parts, and whole weights."""
         ...
 
     def agree(self, error: Exception | None) -> None:
@@ -75,7 +75,7 @@ class Exchange(Protocol):
         ...
 
     def scales(self) -> dict[Tensor, Tensor]:
-        """``τ`` of the weights that every process steps a share of; all processes have to ask."""
+        """``τ`` of the weights of which every process steps a share; all processes have to call this."""
         ...
 
 
@@ -83,7 +83,7 @@ _make_exchange: list[Callable[[dict[Tensor, Any], Callable[[Tensor], str]], Exch
 
 
 def exchange_by(make: Callable[[dict[Tensor, Any], Callable[[Tensor], str]], Exchange]) -> None:
-    """Say who exchanges sharded weights; the floor above this one does, when it is imported.
+    """Register the class that exchanges sharded weights. :mod:`fgo_geo.distributed` calls this when it is imported.
 
     Args:
         make: From the optimiser's state and the function that names parameters, an exchange.
@@ -101,7 +101,7 @@ class _Record:
 
 
 class Stepper:
-    """Takes steps, and keeps what is of use for the next one.
+    """Takes steps, and keeps what the next step can use.
 
     Args:
         optimizer: Name of the optimiser, for messages.
@@ -295,7 +295,7 @@ class Stepper:
         self._record(batch, lambda: step_scale(squared.sqrt(), options, curvatures, norms))
 
     def _record(self, batch: Batch, tau: Callable[[], Tensor | None]) -> None:
-        """Keep ``τ`` for those who ask, and momentum for the next step."""
+        """Keep ``τ`` for :meth:`step_scales`, and momentum for the next step."""
         self._records.append(_Record(batch, [weight.owner for weight in batch.weights], tau))
         for weight in batch.weights:
             if weight.buffer is None or weight.staged:
@@ -318,7 +318,7 @@ class Stepper:
         return (bounds if wants_curvature else None), norms
 
     def _norm_before(self, batch: Batch, norm: Tensor) -> Tensor:
-        """The running norm of earlier steps, which knows nothing of this gradient; this one's own in a first step."""
+        """The running norm of earlier steps, without this gradient; in the first step, the norm of this gradient."""
         means = [_here(weight, self._state[weight.owner].get("norm_squared")) for weight in batch.weights]
         unknown = norm.new_full((), math.nan)
         mean = torch.cat([
@@ -328,9 +328,9 @@ class Stepper:
         return torch.where(mean.isnan(), norm, mean.sqrt())
 
     def _shortening(self, measured: Measured, norm: Tensor, before: Tensor, tau: Tensor) -> Tensor:
-        """``τ``, larger for gradients that would step ``SPIKE`` times the bound; updates the running norm.
+        """``τ``, raised for gradients whose step would exceed ``SPIKE`` times the bound; updates the running norm.
 
-        A gradient that is skipped tells nothing of the norm.
+        A skipped gradient does not enter the running norm.
         """
         batch, options = measured.batch, measured.options
         shortest = norm / (SPIKE * theorem_step_bound(options.rho))
@@ -364,7 +364,8 @@ class Stepper:
     def momentum_of(self, param: Tensor, point: Tensor) -> Tensor | None:
         """The momentum of a parameter, in the type, on the device and with the strides of what is moved.
 
-        It has others when the weight was converted or moved after a step, by ``model.double()`` or ``model.to(...)``.
+        The stored momentum differs in these after ``model.double()`` or ``model.to(...)`` has converted or moved the
+        weight.
 
         Args:
             param: A parameter of the optimiser.
@@ -429,7 +430,7 @@ class Stepper:
 
 
 def is_shared(tensor: Tensor) -> bool:
-    """Whether a tensor is distributed over the processes of a device mesh."""
+    """Whether a tensor is spread over the processes of a device mesh."""
     return hasattr(tensor, "device_mesh")
 
 
@@ -447,7 +448,7 @@ def _write_back(requests: Sequence[StepRequest]) -> None:
 
 
 def _is_swept(request: StepRequest, batch: Batch) -> bool:
-    """Whether a batch is measured and moved at once, by a step size that needs nothing but the norm of the group."""
+    """Whether one sweep may measure and move a batch: its step size needs nothing but the norm of the group."""
     if not batch.sweeps or request.running or request.options.step_size == "angle":
         return False
     if any(weight.is_spread for weight in batch.weights):
@@ -478,7 +479,7 @@ def _allocate(batch: Batch, options: StepOptions) -> None:
 
 
 def _is_finite(own: Measured) -> bool:
-    """Whether it can be read for free that nothing is to be settled."""
+    """Whether all norms are finite, if this can be read without waiting; False otherwise."""
     if not own.is_free or not math.isfinite(float(own.squared.sum())):
         return False
     return own.options.step_size != "angle" or not is_tiny(own)
@@ -492,5 +493,5 @@ def manifold_of(param: Tensor) -> geoopt.Manifold | None:
 
 
 def between_graphs(function: _Function) -> _Function:
-    """Have ``torch.compile`` run a function as it is, between its graphs: a compiled step would be slower."""
+    """Let ``torch.compile`` run a function uncompiled, between its graphs: a compiled step would be slower."""
     return torch._disable_dynamo(function)  # pyright: ignore  torch.compiler.disable would import the compiler now

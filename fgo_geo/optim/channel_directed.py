@@ -48,7 +48,7 @@ def _axes(layout: WeightLayout) -> dict[Side, tuple[int, int]]:
 
 
 def _layouts(module: nn.Module) -> dict[Tensor, WeightLayout | str]:
-    """The layout of every parameter of a model or why it has none, which for a shared one any of its layers can say."""
+    """The layout of every parameter of a model, or why it has none; any layer of a shared parameter can provide it."""
     found: dict[Tensor, WeightLayout | str] = {}
     for layer in module.modules():
         for name, parameter in layer.named_parameters(recurse=False):
@@ -122,9 +122,9 @@ def channel_directed(
 ) -> ChannelDirected:
     """Give an optimiser channel-directed gradients at every step ([Lao2020]_).
 
-    At every ``optimizer.step()``, before anything else, each ``p.grad`` is replaced by its
+    Every ``optimizer.step()`` first replaces each ``p.grad`` by its
     :func:`~fgo_geo.optim.channel_metrics.channel_directed_gradient`: once per step, after all accumulation, unscaling
-    and clipping. With ``optimizer.step(closure)`` it is done after every evaluation of the closure.
+    and clipping. ``optimizer.step(closure)`` does this after every evaluation of the closure.
 
     *Which parameters.* Without ``module``, every parameter with at least two dimensions is directed along axis 0,
     because a tensor alone does not reveal its layer. With ``module`` the layers decide: convolutions (each group
@@ -139,8 +139,8 @@ def channel_directed(
     them.
 
     *On a manifold* (:class:`geoopt.ManifoldParameter`) the gradient becomes ``P M⁻¹ P g`` with the tangent projection
-    ``P``: tangent, and a direction of descent. The manifold's metric must be that of the surrounding space, that is,
-    its ``egrad2rgrad`` an orthogonal projection.
+    ``P``. It is tangent, and its negative is a descent direction. The manifold must have the metric of the surrounding
+    space, so that its ``egrad2rgrad`` is an orthogonal projection.
 
     Args:
         optimizer: Any :class:`torch.optim.Optimizer` except LBFGS.
@@ -153,8 +153,9 @@ def channel_directed(
         restore_grad: Put the tensors in ``p.grad`` back after the step, untouched. By default they are overwritten.
         module: The model, read once for layer types and names.
         lam_relative: Measure ``lam`` in units of ``(D / 2π)²``, with ``D`` the number of channels that are smoothed
-            together: every layer gets a ``λ`` of its own. With 1 and periodic ends, ``h1t`` leaves the slowest wave as
-            it is (up to 5 % from 8 channels on; 2 channels: 2.5 times) and ``h1`` halves it. Not for ``h0``.
+            together: every layer gets its own ``λ``. With 1 and periodic ends, ``h1t`` leaves the slowest wave
+            unchanged (up to 5 % from 8 channels on; with 2 channels it multiplies it by 2.5) and ``h1`` halves it. Not
+            for ``h0``.
 
     Returns:
         A handle with ``remove()``, ``parameters`` and ``summary()``. Torch does not pickle an optimiser's hooks, so a
@@ -162,10 +163,10 @@ def channel_directed(
         again.
 
     Raises:
-        ValueError: If an option is not one of the above, the optimiser already has a handle, or the metric of a
-            parameter's manifold is another one.
-        TypeError: If the optimiser is none, or LBFGS, whose line search and secant pairs need the plain gradient. At
-            a step, before any gradient is changed, if one is sparse or complex.
+        ValueError: If an option is not one of the above, the optimiser already has a handle, or a parameter's manifold
+            has another metric than the surrounding space.
+        TypeError: If ``optimizer`` is not an optimiser, or is LBFGS, whose line search and secant pairs need the plain
+            gradient. At a step, before any gradient is changed, if one is sparse or complex.
 
     Example:
         >>> layer = torch.nn.Linear(1, 2, bias=False)
@@ -192,7 +193,7 @@ class _Choice(NamedTuple):
 
 
 class ChannelDirected:
-    """What :func:`channel_directed` returns: the attachment to one optimiser, until :meth:`remove`.
+    """The handle that :func:`channel_directed` returns: it is attached to one optimiser until :meth:`remove`.
 
     Attributes:
         optimizer: The optimiser.
@@ -385,9 +386,9 @@ def _check_optimizer(optimizer: Optimizer) -> None:
 def _check_manifold(parameter: Tensor, name: str) -> None:
     """Raise if a parameter's manifold has another metric than that of the surrounding space.
 
-    ``egrad2rgrad`` is symmetric whatever the metric; it is an orthogonal projection, idempotent, if the metric is that
-    of the surrounding space. This is tried on drawn vectors, at a point near the parameter, since another metric can
-    look Euclidean at special points (that of the positive definite matrices does at the identity).
+    ``egrad2rgrad`` is symmetric for every metric. If the metric is that of the surrounding space, it is an orthogonal
+    projection and therefore idempotent. The check applies it to random vectors at a point near the parameter, because
+    another metric can look Euclidean at special points (that of the positive definite matrices does at the identity).
     """
     manifold = _manifold(parameter)
     if manifold is None:

@@ -15,12 +15,12 @@ metric   inner product ``<h, k>``                         gradient ``G``
 =======  ===============================================  =============================
 
 With periodic ends the Sobolev metrics are diagonal in the Fourier basis, and free ends differ from that by a matrix of
-rank one: a real Fourier transform solves for all, in ``D log D`` operations per passenger. On the CPU, in single and
-half precision, the compiled sweeps of :mod:`fgo_geo.paths.native.channels` solve by two recursions along the axis, in
-``D`` operations in double precision, unless torch takes derivatives.
+rank one. A real Fourier transform therefore solves all of these systems, in ``D log D`` operations per passenger. On
+the CPU, in single and half precision, the compiled sweeps of :mod:`fgo_geo.paths.native.channels` solve by two
+recursions along the axis, in ``D`` operations in double precision, unless torch takes derivatives.
 
-``h1t`` has a condition number of about ``D² / 10``, whatever ``λ`` is: rounding of ``g`` in slow waves grows by as much
-relative to fast ones.
+``h1t`` has a condition number of about ``D² / 10`` for every ``λ``: relative to fast waves, rounding errors of ``g`` in
+slow waves grow by this factor.
 """
 
 from __future__ import annotations

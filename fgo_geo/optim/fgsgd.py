@@ -71,7 +71,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     Raises:
         TypeError: If ``params`` is a module or another object without parameters, or an option that must be a number is
             not.
-        ValueError: If an option is out of range, a parameter does not lie on its manifold, or there are none.
+        ValueError: If an option is out of range, a parameter does not lie on its manifold, or there are no parameters.
 
     Example:
         The leading eigenvector of a matrix, as the maximum of the Rayleigh quotient on the sphere.
@@ -128,7 +128,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         self._begin()
 
     def _begin(self) -> None:
-        """Forget what was kept from step to step."""
+        """Discard everything that is kept from step to step."""
         self._stepper = Stepper(type(self).__name__, self._held.name_of, self.state)
         self._masters = Masters(self.state)
         self._options: dict[int, tuple[list[Any], StepOptions]] = {}  # of every group's latest step
@@ -157,7 +157,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         """Load what ``state_dict`` returned. The state of half-precision weights keeps its own precision.
 
         Raises:
-            ValueError: If a parameter does not lie on its manifold: weights are to be loaded first.
+            ValueError: If a parameter does not lie on its manifold: load the weights first.
         """
         super().load_state_dict(state_dict)
         for group in self.param_groups:  # weights that were loaded in place, by what knows no manifold
@@ -207,8 +207,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             FloatingPointError: If a gradient on a manifold is not finite and ``check_finite`` applies. Nothing has
                 changed then.
 
-        Any other exception, from a manifold of your own or by Ctrl-C, leaves every parameter as it was before its step
-        or after it.
+        After any other exception, from a custom manifold or by Ctrl-C, every parameter has its value from before the
+        step or from after it.
         """
         loss = None
         if closure is not None:
@@ -244,8 +244,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     def skipped_groups(self) -> int:
         """How many steps of groups were skipped since the optimiser was built (synchronises).
 
-        On many processes the number is per process. Of sharded weights each group is counted by one process: their sum
-        is that of one process. Replicas count every group of their own.
+        On many processes the number is per process. One process counts each group of a sharded weight, so the sum over
+        the processes equals the number on a single process. Replicas count every group on each process.
         """
         return self._stepper.left_out()
 
@@ -267,7 +267,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 self._stepper.project_momentum(param, point, manifold)
 
     def _options_of(self, number: int, group: dict[str, Any]) -> StepOptions:
-        """The hyper-parameters of a group, checked and made anew if they differ from those of its latest step."""
+        """The hyper-parameters of a group, checked and built again if they differ from those of its latest step."""
         known, values = self._options.pop(number, None), [group[name] for name in OPTIONS]
         is_number = not isinstance(group["lr"], Tensor)  # comparing tensors would wait for the device
         if known is None or not is_number or known[0] != values:

@@ -75,7 +75,7 @@ def settle(measured: Sequence[Measured], name_of: Callable[[Tensor], str], optim
 
 
 def is_tiny(own: Measured) -> bool:
-    """Whether the gradient of a weight may be too small to be squared, where its length matters: for an angle."""
+    """Whether the gradient of a weight may be too small to be squared; this matters for ``step_size="angle"`` only."""
     return own.options.step_size == "angle" and any(map(_is_tiny, own.squared.split(own.batch.counts)))
 
 
@@ -84,7 +84,7 @@ def _is_tiny(squared: Tensor) -> bool:
 
 
 def _rescale(measured: Sequence[Measured]) -> None:
-    """Divide gradients whose squares overflow or underflow by powers of two; those that are spread have been before."""
+    """Divide gradients whose squares overflow or underflow by powers of two; spread ones have been divided before."""
     divide(measured, {weight: unit_of(largest_of(weight)) for weight in odd_weights(measured) if not weight.is_spread})
 
 
@@ -166,11 +166,11 @@ def _refusal(
     unchanged: str,
 ) -> FloatingPointError:
     weights = [weight for other in measured for weight in other.batch.weights]
-    for weight in weights:  # a weight that is not finite has such gradients, and so have all others
+    for weight in weights:  # a weight that is not finite makes all gradients such
         here = local_part(weight.param) if is_sharded(weight.param) else weight.param
         if not bool(torch.isfinite(here).all()):
             return FloatingPointError(
-                f"{optimizer}: {name_of(weight.owner)} is not finite itself; {unchanged}. Go back to a checkpoint"
+                f"{optimizer}: {name_of(weight.owner)} is not finite itself; {unchanged}. Load an earlier checkpoint"
             )
     per_weight = zip(own.batch.weights, finite.split(own.batch.counts), strict=True)
     bad = next(weight for weight, ok in per_weight if not bool(ok.all()))
@@ -191,6 +191,6 @@ def gradient_refusal(optimizer: str, name: str, manifold: object, unchanged: str
     """
     return FloatingPointError(
         f"{optimizer}: the gradient of {name} on {manifold} is not finite; {unchanged}. "
-        "Look for such values in the inputs and the loss; lower the learning rate if they came up in training, or use "
-        "a GradScaler in half precision"
+        "Look for such values in the inputs and the loss; lower the learning rate if they appeared during training, or "
+        "use a GradScaler in half precision"
     )

@@ -1,7 +1,7 @@
 """Constants of the groups of a manifold that step sizes need: curvature bounds and norms, one number per group.
 
-They depend on radii and shapes alone. :mod:`fgo_geo.optim.step_size` turns them, with the norms of gradients, into step
-sizes. A manifold that is not a product has one group.
+These constants depend only on radii and shapes. :mod:`fgo_geo.optim.step_size` turns them, with the norms of gradients,
+into step sizes. A manifold that is not a product has one group.
 """
 
 from __future__ import annotations

@@ -1,21 +1,22 @@
 r"""Any torch optimiser on the manifolds of its parameters.
 
-:func:`on_manifolds` attaches to an optimiser in place. In a step, the optimiser moves its parameters as it likes; what
-that is of a weight on a manifold, its displacement, is taken for the negative of a gradient times the learning rate::
+:func:`on_manifolds` attaches to an optimiser in place. In a step, the optimiser moves its parameters by its own rule.
+The displacement of a weight on a manifold then takes the place of the negative gradient times the learning rate::
 
     d = w_new - w                     what the optimiser proposes
     g = P_w(-d / lr)                  its tangent part, per unit of learning rate
     w <- retract_w(-(lr / τ) g)       τ per group: from R = ‖g_G‖, one, or R / (angle ‖w_G‖)
 
-That is FG-SGD without momentum, with another gradient, so every execution path takes it: the optimiser's own moments
-do the rest. With ``step_size="theorem"`` no group moves farther than ``(√2 - 1) lr``, whatever the optimiser does.
+This is FG-SGD without momentum and with another gradient, so every execution path supports it; the optimiser keeps its
+own moments. With ``step_size="theorem"`` no group moves farther than ``(√2 - 1) lr``, whatever the optimiser proposes.
 
-Adaptive optimisers propose entries near one, whatever the gradient. A group of ``n`` entries then has ``R`` near
-``√n``, and the theorem's step is shorter than theirs by about ``n``: give it a larger learning rate, or take
+Adaptive optimisers propose entries near one for every gradient. A group of ``n`` entries then has ``R`` near ``√n``,
+and the theorem's step is shorter than the optimiser's own by a factor of about ``n``: use a larger learning rate, or
 ``"angle"``, whose unit is the same for every optimiser.
 
-The part of a displacement along the normal has no effect, and with it weight decay: it is radial on manifolds of fixed
-norm. The moments live in the ambient space and are not transported. The memory is one copy of the constrained weights.
+The normal part of a displacement has no effect. Weight decay therefore has no effect either on manifolds of fixed norm,
+where it is radial. The moments stay in the ambient space and are not transported. The cost in memory is one copy of the
+constrained weights.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ def on_manifolds(
     """Keep the parameters of an optimiser on their manifolds, with a separate step size for every group.
 
     Args:
-        optimizer: Any torch optimiser that takes one step per call of ``step``. It is changed in place, and stays of
-            its class; its state dict, schedulers and closures stay as they are.
+        optimizer: Any torch optimiser that takes one step per call of ``step``. It is changed in place and keeps its
+            class; its state dict, schedulers and closures do not change.
         step_size: ``"theorem"`` divides the step of every group by its ``τ``; ``"constant"`` takes the optimiser's own
             length; ``"angle"`` turns every group by ``angle`` radians per unit of learning rate.
         angle: The angle, for ``step_size="angle"``; one if left out.
@@ -84,7 +85,8 @@ def on_manifolds(
         is attached, too. Torch pickles no attribute of an optimiser: pickle the handle, which includes the optimiser.
 
     Raises:
-        TypeError: If the optimiser evaluates inside its step (``torch.optim.LBFGS``), or knows manifolds already.
+        TypeError: If the optimiser evaluates the model inside its step (``torch.optim.LBFGS``), or knows manifolds
+            already.
         ValueError: If no parameter has a manifold, one is off its manifold, an option is out of range, or the optimiser
             is attached already.
 
@@ -105,8 +107,8 @@ def on_manifolds(
         )
     if isinstance(optimizer, geoopt.optim.mixin.OptimMixin):
         raise TypeError(
-            f"on_manifolds: {type(optimizer).__name__} knows manifolds already; use it as it is, or give on_manifolds "
-            "an optimiser of torch"
+            f"on_manifolds: {type(optimizer).__name__} knows manifolds already; use it unchanged, or pass "
+            "on_manifolds a torch optimiser"
         )
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
@@ -143,7 +145,7 @@ def handle_of(optimizer: Optimizer) -> OnManifolds | None:
 
 
 class OnManifolds:
-    """What :func:`on_manifolds` returns: the way back, and what the latest step did.
+    """The handle that :func:`on_manifolds` returns: it detaches from the optimiser, and reports on the latest step.
 
     Args:
         optimizer: The optimiser.
@@ -217,7 +219,7 @@ class OnManifolds:
             self._attach(optimizer.step)
 
     def remove(self) -> None:
-        """Give the optimiser back as it was. Its parameters stay where they are."""
+        """Restore the optimiser. Its parameters keep their values."""
         self._is_active = False
         self._points.clear()
         if handle_of(self.optimizer) is self:
@@ -225,7 +227,7 @@ class OnManifolds:
                 del vars(self.optimizer)[name]
 
     def after_step(self, call: Callable[[], None]) -> None:
-        """Have a function called once when the step under way is complete; not if it is refused.
+        """Register a function to be called once when the current step is complete; not if the step is refused.
 
         Args:
             call: The function.
@@ -240,14 +242,14 @@ class OnManifolds:
     def step_scales(self) -> dict[Tensor, Tensor]:
         """The divisors ``τ`` of the latest step: for every parameter on a manifold, one per group.
 
-        Of sharded parameters all processes have to ask.
+        With sharded parameters, all processes have to call this.
         """
         return StepScales(self._stepper.step_scales(self.optimizer.param_groups), self.optimizer)
 
     def skipped_groups(self) -> int:
         """How many group steps were skipped because the displacement was not finite (synchronises).
 
-        On many processes the number is per process. Of sharded weights each group is counted by one process.
+        On many processes the number is per process. One process counts each group of a sharded weight.
         """
         return self._stepper.left_out()
 
@@ -260,8 +262,8 @@ class OnManifolds:
     def _step(self, inner: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
         """Let the optimiser move, and move along the manifolds instead.
 
-        On any error the weights on manifolds are as they were. Gradients that are not finite are refused before the
-        optimiser has moved, so that nothing else has changed then.
+        After any error the weights on manifolds have their former values. The method refuses gradients that are not
+        finite before the optimiser moves, so in that case nothing else has changed either.
         """
         constrained = [[p for p in group["params"] if manifold_of(p) is not None] for group in self._groups()]
         params = [p for own in constrained for p in own]
@@ -319,13 +321,13 @@ class OnManifolds:
             if "lr" not in group:
                 raise ValueError(
                     f"on_manifolds: a step is measured per unit of learning rate, and {type(self.optimizer).__name__} "
-                    "has none in its param_groups"
+                    "has no lr in its param_groups"
                 )
             check_point(param, f"on_manifolds: {self._name_of(param)}", self._options.step_size)
             self._checked[param] = manifold
 
     def _evaluated_once(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> Callable[[], Any]:
-        """The closure, which raises if it is evaluated while the parameters are between two points."""
+        """The closure; it raises if the optimiser evaluates it while parameters are off their manifolds."""
 
         def evaluate() -> Any:
             if any(not torch.equal(p.detach(), self._points[p]) for p in params):
@@ -340,7 +342,7 @@ class OnManifolds:
         return evaluate
 
     def _request(self, group: dict[str, Any], params: Sequence[Tensor]) -> StepRequest | None:
-        """The displacements of a group as gradients, which take the place of the weights that they moved."""
+        """The displacements of a group as gradients; they reuse the memory of the weights that the optimiser moved."""
         moved = [p for p in params if p.grad is not None and p.numel()]
         points = [self._points[p] for p in moved]
         lr = group["lr"]
@@ -360,12 +362,12 @@ class OnManifolds:
 
 
 def _form(tensor: Tensor) -> tuple[object, ...]:
-    """What a copy of a tensor has to share with it."""
+    """The properties that a copy of a tensor has to share with it."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _here(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What this process has of tensors."""
+    """The parts of tensors that this process holds."""
     return [local_part(tensor) if is_sharded(tensor) else tensor for tensor in tensors]
 
 

@@ -78,7 +78,7 @@ def step_options(group: dict[str, Any], rule: Rule = momentum_sgd) -> StepOption
 
 
 def check_options(options: Mapping[str, Any], optimizer: str, number: int | None = None) -> dict[str, Any]:
-    """Raise if an option is out of range; words are read in any case of letters.
+    """Raise if an option is out of range; words may mix upper and lower case.
 
     Args:
         options: All options of a parameter group.
@@ -89,7 +89,7 @@ def check_options(options: Mapping[str, Any], optimizer: str, number: int | None
         The options that are words, in small letters.
 
     Raises:
-        TypeError: If a number is none.
+        TypeError: If an option that must be a number is not.
         ValueError: If an option is out of range.
 
     Example:
@@ -103,7 +103,9 @@ def check_options(options: Mapping[str, Any], optimizer: str, number: int | None
     words = {name: small(options[name]) for name in (*_CHOICES, "curvature")}
     where = f"param_groups[{number}]"
     since = (
-        "" if number is None else f"; no parameter was changed. Look at what has set it in {where} since the last step"
+        ""
+        if number is None
+        else f"; no parameter was changed. Check which code has set it in {where} since the last step"
     )
 
     def require(holds: bool, what: str, name: str) -> None:

@@ -39,7 +39,7 @@ HALF = (torch.float16, torch.bfloat16)
 def check_point(param: Tensor, what: str, step_size: str) -> None:
     """Raise if a parameter is far from its manifold or in shards that hide it; move the manifold to its device.
 
-    Of a sharded parameter all processes have to ask.
+    For a sharded parameter, all processes have to call this.
 
     Args:
         param: Any parameter.
@@ -47,7 +47,8 @@ def check_point(param: Tensor, what: str, step_size: str) -> None:
         step_size: How steps are scaled.
 
     Raises:
-        ValueError: If the parameter is off its manifold, or its norm is to be known and is not.
+        ValueError: If the parameter is off its manifold, or ``step_size="angle"`` needs a norm that its manifold does
+            not fix.
     """
     manifold = manifold_of(param)
     _require_known_shards(param, what)
@@ -60,8 +61,8 @@ def check_point(param: Tensor, what: str, step_size: str) -> None:
         )
         if bool(group_norms(manifold, tuple(param.shape)).isnan().any()) and not has_free:
             raise ValueError(
-                f"{what}: step_size='angle' needs a weight of fixed norm, and {manifold} fixes none; take "
-                "step_size='constant' for it, in a parameter group of its own"
+                f"{what}: step_size='angle' needs a weight of fixed norm, and {manifold} does not fix one; use "
+                "step_size='constant' for this weight, in a separate parameter group"
             )
 
 
@@ -69,8 +70,8 @@ def _require_known_shards(param: Tensor, what: str) -> None:
     """Raise if a parameter is a shard whose manifold is not known, or cannot be kept."""
     if getattr(param, "_is_flat_param", False) or (getattr(param, "_fsdp_flattened", False) and manifold_of(param)):
         raise ValueError(
-            f"{what} is a flat shard of FullyShardedDataParallel, in which a point on a manifold cannot be told from "
-            "a part of one; shard the model with fgo_geo.distributed.fully_shard (FSDP2) instead"
+            f"{what} is a flat shard of FullyShardedDataParallel, which can hold any part of a point on a manifold; "
+            "shard the model with fgo_geo.distributed.fully_shard (FSDP2) instead"
         )
     if not is_sharded(param):
         return
@@ -90,8 +91,8 @@ def _require_known_shards(param: Tensor, what: str) -> None:
     device = getattr(param, "device_mesh").device_type  # noqa: B009  a DTensor has it
     if not param.is_meta and local_part(param).device.type != device:
         raise ValueError(
-            f"{what} is on a manifold, and its shards are on {local_part(param).device.type} while its device mesh is "
-            f"of {device}: CPU offload is not supported; leave offload_policy out"
+            f"{what} is on a manifold, and its shards are on {local_part(param).device.type}, but its device mesh is "
+            f"on {device}: CPU offload is not supported; leave offload_policy out"
         )
 
 
@@ -99,8 +100,8 @@ def _require_copyable(param: Tensor, what: str) -> None:
     """Raise ValueError if a parameter needs a copy in single precision and cannot have one, as it is sharded."""
     if param.dtype in HALF and is_sharded(param) and manifold_of(param) is not None:
         raise ValueError(
-            f"{what} is sharded, on a manifold and of type {param.dtype}: copies in single precision of shards are "
-            "not supported. Keep the weights in float32 and compute with "
+            f"{what} is sharded, on a manifold and of type {param.dtype}: sharded weights cannot have copies in single "
+            "precision. Keep the weights in float32 and compute with "
             "MixedPrecisionPolicy(param_dtype=torch.bfloat16), or pass master_weights=False"
         )
 
@@ -109,7 +110,7 @@ def parameters_given(params: object, optimizer: str) -> list[Any]:
     """The parameters, or parameter groups, that a constructor was given.
 
     Args:
-        params: What stands in the place of the parameters.
+        params: The argument that should hold the parameters.
         optimizer: Name of the optimiser, for messages.
 
     Raises:
@@ -118,18 +119,18 @@ def parameters_given(params: object, optimizer: str) -> list[Any]:
     """
     what, remedy = f"{optimizer}: params is a {type(params).__name__}", "pass model.named_parameters() of your model"
     if isinstance(params, Tensor):
-        raise TypeError(f"{what}, expected a list of parameters; put it into brackets, [w]")
+        raise TypeError(f"{what}, expected a list of parameters; put it in brackets, [w]")
     if isinstance(params, Mapping):
         raise TypeError(
-            f"{what} with names as keys, expected parameters; {remedy} (those of a plan are constrained ones)"
+            f"{what} with names as keys, expected parameters; {remedy} (a plan lists only constrained parameters)"
         )
     if isinstance(params, (str, nn.Module)) or not isinstance(params, Iterable):
         raise TypeError(f"{what}, expected parameters; {remedy}")
     listed = list(cast("Iterable[Any]", params))
     if not listed:
         raise ValueError(
-            f"{optimizer}: got an empty parameter list. A generator like model.parameters() is empty once it was "
-            "read: call model.named_parameters() anew for every use"
+            f"{optimizer}: got an empty parameter list. A generator like model.parameters() is empty after its first "
+            "use: call model.named_parameters() again for every use"
         )
     if isinstance(listed[0], nn.Module):
         raise TypeError(f"{optimizer}: params holds a {type(listed[0]).__name__}, expected parameters; {remedy}")
@@ -145,7 +146,7 @@ def known_name(param: Tensor) -> str | None:
 
 
 def name_in(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
-    """What a parameter is called in messages: its name and its place.
+    """How messages refer to a parameter: its name and its place.
 
     The name is the one that the optimiser was given, or else the one by which ``constrain`` knows it.
     """
@@ -161,7 +162,7 @@ def name_in(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
 
 
 class Held:
-    """The parameters that an optimiser holds, and the manifolds on which it was given them.
+    """The parameters that an optimiser holds, and the manifolds that they had when it was built.
 
     Args:
         optimizer: The optimiser. Its groups have the options ``"step_size"`` and ``"master_weights"``.
@@ -177,7 +178,7 @@ class Held:
         self.counts: list[int] = []
 
     def name_of(self, param: Tensor) -> str:
-        """What a parameter is called in messages."""
+        """How messages refer to a parameter."""
         return name_in(self._optimizer, param)
 
     def _what(self, param: Tensor) -> str:
@@ -198,7 +199,7 @@ class Held:
                 _require_copyable(param, self._what(param))
 
     def renew(self) -> None:
-        """Take note of parameters that were added to the groups, and hold none that was taken out."""
+        """Add parameters that are new in the groups, and drop those that are no longer there."""
         groups = self._optimizer.param_groups
         self.counts = [len(group["params"]) for group in groups]
         manifolds = {p: self.manifolds.get(p) or manifold_of(p) for group in groups for p in group["params"]}
@@ -246,7 +247,7 @@ class Masters:
         self.versions: dict[Tensor, int] = {}
 
     def of(self, param: Tensor, manifold: geoopt.Manifold) -> Tensor:
-        """The copy of a weight, made anew if somebody has written to the weight since it was last written back."""
+        """The copy of a weight; a new one if other code has written to the weight since the last step."""
         state = self._state[param]
         master = state.get("master")
         if master is None or master.device != param.device or self.versions.get(param) != param._version:

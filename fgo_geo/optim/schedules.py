@@ -1,9 +1,9 @@
 """Learning rates under which Riemannian stochastic gradient descent converges.
 
 The convergence theorem behind the FG-SGD step ([Bonnabel2013]_, theorem 2; Mathematics, section 4)
-asks two things of the learning rates: their sum diverges, so that every point stays within reach, and
+needs two conditions on the learning rates: their sum diverges, so that every point stays within reach, and
 the sum of their squares converges, so that the gradient noise dies out ([RobbinsMonro1951]_). The
-family ``lr_0 / (1 + t/T)^a`` meets both exactly when ``1/2 < a <= 1``. It is offered as an ordinary
+family ``lr_0 / (1 + t/T)^a`` meets both exactly when ``1/2 < a <= 1``. The class is an ordinary
 torch scheduler, so it works with any optimiser, and after a warm-up in ``SequentialLR``.
 """
 
@@ -35,7 +35,7 @@ class RobbinsMonroLR(LRScheduler):
             of 10 is meant for one ``step()`` per epoch.
         exponent: ``a`` in (1/2, 1]. The default of 1 is the classical choice; values near 1/2 keep the rate
             high for longer.
-        last_epoch: The last ``t`` that was used, -1 to start anew, as for every torch scheduler.
+        last_epoch: The last ``t`` that was used, -1 to start from zero, as for every torch scheduler.
 
     Raises:
         ValueError: If ``time_constant`` is not positive and finite, or ``exponent`` is outside (1/2, 1].

@@ -1,8 +1,8 @@
 r"""What the steps of any optimiser do to the weights, measured: angles, shortened groups, radial gradients.
 
-The direction of a weight is what a normalised network computes with, so training moves by *angles*: the angle between a
-weight before and after a step is its effective learning rate. It compares constrained weights with free ones, and
-optimisers with each other, where learning rates do not:
+A normalised network depends only on the directions of its weights, so the angle between a weight before and after a
+step is its effective learning rate. Angles are comparable between constrained and free weights, and between optimisers,
+where learning rates are not:
 
 * a weight of fixed norm turns by about ``lr ‖v‖ / ‖w‖``;
 * a free one turns less and less as its norm grows, at the same learning rate.
@@ -38,23 +38,23 @@ def telemetry(optimizer: Optimizer, module: nn.Module | None = None, *, every: i
 
     Weights are parameters with at least two dimensions, on manifolds or not, and all other parameters on manifolds.
 
-    Under :func:`fgo_geo.distributed.fully_shard` a measured step asks for ``step_scales()``, which all processes have
-    to do together: attach it on every process, with the same ``every``, and log on one.
+    Under :func:`fgo_geo.distributed.fully_shard` a measured step calls ``step_scales()``, which is collective: attach
+    the telemetry on every process, with the same ``every``, and log on one of them.
 
     Args:
         optimizer: Any torch optimiser: :class:`~fgo_geo.RiemannianFGSGD`, one under :func:`~fgo_geo.on_manifolds`
             (attached before or after), or a bare one.
         module: The model, for the names of its parameters. Without it they have the names that the optimiser was given,
             or :func:`~fgo_geo.constrain` knows, else ``param_groups[i]['params'][j]``.
-        every: Measure one step of so many, the first one included. A step that is measured copies the weights and reads
-            them three times more; the copies are kept.
+        every: Measure one step in ``every`` steps, starting with the first. A measured step copies the weights and
+            reads them three more times; the copies are kept.
 
     Returns:
         A handle. Call its ``scalars()`` whenever you log, and ``remove()`` to stop.
 
     Raises:
-        TypeError: If the optimiser is none.
-        ValueError: If ``every`` is no positive whole number.
+        TypeError: If ``optimizer`` is not an optimiser.
+        ValueError: If ``every`` is not a positive whole number.
 
     Example:
         A free weight of length 4 takes a step of length 3 at a right angle: it turns by ``atan(3/4)``.
@@ -87,12 +87,12 @@ class _Sums:
 
 
 class Telemetry:
-    """What :func:`telemetry` returns: the attachment to one optimiser, until :meth:`remove`.
+    """The handle that :func:`telemetry` returns: it is attached to one optimiser until :meth:`remove`.
 
     Args:
         optimizer: The optimiser.
         module: The model, for names.
-        every: Measure one step of so many.
+        every: Measure one step in ``every`` steps.
 
     Attributes:
         optimizer: The optimiser.
@@ -178,7 +178,7 @@ class Telemetry:
     @between_graphs
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Look at the gradients while they are there; under ``on_manifolds`` the weights have yet to come back."""
+        """Read the gradients while they exist; under ``on_manifolds`` the weights are still off their manifolds."""
         self._moved = [p for p in self._copied if p.grad is not None]
         self._radial = [radial_share(p, self._copies[p], p.grad) for p in self._moved if p.grad is not None]
         self._copied = []

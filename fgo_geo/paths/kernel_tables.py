@@ -95,7 +95,7 @@ def problem_of(weight: Weight, options: StepOptions) -> Refusal | None:
     if grad is None or grad.dtype != param.dtype:
         return Refusal(Reason.DTYPE, "weight and gradient have different types")
     if place_of(weight, table_of(weight)) is None:
-        return Refusal(Reason.LAYOUT, f"the strides {param.stride()} of the weight belong to no memory format")
+        return Refusal(Reason.LAYOUT, f"the strides {param.stride()} of the weight do not match any memory format")
     return None
 
 

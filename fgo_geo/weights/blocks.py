@@ -27,7 +27,7 @@ class _Share(NamedTuple):
 
 
 class _PartKey(NamedTuple):
-    """What the blocks of a part have in common; the shares are those of their section, if they have some columns."""
+    """The shared properties of the blocks of a part; of blocks of some columns, also the division of their section."""
 
     kind: str
     rows: int
@@ -44,7 +44,7 @@ class _Section(NamedTuple):
 
 @dataclass(frozen=True)
 class _Band:
-    """Sections whose columns are divided alike: equally many rows, and as many blocks of every part and width.
+    """Sections with the same division of columns: equally many rows, and equally many blocks of every part and width.
 
     Attributes:
         sections: Number of sections.
@@ -74,12 +74,13 @@ class _Band:
 class BlockPartition(RectanglePartition):
     """Every group of the collections is one rectangular block of the matrix ``(D, C K)``, transposed if wide.
 
-    Equal blocks of one kind share a part.
+    Blocks of the same size and kind form one part.
 
-    Some groups have all columns of the matrix; the others of a section have all of its remaining rows, and share out
-    the columns. So the rows are sorted once for all parts, those of whole rows part by part and then the remaining
-    ones, and the columns of the latter: every part is a view of the sorted matrix then, and of the matrix itself where
-    groups are runs. Costs two 32-bit indices per row, and two per column of every section.
+    Some groups of a section contain whole rows of the matrix. The other groups divide the columns of all remaining rows
+    between them. The partition sorts the rows once for all parts: first the whole rows, part by part, then the
+    remaining rows, whose columns it sorts too. Every part is then a view of the sorted matrix, and a view of the matrix
+    itself if groups are runs of rows and columns. The partition stores two 32-bit indices per row, and two per column
+    of every section.
     """
 
     order: Tensor | None
@@ -144,7 +145,7 @@ class BlockPartition(RectanglePartition):
         self._register_order("", np.concatenate(strips))
 
     def _register_order(self, suffix: str, order: np.ndarray) -> None:
-        """Keep an order along the last dimension and its inverse, or None for both if nothing changes places."""
+        """Store an order along the last dimension and its inverse, or None for both if the order changes nothing."""
         inverse = np.argsort(order, axis=-1)
         in_order = bool((order == np.arange(order.shape[-1])).all())
         for name, index in (("order", order), ("inverse", inverse)):
@@ -184,7 +185,7 @@ class BlockPartition(RectanglePartition):
 
 
 def _sorted_columns(strips: Tensor, order: Tensor | None) -> Tensor:
-    """Strips ``(n, rows, columns)`` with the columns of each in an order of its own, ``(n, columns)``."""
+    """Strips ``(n, rows, columns)``, the columns of each in its own order ``(n, columns)``."""
     if order is None:
         return strips
     index = order.to(strips.device, torch.int64).unsqueeze(1)

@@ -20,14 +20,15 @@ _PartKey = tuple[str, int]  # manifold kind, and filters of a component
 
 
 class FilterPartition(RectanglePartition):
-    """Every filter, a row of the matrix ``(D, C K)``, is a component ``C K x 1``; or all filters of a group are one.
+    """Every filter, a row of the matrix ``(D, C K)``, is a component ``C K x 1``; or all filters of a group form one.
 
-    The latter holds for kinds whose constraint couples the columns of a matrix (``Kind.joins_filters``; Stiefel: the
-    filters of a group are orthogonal to each other). Filters are the columns of the component then. Where a group has
-    at least as many filters as a filter has entries, they are its rows, because components are tall.
+    The second case applies to kinds whose constraint couples the columns of a matrix (``Kind.joins_filters``). On the
+    Stiefel manifold, for example, the filters of a group are orthogonal to each other. Filters are then the columns of
+    the component, or its rows if a group has at least as many filters as a filter has entries, because components are
+    tall.
 
-    The rows are sorted once, part by part, such that every part is a view of the sorted matrix, and of the matrix
-    itself where no row changes its place. Costs two 32-bit indices per row.
+    The partition sorts the rows once, part by part, so that every part is a view of the sorted matrix, and a view of
+    the matrix itself if no row changes its place. It stores two 32-bit indices per row.
 
     Attributes:
         rows: For every part the rows of its components, shape ``(n, filters of a component)``, int32.

@@ -143,7 +143,7 @@ class Collection:
     def group_of(self) -> Integers:
         """Group number of every cell, shape ``(D, C)``, in the smallest dtype that holds it.
 
-        It is built on each access, in time and memory proportional to the number of cells.
+        Each access builds it, in time and memory proportional to the number of cells.
         """
         keys, _ = self._keys_and_sizes
         number_of_key = np.zeros(int(keys[-1]) + 1, np.min_scalar_type(len(keys) - 1))
@@ -181,7 +181,7 @@ class Collection:
         return np.repeat(numbers, self.in_channels, axis=1) if self._has_filters else numbers
 
     def _key_of(self) -> Integers:
-        """Key of every cell, shape ``(D, C)``; of filters, which have one line more than there are, ``(D, 1)``."""
+        """Key of every cell, shape ``(D, C)``; of every filter, shape ``(D, 1)``."""
         rows, columns, n_kinds = self.out_channels, 1 if self._has_filters else self.in_channels, len(self.kinds)
         lines = np.arange(rows + columns)
         if self._has_two_lines:
@@ -302,7 +302,7 @@ class Collection:
             from matplotlib import colors, patches, pyplot
         except ImportError as error:
             raise ImportError(
-                "Collection.plot draws with matplotlib, which is missing: pip install matplotlib"
+                "Collection.plot draws with matplotlib, which is not installed: pip install matplotlib"
             ) from error
         axes: Any = pyplot.subplots()[1] if ax is None else ax
         group_of = self.group_of
@@ -389,24 +389,24 @@ def collection(
 ) -> Collection:
     """Partition the kernels of a layer into groups ([Ozay2019]_, Figure 2).
 
-    Shares are balanced: within a channel the kinds' numbers of members differ by at most one. Where K does not divide
-    the number of members, the kinds take turns from channel to channel in getting the extra members, so that the kinds
-    are balanced over the layer too. An empty share is no group.
+    Shares are balanced: within a channel, the numbers of members of the kinds differ by at most one. If K does not
+    divide the number of members, the kinds take turns from channel to channel in getting the extra members, so that
+    they are balanced over the layer too. An empty share is not a group.
 
     Args:
         out_channels: D, the number of output channels.
         in_channels: C, the number of input channels (per group of a grouped convolution).
-        strategy: ``"layer"``, ``"pi"``, ``"po"`` or ``"pio"``, in any case of letters. For an odd number of channels
+        strategy: ``"layer"``, ``"pi"``, ``"po"`` or ``"pio"``, in upper or lower case. For an odd number of channels
             the first half of ``"pio"`` has one channel more.
         manifolds: The K manifold kinds: ``"sphere"``, ``"oblique"``, ``"stiefel"``, ``"euclidean"``, their
             abbreviations ``"sp"``, ``"ob"``, ``"st"``, ``"eu"``, and kinds added by
-            :func:`~fgo_geo.register_kind`, in any case of letters; or manifolds of components, such as
+            :func:`~fgo_geo.register_kind`, in upper or lower case; or manifolds of components, such as
             ``geoopt.CanonicalStiefel()``, see :func:`fgo_geo.weights.kinds.kind`. A kind given twice gets two
             separate shares. ``"layer"`` takes exactly one kind.
         selection: ``"deterministic"`` takes halves and shares in index order, ``"random"`` samples
             them without replacement, the shares independently for each channel.
-        seed: Any integer. A random collection depends on the seed, the name and the other arguments
-            alone: it is the same on every machine and with every version of Python and NumPy.
+        seed: Any integer. A random collection depends only on the seed, the name and the other
+            arguments: it is the same on every machine and with every version of Python and NumPy.
         components: ``"kernel"``: groups of kernels; ``"block"``: each group is one block of the
             weight's matrix; ``"filter"``: groups of output channels, whose weights are one component each.
         name: The layer's name, which gives layers of equal shape different draws from one seed.
@@ -415,7 +415,7 @@ def collection(
         The collection.
 
     Raises:
-        TypeError: A number of channels or the seed is no integer, or the name no string.
+        TypeError: A number of channels or the seed is not an integer, or the name is not a string.
         ValueError: A number of channels is below 1, a word is unknown, or there are no manifolds,
             or several for ``"layer"``.
 

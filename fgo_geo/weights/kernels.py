@@ -72,7 +72,7 @@ class KernelPartition(Partition):
         return layout.weight(channels.unflatten(2, layout.kernel))
 
     def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
-        """Write ``merge(parts)`` into a weight; kernels that have to be sorted are sorted into its memory."""
+        """Write ``merge(parts)`` into a weight; it sorts kernels into the memory of the weight if necessary."""
         if torch.compiler.is_compiling() or not self.takes_planes(weight, parts[0].dtype):
             super().put_(parts, weight)
             return
@@ -170,7 +170,7 @@ def _planes(channels: Tensor) -> Tensor:
 
 
 def _stored(planes: Tensor) -> Tensor:
-    """The same, in memory: as_strided keeps torch.compile from gathering anew wherever the result is used."""
+    """The same, materialised: as_strided keeps torch.compile from gathering again at every use of the result."""
     if torch.compiler.is_compiling():
         planes = planes.contiguous()
         return planes.as_strided(planes.shape, (planes.shape[1], 1))

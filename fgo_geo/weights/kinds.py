@@ -1,14 +1,14 @@
 """The manifold kinds: one record each, and the only list of them.
 
-A *kind* names what the components ``A x B`` of a weight can live on: ``"sphere"``, ``"oblique"``, ``"stiefel"``,
-``"euclidean"``, and whatever a user adds. All that other modules have to know of a kind is in its :class:`Kind`: how to
-build its manifold, which norms its points have, its colour, and by which number the fused sweeps know it.
+A *kind* names a manifold for the components ``A x B`` of a weight: ``"sphere"``, ``"oblique"``, ``"stiefel"``,
+``"euclidean"``, and kinds that users add. Its :class:`Kind` holds everything that other modules need to know: how to
+build its manifold, which norms its points have, its colour, and its number in the fused sweeps.
 
-No manifold is imported here. The modules of the manifolds enter their own records, and users enter theirs with
+This module imports no manifold. The modules of the manifolds register their own records, and users register theirs with
 :func:`register_kind`. Groups, norms, radii, plans, reports and execution paths look kinds up by name (:func:`kind`) or
 by class (:func:`kind_of`). A path that does not know a kind leaves it to the reference path.
 
-A manifold object names a kind, too: that of its class, which is entered when it is first seen. Classes of Geoopt have
+A manifold object names a kind, too: that of its class, which is registered on first use. Classes of Geoopt have
 the names ``"geoopt.CanonicalStiefel"`` and so on, and can be looked up by them at any time.
 """
 
@@ -50,12 +50,12 @@ _SPARE_COLOURS = ("#cc79a7", "#0072b2", "#d55e00", "#f0e442")  # of Okabe and It
 
 
 class UnregisteredKindError(ValueError):
-    """A text names a kind that is not registered: the text is all right, but its reader lacks something."""
+    """A text names a kind that is not registered: the text is valid, but the kind has to be registered first."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kind:
-    """What is known of a manifold kind.
+    """The properties of a manifold kind.
 
     Attributes:
         name: Its name, in small letters.
@@ -63,17 +63,17 @@ class Kind:
         build: The manifold of given radius (a number, or a tensor with one per component) over the last two dimensions.
         norms: From ``(A, B)``, upper bounds of the Frobenius and the spectral norm at radius one; None if its points
             have no such bounds.
-        carry: ``carry(x, source, target, memory)``: a map onto the points of radius ``source`` that leaves those where
-            they are, multiplied by ``target / source``, with radii of shape ``(n, 1, 1)``. It is differentiable and
-            does not check ``x``; a decomposition of NaN may raise. A decomposition of the last ``x`` may be kept in
-            ``memory``. None without ``norms`` or without a radius.
+        carry: ``carry(x, source, target, memory)``: a projection onto the points of radius ``source``, multiplied by
+            ``target / source``, with radii of shape ``(n, 1, 1)``. It is differentiable and does not check ``x``; a
+            decomposition of NaN may raise. It may keep a decomposition of the last ``x`` in ``memory``. None without
+            ``norms`` or without a radius.
         colour: Colour in plots.
-        code: The number by which the fused sweeps know it; None if no fused sweep does.
+        code: Its number in the fused sweeps; None if they do not support it.
         is_decomposed: Whether its operations take products or decompositions of whole components, so that they cost
             much more than sums over the entries.
         options: Attributes, besides the radius and ``ndim``, in which two manifolds of this kind can differ.
-        joins_filters: Whether all filters of a group are one component, one column each, where components are filters;
-            else every filter is a component.
+        joins_filters: With filters as components, whether all filters of a group form one component, with one column
+            each. Otherwise every filter is a component.
         aliases: Other words for it.
     """
 
@@ -154,9 +154,9 @@ def names() -> tuple[str, ...]:
 
 
 def find(word: object) -> Kind | None:
-    """The kind with a name or an alias, in any case of letters; None if there is none.
+    """The kind with a name or an alias, in upper or lower case; None if there is none.
 
-    ``"geoopt."`` and the name of a class of Geoopt finds that class, if its manifolds are ones of matrices.
+    ``"geoopt."`` and the name of a class of Geoopt finds that class, if it is a manifold of matrices.
 
     Example:
         >>> find("geoopt.EuclideanStiefel").name
@@ -179,16 +179,17 @@ def kind(word: object) -> Kind:
     """The kind that a name or a manifold stands for.
 
     Args:
-        word: A name or an alias, in any case of letters; or a manifold of components, with radius one if it has one.
+        word: A name or an alias, in upper or lower case; or a manifold of components, of radius one if it has a radius.
 
     Returns:
-        The record. The class of a manifold is registered, if it has not been before, as ``"geoopt.CanonicalStiefel"``
-        or, if it is not Geoopt's, as ``"special_orthogonal"`` for a class ``SpecialOrthogonal``.
+        The record. If the class of a manifold is not registered yet, this function registers it, as
+        ``"geoopt.CanonicalStiefel"`` or, if it is not Geoopt's, as ``"special_orthogonal"`` for a class
+        ``SpecialOrthogonal``.
 
     Raises:
-        ValueError: If there is no such kind; or the manifold has another radius, or other options than those of its
-            class that are registered.
-        TypeError: If the manifold is not one of components.
+        ValueError: If there is no such kind; or the manifold has another radius than one, or other options than the
+            registered ones of its class.
+        TypeError: If the manifold is not a manifold of components.
 
     Example:
         >>> kind("ST").name, kind(geoopt.CanonicalStiefel()).name
@@ -205,11 +206,11 @@ def kind(word: object) -> Kind:
 def _remedy(word: object) -> str:
     """What to write in place of a word that names no kind."""
     if isinstance(word, type) and issubclass(word, geoopt.Manifold):
-        return f"; give an object, {word.__name__}()"
+        return f"; pass an object, {word.__name__}()"
     several = re.findall(r"[\w.]+", word) if isinstance(word, str) else []
     if len(several) > 1:
-        return f"; give several kinds as a tuple, {tuple(several)}"
-    return did_you_mean(word, _by_word) or "; a kind of your own is added by fgo_geo.register_kind"
+        return f"; pass several kinds as a tuple, {tuple(several)}"
+    return did_you_mean(word, _by_word) or "; fgo_geo.register_kind adds a kind of your own"
 
 
 def kind_of(manifold: geoopt.Manifold | type) -> Kind | None:
@@ -251,13 +252,13 @@ def register(record: Kind) -> None:
 
 
 def unregister_kind(name: str) -> None:
-    """Take a kind out that was added by :func:`register_kind`. Weights that are on its manifold already stay there.
+    """Remove a kind that :func:`register_kind` has added. Weights that are on its manifold already stay there.
 
     Args:
         name: Its name.
 
     Raises:
-        ValueError: If there is no such kind, or the package has it.
+        ValueError: If there is no such kind, or the package itself provides it.
     """
     record = kind(name)
     if record.name not in _of_users:
@@ -278,7 +279,7 @@ def register_kind(
     options: tuple[str, ...] = (),
     joins_filters: bool = False,
 ) -> Kind:
-    """Add a manifold kind of your own: groups, plans, radii, reports and the optimiser then know it by its name.
+    """Add a custom manifold kind: groups, plans, radii, reports and the optimiser then know it by its name.
 
     Weights of the kind take the reference path of a step. To load a plan or a checkpoint that names the kind, register
     it first. The guide "Your own manifold" has an example.
@@ -286,15 +287,15 @@ def register_kind(
     Args:
         name: Its name: small letters, digits and underscores.
         manifold: A class derived from :class:`~fgo_geo.manifolds.ComponentManifold` with ``ndim = 2``. Any other
-            manifold of Geoopt with two dimensions is taken too, but has no radius: rules for radii leave it alone.
+            manifold of Geoopt with two dimensions works too, but has no radius: rules for radii leave it alone.
         build: Makes a manifold of a given radius; ``manifold(radius=radius)`` if left out, or ``manifold()`` for a
             class without radius.
         norms: From the rows and columns of a component (``rows >= columns``), upper bounds of its Frobenius and its
-            spectral norm at radius one. Without it the kind cannot be used where norms are bounded (``radius="bound"``
-            and :func:`~fgo_geo.renormalize`), and ``radius="kaiming"`` measures the norm of random points.
-        colour: Its colour in plots; one that is not in use if left out.
-        options: Names of attributes, besides the radius, in which two manifolds of the class can differ. Components of
-            several layers are computed together where these are equal.
+            spectral norm at radius one. Without it ``radius="bound"`` and :func:`~fgo_geo.renormalize` refuse the kind,
+            and ``radius="kaiming"`` measures the norm of random points.
+        colour: Its colour in plots; by default a colour that is not in use.
+        options: Names of attributes, besides the radius, in which two manifolds of the class can differ. The optimiser
+            computes components of several layers together if these attributes are equal.
         joins_filters: With ``components="filter"``, whether the filters of a group are the columns of one component,
             as on the Stiefel manifold. By default every filter is a component.
 
@@ -302,8 +303,9 @@ def register_kind(
         The record.
 
     Raises:
-        TypeError: If the class is not one of a manifold, or lacks something.
-        ValueError: If the name has another form, the name or the class is taken, or ``norms`` returns something else.
+        TypeError: If the class is not a manifold class, or lacks a method or attribute.
+        ValueError: If the name has another form, the name or the class is taken, or ``norms`` returns anything but two
+            positive numbers.
 
     Example:
         >>> import fgo_geo
@@ -335,7 +337,7 @@ def _enter(
     if getattr(manifold, "name", None) is None:
         lacking.append("a name")
     if lacking:
-        raise TypeError(f"register_kind: {manifold.__name__} cannot be a kind, it lacks {', '.join(lacking)}")
+        raise TypeError(f"register_kind: {manifold.__name__} cannot be a kind: it lacks {', '.join(lacking)}")
     build = _builder(manifold) if build is None else build
     unit = build(1.0)
     if type(unit) is not manifold or unit.ndim != 2:
@@ -391,21 +393,25 @@ def _kind_of_object(manifold: geoopt.Manifold) -> Kind:
     own: Any = type(manifold)
     shown = f"{own.__name__}, given as a manifold kind,"
     if isinstance(manifold, (geoopt.Scaled, geoopt.ProductManifold)):
-        raise TypeError(f"{shown} stands for other manifolds; give the manifold of one component")
+        raise TypeError(f"{shown} stands for other manifolds; pass the manifold of one component")
     if hasattr(manifold, "radius_for") and not _equal(manifold.radius, 1.0):
         raise ValueError(
-            f"{shown} has radius {manifold.radius!r}; radii are set by the argument radius, so give a manifold of "
-            "radius 1"
+            f"{shown} has radius {manifold.radius!r}; the argument radius sets radii, so pass a manifold of radius 1"
         )
     record = kind_of(manifold)
     if record is None:
         name = f"geoopt.{own.__name__}" if getattr(geoopt, own.__name__, None) is own else _snake_case(own.__name__)
         if name.casefold() in _by_word:
-            raise ValueError(f"{shown} would be called {name!r}, which names another kind; call fgo_geo.register_kind")
+            raise ValueError(
+                f"{shown} would be called {name!r}, which is the name of another kind; register its class under "
+                "another name with fgo_geo.register_kind"
+            )
         settings = _settings(manifold)
         tensors = [key for key, value in settings.items() if isinstance(value, (Tensor, torch.nn.Module))]
         if tensors:
-            raise TypeError(f"{shown} holds {tensors[0]!r}; register its class by fgo_geo.register_kind, with build=")
+            raise TypeError(
+                f"{shown} holds {tensors[0]!r}; register its class with fgo_geo.register_kind, and pass build="
+            )
         template = copy.deepcopy(manifold)
 
         def build(radius: Radius) -> geoopt.Manifold:

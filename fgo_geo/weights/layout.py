@@ -1,8 +1,8 @@
-r"""How layers store their weights: the only place that knows.
+r"""How layers store their weights. Only this module knows it.
 
-A :class:`WeightLayout` says which dimension of a weight holds the output channels, which the input channels, and what
-is the kernel. :func:`layout_of` gives the layout of a module's parameter, or the reason why there is none. The layouts
-of torch's layers are entered here by :func:`register_layout`, and users enter those of their own layers.
+A :class:`WeightLayout` records which dimensions of a weight hold the output channels, the input channels and the
+kernel. :func:`layout_of` returns the layout of a module's parameter, or the reason why there is none. This module
+registers the layouts of torch's layers with :func:`register_layout`, and users register those of their own layers.
 """
 
 from __future__ import annotations
@@ -94,15 +94,16 @@ _rules: dict[tuple[str, str], LayoutRule] = {}
 def register_layout(layer: type[nn.Module] | str, parameter: str, layout: LayoutRule) -> None:
     """Register how a type of layer stores a weight, so that :func:`~fgo_geo.constrain` and other functions can read it.
 
-    The layout also applies to derived classes; that of the nearest base class counts. A second call replaces the first.
+    The layout also applies to derived classes; the layout of the nearest base class counts. A second call replaces the
+    first.
 
     Args:
-        layer: The type, or its full name, ``"package.module.Class"``, for which nothing has to be imported.
+        layer: The type, or its full name, ``"package.module.Class"``, which does not import the package.
         parameter: Name of the weight in the layer, e.g. ``"weight"``.
         layout: From a layer to the layout of its weight.
 
     Raises:
-        TypeError: If the layer is no type of module and no name, or the layout cannot be called.
+        TypeError: If ``layer`` is neither a module type nor a name, or ``layout`` is not callable.
 
     Example:
         A linear layer that stores its matrix as ``(C, D)``, as the ``Conv1D`` of GPT-2 does:
@@ -161,7 +162,7 @@ def layout_of(module: nn.Module, name: str) -> WeightLayout | str:
         name: The parameter's name in the module, e.g. ``"weight"``.
 
     Returns:
-        A layout, or what to say of the parameter.
+        A layout, or the reason in words.
 
     Raises:
         ValueError: If the layout that was registered is for another shape.
@@ -209,9 +210,9 @@ def _checked(layout: WeightLayout, module: nn.Module, name: str) -> WeightLayout
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a convolution or linear layer is of a class that computes otherwise than torch's own.
+    """Whether a convolution or linear layer has a class with a forward pass other than torch's own.
 
-    What such a layer computes with may not be its weight: weight standardisation centres and rescales it.
+    Such a layer may not compute with its weight itself: weight standardisation, for example, centres and rescales it.
 
     Example:
         >>> class Standardised(nn.Conv2d):

@@ -8,14 +8,14 @@ For a matrix ``w`` with A rows there are three norms (Mathematics, section 5)::
 
 :func:`matrix_norms` measures a batch of matrices and :func:`group_norms` the concatenations ``w_G = (w¹, ..., w^|G|)``
 of many groups at once; both return :class:`MatrixNorms`, which :mod:`fgo_geo.measures.bounds` reads.
-:func:`manifold_norm_bounds` says what a manifold guarantees before anything is measured.
+:func:`manifold_norm_bounds` returns the bounds that a manifold guarantees without any measurement.
 
-A convolution has two spectral norms, and they differ. *The spectral norm of the reshaped matrix* is that of the weight
-flattened to ``(D, C·kh·kw)``, and is measured here. *The operator norm* is that of the linear map from input to output
-features; it is in :mod:`fgo_geo.weights.operator_norms`, whose functions can be imported from here, too.
+A convolution has two different spectral norms. *The spectral norm of the reshaped matrix* is that of the weight
+flattened to ``(D, C·kh·kw)``; this module measures it. *The operator norm* is that of the linear map from input to
+output features; :mod:`fgo_geo.weights.operator_norms` computes it, and this module exports its functions, too.
 
-Everything is batched, differentiable and computed in float64; results are rounded once to the weight's type, float32
-at least. Entries must be below 1e150 in size, so that squares don't overflow. Non-finite entries give NaN.
+All functions are batched and differentiable, compute in float64, and round results once to the weight's type, float32
+at least. Entries must be below 1e150 in size, so that squares do not overflow. Non-finite entries give NaN.
 """
 
 from __future__ import annotations
@@ -103,8 +103,8 @@ def matrix_norms(w: Tensor) -> MatrixNorms:
     the zero matrix.
 
     Args:
-        w: Matrices, shape ``(..., A, B)``: components, blocks, or a layer's ``weight.flatten(1)``. A convolution's
-            weight as it is stored is taken for a batch of kernels, not for one matrix.
+        w: Matrices, shape ``(..., A, B)``: components, blocks, or a layer's ``weight.flatten(1)``. The unflattened
+            weight of a convolution is a batch of kernels, not one matrix.
 
     Returns:
         Norms of shape ``(...)``.
@@ -133,7 +133,7 @@ def matrix_norms(w: Tensor) -> MatrixNorms:
 
 
 def two_to_one_norm(w: Tensor) -> Tensor:
-    """The 2→1 norm alone of what :func:`matrix_norms` takes: of the three, the one that changes with the transpose.
+    """The 2→1 norm of every matrix, the only one of the three norms that changes when a matrix is transposed.
 
     Returns:
         Norms of shape ``(...)``.

@@ -97,9 +97,9 @@ def conv_operator_norm_bound(
 
         ‖W‖₂ <= ‖(WᴴW)^{2^{t-1}}‖_F^{1/2^t} <= rank(W)^{1/2^{t+1}} ‖W‖₂
 
-    Rounding is covered: the result is raised by a bound on the error of all operations. There are only matrix products,
-    no factorisation. A transposed convolution is the adjoint of the convolution with the same weight tensor and has the
-    same norm: pass the transposed layer's *output* size as ``input_size``.
+    The result includes rounding: it is raised by a bound on the error of all operations. The function uses matrix
+    products only, no factorisation. A transposed convolution is the adjoint of the convolution with the same weight
+    tensor and has the same norm: pass the transposed layer's *output* size as ``input_size``.
 
     Memory: about ``16 · frequencies · D · C/groups · s`` bytes, with half as many frequencies as the torus has points
     divided by s, the product of the strides. Axes on which the kernel is 1 wide count as one point.

@@ -187,7 +187,7 @@ class RectanglePartition(Partition):
 
     @abc.abstractmethod
     def rectangles(self, part: int) -> tuple[Tensor, Tensor]:
-        """Rows ``(n, a)`` and columns ``(n, b)`` of a part's components, kept: compiled code is given their address."""
+        """Rows ``(n, a)`` and columns ``(n, b)`` of a part's components, kept because compiled code holds addresses."""
 
     def entries(self, part: int, chosen: Tensor) -> Tensor:
         """Where the entries of some components of a part are."""

@@ -1,4 +1,4 @@
-r"""Which radius a component's manifold gets.
+r"""The radius of a component's manifold.
 
 The re-scaling parameter of a component is ``R = γ / λ`` ("Mathematics", section 5; [Ozay2019]_). This module holds
 the geometric factor ``γ``, a constant known from shapes:
@@ -7,7 +7,7 @@ the geometric factor ``γ``, a constant known from shapes:
 * :func:`bounding_radius` bounds the norms of the whole group by ``β``, :func:`layer_bounding_radius` those of the whole
   weight.
 
-Both read from :func:`~fgo_geo.weights.norms.manifold_norm_bounds` what norms a component has at radius one.
+Both take the norms of a component at radius one from :func:`~fgo_geo.weights.norms.manifold_norm_bounds`.
 
 :func:`group_radii` evaluates a rule for every group of a partition. The statistical factor ``λ`` is measured while
 training, see :mod:`fgo_geo.models.feature_stats`.
@@ -79,7 +79,7 @@ def kaiming_radius(kind: str, rows: int, columns: int, fan_in: int) -> float:
 def bounding_radius(
     kind: str, rows: int, columns: int, count: int, bound: float, norms: Sequence[Norm] = NORMS
 ) -> float:
-    """The largest radius at which the wanted norms of a group are at most ``bound``, wherever its components are.
+    """The largest radius at which the chosen norms of a group are at most ``bound``, for all points of its components.
 
     If a norm is at most ``b`` on the manifold of radius one, then that of ``n`` components of radius ``γ`` side by side
     is at most ``γ b √n``, for each of the three norms; so ``γ = β / (√n max b)``. With all three norms the largest is
@@ -114,9 +114,9 @@ def bounding_radius(
 def layer_bounding_radius(cut: Partition, bound: float, norms: Sequence[Norm] = NORMS) -> float:
     """The radius of all components at which the wanted norms of the weight ``(D, C K)`` are at most ``bound``.
 
-    The weight has the Frobenius norm ``γ sqrt(Σ F²)`` over the components of all groups, at least that spectral norm,
-    and by Cauchy and Schwarz a 2→1 norm of at most ``√D`` times that, over its ``D`` rows: ``γ = β / sqrt(D Σ F²)``
-    for all three. Blocks are parts of the matrix, so that their spectral norms bound its own.
+    The weight has the Frobenius norm ``γ sqrt(Σ F²)``, summed over the components of all groups. Its spectral norm is
+    at most that, and by Cauchy and Schwarz its 2→1 norm is at most ``√D`` times that, over its ``D`` rows. Hence
+    ``γ = β / sqrt(D Σ F²)`` for all three norms. Blocks are parts of the matrix, so their spectral norms bound its own.
 
     Args:
         cut: The partition of the weight.
@@ -149,7 +149,7 @@ def layer_bounding_radius(cut: Partition, bound: float, norms: Sequence[Norm] = 
 
 
 def check_bound_of(bound_of: object) -> BoundOf:
-    """What a bound is a bound of, in small letters; ValueError if that is not known."""
+    """The argument ``bound_of`` in small letters; ValueError if it is unknown."""
     if small(bound_of) not in get_args(BoundOf):
         raise ValueError(
             f"bound_of must be one of {get_args(BoundOf)}, got {bound_of!r}: the norms of every group, or of the weight"
@@ -173,7 +173,7 @@ def check_rule(rule: object) -> RadiusRule:
         The rule.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If it is anything else.
     """
     if isinstance(rule, (int, float)) and not isinstance(rule, bool) and rule > 0 and math.isfinite(rule):
         return float(rule)
@@ -204,8 +204,8 @@ def group_radii(
         One radius per group in double precision, shape ``(G,)``, in the order of the collection.
 
     Raises:
-        ValueError: If the rule is unknown, the bound not positive, or the rule asks for the radius of a kind that has
-            none.
+        ValueError: If the rule is unknown, the bound is not positive, or the rule needs the radius of a kind without
+            one.
 
     Example:
         >>> from fgo_geo.weights.components import WeightLayout, partition
@@ -236,7 +236,7 @@ def group_radii(
 
 
 def _require_no_radius(kind: str, rule: RadiusRule) -> None:
-    """Raise ValueError if a rule wants something that only a radius could give."""
+    """Raise ValueError if a rule needs a radius."""
     if rule not in ("kaiming", "unit", 1.0):
         raise ValueError(
             f'manifolds of kind {kind!r} have no radius, so radius={rule!r} cannot be met; use radius="unit", or a '

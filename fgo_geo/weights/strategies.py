@@ -48,7 +48,7 @@ def assign_kinds(arguments: Mapping[str, Any], in_index_order: bool = False) -> 
 
     Args:
         arguments: What :func:`check_arguments` returned.
-        in_index_order: Take halves and shares in index order, whatever the selection.
+        in_index_order: Take halves and shares in index order for every selection.
 
     Returns:
         The arrays of a collection.
@@ -127,7 +127,7 @@ def _assign(purpose: str, lines: int, members: int, n_kinds: int, orders: _Order
 
 
 def _index_orders(purpose: str, lines: int, members: int) -> NDArray[np.intp]:
-    """Each line's members in index order, whatever the purpose; shape ``(lines, members)``."""
+    """The members of each line in index order, for every purpose; shape ``(lines, members)``."""
     return np.broadcast_to(np.arange(members), (lines, members))
 
 
@@ -160,13 +160,13 @@ def check_arguments(
     """The arguments of :func:`fgo_geo.grouping.collection`, checked and in canonical form, by name.
 
     Raises:
-        TypeError: A number of channels or the seed is no integer, or the name no string.
+        TypeError: A number of channels or the seed is not an integer, or the name is not a string.
         ValueError: A number of channels is below 1, a word is unknown, or there are no manifolds, or several for
             ``"layer"``.
     """
     if strategy not in STRATEGIES and find(strategy) is not None:
         raise ValueError(
-            f"strategy must be one of {STRATEGIES}, got {strategy!r}, which is a manifold kind: give it as manifolds, "
+            f"strategy must be one of {STRATEGIES}, got {strategy!r}, which is a manifold kind: pass it as manifolds, "
             f"e.g. strategy='layer', manifolds={strategy!r}"
         )
     strategy = _choice("strategy", strategy, STRATEGIES)
@@ -178,7 +178,7 @@ def check_arguments(
     if strategy == "layer" and len(words) > 1:
         raise ValueError(
             f"strategy 'layer' puts the whole layer on one manifold, got {len(words)} manifolds: "
-            "give one of them, or use strategy 'pi', 'po' or 'pio'"
+            "pass one of them, or use strategy 'pi', 'po' or 'pio'"
         )
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, the layer's name, got {name!r}")

@@ -1,19 +1,19 @@
-"""Wording that messages of several rooms share, and words that are arguments.
+"""Wording that messages of several packages share, and words that are arguments.
 
-Words such as ``"stiefel"``, ``"PIO"`` or ``"H1"`` are read in any case of letters, everywhere: :func:`small` is the one
-place that says so.
+Words such as ``"stiefel"``, ``"PIO"`` or ``"H1"`` may mix upper and lower case: :func:`small` converts them.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
-__all__ = ["did_you_mean", "few", "line_width", "small"]
+__all__ = ["did_you_mean", "few", "line_width", "small", "stated"]
 
 _Word = TypeVar("_Word")
 
@@ -29,17 +29,17 @@ def small(word: _Word) -> _Word:
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """A question to append to a message about an unknown word; empty if no known word resembles it.
+    """A question to append to a message about an unknown word; empty if no known word or part of one resembles it.
 
     Args:
-        word: What was given.
-        known: What would have been understood.
+        word: The unknown word.
+        known: The valid words.
 
     Example:
         >>> did_you_mean("steifel", ["sphere", "stiefel"])
         "; did you mean 'stiefel'?"
-        >>> did_you_mean("sphere", ["ScaledSphere", "Stiefel"])
-        "; did you mean 'ScaledSphere'?"
+        >>> did_you_mean("sphere", ["ScaledSphere", "Stiefel"]), did_you_mean("Sphre", ["ScaledSphere", "Stiefel"])
+        ("; did you mean 'ScaledSphere'?", "; did you mean 'ScaledSphere'?")
         >>> did_you_mean(3, ["sphere"])
         ''
     """
@@ -49,7 +49,13 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     found = [name for key, name in by_small.items() if key == small(word)]
     found = found or [name for key, name in by_small.items() if len(word) > 2 and small(word) in key]
     found = found or [by_small[key] for key in difflib.get_close_matches(small(word), by_small)]
+    found = found or [name for name in by_small.values() if difflib.get_close_matches(small(word), _parts(name))]
     return f"; did you mean {' or '.join(map(repr, found[:2]))}?" if found else ""
+
+
+def _parts(name: str) -> list[str]:
+    """The words of a name such as ``ScaledSphere`` or ``plan_of``, in small letters."""
+    return [part.casefold() for part in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
 
 
 def few(names: Sequence[str], limit: int = 6) -> str:
@@ -67,10 +73,26 @@ def few(names: Sequence[str], limit: int = 6) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def line_width() -> float:
-    """How many characters a line may have: those of the terminal; any number where the output is none.
+def stated(names: Sequence[str], predicate: str, limit: int = 6) -> str:
+    """A statement about each of some names.
 
-    Tables of files and logs are as wide as it takes, so that each line is a row.
+    Args:
+        names: Names, in the order to show them.
+        predicate: What holds for each, from its verb on.
+        limit: Number of names to show.
+
+    Example:
+        >>> stated(["bias"], "has one dimension"), stated(["0.bias", "2.bias"], "has one dimension")
+        ('bias: has one dimension', '0.bias, 2.bias: each has one dimension')
+    """
+    each = "each " if len(names) > 1 and not predicate.startswith("cannot ") else ""
+    return f"{few(names, limit)}: {each}{predicate}"
+
+
+def line_width() -> float:
+    """The number of characters that a line may have: the width of the terminal, or infinity for other outputs.
+
+    Tables in files and logs are therefore as wide as their rows.
     """
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return shutil.get_terminal_size().columns if is_terminal else math.inf

@@ -1,4 +1,4 @@
-r"""What a model's weights obey: norms of every group, feasibility, and the generalisation measures that follow.
+r"""Norms of every group of a model's weights, feasibility, and the generalisation measures that follow.
 
 :func:`fgo_geo.report` reads a model and returns a :class:`~fgo_geo.measures.report.presentation.Report`, a frozen
 record of numbers that can be printed and drawn. Each step has its own module:
@@ -12,8 +12,8 @@ record of numbers that can be printed and drawn. Each step has its own module:
    of them and :mod:`~fgo_geo.measures.report.plot` a picture, and
    :mod:`~fgo_geo.measures.report.presentation` gives both to users as methods of the report.
 
-The measures take the model for a chain of its weights: skip connections, pooling and activations count as maps of
-norm at most one. Batch normalisation is left out unless ``fold=True``, see :mod:`fgo_geo.models.folding`.
+The measures treat the model as a chain of its weights: skip connections, pooling and activations count as maps of
+norm at most one. They leave out batch normalisation unless ``fold=True``, see :mod:`fgo_geo.models.folding`.
 """
 
 from fgo_geo.measures.report.presentation import Report

@@ -1,4 +1,4 @@
-"""What data tell about a model: the sizes that its convolutions are applied to, and its margin."""
+"""Run data through a model, to find the input sizes of its convolutions, and its margin."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _MISFITS = (AssertionError, IndexError, RuntimeError, TypeError, ValueError)
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What was seen while the data ran through a model.
+    """The results of running data through a model.
 
     Attributes:
         sizes: The spatial sizes that every convolution was applied to; of transposed ones, the sizes of their outputs.
@@ -35,7 +35,7 @@ class Observed:
 
 
 def observe(model: nn.Module, data: Any, quantile: float) -> Observed:
-    """Run data through a model in eval mode; the model is left as it was.
+    """Run data through a model in eval mode; the model does not change.
 
     Args:
         model: Any module.
@@ -46,7 +46,7 @@ def observe(model: nn.Module, data: Any, quantile: float) -> Observed:
         Sizes and margin; nothing without data.
 
     Raises:
-        ValueError: If the data are none that a report takes, or none that the model takes.
+        ValueError: If the data have a type that a report does not support, or the model fails on them.
     """
     sizes: dict[nn.Module, set[tuple[int, ...]]] = {}
     if data is None:
@@ -74,7 +74,7 @@ def observe(model: nn.Module, data: Any, quantile: float) -> Observed:
         for handle in handles:
             handle.remove()
     if not batches:
-        raise ValueError(f"report: data, a {type(data).__name__}, holds no batch; leave it out, or give one")
+        raise ValueError(f"report: data is an empty {type(data).__name__}; pass at least one batch, or leave data out")
     if not targets:
         return Observed(sizes)
     classes = torch.cat(targets)
@@ -82,7 +82,7 @@ def observe(model: nn.Module, data: Any, quantile: float) -> Observed:
 
 
 def _output(model: nn.Module, inputs: Tensor) -> Any:
-    """What the model computes, with a word on the data if it cannot."""
+    """The output of the model; if it raises an error, one that describes the data."""
     try:
         return model(inputs)
     except torch.OutOfMemoryError:

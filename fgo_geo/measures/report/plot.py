@@ -46,7 +46,9 @@ def draw(report: Record, title: str | None = None) -> Figure:
         from matplotlib import pyplot, ticker
         from matplotlib.backend_bases import FigureCanvasBase
     except ImportError as error:
-        raise ImportError("Report.plot draws with matplotlib, which is missing: pip install matplotlib") from error
+        raise ImportError(
+            "Report.plot draws with matplotlib, which is not installed: pip install matplotlib"
+        ) from error
     pictures = FigureCanvasBase.get_supported_filetypes()
     if isinstance(title, os.PathLike) or (isinstance(title, str) and Path(title).suffix[1:].lower() in pictures):
         name = os.fspath(title)
@@ -114,7 +116,7 @@ def _draw_factors(report: Record, ax: Any) -> None:
 
 
 def _draw_measures(report: Record, ax: Any) -> None:
-    """The logarithms of the measures. That of zero has a bar without length, and a label."""
+    """The logarithms of the measures. The logarithm of zero has a bar of length zero, and a label."""
     names = list(dict.fromkeys(measure.name for measure in report.measures))
     for offset, heading in enumerate(dict.fromkeys(measure.heading for measure in report.measures)):
         values = np.array([measure.value for measure in report.measures if measure.heading == heading])

@@ -1,7 +1,8 @@
 """The report as people use it: printed, compared with another, drawn, written to files.
 
-:class:`Report` adds that to the numbers of a :class:`~fgo_geo.measures.report.record.Record`. The text is made in
-:mod:`~fgo_geo.measures.report.table` and the picture in :mod:`~fgo_geo.measures.report.plot`; both know numbers only.
+:class:`Report` adds this to the numbers of a :class:`~fgo_geo.measures.report.record.Record`.
+:mod:`~fgo_geo.measures.report.table` makes the text and :mod:`~fgo_geo.measures.report.plot` the picture; both read
+numbers only.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class Report(Record):
     """The norms, feasibility and measures of a model. ``print(report)`` shows them as a table."""
 
     def __repr__(self) -> str:
-        """What was measured, in a line."""
+        """A summary in one line."""
         state = "feasible" if self.feasible else "NOT FEASIBLE"
         return f"<Report of {len(self.layers)} layers, {state}; {len(self.measures)} measures>"
 
     def __str__(self) -> str:
-        """Tables of the layers and of the measures, and what is left out."""
+        """Tables of the layers and of the measures, and a list of the parameters that are left out."""
         return tables(self)
 
     def compare(self, other: Report, labels: tuple[str, str] = ("before", "after")) -> str:
@@ -50,7 +51,7 @@ class Report(Record):
             both have them, and those that are divided by the margin if both have these.
 
         Raises:
-            TypeError: If ``other`` is no report, or the labels are no two words.
+            TypeError: If ``other`` is not a report, or the labels are not two words.
             ValueError: If the labels are the same.
         """
         if not isinstance(other, Report):
@@ -98,7 +99,7 @@ class Report(Record):
             The text.
 
         Raises:
-            TypeError: If ``path`` is no path.
+            TypeError: If ``path`` is not a path.
             IsADirectoryError: If it is a folder.
             FileNotFoundError: If its folder does not exist.
         """
@@ -119,7 +120,7 @@ class Report(Record):
         try:
             import pandas
         except ImportError as error:
-            raise ImportError("Report.to_dataframe needs pandas, which is missing: pip install pandas") from error
+            raise ImportError("Report.to_dataframe needs pandas, which is not installed: pip install pandas") from error
         return pandas.DataFrame([layer.to_dict() for layer in self.layers]).set_index("name")
 
 
@@ -128,7 +129,7 @@ def _are_two_words(labels: Any) -> bool:
 
 
 def _file_in_a_folder(path: str | os.PathLike[str]) -> Path:
-    """A path that a file can be written to, as far as folders tell."""
+    """A path whose folder exists and which is not a folder itself."""
     file = Path(path)
     if file.is_dir():
         raise IsADirectoryError(
@@ -137,8 +138,8 @@ def _file_in_a_folder(path: str | os.PathLike[str]) -> Path:
         )
     if not file.parent.is_dir():
         raise FileNotFoundError(
-            f"to_json: path is {os.fspath(path)!r}, and there is no folder {str(file.parent)!r}; make it first, or "
-            "write to another one"
+            f"to_json: path is {os.fspath(path)!r}, and there is no folder {str(file.parent)!r}; create it first, or "
+            "write to another folder"
         )
     return file
 

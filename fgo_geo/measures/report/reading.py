@@ -1,7 +1,7 @@
-"""Reading a model into a report: finding, measuring, summing up.
+"""Read a model into a report: find its weights, measure them, and sum up.
 
-Norms are those of the weights that the network computes with. The groups of a weight are measured part by part of its
-partition, all groups of a part at once.
+The norms are those of the weights that the network computes with. The module measures the groups of a weight part by
+part of its partition, all groups of a part at once.
 """
 
 from __future__ import annotations
@@ -58,22 +58,22 @@ def report(
 ) -> Report:
     r"""Measure a model: norms of all groups, feasibility, and the generalisation measures of Table 1.
 
-    Works on plain, constrained and renormalised models alike. The model does not change; with data it is run in eval
-    mode and then put back.
+    The function works on plain, constrained and renormalised models. The model does not change; with ``data`` it runs
+    in eval mode, and every module returns to its own mode afterwards.
 
     Args:
         model: Any module.
-        data: Tells the layers' input sizes, and the margin if there are labels: a batch of inputs, a pair (inputs,
-            labels), an iterable of either, or the size of one input, e.g. ``(3, 224, 224)``. Without it there are no
-            operator norms of convolutions and no margin.
-        n_samples: Number N of training samples; without it there are no measures. It is not taken from the data, which
-            may be a part of the training set or another one.
+        data: A batch of inputs, a pair (inputs, labels), an iterable of either, or the size of one input, e.g.
+            ``(3, 224, 224)``. It determines the layers' input sizes, and with labels the margin. Without it there are
+            no operator norms of convolutions and no margin.
+        n_samples: Number N of training samples; without it there are no measures. The function does not count the data,
+            because they may be a part of the training set or another set.
         optimizer: A :class:`~fgo_geo.RiemannianFGSGD`, or an optimiser that :func:`~fgo_geo.on_manifolds` keeps on
             manifolds, for statistics of its latest step sizes.
         fold: Fold batch normalisations into their layers first, see :func:`~fgo_geo.models.folding.fold_batchnorm`. A
-            normalisation that cannot be folded is a layer of its own. Feasibility refers to the stored weights.
-        operator_norms: Bound the operator norms of convolutions, given data. Takes a minute or more for large
-            networks on a processor; everything else takes seconds.
+            normalisation that cannot be folded is a separate layer. Feasibility refers to the stored weights.
+        operator_norms: Bound the operator norms of convolutions, if ``data`` is given. This takes a minute or more for
+            large networks on a CPU; everything else takes seconds.
         margin_quantile: The share of samples that may have a smaller margin.
         depth_factor: As in :func:`~fgo_geo.measures.bounds.neyshabur2015`.
 
@@ -81,7 +81,7 @@ def report(
         The report. The width of the measure by [Neyshabur2018]_ is the largest number of channels of a layer.
 
     Raises:
-        TypeError: If the model is no module, or the optimiser has no step sizes to report.
+        TypeError: If the model is not a module, or the optimiser has no step sizes to report.
         ValueError: If a weight holds NaN or infinity (by name), nothing can be measured, the data do not fit the
             model, or another argument is out of range.
 
@@ -261,7 +261,7 @@ def _attribute(model: nn.Module, name: str) -> Any:
 
 
 def _fate_of_parameters(norms: Mapping[str, nn.Module], records: Sequence[BatchNormRecord]) -> dict[str, str]:
-    """What to say of the parameters of batch normalisations that were folded or kept."""
+    """The remark for each parameter of a batch normalisation that was folded or kept."""
     fates: dict[str, str] = {}
     for record in records:
         fate = "is folded into a layer next to it"

@@ -41,7 +41,7 @@ class TauStatistics:
 
 @dataclass(frozen=True, eq=False)
 class LayerReport:
-    """What one weight obeys.
+    """The norms and the feasibility of one weight.
 
     Attributes:
         names: Its names in the model; more than one if the weight is tied.
@@ -56,11 +56,11 @@ class LayerReport:
         operator_norm: Upper bound of the norm of the convolution as a linear operator at its input size (exact for
             circular padding); None if the sizes are not known, and for other layers.
         violation: Largest relative violation of a constraint; None without constraints.
-        feasible: Whether the violation is no more than rounding explains; None without constraints.
+        feasible: Whether rounding can explain the violation; None without constraints.
         uses: Number of layers that use the weight.
         tau: Statistics of the step sizes; None without.
-        one_block: Whether the only group is the whole matrix: plain weights, and those that are a single block. The
-            measures over all groups take it as ``layer`` does.
+        one_block: Whether the only group is the whole matrix, as in plain weights and in weights of a single block. The
+            group form of the measures then uses ``layer``.
     """
 
     names: tuple[str, ...]
@@ -143,9 +143,9 @@ class Measure:
 
     Attributes:
         name: ``"neyshabur2015"``, ``"bartlett2017"`` or ``"neyshabur2018"``.
-        scaling: ``"layers"`` takes one group per layer, which is what the theorems are about. ``"groups"`` multiplies
-            over all groups (Table 1 of [Ozay2019]_); that product bounds no norm of a layer, so compare it among models
-            of the same groups only. A layer that is one block is the same in both.
+        scaling: ``"layers"`` takes one group per layer, as the theorems do. ``"groups"`` multiplies over all groups
+            (Table 1 of [Ozay2019]_); this product does not bound any norm of a layer, so compare it only between models
+            with the same groups. A layer that is one block is the same in both.
         value: The measure with margin 1.
         margin_value: The measure divided by the margin; None without a positive margin.
         factors: Every layer's factor of the product, in the order of :attr:`Record.chain`.
@@ -175,9 +175,9 @@ class Record:
         measures: Three measures in two scalings; none without ``n_samples``.
         n_samples: Number N of training samples.
         margin: The quantile of the margins on the data; None without labelled data.
-        batch_norms: What became of the batch normalisations; empty unless they were folded.
+        batch_norms: The outcome for every batch normalisation; empty unless they were folded.
         unfolded: Number of batch normalisations that the measures leave out.
-        n_labelled: Number of samples that the margin is of.
+        n_labelled: Number of samples from which the margin was computed.
     """
 
     layers: tuple[LayerReport, ...]
@@ -191,7 +191,7 @@ class Record:
 
     @property
     def chain(self) -> tuple[LayerReport, ...]:
-        """The layers that the measures multiply: those of a tied weight as often as it is used."""
+        """The layers that the measures multiply; a tied weight appears as often as the model uses it."""
         return tuple(layer for layer in self.layers for _ in range(layer.uses))
 
     @property
@@ -206,7 +206,7 @@ class Record:
             name: Name of a weight, ``"fc.weight"``, or of a module with one measured weight, ``"fc"``.
 
         Raises:
-            KeyError: If there is none, with the reason if it was left out, or names that are like it.
+            KeyError: If there is none, with the reason if it was left out, or similar names.
         """
         for layer in self.layers:
             if name in layer.names:
@@ -224,8 +224,8 @@ class Record:
         inside = [n for n in known if n.startswith(f"{name}.")]
         near = inside or difflib.get_close_matches(str(name), known, n=3) or known
         raise KeyError(
-            f"{name!r} is not measured: it is no parameter of the model, nor a module with one measured weight; "
-            f"there is {few(near)}"
+            f"{name!r} is not measured: it is neither a parameter of the model nor a module with one measured weight; "
+            f"the names are {few(near)}"
         )
 
     def measure(self, name: str, scaling: Scaling = "groups") -> Measure:

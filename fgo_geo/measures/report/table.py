@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fgo_geo.measures.report.record import LayerReport, Record
-from fgo_geo.weights.words import few, line_width
+from fgo_geo.weights.words import line_width, stated
 
 __all__ = ["comparison", "tables"]
 
@@ -25,7 +25,8 @@ def tables(report: Record) -> str:
         report: A report.
 
     Returns:
-        Text of several lines, as wide as it takes; on a terminal that is too narrow with fewer columns.
+        Text of several lines. The table is as wide as its content; on a terminal that is too narrow it has fewer
+        columns.
     """
     width = line_width()
     table = _layer_table(report)
@@ -39,9 +40,7 @@ def tables(report: Record) -> str:
         reasons.setdefault(reason, []).append(name)
     if reasons:
         lines = [
-            textwrap.fill(
-                f"{few(names)}: {reason}", int(min(width, 160)), initial_indent="  ", subsequent_indent="    "
-            )
+            textwrap.fill(stated(names, reason), int(min(width, 160)), initial_indent="  ", subsequent_indent="    ")
             for reason, names in reasons.items()
         ]
         parts.append("\n".join(["Not measured:", *lines]))
@@ -125,7 +124,7 @@ def _narrow_layer_table(report: Record) -> Table:
 
 
 def _filled(text: str, width: float) -> str:
-    """Lines that fit a width, sentence by sentence as they were."""
+    """The lines of a text, wrapped to a width."""
     if width == math.inf:
         return text
     return "\n".join(textwrap.fill(line, int(width), subsequent_indent="  ") for line in text.splitlines())
@@ -157,21 +156,21 @@ def _summary(report: Record) -> str:
         worst_violation = max(cast(float, layer.violation) for layer in constrained)
         lines.append(f"All of them are feasible, off by {worst_violation:.1e} at most (relative).")
     if report.unfolded:
-        remedy = "they are no fixed maps, or not used" if report.batch_norms else "fold=True takes them in"
-        lines.append(f"{report.unfolded} batch normalisations are in no norm and no measure: {remedy}.")
+        remedy = "they are not fixed maps, or not used" if report.batch_norms else "pass fold=True to include them"
+        lines.append(f"Norms and measures leave out {report.unfolded} batch normalisation(s): {remedy}.")
     if not report.measures:
         seen = ""
         if report.margin is not None:
-            seen = f" The margin is {report.margin:.3g}, of {report.n_labelled:,} labelled samples."
+            seen = f" The margin is {report.margin:.3g}, from {report.n_labelled:,} labelled samples."
         lines.append(f"There are no measures: pass n_samples, the number of training samples.{seen}")
     else:
         if not all(layer.one_block for layer in report.layers):
             lines.append(
-                "The theorems are about the layer form. The group form, a product over all groups, bounds no norm of a "
-                "layer: compare it among models of the same groups only."
+                "The theorems apply to the layer form. The group form, a product over all groups, does not bound any "
+                "norm of a layer: compare it only between models with the same groups."
             )
         if report.margin is not None and report.margin <= 0:
-            lines.append(f"The margin is {report.margin:.3g}: there is no measure that is normalised by it.")
+            lines.append(f"The margin is {report.margin:.3g}, not positive, so no measure can be divided by it.")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """The weights of a model that can be measured, with their groups: plain, on a manifold, or renormalised.
 
-A weight that is declared on a manifold by hand, as a parameter of a layer of its own, is taken for
-``(outputs, inputs, *kernel)``: what a convolution and a linear layer are.
+The module reads a weight that is declared on a manifold by hand in a custom layer as ``(outputs, inputs, *kernel)``, as
+in a convolution or a linear layer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = ["Weight", "find_weights"]
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """A weight as it is found.
+    """A weight of a model.
 
     Attributes:
         names: Its names in the model.
