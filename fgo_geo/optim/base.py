@@ -147,8 +147,10 @@ class Stepper:
             self._take(self._exchange.collect(requests), self._exchange)
             _write_back(requests)
         for request in requests:
-            for sharded in (False, True):  # torch steps sharded tensors in one call, or others, not both
-                self._step_plain([own for own in request.plain if is_shared(own[0]) is sharded], request.options)
+            shared = [own for own in request.plain if is_shared(own[0])]
+            self._step_plain(shared, request.options)  # torch steps sharded tensors in one call, or others, not both
+            others = [own for own in request.plain if not is_shared(own[0])] if shared else request.plain
+            self._step_plain(others, request.options)
 
     def _step_plain(self, plain: Sequence[tuple[Tensor, Tensor]], options: StepOptions) -> None:
         """The step of :class:`torch.optim.SGD`, bit for bit."""
@@ -488,6 +490,8 @@ def _is_finite(own: Measured) -> bool:
 def manifold_of(param: Tensor) -> geoopt.Manifold | None:
     """The manifold of a constrained parameter, None for a plain one (Geoopt's Euclidean manifold included)."""
     manifold = getattr(param, "manifold", None)
+    if manifold is None:
+        return None
     constrained = isinstance(manifold, geoopt.Manifold) and not isinstance(manifold, geoopt.Euclidean)
     return manifold if constrained else None
 

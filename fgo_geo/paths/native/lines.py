@@ -96,6 +96,7 @@ class _LineBatch(Batch):
         self._coefficients = torch.empty(_COEFFICIENTS * lines, dtype=torch.float32)
         self._entries = (_Lines * len(tables))()
         self._work = sum(weight.param.numel() for weight in self.weights)
+        self._handed: list[dict[str, tuple[list[int], np.ndarray]]] = []  # per weight: addresses of the latest step
         first_groups = itertools.accumulate(self.counts, initial=0)
         first_lines = itertools.accumulate((table.lines for table in tables), initial=0)
         for entry, table, group, line in zip(self._entries, tables, first_groups, first_lines, strict=False):
@@ -107,6 +108,7 @@ class _LineBatch(Batch):
             entry.squared_norms = self._norms.data_ptr() + group * self._norms.itemsize
             entry.scales = self._scales.data_ptr() + group * self._scales.itemsize
             entry.lines, entry.length, entry.width = table.lines, table.length, table.width
+            self._handed.append({})
             if table.blocks is not None:
                 for name in _OF_BLOCKS:
                     setattr(entry, name, getattr(table.blocks, name).data_ptr())
@@ -129,8 +131,10 @@ class _LineBatch(Batch):
         for weight, entry in zip(self.weights, self._entries, strict=True):
             entry.buffer = None if weight.buffer is None else weight.buffer.data_ptr()  # a new one in the first step
         memory = [
-            self._hand_over(weight, table, entry)
-            for weight, table, entry in zip(self.weights, self._tables, self._entries, strict=True)
+            self._hand_over(weight, table, entry, handed)
+            for weight, table, entry, handed in zip(
+                self.weights, self._tables, self._entries, self._handed, strict=True
+            )
             if table.other_parts
         ]
         torch.autograd.graph.increment_version([weight.param for weight in self.weights])
@@ -139,23 +143,28 @@ class _LineBatch(Batch):
         for weight in self.weights:
             weight.staged.clear()
 
-    def _hand_over(self, weight: Weight, table: LineTable, entry: _Lines) -> list[object]:
+    def _hand_over(
+        self, weight: Weight, table: LineTable, entry: _Lines, handed: dict[str, tuple[list[int], np.ndarray]]
+    ) -> list[Tensor]:
         """Pass on the blocks that other paths have stepped; the result holds their memory."""
-        held: list[object] = []
+        held: list[Tensor] = []
+        cut = cast(BlockPartition, cast(ProductOfGroups, weight.manifold).partition)
         for name, which in (("points", 0), ("momenta", 1)):
-            addresses: list[np.ndarray] = []
+            values: list[Tensor] = []
             for part in table.other_parts:
                 value = weight.staged[part][which]
                 if value is not None:
-                    cut = cast(BlockPartition, cast(ProductOfGroups, weight.manifold).partition)
                     rows, columns = cut.rectangles(part)
-                    own = (value.mT if rows.shape[1] < columns.shape[1] else value).contiguous()
-                    addresses.append(own.data_ptr() + np.arange(len(own)) * (own[0].numel() * own.itemsize))
-                    held.append(own)
-            if addresses:
-                every = np.concatenate(addresses)
-                setattr(entry, name, every.ctypes.data)
-                held.append(every)
+                    values.append((value.mT if rows.shape[1] < columns.shape[1] else value).contiguous())
+            places = [value.data_ptr() for value in values]
+            if values and (name not in handed or handed[name][0] != places):
+                addresses = [
+                    place + np.arange(len(own)) * (own[0].numel() * own.itemsize)
+                    for place, own in zip(places, values, strict=True)
+                ]
+                handed[name] = places, np.concatenate(addresses)
+                setattr(entry, name, handed[name][1].ctypes.data)
+            held += values
         return held
 
     def _run(self, name: str, options: StepOptions) -> None:

@@ -8,6 +8,7 @@ takes two sweeps. Where the check is off, nothing is refused, and no look at the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -44,40 +45,38 @@ class RowBatch(KernelBatch):
 
     def __init__(self, claims: Sequence[Claim]) -> None:
         super().__init__(claims)
-        self._known: list[tuple[int, int] | None] = [None] * len(self.weights)  # versions after the last step
+        self._known: list[tuple[int, int]] | None = None  # versions after the last step
 
     def is_moderate(self, options: StepOptions) -> bool:
         """Whether the weights have not changed since the last step, and gradients show that all norms are finite."""
-        now = [_version(weight) for weight in self.weights]
-        if None in now or now != self._known:
+        if self._known is None or self._versions() != self._known:
             return False
         self.read()
         return self.run("fgo_large", options) == 0
 
     def sweep(self, options: StepOptions, curvatures: Tensor | None, leaves_out: bool) -> Tensor:
         """Measure and move, row by row."""
-        self.read()
+        if leaves_out:  # nothing was asked before
+            self.read()
         for _, entry in self.entries:
             place = entry.squared_norms - self.norms.data_ptr()
             entry.curvatures = None if curvatures is None else curvatures.data_ptr() + place
         self.norms.zero_()
         self.write("fgo_step", options, leaves_out)
-        is_finite = bool(self.norms.sum().isfinite())
-        self._known = [_version(weight) if is_finite else None for weight in self.weights]
+        self._known = self._versions() if math.isfinite(float(self.norms.sum())) else None
         return self.norms.clone()  # its memory is used again
 
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
         """The step in a sweep of its own."""
         super().move(options, scale, leaves_out)
-        self._known = [None if leaves_out else _version(weight) for weight in self.weights]
+        self._known = None if leaves_out else self._versions()
 
-
-def _version(weight: Weight) -> tuple[int, int] | None:
-    """Address and version of a weight; None if changes are not counted."""
-    param = weight.param
-    if param.is_inference():
-        return None
-    return param.data_ptr(), param._version  # pyright: ignore[reportPrivateUsage]
+    def _versions(self) -> list[tuple[int, int]] | None:
+        """Address and version of every weight; None if changes are not counted."""
+        params = [weight.param for weight in self.weights]
+        if any(param.is_inference() for param in params):
+            return None
+        return [(param.data_ptr(), param._version) for param in params]  # pyright: ignore[reportPrivateUsage]
 
 
 def _has_groups_within_rows(table: KernelTable) -> bool:
