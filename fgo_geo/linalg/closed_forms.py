@@ -16,6 +16,7 @@ from torch import Tensor
 from fgo_geo.linalg.polar_derivative import polar_differential_square, polar_differential_square_along
 from fgo_geo.linalg.products import divide_or_zero
 from fgo_geo.linalg.smooth import apply, save
+from fgo_geo.linalg.values import reads_for_free
 
 __all__ = ["has_closed_form", "polar_factor_3", "spectral_norm_3"]
 
@@ -70,9 +71,11 @@ def _polar_3(y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     right-hand side, which Newton's method solves from above. (Higham and Noferini 2016 solve the same problem with
     quaternions.)
     """
-    flat = _cofactors(y).square().sum((0, 1)) <= _FLAT**2
-    y = y + _identity_3(torch.where(flat, _LIFT, 0.0).to(y.dtype))
     cofactors = _cofactors(y)
+    flat = cofactors.square().sum((0, 1)) <= _FLAT**2
+    if not reads_for_free(y) or bool(flat.any()):
+        y = y + _identity_3(torch.where(flat, _LIFT, 0.0).to(y.dtype))
+        cofactors = _cofactors(y)
     twice = _cofactors(cofactors)  # det(y) y, without the cancellation of the determinant itself
     squares, minors = y.square().sum((0, 1)), cofactors.square().sum((0, 1))
     determinant = (y * twice).sum((0, 1)) / squares
