@@ -142,6 +142,7 @@ FILES = {
         "filters.py",
         "grouping.py",
         "kernels.py",
+        "kind_checks.py",
         "kinds.py",
         "layout.py",
         "norms.py",

@@ -86,23 +86,71 @@ def test_a_kind_that_is_added_and_taken_out() -> None:
         kinds.kind("rows")
 
 
-def test_a_class_whose_projection_or_violation_returns_something_else() -> None:
-    class Zero(Rows):
-        def projx(self, x: Tensor) -> Tensor:
-            return torch.zeros_like(x)
+class OwnRows(Rows):
+    """A class of a user's own, whose methods the tests below replace one by one."""
 
-    class OneNumber(Rows):
-        def violation(self, x: Tensor) -> Tensor:
-            return super().violation(x).amax()
 
-    cases = {Zero: r"projx of .* 'own' .* mean norm 0;", OneNumber: r"violation of .* 'own' .*\(256,\) .* got \(\);"}
-    for wrong, message in cases.items():
-        fgo_geo.register_kind("own", wrong)
-        try:
-            with pytest.raises(ValueError, match=message):
-                fgo_geo.constrain(nn.Sequential(nn.Linear(4, 4)), "layer", "own", classifier=True)
-        finally:
-            kinds.unregister_kind("own")
+FAULTS = {
+    "projx, zeros": ({"projx": lambda self, x: torch.zeros_like(x)}, r"projx .* points .* largest entry 0$"),
+    "projx, shape": ({"projx": lambda self, x: x.mT}, r"projx .* shape \(3, 4, 3\), got the shape \(3, 3, 4\)"),
+    "projx, NaN": ({"projx": lambda self, x: x * torch.nan}, r"projx .* finite .* got 36 that are not finite"),
+    "projx, off": ({"projx": lambda self, x: x}, r"projx .* points of the manifold.* violation is [\d.]+, and"),
+    "proju, shape": ({"proju": lambda self, x, u: u[0]}, r"proju .* shape \(3, 4, 3\), got the shape \(4, 3\)"),
+    "retr, off": ({"retr": lambda self, x, u: 2 * x}, r"retr .* points of the manifold.* violation is 1, and"),
+    "violation, shape": (
+        {"violation": lambda self, x: Rows.violation(self, x).amax()},
+        r"violation .* one number per component: the shape \(3,\) for \(3, 4, 3\), got \(\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("norms", [None, lambda rows, columns: (math.sqrt(rows), math.sqrt(rows))])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_class_whose_methods_return_something_else_is_refused_on_first_use(fault: str, norms: Any) -> None:
+    methods, message = FAULTS[fault]
+    fgo_geo.register_kind("own", type("Faulty", (OwnRows,), methods), norms=norms)
+    model = nn.Sequential(nn.Linear(3, 4))
+    before = model[0].weight.clone()
+    uses = [
+        lambda: fgo_geo.constrain(model, "layer", "own", radius="unit", classifier=True),
+        lambda: fgo_geo.constrain(model, "layer", "own", classifier=True),
+    ]
+    if norms is not None:
+        uses.append(lambda: fgo_geo.renormalize(model[0], manifold="own"))
+    try:
+        for use in uses:
+            with pytest.raises(TypeError, match=message):
+                use()
+    finally:
+        kinds.unregister_kind("own")
+    assert type(model[0].weight) is nn.Parameter
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("bounds", [(1.9, 2.0), (2.0, 1.0)])
+def test_norms_that_points_exceed_are_refused(bounds: tuple[float, float]) -> None:
+    fgo_geo.register_kind("own", OwnRows, norms=lambda rows, columns: bounds)
+    try:
+        with pytest.raises(
+            TypeError, match=r"norms .* 'own' returns .* 4 x 3, but .* Frobenius norm 2 and the spectral"
+        ):
+            ProductOfGroups(collection(4, 3, "layer", "own", components="block"), (4, 3))
+    finally:
+        kinds.unregister_kind("own")
+
+
+def test_methods_are_checked_once_for_each_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    projx = Rows.projx
+    monkeypatch.setattr(OwnRows, "projx", lambda self, x: seen.append(tuple(x.shape)) or projx(self, x), raising=False)
+    record = fgo_geo.register_kind("own", OwnRows)
+    try:
+        for rows, columns in ((4, 3), (4, 3), (6, 3), (300, 100), (400, 200)):
+            ProductOfGroups(collection(rows, columns, "layer", "own", components="block"), (rows, columns))
+    finally:
+        kinds.unregister_kind("own")
+    assert seen == [(3, 4, 3), (3, 6, 3), (3, 32, 32)]
+    assert record.checked == {shape[1:] for shape in seen}
 
 
 def test_the_constructor_gets_ndim_if_it_takes_it() -> None:

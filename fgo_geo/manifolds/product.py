@@ -122,6 +122,7 @@ class ProductOfGroups(EmbeddedManifold):
             ok, reason = manifold._check_shape((n, *size), "component")  # pyright: ignore[reportPrivateUsage]
             if not ok:
                 raise ValueError(f"ProductOfGroups: {name} cannot hold components of size {size}: {reason}")
+            kind(name).check_methods(*size)
             manifolds.append(manifold)
         for manifold in manifolds:
             if isinstance(manifold, ComponentManifold):

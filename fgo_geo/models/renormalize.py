@@ -247,6 +247,7 @@ def _require_dimensions(kind: str, size: tuple[int, int]) -> None:
     fits, reason = kinds.kind(kind).build(1.0)._check_shape(size, "component")  # pyright: ignore
     if not fits:
         raise ValueError(f"renormalize: {kind} cannot hold components of size {size}: {reason}")
+    kinds.kind(kind).check_methods(*size)
 
 
 # -- layers ------------------------------------------------------------------------------------------------------

@@ -19,14 +19,15 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import geoopt
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import Memory
+from fgo_geo.linalg import Memory, traces
+from fgo_geo.weights.kind_checks import LARGEST_CHECKED, check_methods, drawn
 from fgo_geo.weights.words import did_you_mean
 
 __all__ = [
@@ -75,6 +76,7 @@ class Kind:
         joins_filters: With filters as components, whether all filters of a group form one component, with one column
             each. Otherwise every filter is a component.
         aliases: Other words for it.
+        checked: The sizes on which :meth:`check_methods` has found nothing wrong.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Kind:
     options: tuple[str, ...] = ()
     joins_filters: bool = False
     aliases: tuple[str, ...] = ()
+    checked: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]], repr=False)
 
     @property
     def is_free(self) -> bool:
@@ -100,7 +103,7 @@ class Kind:
         return hasattr(self.manifold, "radius_for")
 
     def typical_norm(self, rows: int, columns: int) -> float:
-        """Frobenius norm at radius one: the bound, or without one the root mean square of 256 projected random points.
+        """Frobenius norm at radius one: the bound, or without one the root mean square of projected random points.
 
         Args:
             rows: ``A``.
@@ -110,27 +113,35 @@ class Kind:
             A number.
 
         Raises:
-            ValueError: If ``projx`` of the class returns no points, or ``violation`` not one number for each.
+            TypeError: As :meth:`check_methods`.
         """
+        self.check_methods(rows, columns)
         if self.norms is not None:
             return self.norms(rows, columns)[0]
-        generator = torch.Generator().manual_seed(0)
-        manifold = self.build(1.0)
-        drawn = torch.randn(256, rows, columns, dtype=torch.float64, generator=generator)
-        points = manifold.projx(drawn)
-        norm = math.sqrt(float(points.square().sum()) / len(points))
-        if points.shape != drawn.shape or not 0 < norm < math.inf:
-            raise ValueError(
-                f"projx of the manifold kind {self.name!r} must keep the shape {tuple(drawn.shape)} and return finite "
-                f"points, not all of them zero; their shape is {tuple(points.shape)} and their mean norm {norm:g}"
-            )
-        if hasattr(manifold, "violation") and manifold.violation(points).shape != drawn.shape[:1]:
-            raise ValueError(
-                f"violation of the manifold kind {self.name!r} must return one number per component: the shape (256,) "
-                f"for {tuple(drawn.shape)}, got {tuple(manifold.violation(points).shape)}"
-            )
-        return norm
+        count = max(1, min(256, _MOST_DRAWN // (rows * columns)))
+        points = self.build(1.0).projx(drawn(count, rows, columns))
+        return math.sqrt(float(points.square().sum()) / count)
 
+    def check_methods(self, rows: int, columns: int) -> None:
+        """Check the methods of a user's class, once for each size of components.
+
+        Args:
+            rows: ``A``.
+            columns: ``B``. Components of more than 32 rows or columns are checked at 32.
+
+        Raises:
+            TypeError: As :func:`~fgo_geo.weights.kind_checks.check_methods`.
+        """
+        size = (min(rows, LARGEST_CHECKED), min(columns, LARGEST_CHECKED))
+        if self.name not in _of_users or self.manifold.__module__.startswith("geoopt.") or size in self.checked:
+            return
+        unit: Any = self.build(1.0)
+        if not traces() and unit._check_shape((3, *size), "x")[0]:
+            check_methods(self.name, unit, self.norms, *size)
+            self.checked.add(size)
+
+
+_MOST_DRAWN = 2**20  # numbers, to measure a norm
 
 _kinds: dict[str, Kind] = {}
 _by_word: dict[str, Kind] = {}
