@@ -73,3 +73,17 @@ def test_the_messages_that_are_explained_exist():
     texts = texts_of_the_package()
     missing = [part for message in quoted for part in map(str.strip, message.split("...")) if part not in texts]
     assert not missing
+
+
+@pytest.mark.parametrize(
+    ("words", "page"),
+    [
+        ("DDP", "guides/many-gpus.md"),
+        ("GeoTorch", "comparison.md"),
+        ("Muon", "guides/any-optimiser.md"),
+        ("custom manifold", "guides/own-manifold.md"),
+        ("transformer", "guides/transformers.md"),
+    ],
+)
+def test_what_newcomers_search_for_leads_to_its_page(words, page):
+    assert re.search(rf"\b{words}\b", (DOCS / page).read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """Training on many processes: sharded models whose weights stay on their manifolds.
 
-DistributedDataParallel needs nothing of this. For FSDP2, :func:`fully_shard` takes the place of torch's function of the
-same name; :class:`~fgo_geo.RiemannianFGSGD` and :func:`~fgo_geo.on_manifolds` then step the shards, with the step of
+DistributedDataParallel does not need this package. For FSDP2, :func:`fully_shard` replaces torch's function of the same
+name; :class:`~fgo_geo.RiemannianFGSGD` and :func:`~fgo_geo.on_manifolds` then take the same steps on the shards as on
 one process.
 """
 

@@ -1,8 +1,8 @@
-"""Distributed checkpoints that carry the plan: written by all processes, read by another number of them.
+"""Distributed checkpoints with the plan. All processes write one, and a different number of processes can read it.
 
-``torch.distributed.checkpoint`` saves tensors shard by shard and drops the metadata of a ``state_dict``, in which a
-plan travels elsewhere. :class:`TrainingState` saves the plan as JSON beside the tensors. On loading it puts the model
-on the manifolds of that plan first, whatever seed the model was constrained with.
+``torch.distributed.checkpoint`` saves tensors shard by shard and drops the metadata of a ``state_dict``, which usually
+holds the plan. :class:`TrainingState` saves the plan as JSON beside the tensors. On loading it first puts the model on
+the manifolds of that plan, even if the model was constrained with another seed.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ __all__ = ["TrainingState"]
 class TrainingState:
     """A model, its optimiser and its plan, for ``torch.distributed.checkpoint``.
 
-    All processes save and load. Weights and momentum are saved as they are sharded, so another number of processes can
-    load them, and so can a model that is not sharded, or not constrained: it takes the values alone.
+    All processes save and load. Each saves its shards of weights and momentum, so a different number of processes can
+    load them, and so can a model that is not sharded. A model that is not constrained loads only the values.
 
     Args:
         model: The model, sharded, replicated or neither.
         optimizer: Its optimiser, if that is to be saved.
 
     Raises:
-        ValueError: On loading, if values are off the manifolds of the plan that was saved, or, where none was saved,
-            off the model's. The checkpoint has been read into the tensors by then: load a good one, or build the model
-            anew.
+        ValueError: On loading, if values are off the manifolds of the saved plan, or off the model's own manifolds if
+            the checkpoint has no plan. The checkpoint has been read into the tensors by then: load a valid one, or
+            build the model again.
 
     Example:
         On every process, with ``dcp`` for ``torch.distributed.checkpoint``::
@@ -46,7 +46,7 @@ class TrainingState:
         self.optimizer = optimizer
 
     def state_dict(self) -> dict[str, Any]:
-        """What is saved: ``"model"``, ``"plans"`` (JSON) and ``"optimizer"``, as far as there are any."""
+        """The objects to save: ``"model"``, and if they exist ``"plans"`` (JSON) and ``"optimizer"``."""
         from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
         state: dict[str, Any] = {"model": get_model_state_dict(self.model)}
@@ -58,7 +58,7 @@ class TrainingState:
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was loaded: the plan first, then the values, then the optimiser's state.
+        """Load the plan first, then the values, then the optimiser's state.
 
         Args:
             state_dict: As from :meth:`state_dict`.
@@ -73,7 +73,7 @@ class TrainingState:
 
 
 def _adopt(plan: Plan, stored: str) -> None:
-    """Put a plan's model on the manifolds of another plan; its values are looked at when they are loaded."""
+    """Put a plan's model on the manifolds of another plan; loading checks the values."""
     model, before, entries = plan.model, plan.constrained, Plan.from_json(stored).entries
     if model is None or entries == plan.entries:
         return

@@ -1,19 +1,19 @@
 """The collectives of a step of sharded weights.
 
-A weight that is dealt in whole components, as convolutions are, is stepped in place by all processes, each its own part
-(:mod:`fgo_geo.distributed.local`). For any other, projection, retraction and ``R²`` need all of it: it has an *owner*,
-the process that steps it for all (:mod:`fgo_geo.distributed.owners`). Either way the step is that of one process, by
-the same execution paths:
+If sharding keeps the components of a weight whole, as it does for convolutions, every process steps its own components
+in place (:mod:`fgo_geo.distributed.local`). Otherwise projection, retraction and ``R²`` need the whole weight. It then
+has an *owner*, the process that steps it for all (:mod:`fgo_geo.distributed.owners`). In both cases the step equals
+that on one process, by the same execution paths:
 
-1. *agree*: one small all-reduce, in which a process that has an error, or other manifolds than the rest, is heard;
+1. *agree*: one small all-reduce tells all processes whether one of them has an error or different manifolds;
 2. *collect*: one all-to-all brings weight, gradient and momentum to the owners;
-3. all measure, and *add up* ``R²`` of the groups that several processes have components of, in one all-reduce;
-4. all *agree* again: if one refuses, all do, and nothing has changed anywhere;
-5. all move, and one all-to-all *puts back* weight and momentum of the owners, with ``τ`` of every group for everybody.
+3. all measure, and one all-reduce *adds up* ``R²`` of the groups whose components are on several processes;
+4. all *agree* again: if one process refuses, all do, and nothing has changed on any of them;
+5. all move, and one all-to-all *puts back* the weights and momentum of the owners, with ``τ`` of every group for all.
 
-Between steps nothing is kept at the owner: weights and state are the shards, as every other tool of torch expects them.
-With ``N`` processes, each sends and receives one part in ``N`` of five copies of the weights that have owners. On a
-mesh that replicates shards, every replica does the same.
+Between steps the owner stores nothing: weights and state are sharded, as all other torch tools expect. With ``N``
+processes, each sends and receives ``1/N`` of five copies of the weights that have owners. On a mesh that replicates
+shards, every replica does the same.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ class WeightExchange:
             error: What this process would raise; None if nothing.
 
         Raises:
-            Exception: The error, or one of the same type with the words of the process that has it.
+            Exception: The error, or one of the same type with the message of the process that has it.
             ValueError: If the manifolds differ.
         """
         flags = torch.tensor([int(error is not None), self._number, -self._number], device=self._device)
@@ -281,8 +281,9 @@ class WeightExchange:
     def add_up(self, measured: Sequence[Measured], error: Exception | None) -> Exception | None:
         """Sum ``R²`` of groups whose components several processes have.
 
-        Gradients that cannot be squared on one process are divided by the same power of two on all, and measured again.
-        A process that meets an error keeps it until the next sum, which tells the others, so that none of them waits.
+        If a gradient cannot be squared on one process, all processes divide it by the same power of two and measure
+        again. A process with an error keeps it until the next sum, which informs the others, so that none of them
+        waits.
 
         Args:
             measured: All batches of the step; their ``R²`` are those of all components afterwards.

@@ -1,11 +1,11 @@
 """Weights that are dealt in whole components: every process steps its own, and only ``R²`` of groups is exchanged.
 
-FSDP2 cuts the weight of a convolution along its output channels, between kernels and not through them. What a process
-has is then itself a weight on a product of manifolds, with fewer channels: projection, retraction and momentum need
-nothing from others. A group has kernels on several processes where it runs along the channels that are cut (PI, the
-half of PIO that is grouped by input channel, and one group for the layer); its ``R²`` is a sum over them. Under PO no
-group does, and nothing is exchanged. The same holds for filters, and for single manifolds that are declared by hand on
-trailing dimensions; blocks of matrices are cut through, and go to an owner.
+FSDP2 cuts the weight of a convolution along its output channels, between kernels and not through them. The part on a
+process is then itself a weight on a product of manifolds, with fewer channels: projection, retraction and momentum need
+no data from other processes. A group has kernels on several processes if it extends along the output channels (PI, the
+half of PIO that is grouped by input channel, and one group for the layer); its ``R²`` is a sum over these processes.
+Under PO no group does, and the processes exchange nothing. The same holds for filters, and for single manifolds that
+are declared by hand on trailing dimensions. FSDP2 cuts through blocks of matrices, so these have an owner.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Who steps which weight: every weight has one owner, and all owners have about as much to do.
 
-Sphere, oblique and Euclidean components are swept over in memory; orthonormal ones of ``p`` columns take ``12 p``
-operations for every number besides. A Stiefel matrix of 1,024 columns costs as much as a table thirty times its size.
+A step of sphere, oblique and Euclidean components sweeps over memory; orthonormal components of ``p`` columns take
+another ``12 p`` operations per number. A Stiefel matrix of 1,024 columns costs as much as a spherical weight of thirty
+times its size.
 """
 
 from __future__ import annotations

@@ -21,9 +21,8 @@ _Modules = TypeVar("_Modules", nn.Module, Sequence[nn.Module])
 def fully_shard(module: _Modules, **kwargs: Any) -> _Modules:
     """Shard a module's parameters, by ``torch.distributed.fsdp.fully_shard``, and keep them on their manifolds.
 
-    Use it wherever torch's function would be called, part by part from the bottom up, after
-    :func:`~fgo_geo.constrain` and before the optimiser is built. Weights that were declared on manifolds by hand are
-    kept there, too.
+    Call it in place of torch's function, part by part from the bottom up, after :func:`~fgo_geo.constrain` and before
+    you build the optimiser. Weights that were declared on manifolds by hand stay there, too.
 
     Args:
         module: A module, or several that are gathered together.
@@ -34,7 +33,8 @@ def fully_shard(module: _Modules, **kwargs: Any) -> _Modules:
         What torch's function returns.
 
     Raises:
-        ValueError: If parameters are to be offloaded to the CPU of another device's mesh. Nothing has changed then.
+        ValueError: If an offload policy would keep constrained parameters on the CPU while the mesh is of another
+            device. In this case nothing has changed.
     """
     from torch.distributed.fsdp import CPUOffloadPolicy
     from torch.distributed.fsdp import fully_shard as torch_fully_shard
@@ -64,9 +64,10 @@ def fully_shard(module: _Modules, **kwargs: Any) -> _Modules:
 
 
 def declare_plain(model: nn.Module) -> nn.Module:
-    """Say that the sharded parameters of a model are on no manifold, as far as it is not known that they are.
+    """Declare that all sharded parameters of a model without a known manifold are plain.
 
-    For models that torch has sharded. An optimiser of this package refuses sharded parameters of which it cannot know.
+    Use it for models that torch has sharded. An optimiser of this package refuses sharded parameters whose manifold is
+    unknown.
 
     Args:
         model: A sharded model.

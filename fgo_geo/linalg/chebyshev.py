@@ -2,7 +2,7 @@ r"""Chebyshev approximation of matrix functions, for symmetric matrices with eig
 
 For eigenvalues ``1 + t``, ``|t| <= e < 1``, both ``(I + T)^{-1/2}`` and the solution of ``Z L + L Z = K`` with
 ``Z = (I + T)^{-1/2}`` are limits of polynomials in ``T``, whose errors shrink by a known factor with every degree. The
-degree follows from ``e`` alone, so that there are matrix products only, and no test of convergence.
+degree follows from ``e`` alone, so the functions use matrix products only, without any test of convergence.
 :func:`spectral_interval` finds the interval by a few products with a vector.
 """
 
@@ -66,7 +66,7 @@ def spectral_interval(a: Tensor) -> tuple[float, float]:
 
 
 def _rate(spread: float) -> float:
-    """By what the error of a polynomial for ``(1 + t)^{-1/2}``, ``|t| <= e``, shrinks with every degree."""
+    """The factor by which each degree reduces the error of a polynomial for ``(1 + t)^{-1/2}``, ``|t| <= e``."""
     return spread / (1 + math.sqrt(1 - spread**2))
 
 

@@ -1,9 +1,9 @@
 """Products of two large matrices on the CPU: by torch's BLAS, or by oneDNN, which torch brings as well.
 
-The BLAS of torch is MKL, mostly. Of AMD's processors it uses no AVX-512 instructions; where they have them, oneDNN
-multiplies float32 matrices twice as fast. If torch may round to bfloat16, factors and products are rounded there, and
-take half of that time again. torch itself calls oneDNN for layers that ``torch.compile`` has frozen. For everything
-else, and everywhere else, :func:`matmul_2d` is ``torch.mm``.
+The BLAS of torch is usually MKL, which does not use the AVX-512 instructions of AMD processors; on those with AVX-512,
+oneDNN multiplies float32 matrices twice as fast. If torch may round to bfloat16, oneDNN rounds factors and products and
+takes half of that time. torch itself calls oneDNN for layers that ``torch.compile`` has frozen. In all other cases
+:func:`matmul_2d` is ``torch.mm``.
 """
 
 from __future__ import annotations

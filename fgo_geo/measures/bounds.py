@@ -7,20 +7,20 @@ Mathematics, section 6)::
     Bartlett 2017     1 / √N · Π_l Π_g δ₂ · ( Σ_l Π_g (δ_{2→1} / δ₂)^{2/3} )^{3/2}
     Neyshabur 2018    1 / √N · Π_l Π_g δ₂ · ( L² ϖ Σ_l Π_g (δ_F / δ₂)² )^{1/2}
 
-One group per layer gives the classical forms, which the theorems are about. A product over the groups of a layer
-bounds no norm of that layer: two groups of Frobenius norm 0.1 have the product 0.01, and their layer has 0.141.
-It ranks models of the same groups. Products over thousands of groups leave every floating-point range, so
-everything is a sum of logarithms. No ratio is formed: multiplying the first product into the sum shows that the last
-two measures are norms of a vector of *contributions*, one per layer::
+One group per layer gives the classical forms of the theorems. A product over the groups of a layer does not bound any
+norm of that layer: two groups of Frobenius norm 0.1 have the product 0.01, and their layer has the norm 0.141. It can
+rank models with the same groups. Products over thousands of groups exceed every floating-point range, so the module
+adds logarithms. It forms no ratio: multiplying the first product into the sum shows that the last two measures are
+norms of a vector of *contributions*, one per layer::
 
     c_l = Π_g δ_{numerator,g,l} · Π_{j≠l} Π_g δ_{2,g,j}      ‖c‖_{2/3} / √N   and   L √ϖ ‖c‖₂ / √N
 
 so that a layer of norm zero makes a measure zero (logarithm ``-inf``) instead of 0/0.
 
-These are measures, not promises: constants and logarithmic factors of the theorems are left out, each function says
-which. :mod:`fgo_geo.weights.norms` measures the norms, this module only takes tensors. Results are float64 scalars,
-differentiable with respect to the norms. Every function has a twin ``*_terms`` that returns its parts,
-:class:`BoundTerms`.
+These are measures, not guarantees: they leave out constants and logarithmic factors of the theorems, and each function
+lists what it omits. :mod:`fgo_geo.weights.norms` measures the norms; this module only takes tensors. Results are
+float64 scalars, differentiable with respect to the norms. Every function has a counterpart ``*_terms`` that returns its
+parts, :class:`BoundTerms`.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def neyshabur2015(
     Args:
         norms: One :class:`~fgo_geo.weights.norms.MatrixNorms` per layer; its fields hold one number per group, shape
             ``(G_l,)``, or one for the whole layer, shape ``()``: of a convolution, ``matrix_norms(weight.flatten(1))``.
-            Norms of single kernels, as ``matrix_norms(weight)`` gives them, are none of a layer; they are refused where
-            their shape ``(D, C)`` tells (that of one-dimensional convolutions, ``(D,)``, looks like D groups).
+            The function refuses norms of single kernels, which ``matrix_norms(weight)`` returns, if it recognises them
+            by their shape ``(D, C)`` (for one-dimensional convolutions the shape ``(D,)`` looks like D groups).
         n_samples: Number N of training samples.
         margin: The margin γ > 0 that the logits are divided by, in units of the logits; 1 gives Table 1.
         depth_factor: ``f(L)``: ``"exponential"`` is ``2^L`` (Table 1), ``"golowich"`` is ``√L``, the dependence on the
@@ -90,7 +90,7 @@ def neyshabur2015(
         The natural logarithm, a float64 scalar.
 
     Raises:
-        TypeError: If ``norms`` is no sequence of ``MatrixNorms``.
+        TypeError: If ``norms`` is not a sequence of ``MatrixNorms``.
         ValueError: If there are no norms, a norm is negative or not finite, norms of a layer have more than one
             dimension, ``n_samples`` or ``margin`` isn't positive, or the depth factor is unknown.
 
@@ -185,16 +185,17 @@ def neyshabur2018(
 ) -> Tensor:
     r"""PAC-Bayesian spectral measure, ``log( Π_l Π_g δ₂ / (γ √N) · ( L² ϖ Σ_l Π_g (δ_F / δ₂)² )^{1/2} )``.
 
-    The numerator holds the weights themselves, or their distances from reference matrices that are fixed before the
-    data are seen, such as the initialisation (``distance_norms``): so [Bartlett2017]_, section 3.4, quotes the bound.
+    The numerator contains the weights themselves, or their distances from reference matrices that are fixed before the
+    data are seen, such as the initialisation (``distance_norms``). [Bartlett2017]_, section 3.4, quotes the bound in
+    this form.
 
     Left out: the norm of the inputs, logarithmic factors, constants and the term of the confidence.
 
     Args:
         norms: Norms of the weights as in :func:`neyshabur2015`.
         n_samples: Number N of training samples.
-        width: The width ϖ, the largest number of units of a layer; or one number per layer, which then stands inside
-            the sum. The default, 1, leaves the width out.
+        width: The width ϖ, the largest number of units of a layer; or one number per layer, which then multiplies the
+            terms of the sum. The default, 1, leaves the width out.
         margin: The margin γ > 0.
         distance_norms: Norms of ``W_l - M_l`` in the shapes of ``norms``; their Frobenius norms replace those of the
             weights. The reference is zero if left out.
@@ -276,7 +277,7 @@ def margins(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def margin(logits: Tensor, targets: Tensor, quantile: float = 0.1) -> float:
-    """A low quantile of the :func:`margins`: the γ that all but this share of the samples exceeds.
+    """A low quantile of the :func:`margins`: all samples but this share have a larger margin.
 
     Args:
         logits: As in :func:`margins`.
@@ -284,8 +285,8 @@ def margin(logits: Tensor, targets: Tensor, quantile: float = 0.1) -> float:
         quantile: The share, in [0, 1]; interpolated linearly between samples.
 
     Returns:
-        The margin, to be passed on as ``margin=``. If it isn't positive, about this share of the samples or more is
-        classified wrongly, and there is no margin-normalised measure.
+        The margin, for the argument ``margin=``. If it is not positive, the network misclassifies about this share of
+        the samples or more, and there is no margin-normalised measure.
 
     Raises:
         ValueError: If there are no samples or the quantile isn't in [0, 1], and as :func:`margins`.

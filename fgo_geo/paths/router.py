@@ -49,10 +49,10 @@ def use_path(path: PathName) -> Generator[None]:
     The environment variable ``FGO_GEO_PATH`` does the same for a whole program.
 
     Args:
-        path: ``"auto"`` takes the fastest that applies; ``"reference"`` the batched torch code; ``"fused"`` is
-            ``"auto"`` that raises for kernels whose type, size or strides no fused path can take. What has no fused
-            path at all (large Stiefel matrices, other manifolds, the exponential map) takes the batched torch code
-            there too; the logger ``fgo_geo`` warns of it, once per reason and block.
+        path: ``"auto"`` selects the fastest path that applies, and ``"reference"`` the batched torch code. ``"fused"``
+            works like ``"auto"``, but raises for kernels whose type, size or strides no fused path supports. Weights
+            without any fused path (large Stiefel matrices, other manifolds, the exponential map) still take the batched
+            torch code; the logger ``fgo_geo`` warns about them, once per reason and block.
 
     Raises:
         ValueError: If there is no such path.

@@ -1,14 +1,14 @@
 r"""Rules: the direction of a step, from a tangent gradient and a buffer; and the hyper-parameters of a step.
 
 A rule is one pure function of a point, its tangent gradient, a buffer and the :class:`StepOptions`. All other parts of
-a step (projection, norms, step size, retraction) are the same for every rule. An optimiser with a rule of its own is a
-subclass with one line, ``rule = staticmethod(my_rule)``; it takes the reference path, as the fused paths implement
-:func:`momentum_sgd` alone, and plain parameters keep the step of :class:`torch.optim.SGD` unless they are adapted. For
+a step (projection, norms, step size, retraction) are the same for every rule. An optimiser with a custom rule is a
+subclass with one line, ``rule = staticmethod(my_rule)``. It takes the reference path, because the fused paths implement
+only :func:`momentum_sgd`, and plain parameters keep the step of :class:`torch.optim.SGD` unless they are adapted. For
 :func:`fgo_geo.on_manifolds` the displacement of another optimiser is the gradient, with momentum zero.
 
-Momentum is transported by projection at the start of the next step, when the tangent space of the new point is known,
-and not at the end of this one. The numbers are the same; a stored buffer is tangent at the point that its step started
-from. Manifolds of Geoopt define another transport, at the end of the step.
+The rule transports momentum by projection at the start of the next step, when the tangent space of the new point is
+known, and not at the end of the current step. Both give the same numbers; a stored buffer is tangent at the point from
+which its step started. Manifolds of Geoopt define another transport, at the end of the step.
 """
 
 from __future__ import annotations

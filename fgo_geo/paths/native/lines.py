@@ -2,14 +2,14 @@
 
 A *line* is a vector of fixed norm: a component on a sphere, or a column of a component on an oblique manifold. A step
 is linear in the line's point ``x``, gradient ``h`` and momentum ``m``, except for the factor that restores the norm,
-and that factor follows from their six inner products ("Mathematics", section 2.3). So ``lines.cpp`` computes the
-products in one sweep over memory and moves all lines in a second one: eight passes in all, where the reference path
-takes about forty.
+and that factor follows from their six inner products ("Mathematics", section A.3). Therefore ``lines.cpp`` computes the
+products in one sweep over memory and moves all lines in a second one. The two sweeps make eight passes, where the
+reference path makes about forty.
 
-The path takes contiguous float32 matrices (linear layers, 1x1 and other convolutions as matrices), whose blocks may
-belong to any number of manifolds, except for blocks that do not consist of lines, such as Stiefel blocks; and weights
-that were declared on one manifold, if their lines are strided. Blocks that another path has stepped are written
-together with the lines, in one call.
+The path supports contiguous float32 matrices (linear layers, 1x1 and other convolutions as matrices), whose blocks may
+belong to any number of manifolds. It leaves blocks that do not consist of lines, such as Stiefel blocks, to other
+paths. It also supports weights that were declared on one manifold, if their lines are strided. One call writes the
+lines together with the blocks that other paths have stepped.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The compiled path of kernels whose groups are within rows (PO, channels_last): one sweep over memory.
 
-A row is measured and moved while it is in the cache, which saves two of seven passes. Rows move before others are
-measured. So where gradients are checked, this sweep runs only if it is known beforehand that no row will be refused:
-the gradients show that no norm overflows, and the weights have not changed since the last step. Otherwise the step
-takes two sweeps. Where the check is off, nothing is refused, and no look at the gradients is needed.
+The sweep measures and moves each row while it is in the cache, which saves two of seven passes. It therefore moves some
+rows before it measures others. If the optimiser checks gradients, the path uses this sweep only if it can refuse no
+row: the gradients show that no norm overflows, and the weights have not changed since the last step. Otherwise the step
+takes two sweeps. If the check is off, the step refuses nothing, and the path does not read the gradients beforehand.
 """
 
 from __future__ import annotations
