@@ -130,9 +130,9 @@ def _steps(kind: str, noun: str) -> str:
             with use_path(path):
                 optimizer.step()
     off = float(one.manifold.violation(one.detach()).max())
-    apart = float((weights[0].detach() - weights[1].detach()).abs().max())
+    difference = float((weights[0].detach() - weights[1].detach()).abs().max())
     problems = [f"off its manifold by {off:.1e}"] if not off <= 1e-5 else []
-    problems += [f"{apart:.1e} from the reference"] if not apart <= 1e-5 else []
+    problems += [f"{difference:.1e} from the reference"] if not difference <= 1e-5 else []
     return ", ".join(problems)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ from fgo_geo.paths import router
 from fgo_geo.paths.native import blocks
 from fgo_geo.paths.native.library import library
 from fgo_geo.paths.native.lines import NativeLines
-from fgo_geo.paths.native.stiefel import _Task
+from fgo_geo.paths.native.stiefel import NativeStiefel
 from fgo_geo.paths.protocol import StepOptions, Weight
 from fgo_geo.paths.shared_products import SharedProducts
 from fgo_geo.weights.components import WeightLayout
@@ -186,10 +187,26 @@ def fail(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-# What the blocks of a path take after they were computed: there, an error comes before the weight is written.
-RETRACTS: dict[str, tuple[Any, str]] = {
-    "auto": (_Task, "results") if library() is not None else (Stiefel, "retract_bounded"),
-    "reference": (Stiefel, "retract_bounded"),
+def failing(make: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Batches of a path that measure, and are interrupted where they move for the first time."""
+
+    def made(path: Any, claims: Any) -> Any:
+        batch = make(path, claims)
+
+        def move(*_: object, **__: object) -> None:
+            del batch.move
+            fail()
+
+        batch.move = move
+        return batch
+
+    return made
+
+
+# What the Stiefel blocks of a path take to move, and what fails in its place.
+RETRACTS: dict[str, tuple[Any, str, Any]] = {
+    "auto": (NativeStiefel, "batch", failing(NativeStiefel.batch)),
+    "reference": (Stiefel, "retract_bounded", fail),
 }
 
 
@@ -199,23 +216,23 @@ RETRACTS: dict[str, tuple[Any, str]] = {
         pytest.param("auto", RETRACTS["auto"], "random", marks=built),
         ("reference", RETRACTS["reference"], "random"),
         # where blocks are a part of the weight as it is stored
-        ("reference", (ScaledSphere, "retract_bounded"), "deterministic"),
+        ("reference", (ScaledSphere, "retract_bounded", fail), "deterministic"),
     ],
 )
 def test_nothing_has_changed_if_some_blocks_fail(
-    path: Any, fails: tuple[Any, str], selection: str, monkeypatch: pytest.MonkeyPatch
+    path: Any, fails: tuple[Any, str, Any], selection: str, monkeypatch: pytest.MonkeyPatch
 ):
     weight = declared(product_of_blocks((80, 48), "po", ("stiefel", "sphere"), selection=selection), 80, 48)
     before = weight.detach().clone()
     weight.grad = torch.ones_like(weight)
     optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
-    monkeypatch.setattr(*fails, fail)
+    monkeypatch.setattr(*fails)
     with kernels.use_path(path), pytest.raises(KeyboardInterrupt):
         optimizer.step()
     assert torch.equal(weight.detach(), before)
 
 
-@pytest.mark.parametrize("path", ["auto", "reference"])
+@pytest.mark.parametrize("path", [pytest.param("auto", marks=built), "reference"])
 def test_a_step_after_a_failed_first_one_is_the_first(path: Any, monkeypatch: pytest.MonkeyPatch):
     """Which dampening tells from others."""
     weights = [declared(product_of_blocks((80, 48), "po", ("stiefel", "sphere")), 80, 48) for _ in range(2)]
@@ -224,7 +241,7 @@ def test_a_step_after_a_failed_first_one_is_the_first(path: Any, monkeypatch: py
     optimizers = [RiemannianFGSGD([weight], lr=0.1, momentum=0.9, dampening=0.5) for weight in weights]
     with kernels.use_path(path):
         with monkeypatch.context() as patch:
-            patch.setattr(*RETRACTS[path], fail)
+            patch.setattr(*RETRACTS[path])
             with pytest.raises(KeyboardInterrupt):
                 optimizers[0].step()
         for optimizer in optimizers:

@@ -455,7 +455,7 @@ def _is_swept(request: StepRequest, batch: Batch) -> bool:
         return False
     if any(weight.is_spread for weight in batch.weights):
         return False
-    return request.check_finite is False or batch.is_moderate(request.options)
+    return request.check_finite is False or batch.can_sweep(request.options)
 
 
 def _of_groups(weight: Weight, constants: Callable[..., Tensor], *arguments: Any) -> Tensor:

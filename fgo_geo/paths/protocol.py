@@ -9,7 +9,7 @@ implements the same three verbs, and no other code depends on anything else of a
   changes nothing.
 * :meth:`Batch.move` takes the step, given the factor ``1/τ`` of every group's gradient.
 
-A path that gains by measuring and moving at once has ``Batch.sweeps``: where :meth:`Batch.is_moderate` allows it,
+A path that gains by measuring and moving at once has ``Batch.sweeps``: where :meth:`Batch.can_sweep` allows it,
 it takes :meth:`Batch.sweep` in place of the two.
 
 The rest of the step (:mod:`fgo_geo.optim.base`) is the same for all paths: measure everything, refuse or skip what is
@@ -206,17 +206,17 @@ class Batch(abc.ABC):
         told = [own if share is None else share.is_told.cpu() for share, own in zip(shares, ones, strict=True)]
         return torch.cat(told).to(self.device)
 
-    def is_moderate(self, options: StepOptions) -> bool:
-        """Whether the whole step may be one :meth:`sweep`: all ``R²`` are known to be finite. Changes no weight."""
+    def can_sweep(self, options: StepOptions) -> bool:
+        """Whether the whole step may be one :meth:`sweep`, as all ``R²`` are known to be finite. Changes no weight."""
         raise NotImplementedError
 
     def sweep(self, options: StepOptions, curvatures: Tensor | None, leaves_out: bool) -> Tensor:
         """Take the whole step at once; ``"theorem"`` and ``"constant"`` steps only.
 
         Args:
-            options: Those that :meth:`is_moderate` was given.
+            options: Those that :meth:`can_sweep` was given.
             curvatures: Bound on the curvature of every group, float64, if ``options.curvature`` is None.
-            leaves_out: Whether a group without a finite ``R²`` gets no gradient. Otherwise :meth:`is_moderate` has
+            leaves_out: Whether a group without a finite ``R²`` gets no gradient. Otherwise :meth:`can_sweep` has
                 allowed the sweep, and such a group, and what is moved with it, stays as it was.
 
         Returns:

@@ -112,13 +112,13 @@ class KernelBatch(Batch):
 
     def measure(self, options: StepOptions) -> Tensor:
         """``R²`` of all groups; the next step reuses the memory of the result."""
-        self.read()
+        self.set_addresses()
         self.norms.zero_()
         self.run("fgo_norms", options)
         return self.norms
 
-    def read(self) -> None:
-        """Write down where weights and gradients are in this step."""
+    def set_addresses(self) -> None:
+        """Tell the extension where weights and gradients are in this step."""
         for weight, entry in self.entries:
             grad = weight.grad
             if grad is None or grad.stride() != weight.param.stride() or grad.is_neg():
@@ -129,9 +129,9 @@ class KernelBatch(Batch):
         """The step of all weights, in place."""
         for own in self._scales.values():
             own.fill_(1) if scale is None else own.copy_(scale)
-        self.write("fgo_update", options, leaves_out)
+        self.update("fgo_update", options, leaves_out)
 
-    def write(self, function: str, options: StepOptions, leaves_out: bool) -> None:
+    def update(self, function: str, options: StepOptions, leaves_out: bool) -> None:
         """Call a function that moves the weights."""
         for weight, entry in self.entries:
             entry.buffer = None if weight.buffer is None else weight.buffer.data_ptr()

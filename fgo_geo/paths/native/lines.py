@@ -34,7 +34,7 @@ from fgo_geo.weights.components import BlockPartition
 __all__ = ["NativeLines"]
 
 _PRODUCTS, _COEFFICIENTS = 6, 7  # numbers per line
-_OF_BLOCKS = (
+_BLOCK_TENSORS = (
     "pattern_of_row",
     "row_in_block",
     "segments",
@@ -75,7 +75,7 @@ class _Lines(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "grad", "buffer", "groups", "radii")),
         *((name, ctypes.c_void_p) for name in ("products", "coefficients", "squared_norms", "scales")),
-        *((name, ctypes.c_void_p) for name in (*_OF_BLOCKS, "points", "momenta")),
+        *((name, ctypes.c_void_p) for name in (*_BLOCK_TENSORS, "points", "momenta")),
         ("radius", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("lines", "length", "width", "shared")),
         ("first", ctypes.c_int32),
@@ -96,7 +96,7 @@ class _LineBatch(Batch):
         self._coefficients = torch.empty(_COEFFICIENTS * lines, dtype=torch.float32)
         self._entries = (_Lines * len(tables))()
         self._work = sum(weight.param.numel() for weight in self.weights)
-        self._handed: list[dict[str, tuple[list[int], np.ndarray]]] = []  # per weight: addresses of the latest step
+        self._passed: list[dict[str, tuple[list[int], np.ndarray]]] = []  # per weight: addresses of the latest step
         first_groups = itertools.accumulate(self.counts, initial=0)
         first_lines = itertools.accumulate((table.lines for table in tables), initial=0)
         for entry, table, group, line in zip(self._entries, tables, first_groups, first_lines, strict=False):
@@ -108,9 +108,9 @@ class _LineBatch(Batch):
             entry.squared_norms = self._norms.data_ptr() + group * self._norms.itemsize
             entry.scales = self._scales.data_ptr() + group * self._scales.itemsize
             entry.lines, entry.length, entry.width = table.lines, table.length, table.width
-            self._handed.append({})
+            self._passed.append({})
             if table.blocks is not None:
-                for name in _OF_BLOCKS:
+                for name in _BLOCK_TENSORS:
                     setattr(entry, name, getattr(table.blocks, name).data_ptr())
                 entry.shared = table.blocks.shared
 
@@ -131,9 +131,9 @@ class _LineBatch(Batch):
         for weight, entry in zip(self.weights, self._entries, strict=True):
             entry.buffer = None if weight.buffer is None else weight.buffer.data_ptr()  # a new one in the first step
         memory = [
-            self._hand_over(weight, table, entry, handed)
-            for weight, table, entry, handed in zip(
-                self.weights, self._tables, self._entries, self._handed, strict=True
+            self._pass_other_blocks(weight, table, entry, passed)
+            for weight, table, entry, passed in zip(
+                self.weights, self._tables, self._entries, self._passed, strict=True
             )
             if table.other_parts
         ]
@@ -143,10 +143,10 @@ class _LineBatch(Batch):
         for weight in self.weights:
             weight.staged.clear()
 
-    def _hand_over(
-        self, weight: Weight, table: LineTable, entry: _Lines, handed: dict[str, tuple[list[int], np.ndarray]]
+    def _pass_other_blocks(
+        self, weight: Weight, table: LineTable, entry: _Lines, passed: dict[str, tuple[list[int], np.ndarray]]
     ) -> list[Tensor]:
-        """Pass on the blocks that other paths have stepped; the result holds their memory."""
+        """Tell the extension where the blocks are that other paths have stepped; the result holds their memory."""
         held: list[Tensor] = []
         cut = cast(BlockPartition, cast(ProductOfGroups, weight.manifold).partition)
         for name, which in (("points", 0), ("momenta", 1)):
@@ -157,13 +157,13 @@ class _LineBatch(Batch):
                     rows, columns = cut.rectangles(part)
                     values.append((value.mT if rows.shape[1] < columns.shape[1] else value).contiguous())
             places = [value.data_ptr() for value in values]
-            if values and (name not in handed or handed[name][0] != places):
+            if values and (name not in passed or passed[name][0] != places):
                 addresses = [
                     place + np.arange(len(own)) * (own[0].numel() * own.itemsize)
                     for place, own in zip(places, values, strict=True)
                 ]
-                handed[name] = places, np.concatenate(addresses)
-                setattr(entry, name, handed[name][1].ctypes.data)
+                passed[name] = places, np.concatenate(addresses)
+                setattr(entry, name, passed[name][1].ctypes.data)
             held += values
         return held
 

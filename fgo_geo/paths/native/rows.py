@@ -47,22 +47,22 @@ class RowBatch(KernelBatch):
         super().__init__(claims)
         self._known: list[tuple[int, int]] | None = None  # versions after the last step
 
-    def is_moderate(self, options: StepOptions) -> bool:
+    def can_sweep(self, options: StepOptions) -> bool:
         """Whether the weights have not changed since the last step, and gradients show that all norms are finite."""
         if self._known is None or self._versions() != self._known:
             return False
-        self.read()
+        self.set_addresses()
         return self.run("fgo_large", options) == 0
 
     def sweep(self, options: StepOptions, curvatures: Tensor | None, leaves_out: bool) -> Tensor:
         """Measure and move, row by row."""
         if leaves_out:  # nothing was asked before
-            self.read()
+            self.set_addresses()
         for _, entry in self.entries:
             place = entry.squared_norms - self.norms.data_ptr()
             entry.curvatures = None if curvatures is None else curvatures.data_ptr() + place
         self.norms.zero_()
-        self.write("fgo_step", options, leaves_out)
+        self.update("fgo_step", options, leaves_out)
         self._known = self._versions() if math.isfinite(float(self.norms.sum())) else None
         return self.norms.clone()  # its memory is used again
 

@@ -151,7 +151,7 @@ class _Stiefel(ctypes.Structure):
 
 
 @dataclass(frozen=True, eq=False)
-class _Task:
+class _EqualBlocks:
     """Equal blocks of one weight, the memory of their results, and how the extension takes them."""
 
     claim: Claim
@@ -181,24 +181,24 @@ class _StiefelBatch(Batch):
         tables = [tables_of(claim.weight) for claim in claims]
         count = sum(len(claim.parts) for claim in claims)
         self._entries = (_Stiefel * count)()
-        self._tasks: list[_Task] = []
+        self._blocks: list[_EqualBlocks] = []
         self._work = 0
         first_groups = itertools.accumulate(self.counts, initial=0)
         for claim, own, group in zip(claims, tables, first_groups, strict=False):
             for part in claim.parts:
                 self._add(claim, part, own[part], group)
-        blocks = sum(len(task.failed) for task in self._tasks)
+        blocks = sum(len(own.failed) for own in self._blocks)
         self._squares = torch.empty(blocks, dtype=torch.float64)
         first = 0
-        for task in self._tasks:
-            task.entry.squares = self._squares.data_ptr() + first * self._squares.itemsize
-            first += len(task.failed)
+        for own in self._blocks:
+            own.entry.squares = self._squares.data_ptr() + first * self._squares.itemsize
+            first += len(own.failed)
 
     def _add(self, claim: Claim, part: int, table: StiefelTable, group: int) -> None:
         n, a, b = table.shape
-        entry = self._entries[len(self._tasks)]
+        entry = self._entries[len(self._blocks)]
         points, momenta, failed = torch.empty(n, a, b), torch.empty(n, a, b), torch.empty(n, dtype=torch.int32)
-        self._tasks.append(_Task(claim, part, table, points, momenta, failed, entry))
+        self._blocks.append(_EqualBlocks(claim, part, table, points, momenta, failed, entry))
         for name in ("rows", "columns", "groups", "radii"):
             setattr(entry, name, getattr(table, name).data_ptr())
         entry.points, entry.momenta, entry.failed = (own.data_ptr() for own in (points, momenta, failed))
@@ -209,7 +209,7 @@ class _StiefelBatch(Batch):
 
     def measure(self, options: StepOptions) -> Tensor:
         """``R²`` of all groups; the next step reuses the memory of the result."""
-        self._load()
+        self._set_addresses()
         self._norms.zero_()
         self._run("fgo_stiefel_norms", options)
         return self._norms
@@ -217,25 +217,25 @@ class _StiefelBatch(Batch):
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
         """Compute new points and momentum, and write the weights that this batch has whole."""
         self._scales.fill_(1) if scale is None else self._scales.copy_(scale)
-        self._load()
+        self._set_addresses()
         if self._run("fgo_stiefel_move", options):
-            for task in self._tasks:
-                _factorise(task)
+            for own in self._blocks:
+                _factorise(own)
         blocks: list[Block] = []
-        for task in self._tasks:
-            weight = task.claim.weight
-            if task.claim.is_whole:
-                blocks += _blocks_of(task)
+        for own in self._blocks:
+            weight = own.claim.weight
+            if own.claim.is_whole:
+                blocks += _blocks_of(own)
             else:
-                weight.staged[task.part] = task.results()
+                weight.staged[own.part] = own.results()
         put([claim.weight for claim in self.claims if claim.is_whole], blocks)
         for claim in self.claims:
             write_if_complete(claim.weight)
 
-    def _load(self) -> None:
-        """Hand over the addresses of this step."""
-        for task in self._tasks:
-            weight, entry = task.claim.weight, task.entry
+    def _set_addresses(self) -> None:
+        """Tell the extension where the numbers of this step are."""
+        for own in self._blocks:
+            weight, entry = own.claim.weight, own.entry
             entry.weight, entry.grad = weight.param.data_ptr(), gradient_of(weight).data_ptr()
             buffer = weight.buffer
             entry.buffer = None if buffer is None or weight.first else buffer.data_ptr()
@@ -243,25 +243,25 @@ class _StiefelBatch(Batch):
     def _run(self, name: str, options: StepOptions) -> int:
         with torch.profiler.record_function(name):
             numbers, threads = MatrixOptions.of(options), ctypes.c_int(threads_for(self._work))
-            count = ctypes.c_int64(len(self._tasks))
+            count = ctypes.c_int64(len(self._blocks))
             return getattr(library(), name)(self._entries, count, ctypes.byref(numbers), threads)
 
 
-def _factorise(task: _Task) -> None:
+def _factorise(own: _EqualBlocks) -> None:
     """Retract the blocks that began off the manifold; ``points`` holds ``x + u`` of these. NaN stays NaN."""
-    points, _ = task.results()
-    failed = (task.failed.bool() & points.isfinite().all((-2, -1))).nonzero().squeeze(1)
+    points, _ = own.results()
+    failed = (own.failed.bool() & points.isfinite().all((-2, -1))).nonzero().squeeze(1)
     if len(failed):
-        radii = task.table.radii[failed].float()[:, None, None]
+        radii = own.table.radii[failed].float()[:, None, None]
         points[failed] = radii * polar_factor(points[failed])
 
 
-def _blocks_of(task: _Task) -> list[Block]:
+def _blocks_of(own: _EqualBlocks) -> list[Block]:
     """Where the results go."""
-    weight, table = task.claim.weight, task.table
-    pairs = [(weight.param, task.points)]
+    weight, table = own.claim.weight, own.table
+    pairs = [(weight.param, own.points)]
     if weight.buffer is not None:
-        pairs.append((weight.buffer, task.momenta))
+        pairs.append((weight.buffer, own.momenta))
     return [
         Block(
             target.data_ptr(),
@@ -269,7 +269,7 @@ def _blocks_of(task: _Task) -> list[Block]:
             table.rows.data_ptr(),
             table.columns.data_ptr(),
             *table.shape,
-            own.data_ptr(),
+            values.data_ptr(),
         )
-        for target, own in pairs
+        for target, values in pairs
     ]
