@@ -16,7 +16,7 @@ __all__ = ["Block", "MatrixOptions", "block_of", "matrix_of", "put", "take"]
 
 
 class MatrixOptions(ctypes.Structure):
-    """``fgo_line_options`` of common.hpp."""
+    """``fgo_matrix_options`` of common.hpp."""
 
     _fields_ = (
         *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),

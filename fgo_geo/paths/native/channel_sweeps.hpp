@@ -1,5 +1,5 @@
-// The sweeps of channels.cpp, compiled once per instruction set: FGO_NAMESPACE holds them, FGO_TARGET is its attribute, and
-// FGO_BYTES the size of its vectors. A row of a block has `lanes` numbers, which are a few vectors in double precision.
+// The sweeps of channels.cpp, compiled once per instruction set (each_set.hpp). A row of a block has `lanes` numbers, which
+// are a few vectors in double precision.
 
 namespace {
 namespace FGO_NAMESPACE {

@@ -58,46 +58,16 @@ void fill_powers(std::vector<double> &powers, int64_t length, double decay) {
 
 }  // namespace
 
-#define FGO_NAMESPACE portable
-#define FGO_TARGET
-#define FGO_BYTES 16
-#include "channel_sweeps.hpp"
-#undef FGO_NAMESPACE
-#undef FGO_TARGET
-#undef FGO_BYTES
+#define FGO_SOURCE "channel_sweeps.hpp"
+#define FGO_PORTABLE_BYTES 16
+#include "each_set.hpp"
 
-#ifdef FGO_AVX2
-#define FGO_NAMESPACE avx2
-#define FGO_TARGET FGO_AVX2
-#define FGO_BYTES 32
-#include "channel_sweeps.hpp"
-#undef FGO_NAMESPACE
-#undef FGO_TARGET
-#undef FGO_BYTES
-#define FGO_NAMESPACE avx512
-#define FGO_TARGET FGO_AVX512
-#define FGO_BYTES 64
-#include "channel_sweeps.hpp"
-#endif
-
-namespace {
-
-using sweep = void (*)(const fgo_channel &, int64_t, int64_t, float *, double *, const recursion &, const double *);
-
-sweep choose() {
-#ifdef FGO_AVX2
-  if (fgo_limit(-1) == 2) return avx512::direct;
-  if (fgo_limit(-1) == 1) return avx2::direct;
-#endif
-  return portable::direct;
-}
-
-}  // namespace
+#define FGO_DIRECT(set) set::direct
 
 extern "C" {
 
 FGO_API int64_t fgo_direct(const fgo_channel *tasks, int64_t count, int threads) {
-  const sweep run = choose();
+  const auto run = FGO_IN_USE(FGO_DIRECT);
 #pragma omp parallel num_threads(threads)
   {
     std::vector<double> sums, powers;

@@ -22,7 +22,7 @@ extern "C" {
 FGO_API int64_t fgo_limit(int limit);
 
 // Hyper-parameters of the step of matrices.
-struct fgo_line_options {
+struct fgo_matrix_options {
   double lr, momentum, dampening, weight_decay;
   int32_t nesterov, maximize, radius_invariant;
 };

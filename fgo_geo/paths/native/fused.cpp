@@ -31,10 +31,6 @@
 
 #include "common.hpp"
 
-#ifdef FGO_AVX2
-#include <immintrin.h>
-#endif
-
 extern "C" {
 
 // One parameter. Kernel (row, column) starts at row * row_stride + column * column_stride; entry (i, j) of its A x B
@@ -85,8 +81,8 @@ template <class T, int BYTES> struct vector_of {
 };
 
 constexpr int max_a = 49, max_b = 7;
-constexpr int64_t chunk = 512;  // kernels that a thread takes at a time, within one row
-constexpr int64_t near = 2048;  // numbers between a stream and its prefetches
+constexpr int64_t chunk = 512;               // kernels that a thread takes at a time, within one row
+constexpr int64_t prefetch_distance = 2048;  // numbers between a stream and its prefetches
 template <class T> constexpr T precision = sizeof(T) == 4 ? T(1.1920929e-7) : T(8.8817842e-16);  // 2^-23, 2^-50
 // Up to this ‖e‖² two or four terms of the series suffice: precision^(2/3) and precision^(2/5).
 template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T(9.2e-11),
@@ -106,50 +102,14 @@ double step_scale(double norm, double rho, double curvature) {
 
 }  // namespace
 
-// Instructions that the language does not express: whether any bit is set; values by index; and the first numbers of a vector.
 #ifdef FGO_AVX2
-#define FGO_FAST 0
+#define FGO_FAST (FGO_SET > 0)
 #else
-#define FGO_FAST 1
+#define FGO_FAST true
 #endif
-#define FGO_NAMESPACE portable
-#define FGO_TARGET
-#define FGO_BYTES 16
-#include "fused_sweeps.hpp"
-
-#ifdef FGO_AVX2
-#undef FGO_FAST
-#define FGO_FAST 1
-
-#undef FGO_NAMESPACE
-#undef FGO_TARGET
-#undef FGO_BYTES
-#define FGO_BYTES 32
-#define FGO_NAMESPACE avx2
-#define FGO_TARGET FGO_AVX2
-#define FGO_ANY(m) (!_mm256_testz_si256((__m256i)m, (__m256i)m))
-#define FGO_LOOK_UP(values, index) _mm256_permutevar_ps(_mm256_broadcast_ps((const __m128 *)(values)), (__m256i)index)
-#define FGO_SOME(count) (__m256i)((mask<float>){0, 1, 2, 3, 4, 5, 6, 7} < count)
-#define FGO_LOAD_SOME(p, count) _mm256_maskload_ps(p, FGO_SOME(count))
-#define FGO_STORE_SOME(p, count, v) _mm256_maskstore_ps(p, FGO_SOME(count), v)
-#include "fused_sweeps.hpp"
-#undef FGO_ANY
-#undef FGO_LOOK_UP
-#undef FGO_LOAD_SOME
-#undef FGO_STORE_SOME
-
-#undef FGO_NAMESPACE
-#undef FGO_TARGET
-#undef FGO_BYTES
-#define FGO_NAMESPACE avx512
-#define FGO_TARGET FGO_AVX512
-#define FGO_BYTES 64
-#define FGO_ANY(m) (_mm512_test_epi64_mask((__m512i)m, (__m512i)m) != 0)
-#define FGO_LOOK_UP(values, index) _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(values)), (__m512i)index)
-#define FGO_LOAD_SOME(p, count) _mm512_maskz_loadu_ps((1u << (count)) - 1, p)
-#define FGO_STORE_SOME(p, count, v) _mm512_mask_storeu_ps(p, (1u << (count)) - 1, v)
-#include "fused_sweeps.hpp"
-#endif
+#define FGO_SOURCE "fused_sweeps.hpp"
+#define FGO_PORTABLE_BYTES 16
+#include "each_set.hpp"
 
 namespace {
 
@@ -167,13 +127,7 @@ template <class T> struct sweeps {
   }
 
 // The sweeps for this processor.
-template <class T> sweeps<T> choose() {
-#ifdef FGO_AVX2
-  if (fgo_limit(-1) == 2) return FGO_SWEEPS(avx512);
-  if (fgo_limit(-1) == 1) return FGO_SWEEPS(avx2);
-#endif
-  return FGO_SWEEPS(portable);
-}
+template <class T> sweeps<T> choose() { return FGO_IN_USE(FGO_SWEEPS); }
 
 // Calls run(task, begin, end, thread) so that every thread gets an equal range of the units of all tasks.
 template <class Units, class Run>

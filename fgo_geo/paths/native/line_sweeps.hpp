@@ -1,5 +1,4 @@
-// The sweeps of lines.cpp, compiled once per instruction set: FGO_NAMESPACE holds them, FGO_TARGET is its attribute.
-// Template arguments say whether the momentum buffer is read (READS: it holds momentum) and whether it is written (WRITES).
+// The sweeps of lines.cpp, compiled once per instruction set (each_set.hpp). Template arguments say whether the momentum buffer is read (READS: it holds momentum) and whether it is written (WRITES).
 
 namespace {
 namespace FGO_NAMESPACE {
@@ -14,8 +13,8 @@ constexpr int64_t lanes = FGO_BYTES / 4, half = lanes / 2;
 
 constexpr int rows_at_once = 4;        // so that sums are loaded and stored once per four rows
 constexpr int many_rows = 8;           // the same where the rows are anywhere
-constexpr int64_t near = 512;          // numbers between a stream and its prefetches
-constexpr int64_t most_columns = 512;  // their sums fit the first-level cache
+constexpr int64_t prefetch_distance = 512;  // numbers between a stream and its prefetches
+constexpr int64_t most_columns = 512;       // their sums fit the first-level cache
 
 template <class V, class T> FGO_INLINE V load(const T *p) {
   V v;
@@ -25,7 +24,7 @@ template <class V, class T> FGO_INLINE V load(const T *p) {
 template <class V, class T> FGO_INLINE void store(T *p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
 FGO_INLINE wide widened(const float *p) {
-#if FGO_BYTES == 64  // GCC would convert the halves, and join them
+#if FGO_SET == 2  // GCC would convert the halves, and join them
   return (wide)_mm512_cvtps_pd(_mm256_loadu_ps(p));
 #else
   return __builtin_convertvector(load<narrow>(p), wide);
@@ -58,7 +57,7 @@ FGO_TARGET __attribute__((noinline)) void measure_run(const float *x, const floa
   wide total[products] = {};
   int64_t i = 0;
   for (; i + half <= count; i += half) {
-    if (i % 16 == 0) prefetch<1>(x + i, h + i, READS ? m + i : nullptr, near);
+    if (i % 16 == 0) prefetch<1>(x + i, h + i, READS ? m + i : nullptr, prefetch_distance);
     add_products<wide, READS>(widened(x + i), widened(h + i), READS ? widened(m + i) : wide{}, total);
   }
   for (int k = 0; k < products; ++k) {
@@ -176,7 +175,7 @@ FGO_TARGET __attribute__((noinline)) void move_run(float *x, const float *h, flo
   for (int k = 0; k < coefficients; ++k) all.v[k] = vec{} + by[k], one.v[k] = by[k];
   int64_t i = 0;
   for (; i + lanes <= count; i += lanes) {
-    if (i % 16 == 0) prefetch<1>(x + i, h + i, READS ? m + i : nullptr, near);
+    if (i % 16 == 0) prefetch<1>(x + i, h + i, READS ? m + i : nullptr, prefetch_distance);
     move_by<vec, READS, WRITES>(x + i, h + i, WRITES ? m + i : m, all);
   }
   for (; i < count; ++i) move_by<float, READS, WRITES>(x + i, h + i, WRITES ? m + i : m, one);
@@ -243,8 +242,8 @@ FGO_INLINE row_of_segments row_at(const fgo_lines &t, int64_t row) {
           t.row_in_block[row]};
 }
 
-// Memory of a pattern, zero when it is first asked for.
-template <class T> std::vector<T> &own_of(std::vector<std::vector<T>> &of_patterns, int64_t pattern, int64_t count) {
+// Memory of a pattern; zero at first.
+template <class T> std::vector<T> &memory_of(std::vector<std::vector<T>> &of_patterns, int64_t pattern, int64_t count) {
   if (int64_t(of_patterns.size()) <= pattern) of_patterns.resize(pattern + 1);
   if (of_patterns[pattern].empty()) of_patterns[pattern].assign(count, T(0));
   return of_patterns[pattern];
@@ -267,19 +266,19 @@ bool is_gathered(const fgo_segment &s, const row_of_segments &all) { return s.fo
 struct sums_of_columns {
   std::vector<double> sums;
   rows_of<many_rows> rows;
-  int waiting = 0;
+  int pending = 0;
 };
 
-template <bool READS> FGO_TARGET __attribute__((noinline)) void add_waiting(sums_of_columns &of, int64_t width) {
+template <bool READS> FGO_TARGET __attribute__((noinline)) void add_pending_rows(sums_of_columns &of, int64_t width) {
   for (int64_t from = 0; from < width; from += most_columns) {
     const int64_t to = width - from < most_columns ? width : from + most_columns;
-    if (of.waiting == many_rows)
+    if (of.pending == many_rows)
       measure_rows<READS, many_rows>(of.rows, 0, from, to, of.sums.data(), width);
     else
-      for (int r = 0; r < of.waiting; ++r)
+      for (int r = 0; r < of.pending; ++r)
         measure_rows<READS, 1>(rows_from<READS, 1>(of.rows.x[r], of.rows.h[r], of.rows.m[r], 0), 0, from, to, of.sums.data(), width);
   }
-  of.waiting = 0;
+  of.pending = 0;
 }
 
 template <bool READS>
@@ -298,8 +297,8 @@ FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, 
       if (of_patterns.size() <= pattern) of_patterns.resize(pattern + 1);
       sums_of_columns &own = of_patterns[pattern];
       if (own.sums.empty()) own.sums.assign(products * t.width, 0.0);
-      own.rows.x[own.waiting] = x_row, own.rows.h[own.waiting] = h_row, own.rows.m[own.waiting] = m_row;
-      if (++own.waiting == many_rows) add_waiting<READS>(own, t.width);
+      own.rows.x[own.pending] = x_row, own.rows.h[own.pending] = h_row, own.rows.m[own.pending] = m_row;
+      if (++own.pending == many_rows) add_pending_rows<READS>(own, t.width);
     }
     for (const fgo_segment *s = all.begin; s != all.end; ++s) {
       if (s->form == no_line || !is_gathered(*s, all)) continue;
@@ -326,7 +325,7 @@ FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, 
   for (size_t pattern = 0; pattern < of_patterns.size(); ++pattern) {
     sums_of_columns &own = of_patterns[pattern];
     if (own.sums.empty()) continue;
-    add_waiting<READS>(own, t.width);
+    add_pending_rows<READS>(own, t.width);
     for (int32_t k = t.first_segments[pattern]; k < t.first_segments[pattern + 1]; ++k) {
       const fgo_segment &s = t.segments[k];
       const int32_t *order = t.column_orders + pattern * t.width + s.start;
@@ -350,7 +349,7 @@ void write_column_coefficients(const fgo_lines &t, int32_t pattern, float *plane
   }
 }
 
-FGO_INLINE void write(const float *from, const int32_t *order, int64_t count, float *row) {
+FGO_INLINE void write_run(const float *from, const int32_t *order, int64_t count, float *row) {
   if (order)
     scatter(from, order, count, row);
   else
@@ -368,7 +367,7 @@ template <bool READS, bool WRITES> FGO_TARGET void move_blocks(const fgo_lines &
     if (all.order) {
       const int32_t pattern = t.pattern_of_row[row];
       const bool is_new = int64_t(of_columns.size()) <= pattern || of_columns[pattern].empty();
-      std::vector<float> &own = own_of(of_columns, pattern, coefficients * t.width);
+      std::vector<float> &own = memory_of(of_columns, pattern, coefficients * t.width);
       if (is_new) write_column_coefficients(t, pattern, own.data());
       move_rows<READS, WRITES, 1>(x_row, h_row, m_row, t.width, own.data(), t.width);
     }
@@ -376,8 +375,8 @@ template <bool READS, bool WRITES> FGO_TARGET void move_blocks(const fgo_lines &
       if (s->form == no_line) {  // stepped by another path
         const int64_t e = all.row_in_block * s->count;
         const int32_t *order = all.order ? all.order + s->start : nullptr;
-        write(t.points[s->first_line] + e, order, s->count, order ? x_row : x_row + s->start);
-        if (WRITES) write(t.momenta[s->first_line] + e, order, s->count, order ? m_row : m_row + s->start);
+        write_run(t.points[s->first_line] + e, order, s->count, order ? x_row : x_row + s->start);
+        if (WRITES) write_run(t.momenta[s->first_line] + e, order, s->count, order ? m_row : m_row + s->start);
         continue;
       }
       if (!is_gathered(*s, all)) continue;

@@ -21,10 +21,6 @@
 
 #include "common.hpp"
 
-#ifdef FGO_AVX2
-#include <immintrin.h>
-#endif
-
 extern "C" {
 
 // Which lines the entries of a block form.
@@ -91,42 +87,14 @@ int64_t size_of(const fgo_lines &t) { return (t.pattern_of_row ? t.width : t.lin
 
 }  // namespace
 
-#define FGO_NAMESPACE portable
-#define FGO_TARGET
-#define FGO_BYTES 32
-#include "line_sweeps.hpp"
-#undef FGO_NAMESPACE
-#undef FGO_TARGET
+#define FGO_SOURCE "line_sweeps.hpp"
+#define FGO_PORTABLE_BYTES 32
+#include "each_set.hpp"
 
-#ifdef FGO_AVX2
-#define FGO_NAMESPACE avx2
-#define FGO_TARGET FGO_AVX2
-#include "line_sweeps.hpp"
-#undef FGO_NAMESPACE
-#undef FGO_TARGET
-#undef FGO_BYTES
-
-#define FGO_NAMESPACE avx512
-#define FGO_TARGET FGO_AVX512
-#define FGO_BYTES 64
-#include "line_sweeps.hpp"
-#endif
+#define FGO_MEASURE(set) set::measure
+#define FGO_MOVE(set) set::move
 
 namespace {
-
-struct line_sweeps {
-  void (*measure)(const fgo_lines &, int64_t, int64_t, int64_t, std::vector<partial_sums> &);
-  void (*move)(const fgo_lines &, int64_t, int64_t);
-};
-
-// The sweeps for this processor.
-line_sweeps choose() {
-#ifdef FGO_AVX2
-  if (fgo_limit(-1) == 2) return {avx512::measure, avx512::move};
-  if (fgo_limit(-1) == 1) return {avx2::measure, avx2::move};
-#endif
-  return {portable::measure, portable::move};
-}
 
 // Calls run(task, begin, end, thread) so that every thread gets an equal range of the numbers of all tasks. Ranges begin at
 // a row where there are rows, elsewhere at a cache line.
@@ -153,7 +121,7 @@ double radius_of(const fgo_lines &t, int64_t line) { return t.radii ? t.radii[li
 bool is_free(const fgo_lines &t, int64_t line) { return std::isinf(radius_of(t, line)); }
 
 // Factor of the point in the gradient of a line without constraint.
-double decay_of(const fgo_line_options &o) { return o.maximize ? -o.weight_decay : o.weight_decay; }
+double decay_of(const fgo_matrix_options &o) { return o.maximize ? -o.weight_decay : o.weight_decay; }
 
 // Coefficient of the point in the gradient's normal part: h - x <x,h> / r² is tangent.
 double along_of(const fgo_lines &t, int64_t line) {
@@ -162,7 +130,7 @@ double along_of(const fgo_lines &t, int64_t line) {
 }
 
 // Squared norm of the Riemannian gradient, ‖h - x <x,h> / r²‖², from the products; with rounding it can be negative.
-double square_of_gradient(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
+double square_of_gradient(const fgo_lines &t, const fgo_matrix_options &o, int64_t line) {
   double g[products];
   for (int k = 0; k < products; ++k) g[k] = t.products[k * t.lines + line];
   const double square = radius_of(t, line) * radius_of(t, line), decay = decay_of(o);
@@ -176,7 +144,7 @@ struct line_step {
   bool has_momentum, has_gradient;  // without has_gradient the gradient may be NaN and is not used
 };
 
-line_step step_of(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
+line_step step_of(const fgo_lines &t, const fgo_matrix_options &o, int64_t line) {
   line_step v;
   double rate = t.scales[t.groups ? t.groups[line] : 0];
   const double square = radius_of(t, line) * radius_of(t, line);
@@ -195,7 +163,7 @@ line_step step_of(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
 
 // Writes the coefficients of a line; the factor belongs to the rounded coefficients. Returns whether the terms cancel: the
 // coefficients then leave the line unchanged, and move_in_double() has to move it.
-bool write_coefficients(const fgo_lines &t, const fgo_line_options &o, int64_t line) {
+bool write_coefficients(const fgo_lines &t, const fgo_matrix_options &o, int64_t line) {
   const line_step v = step_of(t, o, line);
   auto at = [&](int k) -> float & { return t.coefficients[k * t.lines + line]; };
   for (int k = 0; k < 3; ++k) at(a_h + k) = float(v.a[k]), at(b_h + k) = float(v.b[k]);
@@ -236,7 +204,7 @@ template <class Run> void for_every_number(const fgo_lines &t, Run run) {
 
 // Adds the squared gradient norms of a task's lines to their groups. Where the difference of the products is lost in
 // rounding, the tangent part itself is summed: its norm decides the length of the step.
-void add_squares(const fgo_lines &t, const fgo_line_options &o) {
+void add_squares(const fgo_lines &t, const fgo_matrix_options &o) {
   std::vector<double> squares(t.lines);
   std::vector<char> cancels(t.lines, 0);
   bool any = false;
@@ -259,7 +227,7 @@ void add_squares(const fgo_lines &t, const fgo_line_options &o) {
 }
 
 // Moves the lines whose terms cancel, in double precision, and normalises each new point by its own length.
-void move_in_double(const fgo_lines &t, const fgo_line_options &o, const std::vector<char> &cancels) {
+void move_in_double(const fgo_lines &t, const fgo_matrix_options &o, const std::vector<char> &cancels) {
   std::vector<double> squares(t.lines, 0.0);
   auto combine = [&](const line_step &v, const double *by, int64_t e) {
     return (v.has_gradient ? by[0] * t.grad[e] : 0) + (v.has_momentum ? by[1] * t.buffer[e] : 0) + by[2] * t.weight[e];
@@ -283,11 +251,11 @@ void move_in_double(const fgo_lines &t, const fgo_line_options &o, const std::ve
 
 extern "C" {
 
-FGO_API int64_t fgo_line_norms(const fgo_lines *tasks, int64_t count, const fgo_line_options *options, int threads) {
-  const line_sweeps run = choose();
+FGO_API int64_t fgo_line_norms(const fgo_lines *tasks, int64_t count, const fgo_matrix_options *options, int threads) {
+  const auto measure = FGO_IN_USE(FGO_MEASURE);
   std::vector<std::vector<partial_sums>> partials(threads);
   run_in_threads(tasks, count, threads, [&](int64_t k, int64_t begin, int64_t end, int number) {
-    run.measure(tasks[k], k, begin, end, partials[number]);
+    measure(tasks[k], k, begin, end, partials[number]);
   });
   for (const auto &of_thread : partials)  // in the order of the numbers, so that sums do not depend on the threads' timing
     for (const partial_sums &part : of_thread)
@@ -301,8 +269,8 @@ FGO_API int64_t fgo_line_norms(const fgo_lines *tasks, int64_t count, const fgo_
   return 0;
 }
 
-FGO_API int64_t fgo_line_update(const fgo_lines *tasks, int64_t count, const fgo_line_options *options, int threads) {
-  const line_sweeps run = choose();
+FGO_API int64_t fgo_line_update(const fgo_lines *tasks, int64_t count, const fgo_matrix_options *options, int threads) {
+  const auto move = FGO_IN_USE(FGO_MOVE);
   std::vector<std::vector<char>> cancels(count);
   for (int64_t k = 0; k < count; ++k) cancels[k].assign(tasks[k].lines, 0);
   int64_t cancelled = 0;
@@ -310,7 +278,7 @@ FGO_API int64_t fgo_line_update(const fgo_lines *tasks, int64_t count, const fgo
   for (int64_t k = 0; k < count; ++k)
 #pragma omp for schedule(static) nowait
     for (int64_t l = 0; l < tasks[k].lines; ++l) cancelled += cancels[k][l] = write_coefficients(tasks[k], *options, l);
-  run_in_threads(tasks, count, threads, [&](int64_t k, int64_t begin, int64_t end, int) { run.move(tasks[k], begin, end); });
+  run_in_threads(tasks, count, threads, [&](int64_t k, int64_t begin, int64_t end, int) { move(tasks[k], begin, end); });
   if (!cancelled) return 0;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t k = 0; k < count; ++k)

@@ -1,5 +1,4 @@
-// Products of matrices, compiled once per instruction set: FGO_NAMESPACE holds them, FGO_TARGET is its attribute, FGO_BYTES
-// the size of its vectors, and FGO_ROWS and FGO_VECTORS the size of a tile that fits its registers.
+// Products of matrices, compiled once per instruction set (each_set.hpp).
 //
 // The right factor is copied panel by panel, so that the innermost loop reads it in the order of memory; a left factor that
 // is stored by columns is copied too. On one core of a Zen 5 processor that makes 200 to 250 GFlop/s from 128 x 64 on, twice
@@ -9,7 +8,9 @@ namespace {
 namespace FGO_NAMESPACE {
 
 typedef float vec __attribute__((vector_size(FGO_BYTES)));
-constexpr int64_t lanes = FGO_BYTES / 4, rows_at_once = FGO_ROWS, columns_at_once = FGO_VECTORS * lanes;
+constexpr int vectors_at_once = FGO_SET == 0 ? 1 : 2;  // a tile of this size fits the registers
+constexpr int64_t rows_at_once = FGO_SET == 2 ? 8 : FGO_SET == 1 ? 6 : 4;
+constexpr int64_t lanes = FGO_BYTES / 4, columns_at_once = vectors_at_once * lanes;
 constexpr int64_t terms_at_once = 256;  // a panel with so many stays in the first-level cache
 constexpr int64_t terms_per_sum = 64;   // sums of more lose digits
 
@@ -117,7 +118,7 @@ FGO_TARGET void multiply(int64_t m, int64_t n, int64_t k, matrix a, matrix b, fl
         const int64_t first = p / strips * columns_at_once, i = p % strips * rows_at_once;
         const int64_t columns = least(n - first, columns_at_once), rows = least(m - i, rows_at_once);
         if (is_symmetric && first + columns <= i) continue;  // below the diagonal
-        const auto run = columns <= lanes ? tile_of<rows_at_once, 1>(rows) : tile_of<rows_at_once, FGO_VECTORS>(rows);
+        const auto run = columns <= lanes ? tile_of<rows_at_once, 1>(rows) : tile_of<rows_at_once, vectors_at_once>(rows);
         run(terms, copies ? left + i * terms : a.at + i * a.row + from, copies ? 1 : a.row, copies ? rows : 1, memory + first * terms,
             alpha, before ? before + i * n + first : nullptr, c + i * n + first, n, columns);
       }

@@ -1,7 +1,7 @@
 // The step on Stiefel matrices and blocks of matrices for the CPU, by products alone.
 //
 //   fgo_stiefel_norms   reads x and g: squared norm of the Riemannian gradient of every block, and of every group;
-//   fgo_stiefel_move    reads the momentum m, and computes the new momentum and points beside the weight.
+//   fgo_stiefel_move    reads the momentum m, and computes the new momentum and points, in memory of their own.
 //
 // For x with xᵀx = r² I, and g and m added to t with their factors, the step of a block is
 //
@@ -78,59 +78,19 @@ double cost_of(const fgo_stiefel &t) { return double(t.a) * t.b * shorter(t); }
 
 }  // namespace
 
-#define FGO_NAMESPACE portable
-#define FGO_TARGET
-#define FGO_BYTES 32
-#define FGO_ROWS 4
-#define FGO_VECTORS 1
-#include "products.hpp"
-#include "stiefel_steps.hpp"
-#undef FGO_NAMESPACE
-#undef FGO_TARGET
-#undef FGO_BYTES
-#undef FGO_ROWS
-#undef FGO_VECTORS
+#define FGO_SOURCE "stiefel_steps.hpp"
+#define FGO_PORTABLE_BYTES 32
+#include "each_set.hpp"
 
-#ifdef FGO_AVX2
-#define FGO_NAMESPACE avx2
-#define FGO_TARGET FGO_AVX2
-#define FGO_BYTES 32
-#define FGO_ROWS 6
-#define FGO_VECTORS 2
-#include "products.hpp"
-#include "stiefel_steps.hpp"
-#undef FGO_NAMESPACE
-#undef FGO_TARGET
-#undef FGO_BYTES
-#undef FGO_ROWS
-
-#define FGO_NAMESPACE avx512
-#define FGO_TARGET FGO_AVX512
-#define FGO_BYTES 64
-#define FGO_ROWS 8
-#include "products.hpp"
-#include "stiefel_steps.hpp"
-#endif
+#define FGO_MEASURE(set) set::measure
+#define FGO_MOVE(set) set::move
 
 namespace {
 
-typedef void (*step_function)(const fgo_stiefel &, const fgo_line_options &, int64_t, int);
+typedef void (*step_function)(const fgo_stiefel &, const fgo_matrix_options &, int64_t, int);
 
-struct stiefel_steps {
-  step_function measure, move;
-};
-
-// The steps for this processor.
-stiefel_steps choose() {
-#ifdef FGO_AVX2
-  if (fgo_limit(-1) == 2) return {avx512::measure, avx512::move};
-  if (fgo_limit(-1) == 1) return {avx2::measure, avx2::move};
-#endif
-  return {portable::measure, portable::move};
-}
-
-// Runs a step on all blocks. Large blocks take all threads, one after the other; the others are shared out, dear ones first.
-void run_on_blocks(const fgo_stiefel *tasks, int64_t count, const fgo_line_options &options, int threads, step_function run) {
+// Runs a step on all blocks. Large blocks take all threads, one after the other; threads take the others one by one.
+void run_on_blocks(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options &options, int threads, step_function run) {
   double total = 0;
   for (int64_t k = 0; k < count; ++k) total += tasks[k].n * cost_of(tasks[k]);
   std::vector<std::pair<int64_t, int64_t>> small;
@@ -148,16 +108,16 @@ void run_on_blocks(const fgo_stiefel *tasks, int64_t count, const fgo_line_optio
 
 extern "C" {
 
-FGO_API int64_t fgo_stiefel_norms(const fgo_stiefel *tasks, int64_t count, const fgo_line_options *options, int threads) {
-  run_on_blocks(tasks, count, *options, threads, choose().measure);
+FGO_API int64_t fgo_stiefel_norms(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads) {
+  run_on_blocks(tasks, count, *options, threads, FGO_IN_USE(FGO_MEASURE));
   for (int64_t k = 0; k < count; ++k)
     for (int64_t own = 0; own < tasks[k].n; ++own) tasks[k].squared_norms[tasks[k].groups[own]] += tasks[k].squares[own];
   return 0;
 }
 
 // Returns the number of blocks that began off the manifold.
-FGO_API int64_t fgo_stiefel_move(const fgo_stiefel *tasks, int64_t count, const fgo_line_options *options, int threads) {
-  run_on_blocks(tasks, count, *options, threads, choose().move);
+FGO_API int64_t fgo_stiefel_move(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads) {
+  run_on_blocks(tasks, count, *options, threads, FGO_IN_USE(FGO_MOVE));
   int64_t failed = 0;
   for (int64_t k = 0; k < count; ++k)
     for (int64_t own = 0; own < tasks[k].n; ++own) failed += tasks[k].failed[own];

@@ -1,4 +1,6 @@
-// The step of one Stiefel block, compiled once per instruction set, see stiefel.cpp.
+// The step of one Stiefel block, compiled once per instruction set (each_set.hpp), see stiefel.cpp.
+
+#include "products.hpp"
 
 namespace {
 namespace FGO_NAMESPACE {
@@ -34,11 +36,11 @@ FGO_TARGET void add_run(const float *x, int64_t count, float factor, float by, f
 FGO_TARGET void gather(const fgo_stiefel &t, int64_t block, const float *x, float factor, float by, float *to, int threads) {
   const int32_t *const columns = t.columns + block * t.b, *const rows = t.rows + block * t.a;
   const bool is_run = columns[t.b - 1] - columns[0] == t.b - 1;
-  constexpr int64_t ahead = 4, line = 16;  // rows, and numbers of a cache line
+  constexpr int64_t rows_to_come = 4, line = 16;  // between a row and its prefetch, and numbers of a cache line
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t i = 0; i < t.a; ++i) {
     const float *const row = x + rows[i] * t.width;
-    const float *const next = x + rows[least(i + ahead, t.a - 1)] * t.width;
+    const float *const next = x + rows[least(i + rows_to_come, t.a - 1)] * t.width;
     float *const own = to + i * t.b;
     for (int64_t j = columns[0]; j <= columns[t.b - 1]; j += line) __builtin_prefetch(next + j);
     if (is_run)
@@ -198,7 +200,7 @@ struct work {
 };
 
 // The squared norm of the Riemannian gradient of a block. Its point and gradient stay in the memory of the results.
-FGO_TARGET void measure(const fgo_stiefel &t, const fgo_line_options &o, int64_t block, int threads) {
+FGO_TARGET void measure(const fgo_stiefel &t, const fgo_matrix_options &o, int64_t block, int threads) {
   work w(t, block, threads);
   gather(t, block, t.weight, 1, 0, w.x, threads);
   gather(t, block, t.grad, 1, 0, w.m, threads);
@@ -214,7 +216,7 @@ FGO_TARGET void measure(const fgo_stiefel &t, const fgo_line_options &o, int64_t
 }
 
 // The new momentum and the new point of a block.
-FGO_TARGET void move(const fgo_stiefel &t, const fgo_line_options &o, int64_t block, int threads) {
+FGO_TARGET void move(const fgo_stiefel &t, const fgo_matrix_options &o, int64_t block, int threads) {
   work w(t, block, threads);
   float *const m = w.m;
   const double scale = t.scales[t.groups[block]] * (o.radius_invariant ? w.radius * w.radius : 1) * (o.maximize ? -1 : 1);
