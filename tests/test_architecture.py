@@ -108,6 +108,7 @@ FILES = {
         "on_manifolds.py",
         "options.py",
         "points.py",
+        "requests.py",
         "schedules.py",
         "step_size.py",
         "telemetry.py",

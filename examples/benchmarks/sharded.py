@@ -25,7 +25,8 @@ from torchvision.models import resnet50
 import fgo_geo
 from fgo_geo.distributed import fully_shard, step_cost
 from fgo_geo.distributed.exchange import WeightExchange
-from fgo_geo.optim.base import StepRequest, manifold_of
+from fgo_geo.optim.base import manifold_of
+from fgo_geo.optim.requests import StepRequest
 from fgo_geo.paths.protocol import StepOptions, Weight
 
 

@@ -36,8 +36,9 @@ from fgo_geo.distributed.owners import owners_of, step_cost
 from fgo_geo.distributed.parcels import Parcel, collect_parcels, return_parcels
 from fgo_geo.linalg import Cut, cut_of, local_part, processes_of
 from fgo_geo.manifolds import ProductOfGroups
-from fgo_geo.optim.base import StepRequest, is_shared
+from fgo_geo.optim.base import is_shared
 from fgo_geo.optim.finite import Measured, divide, largest_of, odd_weights, unit_of
+from fgo_geo.optim.requests import StepRequest
 from fgo_geo.paths.protocol import Batch, Weight, configuration_of
 
 __all__ = ["WeightExchange", "fingerprint"]

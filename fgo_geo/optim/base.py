@@ -3,9 +3,8 @@
 A step routes the weights to paths, measures ``R²`` of every group, refuses or skips what is not finite, computes ``τ``
 once, moves everything, and records. A batch in which nothing can be refused may measure and move at once. Parameters
 without a manifold follow, by torch's own function for SGD. :class:`Stepper` takes such steps for the weights that an
-optimiser collects. It contains no formula: ``τ`` is in
-:mod:`~fgo_geo.optim.step_size`, the policy for gradients that are not finite in :mod:`~fgo_geo.optim.finite`, and the
-computation in :mod:`fgo_geo.paths`.
+optimiser collects. It contains no formula: ``τ`` is in :mod:`~fgo_geo.optim.step_size`, the policy for gradients that
+are not finite in :mod:`~fgo_geo.optim.finite`, and the computation in :mod:`fgo_geo.paths`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import geoopt
 import torch
@@ -25,58 +24,16 @@ from fgo_geo.linalg import whole, write_whole
 from fgo_geo.manifolds import REPLACED, lost_manifold, replaced_error
 from fgo_geo.optim.finite import Measured, is_tiny, settle
 from fgo_geo.optim.groups import group_curvatures, group_norms
+from fgo_geo.optim.requests import Exchange, StepRequest
 from fgo_geo.optim.step_size import SPIKE, step_scale, theorem_step_bound
 from fgo_geo.paths.protocol import Batch, StepOptions, Weight
 from fgo_geo.paths.router import Router
 
-__all__ = ["Exchange", "StepRequest", "Stepper", "between_graphs", "exchange_by", "is_shared", "manifold_of"]
+__all__ = ["Stepper", "between_graphs", "exchange_by", "is_shared", "manifold_of"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _DECAY = 0.99  # of the running mean of R²
-
-
-@dataclass(frozen=True)
-class StepRequest:
-    """What a parameter group passes to a step.
-
-    Attributes:
-        options: Hyper-parameters.
-        weights: Weights on manifolds that have gradients.
-        check_finite: Raise on gradients that are not finite; None for only where reading does not wait for a device.
-        running: Compute ``τ`` from a running mean of ``R²`` over earlier steps.
-        plain: Parameters without a manifold, and their gradients.
-    """
-
-    options: StepOptions
-    weights: Sequence[Weight]
-    check_finite: bool | None = None
-    running: bool = False
-    plain: Sequence[tuple[Tensor, Tensor]] = ()
-
-
-class Exchange(Protocol):
-    """What a step of sharded weights needs from other processes; :mod:`fgo_geo.distributed.exchange` implements it."""
-
-    def collect(self, requests: Sequence[StepRequest]) -> list[StepRequest]:
-        """The requests, with what this process steps in place of sharded weights: its parts, and whole weights."""
-        ...
-
-    def agree(self, error: Exception | None) -> None:
-        """Raise on all processes if one of them has an error."""
-        ...
-
-    def add_up(self, measured: Sequence[Measured], error: Exception | None) -> Exception | None:
-        """Sum ``R²`` of groups whose components several processes have; return an error to agree on, or raise."""
-        ...
-
-    def put_back(self, scales: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-        """Return whole weights to their shards; give all processes the ``τ`` of these weights, and return them."""
-        ...
-
-    def scales(self) -> dict[Tensor, Tensor]:
-        """``τ`` of the weights of which every process steps a share; all processes have to call this."""
-        ...
 
 
 _make_exchange: list[Callable[[dict[Tensor, Any], Callable[[Tensor], str]], Exchange]] = []

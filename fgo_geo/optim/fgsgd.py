@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from fgo_geo.manifolds import STEPS_SHARDS
-from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
+from fgo_geo.optim.base import Stepper, between_graphs, manifold_of
 from fgo_geo.optim.options import OPTIONS, Norm, check_options, fill_in, step_options
 from fgo_geo.optim.points import HALF, Held, Masters, StepScales, parameters_given
+from fgo_geo.optim.requests import StepRequest
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 from fgo_geo.paths.rules import momentum_sgd
 

@@ -36,9 +36,10 @@ from torch.optim import LBFGS, Optimizer
 
 from fgo_geo.linalg import is_sharded, local_part, reads_for_free
 from fgo_geo.manifolds import REPLACED, lost_manifold, replaced_error
-from fgo_geo.optim.base import Stepper, StepRequest, between_graphs, manifold_of
+from fgo_geo.optim.base import Stepper, between_graphs, manifold_of
 from fgo_geo.optim.finite import gradient_refusal
 from fgo_geo.optim.points import StepScales, check_point, name_in
+from fgo_geo.optim.requests import StepRequest
 from fgo_geo.optim.step_size import longest_step
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 from fgo_geo.weights.words import small

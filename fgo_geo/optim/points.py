@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from fgo_geo.linalg import cut_of, is_sharded, local_part, whole, write_whole
 from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups, is_declared
-from fgo_geo.optim.base import StepRequest, manifold_of
+from fgo_geo.optim.base import manifold_of
 from fgo_geo.optim.groups import group_norms
+from fgo_geo.optim.requests import StepRequest
 from fgo_geo.weights.kinds import kind
 
 __all__ = [
