@@ -190,7 +190,7 @@ def test_a_slip_is_refused_with_a_remedy_and_changes_nothing(slip):
 def test_a_plan_that_is_taken_for_the_model_says_what_it_is():
     net = network()
     plan = constrain(net)
-    remedy = "Keep the model under its own name: write `plan = constrain(model)` and go on with `model`"
+    remedy = "Keep the model under its own name: write `plan = constrain(model)` and continue with `model`"
     with pytest.raises(TypeError, match=f"a Plan is not a model and cannot be called: .*{re.escape(remedy)}"):
         plan(torch.ones(2, 3, 6, 6))
     for name in ("train", "eval", "to", "state_dict", "named_parameters", "zero_grad"):

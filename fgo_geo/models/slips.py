@@ -13,7 +13,7 @@ __all__ = ["NoModel", "require_model", "weights_inside"]
 
 _KEEP_THE_MODEL = (
     "constrain changes the model in place and returns the plan. Keep the model under its own name: write "
-    "`plan = constrain(model)` and go on with `model`"
+    "`plan = constrain(model)` and continue with `model`"
 )
 
 
