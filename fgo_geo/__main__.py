@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import platform
 import sys
 import time
@@ -37,10 +38,14 @@ def main() -> int:
             print(f"  {noun}, {'x'.join(map(str, SHAPES[noun]))}")
             print("\n".join(f"    {line}" for line in paths(noun, device)))
     print("\nSelf-check")
-    begin, failures = time.perf_counter(), 0
-    for name, found in checks():
-        failures += bool(found)
-        print(f"  {'FAILED' if found else 'passed'}  {name}{': ' * bool(found)}{found}", flush=True)
+    begin, failures, logger = time.perf_counter(), 0, logging.getLogger("fgo_geo")
+    logger.disabled = True  # the lines above name the path of every kind
+    try:
+        for name, found in checks():
+            failures += bool(found)
+            print(f"  {'FAILED' if found else 'passed'}  {name}{': ' * bool(found)}{found}", flush=True)
+    finally:
+        logger.disabled = False
     print(f"{failures or 'No'} failure{'s' * (failures != 1)} in {time.perf_counter() - begin:.0f} s")
     return int(failures > 0)
 
@@ -67,7 +72,7 @@ def _version(name: str) -> str:
 
 
 def paths(noun: str, device: str) -> Iterator[str]:
-    """For every kind, who steps such weights and why not faster, one line each.
+    """For every kind, the paths that step such weights and why there is no faster one, one line each.
 
     Args:
         noun: One of :data:`SHAPES`.
@@ -100,11 +105,11 @@ def _weight(kind: str, noun: str) -> geoopt.ManifoldParameter:
 
 
 def checks() -> Iterator[tuple[str, str]]:
-    """Name of each check, and what is wrong, if anything is."""
+    """The name of each check, and the problem that it finds, if any."""
     for noun in SHAPES:
         for record in kinds.kinds():
             yield (
-                f"{noun} on {record.name}: three steps stay there, and equal those of the reference",
+                f"{noun} on {record.name}: three steps stay on the manifold and equal those of the reference",
                 _complaint(lambda name=record.name, noun=noun: _steps(name, noun)),
             )
     yield "a constrained network learns, saves and resumes", _complaint(_network)
@@ -112,7 +117,7 @@ def checks() -> Iterator[tuple[str, str]]:
 
 
 def _complaint(check: Callable[[], str]) -> str:
-    """What a check finds wrong, an error that it raises included."""
+    """The problem that a check finds, or the error that it raises."""
     try:
         return check()
     except Exception as error:  # whatever it is, the check is to name it
@@ -137,7 +142,7 @@ def _steps(kind: str, noun: str) -> str:
 
 
 def _data() -> tuple[Tensor, Tensor]:
-    """Images of noise, and which of four quadrants is brighter."""
+    """Images of noise, and the number of the quadrant that is brighter."""
     labels = torch.randint(4, (256,))
     images = 0.5 * torch.randn(256, 1, 8, 8)
     for image, label in zip(images, labels.tolist(), strict=True):
@@ -173,9 +178,9 @@ def _network() -> str:
     for model, optimizer in zip(models, optimizers, strict=True):
         _epoch(model, optimizer, data)
     if not after < 0.5 * before:
-        return f"the loss fell from {before:.3f} to {after:.3f} only"
+        return f"the loss is {after:.3f} in the sixth epoch, expected below half of {before:.3f}"
     same = all(map(torch.equal, models[0].parameters(), models[1].parameters()))
-    return "" if same else "after loading, a step is another one"
+    return "" if same else "a step after loading differs from the same step without loading"
 
 
 def _adamw() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -57,7 +58,7 @@ def test_a_step_that_leaves_its_manifold_is_noticed(monkeypatch):
 def test_an_optimiser_that_does_not_move_is_noticed_and_fails_the_program(monkeypatch, capsys):
     monkeypatch.setattr(fgsgd.RiemannianFGSGD, "step", lambda self: None)
     assert __main__.main() == 1
-    assert "FAILED  a constrained network learns, saves and resumes: the loss fell from" in capsys.readouterr().out
+    assert "FAILED  a constrained network learns, saves and resumes: the loss is" in capsys.readouterr().out
 
 
 def test_an_error_is_a_failure_with_its_text(monkeypatch):
@@ -75,3 +76,17 @@ def test_a_path_that_computes_another_step_is_noticed(noun, monkeypatch):
     assert __main__._steps("sphere", noun) == ""
     monkeypatch.setattr(JobBatch, "move", lambda self, options, *a, **k: move(self, replace(options, lr=0.2), *a, **k))
     assert re.fullmatch(r"[\d.e-]+ from the reference", __main__._steps("sphere", noun))
+
+
+def test_the_self_check_shows_no_log_messages(monkeypatch, caplog):
+    logger = logging.getLogger("fgo_geo")
+
+    def checks():
+        logger.warning("step by the batched torch code")
+        yield "a check", ""
+
+    monkeypatch.setattr(__main__, "checks", checks)
+    assert __main__.main() == 0
+    assert not caplog.records
+    logger.warning("after the check")
+    assert len(caplog.records) == 1
