@@ -133,6 +133,10 @@ def test_ndim_errors(ndim: Any) -> None:
 def test_retraction_errors() -> None:
     with pytest.raises(ValueError, match='Stiefel: retraction must be "polar" or "qr", got \'cayley\''):
         Stiefel(retraction="cayley")  # pyright: ignore[reportArgumentType]
+    manifold = Stiefel(retraction="qr")
+    with pytest.raises(ValueError, match="got 'cayley'"):
+        manifold.retraction = "cayley"
+    assert manifold.retraction == "qr"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fgo_geo import Ball, Oblique, ProductOfGroups, ScaledSphere, SpectralBall, Stiefel
 from fgo_geo.grouping import MANIFOLD_KINDS, collection
 from fgo_geo.manifolds import ComponentManifold
+from fgo_geo.weights import kinds
 from fgo_geo.weights.components import WeightLayout
 
 SINGLE: dict[str, Callable[[float], geoopt.Manifold]] = {
@@ -607,6 +608,17 @@ def test_a_retraction_is_not_assigned_to_a_part() -> None:
     with pytest.raises(AttributeError, match=r"^Stiefel: .*part of a ProductOfGroups.*got 'qr'; register a class of"):
         part.retraction = "qr"
     assert part.retraction == "polar"
+
+    class ByQR(Stiefel):
+        """The remedy: parts of other radii have the retraction of their kind, too."""
+
+    kinds.register_kind("by_qr", ByQR, build=lambda radius: ByQR(radius, retraction="qr"))
+    try:
+        other = ProductOfGroups(collection(4, 2, "po", ("sphere", "by_qr")), (4, 2, 3, 3))
+        other.set_radius(3.0)
+        assert [own.retraction for own in other.manifolds if isinstance(own, Stiefel)] == ["qr"]
+    finally:
+        kinds.unregister_kind("by_qr")
 
 
 def test_a_radius_is_not_assigned_past_set_radius() -> None:

@@ -17,7 +17,7 @@ The tangent projection follows the setting: TF32 and bfloat16 leave a small norm
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from geoopt.manifolds.base import ScalingInfo
@@ -100,7 +100,7 @@ class Stiefel(ComponentManifold):
         retraction: ``"polar"`` (second order, the nearest point) or ``"qr"`` (first order).
 
     Raises:
-        ValueError: If the radius is not positive or the retraction is unknown.
+        ValueError: If the radius is not positive or the retraction, here or assigned, is unknown.
 
     Example:
         >>> stiefel = Stiefel(radius=2.0)
@@ -117,9 +117,13 @@ class Stiefel(ComponentManifold):
 
     def __init__(self, radius: float | Tensor = 1.0, retraction: Retraction = "polar") -> None:
         super().__init__(radius)
-        if retraction not in get_args(Retraction):
-            raise ValueError(f'Stiefel: retraction must be "polar" or "qr", got {retraction!r}')
         self.retraction = retraction
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Check a retraction when it is assigned, and a radius."""
+        if name == "retraction" and value not in get_args(Retraction):
+            raise ValueError(f'Stiefel: retraction must be "polar" or "qr", got {value!r}')
+        super().__setattr__(name, value)
 
     def _shape_problem(self, shape: tuple[int, ...]) -> str | None:
         problem = super()._shape_problem(shape)
