@@ -11,9 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from sharded_steps import PER_PROCESS, data, loss, own_share, residual_net, whole
+from sharded_steps import NETS, data, loss, whole
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard as torch_fully_shard
+from torch.distributed.tensor import distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fgo_geo import RiemannianFGSGD, constrain, plan_of
@@ -22,8 +24,10 @@ from fgo_geo.distributed import TrainingState, fully_shard
 Built = tuple[nn.Module, RiemannianFGSGD]
 
 
-def build(seed: int = 0, kind: str = "fsdp", **settings: Any) -> Built:
-    model = residual_net().double()
+def build(
+    seed: int = 0, kind: str = "fsdp", net: str = "residual", dtype: torch.dtype = torch.float64, **settings: Any
+) -> Built:
+    model = NETS[net][0]().to(dtype)
     constrain(model, seed=seed, **settings)
     if kind == "fsdp":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -33,11 +37,13 @@ def build(seed: int = 0, kind: str = "fsdp", **settings: Any) -> Built:
     return net, RiemannianFGSGD(net.named_parameters(), lr=0.05, momentum=0.9, norm="running")
 
 
-def go_on(built: Built, rank: int, steps: range, scales: bool = False) -> list[Tensor]:
+def go_on(built: Built, rank: int, steps: range, scales: bool = False, net: str = "residual") -> list[Tensor]:
+    """Steps on a process's part of a batch of eight, however many processes share it."""
     model, optimizer = built
     for step in steps:
         optimizer.zero_grad()
-        loss(model, own_share(data("residual", step, PER_PROCESS * dist.get_world_size()), rank)).backward()
+        x = data(net, step, 8, next(model.parameters()).dtype)
+        loss(model, x.chunk(dist.get_world_size())[rank]).backward()
         optimizer.step()
         if scales:
             plan_of(model).update_scales(optimizer)
@@ -133,6 +139,82 @@ def check_saved_for_one_process(rank: int, folder: Path) -> None:
     if rank == 0:
         names = [name for name, _ in built[0].named_parameters()]
         torch.save(dict(zip(names, weights, strict=True)), folder / "weights.pt")
+
+
+# -- from two processes to four ----------------------------------------------------------------------------------
+
+FOR_FOUR: dict[str, tuple[str, dict[str, Any]]] = {
+    "residual": ("residual", {"statistics": "std", "radius": 0.5}),
+    "transformer": ("transformer", {"strategy": "pi"}),
+    # To the bit: matrices that owners step whole, but for Stiefel matrices of one shape, which are multiplied in one
+    # batch where they have the same owner.
+    "bits": ("transformer", {"manifolds": ("sphere", "oblique", "euclidean")}),
+}
+
+
+def type_of(name: str) -> torch.dtype:
+    return torch.float32 if name == "bits" else torch.float64
+
+
+def go_on_for_four(name: str, built: Built, rank: int, steps: range) -> list[Tensor]:
+    """Three more steps, by the gradients of a batch or, for comparing bits, by gradients that are given."""
+    if name != "bits":
+        return go_on(built, rank, steps, net=FOR_FOUR[name][0])
+    model, optimizer = built
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for param in model.parameters():
+            grad = torch.randn(param.shape, generator=generator, dtype=param.dtype)
+            param.grad = distribute_tensor(grad, param.device_mesh, param.placements)  # pyright: ignore
+        optimizer.step()
+    return [whole(param).clone() for param in model.parameters()]
+
+
+def state_of(built: Built) -> list[Tensor]:
+    """Weights, momentum and running norms, whole."""
+    model, optimizer = built
+    params = list(model.parameters())
+    states = [optimizer.state[param] for param in params]
+    keys = ("momentum_buffer", "norm_squared")
+    return [whole(t).clone() for t in [*params, *(own[key] for key in keys for own in states if key in own)]]
+
+
+def check_saved_for_four_processes(rank: int, folder: Path) -> None:
+    for name, (net, settings) in FOR_FOUR.items():
+        built = build(net=net, dtype=type_of(name), **settings)
+        go_on(built, rank, range(3), net=net)
+        if "statistics" in settings:
+            plan_of(built[0]).update_scales(built[1])
+        dcp.save({"app": TrainingState(*built)}, checkpoint_id=folder / name)
+        kept = {"plan": plan_of(built[0]).to_json(), "state": state_of(built)}
+        kept["end"] = go_on_for_four(name, built, rank, range(3, 6))
+        if rank == 0:
+            torch.save(kept, folder / f"{name}.pt")
+
+
+def four_go_on_as_two(rank: int, folder: Path) -> None:
+    """Run by four processes after the two have ended: another seed, other owners, the same weights."""
+    for name, (net, settings) in FOR_FOUR.items():
+        expected = torch.load(folder / f"{name}.pt", weights_only=True)
+        built = build(seed=7, net=net, dtype=type_of(name), **settings)
+        assert plan_of(built[0]).to_json() != expected["plan"]
+        dcp.load({"app": TrainingState(*built)}, checkpoint_id=folder / name)
+        assert plan_of(built[0]).to_json() == expected["plan"]
+        found = state_of(built)
+        assert len(found) > 2 * len(list(built[0].parameters()))  # with running norms
+        assert equal(expected["state"], found)
+        for a, b in zip(expected["end"], go_on_for_four(name, built, rank, range(3, 6)), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0 if name == "bits" else 1e-9)
+
+
+def four_take_the_values_alone(rank: int, folder: Path) -> None:
+    for name, (net, _) in FOR_FOUR.items():
+        model = NETS[net][0]().to(type_of(name))
+        torch_fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        dcp.load({"app": TrainingState(model)}, checkpoint_id=folder / name)
+        weights = torch.load(folder / f"{name}.pt", weights_only=True)["state"]
+        params = list(model.parameters())
+        assert equal(weights[: len(params)], [whole(param) for param in params])
 
 
 def check_the_guide_runs(rank: int, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,10 @@ LONG: dict[str, tuple[str, dict[str, Any]]] = {
     "transformer, po": ("transformer", {"strategy": "po"}),
     "transformer, pio": ("transformer", {"strategy": "pio", "manifolds": ("sphere", "stiefel"), "statistics": "max1"}),
     "transformer, layer": ("transformer", {"strategy": "layer", "manifolds": "stiefel"}),
+    "pi, λ": ("residual", {"strategy": "pi", "statistics": "std"}),
+    "po, λ": ("residual", {"strategy": "po", "statistics": "max1"}),
+    "layer, λ": ("residual", {"strategy": "layer", "manifolds": "sphere", "statistics": "std"}),
+    "transformer, po, λ": ("transformer", {"strategy": "po", "statistics": "std"}),
 }
 
 
@@ -240,6 +245,35 @@ def check_directed_gradients_of_replicas(rank: int, folder: Path) -> None:
             loss(model, own).backward()
             optimizer.step()
     assert_equal(*models, 1e-9)
+
+
+def check_another_optimiser_of_replicas(rank: int, folder: Path) -> None:
+    """Under DistributedDataParallel, to the bit one process that sums the gradients of the same parts of a batch."""
+    kinds: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+        "theorem": lambda params: torch.optim.AdamW(params, lr=0.05, weight_decay=0.1),
+        "constant": lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True),
+        "angle": lambda params: torch.optim.Adam(params, lr=0.05, amsgrad=True),
+    }
+    for (step_size, build), net in itertools.product(kinds.items(), NETS):
+        models: list[nn.Module] = []
+        for is_replica in (True, False):
+            model = NETS[net][0]()
+            constrain(model, "pio", ("sphere", "oblique", "stiefel"))
+            models.append(nn.parallel.DistributedDataParallel(model) if is_replica else model)
+        optimizers = [build(model.parameters()) for model in models]
+        handles = [on_manifolds(optimizer, step_size) for optimizer in optimizers]  # pyright: ignore
+        for step in range(4):
+            shares = data(net, step, PER_PROCESS * dist.get_world_size(), torch.float32).chunk(dist.get_world_size())
+            for model, optimizer, own in zip(models, optimizers, (shares[rank : rank + 1], shares), strict=True):
+                optimizer.zero_grad()
+                for part in own:
+                    (loss(model, part) / len(own)).backward()
+                optimizer.step()
+        assert_equal(*models, 0.0)
+        scales = [handle.step_scales().values() for handle in handles]
+        assert all(torch.equal(a, b) for a, b in zip(*scales, strict=True))
+        for param in plan_of(models[1]).parameters().values():
+            assert float(param.manifold.violation(param.detach()).max()) < 1e-5
 
 
 def check_clipped_gradients(rank: int, folder: Path) -> None:

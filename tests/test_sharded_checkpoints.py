@@ -17,6 +17,8 @@ from sharded_steps import data, loss, residual_net
 from fgo_geo import RiemannianFGSGD, constrain, plan_of
 from fgo_geo.distributed import TrainingState
 
+ON_FOUR = ["four_go_on_as_two", "four_take_the_values_alone"]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -31,6 +33,17 @@ def outcomes(folder: Path) -> groups.Outcomes:
 @pytest.mark.parametrize("name", groups.checks_of(sharded_checkpoints))
 def test_on_two_processes(outcomes: groups.Outcomes, name: str) -> None:
     assert outcomes[name] == ["", ""], "\n".join(outcomes[name])
+
+
+@pytest.fixture(scope="module")
+def of_four(outcomes: groups.Outcomes, folder: Path) -> groups.Outcomes:
+    assert outcomes["check_saved_for_four_processes"] == ["", ""]
+    return groups.run("sharded_checkpoints", ON_FOUR, folder, world=4)
+
+
+@pytest.mark.parametrize("name", ON_FOUR)
+def test_four_processes_load_what_two_have_saved(of_four: groups.Outcomes, name: str) -> None:
+    assert of_four[name] == [""] * 4, "\n".join(of_four[name])
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
