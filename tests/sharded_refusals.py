@@ -246,6 +246,44 @@ def check_optimisers_that_do_not_know_shards(rank: int, folder: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, whole(model), strict=True))
 
 
+def left_in_training(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> list[str]:
+    """The warnings of nine passes that weights have left their manifolds."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for seed in range(9):
+            model.zero_grad()
+            backward(model, seed)
+            if optimizer is not None:
+                optimizer.step()
+    messages = [str(each.message) for each in said]
+    return [message for message in messages if "has left its manifold in training" in message]
+
+
+def check_an_optimiser_of_torch_alone_is_noticed(rank: int, folder: Path) -> None:
+    """As on one process: with one warning, on all processes, which the right optimisers do not get."""
+    for number in range(3):
+        model = sharded()
+        if number == 0:
+            optimizer: torch.optim.Optimizer = RiemannianFGSGD(model.parameters(), lr=0.5)
+        else:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            if number == 1:
+                on_manifolds(optimizer)
+        is_wrong = number == 2
+        assert len(left_in_training(model, optimizer)) == is_wrong
+        assert (violation(model) > 1e-2) == is_wrong
+
+
+def check_values_of_another_plan_are_noticed(rank: int, folder: Path) -> None:
+    """Written into the shards, as ``dcp.load`` does; even without ``load_state_dict``, which refuses them."""
+    model, other = sharded(), sharded(seed=1)
+    assert not left_in_training(model)
+    with torch.no_grad():
+        for a, b in zip(model.parameters(), other.parameters(), strict=True):
+            a.copy_(b)
+    assert len(left_in_training(model)) == 1
+
+
 def check_channel_directed_gradients(rank: int, folder: Path) -> None:
     with pytest.raises(ValueError, match="its channels are on several processes"):
         channel_directed(torch.optim.SGD(sharded().parameters(), lr=0.1))
@@ -315,7 +353,8 @@ def check_manifolds_that_differ(rank: int, folder: Path) -> None:
     if rank == 1:
         manifold.set_radius([radius * (1 + 1e-6) for radius in radii])
     with pytest.raises(
-        ValueError, match=r"manifolds differ between processes, first for '4\.weight'.*no parameter was changed"
+        ValueError,
+        match=r"manifolds differ between processes, first for '4\.weight'.*no weight on a manifold was changed",
     ):
         optimizer.step()
     if rank == 1:
@@ -333,6 +372,21 @@ def check_a_gradient_that_is_missing_on_one_process(rank: int, folder: Path) -> 
         optimizer.step()
 
 
+def check_a_weight_that_is_not_finite_on_one_process(rank: int, folder: Path) -> None:
+    model = sharded()
+    plan = plan_of(model)
+    shard: Any = plan.parameters()["4.weight"].detach().to_local()  # pyright: ignore
+    good = shard.clone()
+    before = whole(model)
+    if rank == 1:
+        shard.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"1 parameter\(s\) have non-finite values: '?4\.weight"):
+        plan.project()
+    shard.copy_(good)
+    assert all(torch.equal(a, b) for a, b in zip(before, whole(model), strict=True))
+    plan.project()
+
+
 def check_an_option_that_is_wrong_on_one_process(rank: int, folder: Path) -> None:
     model = sharded()
     optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.1)
@@ -342,6 +396,56 @@ def check_an_option_that_is_wrong_on_one_process(rank: int, folder: Path) -> Non
         optimizer.param_groups[0]["rho"] = -1.0
     with pytest.raises(ValueError, match="rho must be at least 0"):
         optimizer.step()
+
+
+def check_a_first_step_that_fails_on_one_process(rank: int, folder: Path) -> None:
+    """Whatever is wrong, and with whichever optimiser: all raise, none waits, and no weight on a manifold has moved."""
+
+    def fg_sgd(model: nn.Module) -> torch.optim.Optimizer:
+        return RiemannianFGSGD(model.named_parameters(), lr=0.1)
+
+    def adamw(model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = torch.optim.AdamW(model.parameters())
+        on_manifolds(optimizer, "constant")
+        return optimizer
+
+    def no_gradients(model: Any, group: dict[str, Any]) -> None:
+        for param in model.parameters():
+            param.grad = None
+
+    def not_finite(model: Any, group: dict[str, Any]) -> None:
+        model[2].weight.grad.to_local()[-1] = torch.nan
+
+    cases: list[tuple[Any, Any, type[Exception], str]] = [
+        (fg_sgd, lambda model, group: group.update(rho=-1.0), ValueError, "rho must be at least 0"),
+        (fg_sgd, no_gradients, ValueError, "different weights have gradients"),
+        (adamw, no_gradients, ValueError, "different weights have gradients; no weight on a manifold was changed"),
+        (adamw, lambda model, group: group.update(betas=None), TypeError, "NoneType"),
+        (adamw, not_finite, FloatingPointError, r"'2\.weight'.*is not finite; no parameter was changed"),
+    ]
+    for number, (build, damage, error, message) in enumerate(cases):
+        model = sharded()
+        optimizer = build(model)
+        backward(model)
+        if rank == number % 2:
+            damage(model, optimizer.param_groups[0])
+        before = whole(model)
+        with pytest.raises(error, match=message):
+            optimizer.step()
+        changed = {
+            name
+            for (name, _), a, b in zip(model.named_parameters(), before, whole(model), strict=True)
+            if not torch.equal(a, b)
+        }
+        assert not changed & set(plan_of(model).parameters())
+        if damage is not_finite:
+            assert not changed
+            assert not optimizer.state
+        optimizer = build(model)
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+        assert violation(model) < 1e-12
 
 
 def check_an_error_between_two_sums(rank: int, folder: Path) -> None:

@@ -34,9 +34,8 @@ from torch import Tensor
 from fgo_geo.distributed.local import LocalPart, local_part_of
 from fgo_geo.distributed.owners import owners_of, step_cost
 from fgo_geo.distributed.parcels import Parcel, collect_parcels, return_parcels
-from fgo_geo.linalg import Cut, cut_of, local_part, processes_of
+from fgo_geo.linalg import Cut, cut_of, is_sharded, local_part, processes_of
 from fgo_geo.manifolds import ProductOfGroups
-from fgo_geo.optim.base import is_shared
 from fgo_geo.optim.finite import Measured, divide, largest_of, odd_weights, unit_of
 from fgo_geo.optim.requests import StepRequest
 from fgo_geo.paths.protocol import Batch, Weight, configuration_of
@@ -100,9 +99,10 @@ class WeightExchange:
     Args:
         state: The optimiser's state by parameter; its momentum is sharded as the parameter is.
         name_of: Says which parameter one is, for messages.
+        param: One of the sharded parameters; all have the same device mesh.
     """
 
-    def __init__(self, state: dict[Tensor, Any], name_of: Callable[[Tensor], str]) -> None:
+    def __init__(self, state: dict[Tensor, Any], name_of: Callable[[Tensor], str], param: Tensor) -> None:
         self._state = state
         self._name_of = name_of
         self._placed: list[_Placed] = []
@@ -110,8 +110,8 @@ class WeightExchange:
         self._digests: list[bytes] = []
         self._number = 0
         self._group: Any = None
-        self._groups: list[Any] = []
-        self._device = torch.device("cpu")
+        self._groups = processes_of(param)
+        self._device = local_part(param).device
         self._lent: list[
             tuple[StepRequest, Weight, Weight | None]
         ] = []  # sharded, and as this process steps it, if it does
@@ -128,15 +128,13 @@ class WeightExchange:
 
         Of the whole weights it has those that it owns; what other processes step alone is left out.
         """
-        shared = [(own, weight) for own in requests for weight in own.weights if is_shared(weight.param)]
+        shared = [(own, weight) for own in requests for weight in own.weights if is_sharded(weight.param)]
         error = None
         try:
             self._place([weight for _, weight in shared])
         except Exception as problem:
-            if not self._groups:  # without a device mesh there is nobody to tell
-                raise
             error = problem
-        self.agree(error)
+        self.agree(error, self._number)
         parcels: list[Parcel] = []
         shards: list[Tensor] = []
         targets: list[Tensor | None] = []
@@ -186,8 +184,6 @@ class WeightExchange:
         self._places.clear()
         if not weights:
             return
-        self._groups = processes_of(weights[0].param)
-        self._device = local_part(weights[0].param).device
         cuts: list[Cut] = []
         groups: list[Any] = []
         for weight in weights:
@@ -234,17 +230,18 @@ class WeightExchange:
 
     # -- agreement -----------------------------------------------------------------------------------------------
 
-    def agree(self, error: Exception | None) -> None:
+    def agree(self, error: Exception | None, number: int = 0) -> None:
         """Raise on all processes if one of them has an error, or their manifolds differ.
 
         Args:
             error: What this process would raise; None if nothing.
+            number: A digest of its manifolds, where they are compared.
 
         Raises:
             Exception: The error, or one of the same type with the message of the process that has it.
             ValueError: If the manifolds differ.
         """
-        flags = torch.tensor([int(error is not None), self._number, -self._number], device=self._device)
+        flags = torch.tensor([int(error is not None), number, -number], device=self._device)
         for group in self._groups:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group)
         failed, largest, smallest = flags.tolist()
@@ -264,8 +261,8 @@ class WeightExchange:
             self._placed = []
             raise ValueError(
                 f"the manifolds differ between processes, first for {name}: the processes have different groups, kinds "
-                "or radii, or different weights have gradients; no parameter was changed. Call fgo_geo.constrain with "
-                "the same arguments and seed on all processes"
+                "or radii, or different weights have gradients; no weight on a manifold was changed. Call "
+                "fgo_geo.constrain with the same arguments and seed on all processes"
             )
 
     def _told(self, words: Any) -> list[Any]:

@@ -96,7 +96,7 @@ class Plan(NoModel):
         return {e.name: cast(geoopt.ManifoldParameter, model.get_parameter(e.name)) for e in self.constrained}
 
     def check(self) -> None:
-        """Raise if a constrained parameter has become a plain one, or a parameter of the model is not finite.
+        """Raise if a constrained parameter has become a plain one, or one of the model is not finite on this process.
 
         Raises:
             RuntimeError: With the names of plain ones, and what to call.
@@ -159,10 +159,10 @@ class Plan(NoModel):
 
         Use it after code that ignores manifolds has changed weights, for example on the averages of
         :class:`torch.optim.swa_utils.AveragedModel`: ``plan_of(averaged).project()``. Raises
-        ValueError if a weight is not finite, with nothing changed.
+        ValueError if a weight is not finite, with nothing changed. For a sharded model, all processes must call this.
         """
         params = self.parameters()
-        require_finite_values(params.items())
+        require_finite_values((name, value_of(param)) for name, param in params.items())  # all processes or none raise
         with torch.no_grad():
             for param in params.values():
                 write_whole(param, nearest_point(cast(Any, param).manifold, value_of(param)))

@@ -7,7 +7,8 @@ components, and of large Stiefel and oblique matrices some columns, which are po
 
 A check is a few small operations every 32 passes: 26 µs per pass of a ResNet-18 on average (one thread), which is
 0.03 % of a forward pass of eight images of 64 x 64, and 0.003 % at 224 x 224. On CUDA the result is copied to the host
-asynchronously, and a later pass reads it once it has arrived, so nothing waits.
+asynchronously, and a later pass reads it once it has arrived, so nothing waits. Of a sharded model all processes take
+the same passes; each gathers the weight that is checked, as FSDP2 gathers all weights in every pass.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import geoopt
 import torch
 from torch import Tensor, nn
 
-from fgo_geo.linalg import traces
+from fgo_geo.linalg import traces, whole
 from fgo_geo.manifolds import ComponentManifold, Oblique, ProductOfGroups, SpectralBall, Stiefel
 from fgo_geo.manifolds.embedded import point_tolerance
 from fgo_geo.manifolds.product import violation_of
@@ -110,7 +111,7 @@ class Watch:
         manifold = getattr(param, "manifold", None)
         if not isinstance(manifold, ProductOfGroups) or not param.requires_grad:
             return False
-        if param.is_meta or hasattr(param, "device_mesh"):  # no values, or some on other devices
+        if param.is_meta:
             return False
         sample = self._samples.get(name)
         if sample is None or sample.of is not manifold.manifolds or sample.device != param.device:
@@ -119,7 +120,7 @@ class Watch:
         if not sample.places:
             return False
         with torch.no_grad(), torch.autocast(param.device.type, enabled=False):
-            channels = manifold.layout.channels(param.detach().as_subclass(Tensor))
+            channels = manifold.layout.channels(whole(param.detach()).as_subclass(Tensor))
             worst = torch.stack([violation_of(own, channels[places]).max() for own, places in sample.places]).max()
         arrived = None
         if worst.is_cuda:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from fgo_geo.linalg import whole, write_whole
+from fgo_geo.linalg import is_sharded, whole, write_whole
 from fgo_geo.manifolds import REPLACED, lost_manifold, replaced_error
 from fgo_geo.optim.finite import Measured, is_tiny, settle
 from fgo_geo.optim.groups import group_curvatures, group_norms
@@ -29,21 +29,21 @@ from fgo_geo.optim.step_size import SPIKE, step_scale, theorem_step_bound
 from fgo_geo.paths.protocol import Batch, StepOptions, Weight
 from fgo_geo.paths.router import Router
 
-__all__ = ["Stepper", "between_graphs", "exchange_by", "is_shared", "manifold_of"]
+__all__ = ["Stepper", "between_graphs", "exchange_by", "manifold_of"]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _DECAY = 0.99  # of the running mean of R²
 
 
-_make_exchange: list[Callable[[dict[Tensor, Any], Callable[[Tensor], str]], Exchange]] = []
+_make_exchange: list[Callable[[dict[Tensor, Any], Callable[[Tensor], str], Tensor], Exchange]] = []
 
 
-def exchange_by(make: Callable[[dict[Tensor, Any], Callable[[Tensor], str]], Exchange]) -> None:
+def exchange_by(make: Callable[[dict[Tensor, Any], Callable[[Tensor], str], Tensor], Exchange]) -> None:
     """Register the class that exchanges sharded weights. :mod:`fgo_geo.distributed` calls this when it is imported.
 
     Args:
-        make: From the optimiser's state and the function that names parameters, an exchange.
+        make: From the optimiser's state, the function that names parameters and a sharded parameter, an exchange.
     """
     _make_exchange[:] = [make]
 
@@ -96,17 +96,15 @@ class Stepper:
         Raises:
             FloatingPointError: If a gradient on a manifold is not finite and that is checked. Nothing has changed then.
         """
-        if self._exchange is None and any(is_shared(weight.param) for own in requests for weight in own.weights):
-            self._exchange = _make_exchange[0](self._state, self._name_of)
         if self._exchange is None:
             self._take(requests)
         else:
             self._take(self._exchange.collect(requests), self._exchange)
             _write_back(requests)
         for request in requests:
-            shared = [own for own in request.plain if is_shared(own[0])]
+            shared = [own for own in request.plain if is_sharded(own[0])]
             self._step_plain(shared, request.options)  # torch steps sharded tensors in one call, or others, not both
-            others = [own for own in request.plain if not is_shared(own[0])] if shared else request.plain
+            others = [own for own in request.plain if not is_sharded(own[0])] if shared else request.plain
             self._step_plain(others, request.options)
 
     def _step_plain(self, plain: Sequence[tuple[Tensor, Tensor]], options: StepOptions) -> None:
@@ -135,10 +133,20 @@ class Stepper:
             if buffer is not None:
                 self._state[param]["momentum_buffer"] = buffer
 
-    def refuse(self, error: Exception) -> None:
-        """Raise an error on all processes that share weights with this one; return if there are none."""
+    def meet(self, param_groups: Sequence[dict[str, Any]]) -> None:
+        """Find the processes that share weights with this one, before an error of one of them can make others wait."""
+        for group in param_groups if self._exchange is None else ():
+            for param in group["params"]:
+                if is_sharded(param) and (group.get("adapt_euclidean") or manifold_of(param) is not None):
+                    self._exchange = _make_exchange[0](self._state, self._name_of, param)
+                    return
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise on this process, and on all that share weights with it, if one of them has an error."""
         if self._exchange is not None:
             self._exchange.agree(error)
+        if error is not None:
+            raise error
 
     def _take(self, requests: Sequence[StepRequest], exchange: Exchange | None = None) -> None:
         """Route, measure, refuse, and move; after a collective refusal nothing has changed on any process."""
@@ -388,14 +396,9 @@ class Stepper:
         return sum(int(count) for count in self._shortened.values())
 
 
-def is_shared(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over the processes of a device mesh."""
-    return hasattr(tensor, "device_mesh")
-
-
 def _is_lent(weight: Weight) -> bool:
-    """Whether a weight is whole here during a step, and sharded between steps."""
-    return is_shared(weight.owner) and not is_shared(weight.param)
+    """Whether a process steps a weight in place of a sharded parameter."""
+    return is_sharded(weight.owner) and not is_sharded(weight.param)
 
 
 def _write_back(requests: Sequence[StepRequest]) -> None:

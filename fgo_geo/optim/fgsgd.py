@@ -217,10 +217,11 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
                 loss = closure()
         if self._held.counts != [len(group["params"]) for group in self.param_groups]:
             self._held.renew()
+        self._stepper.meet(self.param_groups)
         try:
             requests = [self._request(*numbered) for numbered in enumerate(self.param_groups)]
         except Exception as error:
-            self._stepper.refuse(error)
+            self._stepper.agree(error)
             raise
         self._stepper.step(requests)
         if self._masters.versions:

@@ -276,12 +276,18 @@ class OnManifolds:
         with torch.no_grad():
             _foreach.copy_(_here(points), _here(params))
         self._waiting.clear()
+        self._stepper.meet(self.optimizer.param_groups)
         if closure is None:
-            self._refuse_gradients(params)
+            self._stepper.agree(self._problem_of_gradients(params))
         try:
-            loss = _call(inner, None if closure is None else self._evaluated_once(closure, params))
+            try:
+                loss = _call(inner, None if closure is None else self._evaluated_once(closure, params))
+                with torch.no_grad():
+                    requests = [self._request(*own) for own in zip(self._groups(), constrained, strict=True)]
+            except Exception as error:
+                self._stepper.agree(error)
+                raise
             with torch.no_grad():
-                requests = [self._request(*own) for own in zip(self._groups(), constrained, strict=True)]
                 self._stepper.step([request for request in requests if request is not None])
         except BaseException:
             with torch.no_grad():
@@ -291,15 +297,18 @@ class OnManifolds:
             call()
         return loss
 
-    def _refuse_gradients(self, params: Sequence[Tensor]) -> None:
-        """Raise if the gradient of a weight on a manifold is not finite, where that is checked."""
+    def _problem_of_gradients(self, params: Sequence[Tensor]) -> Exception | None:
+        """An error if the gradient of a weight on a manifold is not finite on this process, where that is checked."""
         for param in params:
-            grad = param.grad
-            if grad is None or not (self._check_finite or (self._check_finite is None and reads_for_free(grad))):
+            if param.grad is None:
                 continue
-            if not math.isfinite(float(grad.detach().sum())) and not bool(torch.isfinite(grad.detach()).all()):
+            (grad,) = _here([param.grad.detach()])
+            if not (self._check_finite or (self._check_finite is None and reads_for_free(grad))):
+                continue
+            if not math.isfinite(float(grad.sum())) and not bool(torch.isfinite(grad).all()):
                 unchanged = "no parameter was changed"
-                raise gradient_refusal("on_manifolds", self._name_of(param), manifold_of(param), unchanged)
+                return gradient_refusal("on_manifolds", self._name_of(param), manifold_of(param), unchanged)
+        return None
 
     def _groups(self) -> list[dict[str, Any]]:
         groups = self.optimizer.param_groups
@@ -337,7 +346,7 @@ class OnManifolds:
                     "manifolds; no parameter was changed. Use an optimiser that takes one step per gradient"
                 )
             loss = closure()
-            self._refuse_gradients(params)
+            self._stepper.agree(self._problem_of_gradients(params))
             return loss
 
         return evaluate
