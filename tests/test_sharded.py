@@ -100,6 +100,19 @@ def test_the_bytes_of_a_step_are_counted_on_every_process() -> None:
     assert total == 4 * (5 * numbers / 2 + n_groups)
 
 
+@pytest.mark.parametrize("name", counting.MODELS)
+@pytest.mark.parametrize("processes", [8, 64])
+def test_the_guides_table_is_what_the_benchmark_counts(name: str, processes: int) -> None:
+    """The first process owns the dearest weight, the last one several: one of them has the largest of each figure."""
+    rows = counting.count(name, "pio", processes, counting.KINDS, (0, processes - 1))
+    page = Path(__file__).parents[1] / "docs" / "guides" / "many-gpus.md"
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert f"| {' | '.join(counting.COLUMNS)} |" in lines
+    assert [line for line in lines if line.startswith(f"| {name} | pio | {processes} |")] == [
+        counting.line(name, "pio", processes, rows)
+    ]
+
+
 @pytest.mark.parametrize(("strategy", "summed"), [("po", 0), ("pi", 6 + 5), ("pio", 3 + 2), ("layer", 2)])
 def test_the_bytes_of_kernels_are_sums_alone(strategy: str, summed: int) -> None:
     """Nothing is sent to others, and nothing is whole; a word of errors, and one for every weight that is spread."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 from unittest.mock import patch
 
 import torch
@@ -28,6 +28,9 @@ from fgo_geo.distributed.exchange import WeightExchange
 from fgo_geo.optim.base import manifold_of
 from fgo_geo.optim.requests import StepRequest
 from fgo_geo.paths.protocol import StepOptions, Weight
+
+KINDS = ("sphere", "oblique", "stiefel", "euclidean")
+Row: TypeAlias = dict[str, float]
 
 
 def transformer() -> nn.Module:
@@ -50,8 +53,8 @@ def sharded(
     return fully_shard(model, mesh=init_device_mesh("cpu", (count,)))
 
 
-def step_of_one_process(model: nn.Module) -> dict[str, float]:
-    """What a process sends to others in a step with momentum and has whole during it, in bytes; and its step cost.
+def step_of_one_process(model: nn.Module) -> Row:
+    """What a process sends to others in a step with momentum and has whole during it, in bytes; and costs of steps.
 
     Of an all-reduce it sends the values that it sums, which is within a factor of two of what an algorithm sends.
     """
@@ -61,16 +64,18 @@ def step_of_one_process(model: nn.Module) -> dict[str, float]:
         nonlocal summed
         summed += values.numel() * values.element_size()
 
-    def count(received: Tensor, outgoing: Tensor, lengths: list[int], sent_lengths: list[int], group: Any) -> None:
+    def count_parcels(
+        received: Tensor, outgoing: Tensor, lengths: list[int], sent_lengths: list[int], group: Any
+    ) -> None:
         nonlocal sent
         sent += (sum(sent_lengths) - sent_lengths[dist.get_rank(group)]) * outgoing.element_size()
 
     params = [param for param in model.parameters() if manifold_of(param) is not None]
     options = StepOptions(lr=0.1, momentum=0.9, step_size="theorem")
     weights = [Weight(p, p, manifold_of(p), p.detach(), p.detach()) for p in params]
-    exchange = WeightExchange({}, lambda param: "")
+    exchange = WeightExchange({}, lambda param: "", params[0])
     with (
-        patch("torch.distributed.all_to_all_single", count),
+        patch("torch.distributed.all_to_all_single", count_parcels),
         patch("torch.distributed.all_reduce", count_sums),
         patch.object(WeightExchange, "agree"),
     ):
@@ -78,13 +83,52 @@ def step_of_one_process(model: nn.Module) -> dict[str, float]:
         with patch.object(exchange, "_device", torch.device("cpu")):
             exchange.add_up([], None)
         exchange.put_back({w.owner: torch.empty(w.n_groups, device="meta") for w in own})
+    costs = [step_cost(weight.manifold, weight.param.shape) for weight in own]
+    owned = [cost for weight, cost in zip(own, costs, strict=True) if weight.share is None]
     return {
         "sent": sent,
         "summed": summed,
         "whole": 3 * 4 * sum(weight.param.numel() for weight in own if weight.share is None),
-        "cost": sum(step_cost(weight.manifold, weight.param.shape) for weight in own),
+        "cost": sum(costs),
+        "parts": sum(costs) - sum(owned),
+        "dearest": max(owned, default=0.0),
+        "total": sum(step_cost(weight.manifold, weight.param.shape) for weight in weights),
         "all": 4 * sum(param.numel() for param in model.parameters()),
     }
+
+
+def count(name: str, strategy: str, processes: int, manifolds: tuple[str, ...], ranks: Iterable[int]) -> list[Row]:
+    """What some of the processes count."""
+    rows: list[Row] = []
+    for rank in ranks:
+        try:
+            rows.append(step_of_one_process(sharded(MODELS[name], processes, rank, manifolds, strategy)))
+        finally:
+            dist.destroy_process_group()
+    return rows
+
+
+COLUMNS = (
+    *("model", "strategy", "processes", "sent by a step, MB", "summed, KB", "FSDP2, MB", "share"),
+    *("whole in a step, MB", "busiest process", "least possible"),
+)
+
+
+def line(name: str, strategy: str, processes: int, rows: Sequence[Row]) -> str:
+    """A line of the table, from the counts of its processes or of those that have the largest.
+
+    With whole weights the busiest process has at least the dearest of them and its part of what is dealt to all.
+    """
+    sent, whole, summed, dearest, cost = (
+        max(row[key] for row in rows) for key in ("sent", "whole", "summed", "dearest", "cost")
+    )
+    fsdp = 3 * rows[0]["all"] * (processes - 1) / processes
+    mean = rows[0]["total"] / processes
+    least = max(mean, dearest + min(row["parts"] for row in rows))
+    return (
+        f"| {name} | {strategy} | {processes} | {sent / 1e6:.1f} | {summed / 1e3:.1f} | {fsdp / 1e6:.1f} "
+        f"| {(sent + summed) / fsdp:.1%} | {whole / 1e6:.1f} | {cost / mean:.2f} | {least / mean:.2f} |"
+    )
 
 
 def main() -> None:
@@ -92,27 +136,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--strategies", nargs="+", default=["pio"])
-    parser.add_argument("--manifolds", nargs="+", default=["sphere", "oblique", "stiefel", "euclidean"])
+    parser.add_argument("--manifolds", nargs="+", default=KINDS)
     options = parser.parse_args()
-    columns = (
-        *("model", "strategy", "processes", "sent by a step, MB", "summed, KB", "FSDP2, MB", "share"),
-        *("whole in a step, MB", "busiest process"),
-    )
-    print("|", " | ".join(columns), "|")
-    print("|", " | ".join("---" for _ in columns), "|")
-    for name, strategy, count in itertools.product(MODELS, options.strategies, options.processes):
-        rows = []
-        for rank in range(count):
-            rows.append(step_of_one_process(sharded(MODELS[name], count, rank, tuple(options.manifolds), strategy)))
-            dist.destroy_process_group()
-        sent, whole, summed = (max(row[key] for row in rows) for key in ("sent", "whole", "summed"))
-        fsdp = 3 * rows[0]["all"] * (count - 1) / count
-        busiest = max(row["cost"] for row in rows) * count / sum(row["cost"] for row in rows)
-        print(
-            f"| {name} | {strategy} | {count} | {sent / 1e6:.1f} | {summed / 1e3:.1f} | {fsdp / 1e6:.1f} "
-            f"| {(sent + summed) / fsdp:.1%} | {whole / 1e6:.1f} | {busiest:.2f} |",
-            flush=True,
-        )
+    print("|", " | ".join(COLUMNS), "|")
+    print("|", " | ".join("---" for _ in COLUMNS), "|")
+    for name, strategy, processes in itertools.product(MODELS, options.strategies, options.processes):
+        rows = count(name, strategy, processes, tuple(options.manifolds), range(processes))
+        print(line(name, strategy, processes, rows), flush=True)
 
 
 if __name__ == "__main__":
