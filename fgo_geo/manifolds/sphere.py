@@ -36,12 +36,15 @@ _SMALL = 1e-20  # squared norms from which on the squares that vanish in single 
 def normalise(x: Tensor, radius: Radius, dim: Dims) -> Tensor:
     """Nearest point, ``r x / ‖x‖``; zero goes to ``r`` times the first basis vector.
 
-    If a square overflows or vanishes, or its value cannot be read, the function first divides by the largest entry.
+    Vectors whose square may overflow or vanish are divided by their largest entry first. Others do not depend on them.
     """
     squared = inner_sum(x, x, dim)
-    if reads_for_free(squared) and bool(((squared > _SMALL) & (squared < 1 / _SMALL)).all()):
+    is_moderate = (squared > _SMALL) & (squared < 1 / _SMALL)
+    if reads_for_free(squared) and bool(is_moderate.all()):
         return x * (radius * squared.rsqrt())
-    largest = x.detach().abs().amax(dim, keepdim=True)  # it cancels, and so does its derivative
+    largest = torch.where(
+        is_moderate, 1, x.detach().abs().amax(dim, keepdim=True)
+    )  # it cancels, as its derivative does
     zero = largest == 0
     first = (_position(x, dim) == 0).to(x.dtype)
     x = torch.where(zero, first, x / torch.where(zero, 1, largest))
