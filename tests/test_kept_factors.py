@@ -69,8 +69,8 @@ def test_derivatives_through_the_gram_matrix() -> None:
     (polar_factor(x) * weight).sum().backward()
     step = 1e-5
     with torch.no_grad():
-        ahead, behind = ((polar_factor(x + s * direction) * weight).sum() for s in (step, -step))
-    assert float((x.grad * direction).sum()) == pytest.approx(float(ahead - behind) / (2 * step), rel=1e-6)
+        plus, minus = ((polar_factor(x + s * direction) * weight).sum() for s in (step, -step))
+    assert float((x.grad * direction).sum()) == pytest.approx(float(plus - minus) / (2 * step), rel=1e-6)
 
 
 # -- a memory ----------------------------------------------------------------------------------------------------------

@@ -33,11 +33,11 @@ def squared_norms(weight: Any) -> Tensor:
 
 
 @built
-@pytest.mark.parametrize("stretch", [1e-3, 0.9, 1.1, 30.0])
-def test_a_point_off_its_manifold_is_brought_back(stretch: float):
+@pytest.mark.parametrize("factor", [1e-3, 0.9, 1.1, 30.0])
+def test_a_point_off_its_manifold_is_brought_back(factor: float):
     for weight in many_weights():
         optimizer = RiemannianFGSGD([weight], lr=0.1, momentum=0.9)
-        weight.data.mul_(stretch)  # what no optimiser does
+        weight.data.mul_(factor)  # what no optimiser does
         weight.grad = 0.01 * torch.ones_like(weight)
         optimizer.step()
         assert float(weight.manifold.violation(weight.detach()).max()) <= 5e-7

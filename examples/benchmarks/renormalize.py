@@ -66,12 +66,12 @@ def renormalized(model: nn.Module, variant: str) -> nn.Module:
         for layer in [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]:
             renormalize(layer, **arguments)
             if condition is not None:
-                stretch(layer.parametrizations["weight"].original, condition)
+                spread_singular_values(layer.parametrizations["weight"].original, condition)
     return model
 
 
 @torch.no_grad()
-def stretch(raw: Tensor, condition: float) -> None:
+def spread_singular_values(raw: Tensor, condition: float) -> None:
     """Give a raw weight singular values from one to the condition, as after a long training."""
     u, values, vh = torch.linalg.svd(raw.flatten(1), full_matrices=False)
     values = values.mean() * torch.linspace(1, condition, len(values), device=raw.device)

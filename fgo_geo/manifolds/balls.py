@@ -95,7 +95,17 @@ class ConvexBall(ComponentManifold):
 
     @takes_real_tensors
     def projx(self, x: Tensor) -> Tensor:
-        """Nearest point; points of the ball stay as they are. ValueError if ``x`` is not finite."""
+        """Nearest point; points of the ball stay as they are.
+
+        Args:
+            x: Any finite tensor of the shape of points.
+
+        Returns:
+            Points of the ball.
+
+        Raises:
+            ValueError: If ``x`` holds NaN or infinity, or a point cannot have its shape.
+        """
         self._require_projectable(x)
         return self._clip(x)
 
@@ -230,7 +240,17 @@ class SpectralSphere(ComponentManifold):
 
     @takes_real_tensors
     def projx(self, x: Tensor) -> Tensor:
-        """Nearest point: singular values above ``r`` become ``r``; if there are none, the largest one does."""
+        """Nearest point: singular values above ``r`` become ``r``; if there are none, the largest one does.
+
+        Args:
+            x: Any finite tensor of the shape of points; zero goes to a matrix of rank one.
+
+        Returns:
+            Points of the set.
+
+        Raises:
+            ValueError: If ``x`` holds NaN or infinity, or a point cannot have its shape.
+        """
         self._require_projectable(x)
         return self._nearest(x)
 

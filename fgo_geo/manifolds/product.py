@@ -197,7 +197,15 @@ class ProductOfGroups(EmbeddedManifold):
         return self._map(radii, x)
 
     def where_constrained(self, x: Tensor, otherwise: Tensor) -> Tensor:
-        """``x`` where an entry has a constraint, and ``otherwise`` where it has none."""
+        """``x`` where an entry has a constraint, and ``otherwise`` where it has none.
+
+        Args:
+            x: A weight.
+            otherwise: Another.
+
+        Returns:
+            A weight.
+        """
 
         def choose(manifold: geoopt.Manifold, a: Tensor, b: Tensor) -> Tensor:
             return b if isinstance(manifold, geoopt.Euclidean) else a
@@ -228,7 +236,17 @@ class ProductOfGroups(EmbeddedManifold):
         return self.in_collection_order(sums)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
-        """Inner product of tangent vectors ``u`` and ``v`` (or ``u``) at ``x``: one number, the sum of the groups'."""
+        """Inner product of tangent vectors: the sum of the groups'.
+
+        Args:
+            x: Point.
+            u: Tangent vector at ``x``.
+            v: Tangent vector at ``x``; ``u`` if left out.
+            keepdim: Keep the dimensions with size one.
+
+        Returns:
+            One number.
+        """
         if self._is_euclidean:
             return super().inner(x, u, v, keepdim=keepdim)
         return self._per_component(x, self.group_inner(x, u, v).sum().reshape((1,) * self.ndim), keepdim)

@@ -159,7 +159,12 @@ class SphericalManifold(ComponentManifold):
 
     @takes_real_tensors
     def component_inner(self, x: Tensor, u: Tensor, v: Tensor | None = None) -> Tensor:
-        """Inner product on each sphere, kept along its dimensions. Geoopt's Adam computes its second moments from it.
+        """Inner product on each sphere, kept along its dimensions: what Geoopt's Adam takes second moments of.
+
+        Args:
+            x: Points; only their shape matters.
+            u: Tangent vectors at ``x``.
+            v: Tangent vectors at ``x``; ``u`` if left out.
 
         Returns:
             Inner products that broadcast against ``x``, for an oblique manifold one per column.
@@ -170,7 +175,17 @@ class SphericalManifold(ComponentManifold):
 
     @takes_real_tensors
     def projx(self, x: Tensor) -> Tensor:
-        """``r x / ‖x‖``; zero goes to ``r`` times the first basis vector. ValueError if ``x`` is not finite."""
+        """Nearest point, ``r x / ‖x‖``; a zero vector goes to ``r`` times the first basis vector.
+
+        Args:
+            x: Any finite tensor of the manifold's shape.
+
+        Returns:
+            Points on the manifold.
+
+        Raises:
+            ValueError: If ``x`` holds NaN or infinity, or a point cannot have its shape.
+        """
         self._require_projectable(x)
         return normalise(x, self.radius_for(x), self._dims)
 

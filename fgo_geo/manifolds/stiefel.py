@@ -144,7 +144,17 @@ class Stiefel(ComponentManifold):
     @takes_real_tensors
     @takes_full_products
     def projx(self, x: Tensor) -> Tensor:
-        """``r`` times the polar factor, for low rank one of the nearest points; ValueError if ``x`` is not finite."""
+        """Nearest point, ``r`` times the polar factor; rank-deficient matrices go to one of the nearest points.
+
+        Args:
+            x: Any finite tensor of the manifold's shape.
+
+        Returns:
+            Points on the manifold.
+
+        Raises:
+            ValueError: If ``x`` holds NaN or infinity, or a point cannot have its shape.
+        """
         self._require_projectable(x)
         return self.radius_for(x) * polar_factor(x)
 

@@ -4,8 +4,8 @@ A *piece* is one part of one weight: a batch of components on one manifold. Smal
 into one :class:`Job`, across layers, so that a network of many small weights takes a few batched calls; a large piece
 is a job of its own, since joining would only copy it.
 
-Pieces are joined once, when a batch is built. Every step loads the jobs with points, gradients and momentum, and writes
-the results back. This module cuts and joins tensors; it contains no formula.
+Pieces are joined once, when a batch is built. Every step loads the jobs with points, gradients and momentum. This
+module cuts and joins tensors; it contains no formula.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fgo_geo.paths.protocol import Claim, Weight
 from fgo_geo.weights.components import KernelPartition, RectanglePartition, Segments
 from fgo_geo.weights.kinds import kind_of
 
-__all__ = ["Job", "LargeKernels", "Piece", "cut", "jobs_of", "put_back", "write", "write_if_complete"]
+__all__ = ["Job", "LargeKernels", "Piece", "cut", "jobs_of"]
 
 _JOIN_LIMIT = 2**16  # entries; larger pieces occupy all cores by themselves
 
@@ -265,26 +265,3 @@ def cut(claim: Claim, tensor: Tensor) -> dict[int, Tensor]:
         parts = partition.split(tensor)
         return {part: parts[part] for part in claim.parts}
     return {part: blocks.take(tensor, partition, part) for part in claim.parts}
-
-
-def put_back(weight: Weight, target: Tensor, parts: dict[int, Tensor]) -> None:
-    """Write all parts of a weight into the parameter, or into its momentum, in one operation."""
-    if isinstance(weight.manifold, ProductOfGroups):
-        weight.manifold.partition.put_([parts[part] for part in sorted(parts)], target)
-    elif parts[0].data_ptr() != target.data_ptr():
-        target.copy_(parts[0])
-
-
-def write(weight: Weight, parts: dict[int, tuple[Tensor, Tensor | None]]) -> None:
-    """Write momentum and points of a weight, given by the number of their part, each in one operation."""
-    momentum = {part: buffer for part, (_, buffer) in parts.items() if buffer is not None}
-    if weight.buffer is not None and momentum:
-        put_back(weight, weight.buffer, momentum)
-    put_back(weight, weight.param, {part: x for part, (x, _) in parts.items()})
-
-
-def write_if_complete(weight: Weight) -> None:
-    """Write a weight if all of its parts are staged, so that no other path is to write the rest of it."""
-    if len(weight.staged) == weight.n_parts:
-        write(weight, weight.staged)
-        weight.staged.clear()

@@ -90,8 +90,8 @@ class Weight:
         grad: Its Euclidean gradient, which is read only; None between steps.
         buffer: Its momentum, stored as the parameter is, written in place; None without momentum and between steps.
         first: Whether the buffer holds nothing yet.
-        staged: What paths have computed of some parts, points and momentum by part. The path that has the rest of the
-            weight writes both at once, so that an interrupt finds the weight as it was before its step or after it.
+        staged: What paths have computed of some parts, points and momentum by part, until all are there: both are
+            written at once, so that an interrupt finds the weight as it was before its step or after it.
         share: What of the owner this is, if other processes step the rest of it.
     """
 
@@ -123,6 +123,21 @@ class Weight:
     def n_parts(self) -> int:
         """How many parts it has."""
         return len(self.manifold.partition.kinds) if isinstance(self.manifold, ProductOfGroups) else 1
+
+    def stage(self, part: int, point: Tensor, momentum: Tensor | None) -> None:
+        """Take over new points and momentum of a part; with the last part, write momentum and then points."""
+        self.staged[part] = point, momentum
+        if len(self.staged) < self.n_parts:
+            return
+        points, buffers = zip(*(self.staged[number] for number in range(self.n_parts)), strict=True)
+        for target, values in ((self.buffer, [b for b in buffers if b is not None]), (self.param, points)):
+            if target is None or not values:
+                continue
+            if isinstance(self.manifold, ProductOfGroups):
+                self.manifold.partition.put_(values, target)
+            elif values[0].data_ptr() != target.data_ptr():
+                target.copy_(values[0])
+        self.staged.clear()
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fgo_geo.linalg import Use, Workspace
 from fgo_geo.manifolds import ComponentManifold, EmbeddedManifold
-from fgo_geo.paths.pieces import Job, LargeKernels, Piece, cut, jobs_of, write, write_if_complete
+from fgo_geo.paths.pieces import Job, LargeKernels, Piece, cut, jobs_of
 from fgo_geo.paths.protocol import Batch, Claim, Path, StepOptions, Weight
 
 __all__ = ["JobBatch", "Reference", "fgsgd_update", "measure", "step_bound"]
@@ -72,7 +72,6 @@ class JobBatch(Batch):
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
         """Move all jobs, and write every weight at once."""
         momentum = self._cut(Use.MOMENTUM)
-        held: dict[Weight, dict[int, tuple[Tensor, Tensor | None]]] = {}
         for job in self._jobs:
             if _tensor(job.pieces[0].weight, Use.MOMENTUM) is not None:
                 job.buffer = self._joined(job, momentum, Use.MOMENTUM)
@@ -83,16 +82,11 @@ class JobBatch(Batch):
             buffers = [None] * len(job.pieces) if buffer is None else job.split(buffer)
             for piece, own, own_buffer in zip(job.pieces, job.split(x), buffers, strict=True):
                 large = self._large.get(piece.weight)
-                if large is not None:
-                    _keep(large, piece, own, own_buffer)
-                elif job.is_whole:
-                    write(piece.weight, {0: (own, own_buffer)})
+                if large is None:
+                    piece.weight.stage(piece.part, own, own_buffer)
                 else:
-                    held.setdefault(piece.weight, {})[piece.part] = (own, own_buffer)
+                    _keep(large, piece, own, own_buffer)
             job.release()
-        for weight, parts in held.items():
-            weight.staged.update(parts)
-            write_if_complete(weight)
 
     def measure_job(self, job: Job, options: StepOptions) -> Tensor:
         """Make the gradients of a job Riemannian; the squared norm of every group, float64."""

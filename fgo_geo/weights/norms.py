@@ -133,10 +133,17 @@ def matrix_norms(w: Tensor) -> MatrixNorms:
 
 
 def two_to_one_norm(w: Tensor) -> Tensor:
-    """The 2→1 norm of every matrix, the only one of the three norms that changes when a matrix is transposed.
+    """The 2→1 norm of every matrix alone: of the three, the one that depends on which side is up.
+
+    Args:
+        w: As in :func:`matrix_norms`.
 
     Returns:
         Norms of shape ``(...)``.
+
+    Raises:
+        TypeError: As :func:`matrix_norms`.
+        ValueError: As :func:`matrix_norms`.
 
     Source:
         [Ozay2019]_, Table 2 (definition).

@@ -25,7 +25,6 @@ from fgo_geo.paths.kept import kept
 from fgo_geo.paths.kernel_tables import gradient_of, step_problem
 from fgo_geo.paths.native.blocks import Block, MatrixOptions, matrix_of, put
 from fgo_geo.paths.native.library import NOT_BUILT, library, threads_for
-from fgo_geo.paths.pieces import write_if_complete
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
 from fgo_geo.weights.components import RectanglePartition
 
@@ -227,10 +226,8 @@ class _StiefelBatch(Batch):
             if own.claim.is_whole:
                 blocks += _blocks_of(own)
             else:
-                weight.staged[own.part] = own.results()
+                weight.stage(own.part, *own.results())
         put([claim.weight for claim in self.claims if claim.is_whole], blocks)
-        for claim in self.claims:
-            write_if_complete(claim.weight)
 
     def _set_addresses(self) -> None:
         """Tell the extension where the numbers of this step are."""
