@@ -179,7 +179,7 @@ MUTANTS = [
         ("exponential(x.to(wide) / radius, u.to(wide) / radius)", "exponential(x.to(wide) / radius, u.to(wide))"),
         ("return radius * stiefel_geodesics.logarithm(q, target)", "return stiefel_geodesics.logarithm(q, target)"),
         ("return self.radius_for(gaussian) * qr_factor(gaussian)", "return qr_factor(gaussian)"),
-        ("excess = (inner_sum(u, u, (-2, -1)) * (scale / radius) ** 2)", "excess = (inner_sum(u, u, (-2, -1)) * scale**2)"),
+        ("explained = (inner_sum(u, u, (-2, -1)) * (scale / radius) ** 2)", "explained = (inner_sum(u, u, (-2, -1)) * scale**2)"),
         ("return math.sqrt(columns), 1.0", "return math.sqrt(rows), 1.0"),
     ),
     *in_file(

@@ -107,4 +107,4 @@ def test_what_is_large(shape: tuple[int, ...], changes: dict[str, Any], taken: b
     manifold = ProductOfGroups(collection(*shape[:2], "po", KINDS), shape)
     param = torch.empty(shape, dtype=changes.get("dtype", torch.float32))
     weight = Weight(param, param, manifold, torch.empty(shape, dtype=changes.get("grad", param.dtype)))
-    assert LargeKernels.takes(Claim(weight, tuple(range(weight.n_parts)), is_whole=True)) == taken
+    assert LargeKernels.takes(Claim(weight, tuple(range(weight.n_parts)))) == taken

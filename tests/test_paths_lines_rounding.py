@@ -29,7 +29,7 @@ from fgo_geo.paths.protocol import Claim, StepOptions, Weight
 def squared_norms(weight: Any) -> Tensor:
     """``R²`` of all groups, as the sweeps measure it."""
     own = Weight(weight, weight, weight.manifold, weight.grad)
-    return NativeLines().batch([Claim(own, (0,), is_whole=True)]).measure(StepOptions(lr=0.1))
+    return NativeLines().batch([Claim(own, (0,))]).measure(StepOptions(lr=0.1))
 
 
 @built

@@ -211,7 +211,7 @@ def claim_of(param: Any) -> Claim:
     """All of a weight, with a gradient and momentum."""
     grad, buffer = normal(param.shape, 1, param.dtype), normal(param.shape, 2, param.dtype)
     weight = Weight(param, param, param.manifold, grad, buffer)
-    return Claim(weight, tuple(range(weight.n_parts)), is_whole=True)
+    return Claim(weight, tuple(range(weight.n_parts)))
 
 
 def loaded(claims: list[Claim]) -> list[Job]:

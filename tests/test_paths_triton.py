@@ -330,7 +330,7 @@ def test_the_sweeps_compile_for_a_device_that_is_not_there(memory_format: Any, m
     weight = weight_on(product(shape=(4, 4, 3, 3)), torch.float32, memory_format, 0)
     weight.grad = torch.zeros_like(weight)
     own = Weight(weight, weight, weight.manifold, weight.grad, torch.zeros_like(weight))
-    batch = gpu._LaunchBatch([Claim(own, tuple(range(own.n_parts)), is_whole=True)])
+    batch = gpu._LaunchBatch([Claim(own, tuple(range(own.n_parts)))])
     (launch,) = batch._launches(StepOptions(lr=0.1, momentum=0.9, nesterov=True))
     options = {"MAXIMIZE": True, "INVARIANT": True}
     momentum = {"MOMENTUM": True, "NESTEROV": True, "RATE": True, "LIMIT": 1e-3}

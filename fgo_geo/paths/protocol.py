@@ -147,12 +147,15 @@ class Claim:
     Attributes:
         weight: The weight.
         parts: Numbers of its parts; all of them unless another path takes some.
-        is_whole: Whether the path takes all parts.
     """
 
     weight: Weight
     parts: tuple[int, ...]
-    is_whole: bool
+
+    @functools.cached_property
+    def is_whole(self) -> bool:
+        """Whether the path takes all parts."""
+        return len(self.parts) == self.weight.n_parts
 
 
 class Reason(enum.Enum):

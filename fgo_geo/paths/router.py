@@ -163,8 +163,7 @@ def _batches(weights: Sequence[Weight], options: StepOptions, is_recorded: bool)
     claims: dict[tuple[Path, torch.device], list[Claim]] = {}
     for weight in weights:
         for path, parts in _claims_of(weight, options, is_recorded):
-            claim = Claim(weight, parts, is_whole=len(parts) == weight.n_parts)
-            claims.setdefault((path, weight.param.device), []).append(claim)
+            claims.setdefault((path, weight.param.device), []).append(Claim(weight, parts))
     batches = [path.batch(own) for (path, _), own in claims.items()]
     return sorted(batches, key=lambda batch: not batch.stages)
 
