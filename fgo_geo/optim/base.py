@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.sgd import sgd
 
-from fgo_geo.linalg import is_sharded, whole, write_whole
+from fgo_geo.linalg import whole, write_whole
 from fgo_geo.manifolds import REPLACED, lost_manifold, replaced_error
 from fgo_geo.optim.finite import Measured, is_tiny, settle
 from fgo_geo.optim.groups import group_curvatures, group_norms
@@ -102,9 +102,9 @@ class Stepper:
             self._take(self._exchange.collect(requests), self._exchange)
             _write_back(requests)
         for request in requests:
-            shared = [own for own in request.plain if is_sharded(own[0])]
+            shared = [own for own in request.plain if _is_shared(own[0])]
             self._step_plain(shared, request.options)  # torch steps sharded tensors in one call, or others, not both
-            others = [own for own in request.plain if not is_sharded(own[0])] if shared else request.plain
+            others = [own for own in request.plain if not _is_shared(own[0])] if shared else request.plain
             self._step_plain(others, request.options)
 
     def _step_plain(self, plain: Sequence[tuple[Tensor, Tensor]], options: StepOptions) -> None:
@@ -137,7 +137,7 @@ class Stepper:
         """Find the processes that share weights with this one, before an error of one of them can make others wait."""
         for group in param_groups if self._exchange is None else ():
             for param in group["params"]:
-                if is_sharded(param) and (group.get("adapt_euclidean") or manifold_of(param) is not None):
+                if _is_shared(param) and (group.get("adapt_euclidean") or manifold_of(param) is not None):
                     self._exchange = _make_exchange[0](self._state, self._name_of, param)
                     return
 
@@ -396,9 +396,14 @@ class Stepper:
         return sum(int(count) for count in self._shortened.values())
 
 
+def _is_shared(tensor: Tensor) -> bool:
+    """Whether a tensor is distributed over the processes of a device mesh; asked of every parameter in every step."""
+    return hasattr(tensor, "device_mesh")
+
+
 def _is_lent(weight: Weight) -> bool:
     """Whether a process steps a weight in place of a sharded parameter."""
-    return is_sharded(weight.owner) and not is_sharded(weight.param)
+    return _is_shared(weight.owner) and not _is_shared(weight.param)
 
 
 def _write_back(requests: Sequence[StepRequest]) -> None:

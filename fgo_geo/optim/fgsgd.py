@@ -121,8 +121,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         defaults |= {"stabilize": stabilize, "step": 0, "longest_step": 0.0, "check_finite": check_finite}
         defaults |= {"step_size": step_size, "angle": angle, "norm": norm, "rho": rho, "curvature": curvature}
         defaults |= {"radius_invariant": radius_invariant, "update": update, "adapt_euclidean": adapt_euclidean}
-        defaults |= {"master_weights": master_weights}
-        defaults["differentiable"] = False  # load_state_dict of every torch optimiser adds it
+        defaults |= {"master_weights": master_weights, "differentiable": False}  # torch's load_state_dict adds the last
         self._held = Held(self)
         # Geoopt's constructor would drop the options that it does not know; its base class takes them all.
         OptimMixin.__init__(self, parameters_given(params, type(self).__name__), defaults, stabilize=stabilize)
