@@ -144,6 +144,12 @@ def sweeps_of(work: Callable[[], object]) -> dict[str, int]:
     return dict(Counter(event.name for event in profiled.events() if event.name.startswith("fgo_")))
 
 
+def is_fused(calls: dict[str, int]) -> bool:
+    """Whether kernels took two sweeps; bounds may take the place of norms, or show that norms are needed."""
+    norms = {name: count for name, count in calls.items() if name != "fgo_bounds"}
+    return norms == {"fgo_norms": 1, "fgo_update": 1} or calls == {"fgo_bounds": 1, "fgo_update": 1}
+
+
 # -- paths -------------------------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from path_helpers import (
     assert_close,
     built,
     declared,
+    is_fused,
     limited_to,
     product,
     sweeps_of,
@@ -81,7 +82,7 @@ def test_half_precision_takes_the_fused_step_of_its_master_weights(dtype: torch.
         weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
         single.grad = weight.grad.float()
         with kernels.use_path("fused"):
-            assert sweeps_of(optimizers[0].step) == {"fgo_norms": 1, "fgo_update": 1}
+            assert is_fused(sweeps_of(optimizers[0].step))
             optimizers[1].step()
         assert torch.equal(optimizers[0].state[weight]["master"], single.detach())
         assert torch.equal(weight.detach(), single.detach().to(dtype))
@@ -130,7 +131,7 @@ def test_forcing_the_fused_path_says_once_what_has_none(compiled: bool, caplog: 
                 for _ in range(2):
                     for weight in weights:
                         weight.grad = torch.ones_like(weight).detach()
-                    assert sweeps_of(step) == {"fgo_norms": 1, "fgo_update": 1}
+                    assert is_fused(sweeps_of(step))
             reasons = dict.fromkeys(reason for _, _, reason in UNFUSED if path == "fused")
             assert unfused(caplog) == list(reasons)
 

@@ -153,14 +153,14 @@ class Stepper:
         self._routers = {n: self._routers.get(n) or Router() for n in range(len(requests))}
         batches: list[tuple[StepRequest, Batch, bool]] = []
         measured: list[tuple[StepRequest, Measured]] = []
-        swept: dict[Batch, StepRequest] = {}
+        swept: set[Batch] = set()
         error: Exception | None = None
         try:
             try:
                 for request, router in zip(requests, self._routers.values(), strict=True):
                     routed = router.route(request.weights, request.options)
                     batches += [(request, b, not router.is_recorded and b.device.type == "cpu") for b in routed]
-                swept = {batch: r for r, batch, is_free in batches if is_free and _is_swept(r, batch)}
+                swept = {batch for r, batch, is_free in batches if is_free and _is_swept(r, batch)}
                 measured = [
                     (r, Measured(batch, r.options, is_free, r.check_finite, batch.measure(r.options)))
                     for r, batch, is_free in batches
@@ -184,13 +184,14 @@ class Stepper:
                     self._count(self._left_out, own.batch, ~own.kept)
             self._records.clear()
             self._received = {}
-            for request, own in measured:
-                self._move(request, own)
-            for batch, request in swept.items():
-                self._sweep(request, batch)
+            of_batch = {own.batch: own for _, own in measured}
+            for request, batch, _ in batches:  # those that stage parts for others come first
+                self._sweep(request, batch) if batch in swept else self._move(request, of_batch[batch])
             if exchange is not None:
                 self._received = exchange.put_back(self._scales())
             _write_back(requests)
+            for _, batch, _ in batches:
+                batch.finish()
         finally:
             error = None  # its traceback holds this frame
             for _, batch, _ in batches:  # hold on to no gradient until the next step
@@ -418,9 +419,9 @@ def _is_swept(request: StepRequest, batch: Batch) -> bool:
     """Whether one sweep may measure and move a batch: its step size needs nothing but the norm of the group."""
     if not batch.sweeps or request.running or request.options.step_size == "angle":
         return False
-    if any(weight.is_spread for weight in batch.weights):
+    if any(weight.share is not None and weight.is_spread for weight in batch.weights):
         return False
-    return request.check_finite is False or batch.can_sweep(request.options)
+    return batch.can_sweep(request.options, request.check_finite is not False)
 
 
 def _of_groups(weight: Weight, constants: Callable[..., Tensor], *arguments: Any) -> Tensor:

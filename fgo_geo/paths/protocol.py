@@ -224,8 +224,13 @@ class Batch(abc.ABC):
         told = [own if share is None else share.is_told.cpu() for share, own in zip(shares, ones, strict=True)]
         return torch.cat(told).to(self.device)
 
-    def can_sweep(self, options: StepOptions) -> bool:
-        """Whether the whole step may be one :meth:`sweep`, as all ``R²`` are known to be finite. Changes no weight."""
+    def can_sweep(self, options: StepOptions, checks: bool) -> bool:
+        """Whether the whole step may be one :meth:`sweep`. Changes no weight.
+
+        Args:
+            options: Hyper-parameters.
+            checks: Whether all ``R²`` have to be known to be finite.
+        """
         raise NotImplementedError
 
     def sweep(self, options: StepOptions, curvatures: Tensor | None, leaves_out: bool) -> Tensor:
@@ -241,6 +246,9 @@ class Batch(abc.ABC):
             ``R²`` as :meth:`measure` returns it.
         """
         raise NotImplementedError
+
+    def finish(self) -> None:  # noqa: B027  (most batches have nothing to do)
+        """Take notice that all batches of a step have moved."""
 
     @abc.abstractmethod
     def measure(self, options: StepOptions) -> Tensor:

@@ -19,15 +19,17 @@ class MatrixOptions(ctypes.Structure):
     """``fgo_matrix_options`` of common.hpp."""
 
     _fields_ = (
-        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay")),
-        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant")),
+        *((name, ctypes.c_double) for name in ("lr", "momentum", "dampening", "weight_decay", "rho", "curvature")),
+        *((name, ctypes.c_int32) for name in ("nesterov", "maximize", "radius_invariant", "constant")),
     )
 
     @classmethod
     def of(cls, options: StepOptions) -> MatrixOptions:
         """The hyper-parameters that compiled steps of matrices read."""
         o = options
-        return cls(float(o.lr), o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize, o.radius_invariant)
+        bounds = (o.rho, 0.0 if o.curvature is None else o.curvature)
+        flags = (o.nesterov, o.maximize, o.radius_invariant, o.step_size == "constant")
+        return cls(float(o.lr), o.momentum, o.dampening, o.weight_decay, *bounds, *flags)
 
 
 class Block(ctypes.Structure):

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #ifdef _WIN32
@@ -23,7 +24,18 @@ FGO_API int64_t fgo_limit(int limit);
 
 // Hyper-parameters of the step of matrices.
 struct fgo_matrix_options {
-  double lr, momentum, dampening, weight_decay;
-  int32_t nesterov, maximize, radius_invariant;
+  double lr, momentum, dampening, weight_decay, rho, curvature;
+  int32_t nesterov, maximize, radius_invariant, constant;  // constant: tau is one
 };
+}
+
+// tau of a group (eq. 7 and algorithm 1 of [Ozay2019]; optim/step_size.py).
+static inline double step_scale(double norm, double rho, double curvature) {
+  const double root = std::fmax(2 * rho + norm, std::sqrt(1 + curvature * (rho + norm)));
+  return std::fmax(1.0, norm * root);
+}
+
+// Whether tau is one for squared norms up to a bound; rounding is allowed for.
+static inline bool is_short(double square, bool constant, double rho, double curvature) {
+  return std::isfinite(square) && (constant || step_scale(std::sqrt(square) * (1 + 1e-6), rho, curvature) <= 1);
 }

@@ -5,7 +5,10 @@
 //                lazy transport, step, retraction.
 //
 // Between the two sweeps the caller computes step sizes from the norms and may refuse the step. Together the sweeps are
-// seven passes over memory, and nothing is allocated per component.
+// seven passes over memory, and nothing is allocated per component. Where gradients are short, the first sweep is simpler:
+//
+//   fgo_bounds   reads the gradient: how many groups have a Euclidean gradient so long that tau may exceed one.
+//
 // Where no group has kernels of two rows, and no step is refused, one sweep does both:
 //
 //   fgo_large    reads the gradients: how many weights have some that are not moderate;
@@ -25,6 +28,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -94,12 +98,6 @@ constexpr int most_rounds = 30;  // of Jacobi rotations, several times as many a
 
 int64_t chunks_per_row(const fgo_kernels &t) { return (t.columns + chunk - 1) / chunk; }
 
-// tau of a group (eq. 7 and algorithm 1 of [Ozay2019]; optim/step_size.py).
-double step_scale(double norm, double rho, double curvature) {
-  const double root = std::fmax(2 * rho + norm, std::sqrt(1 + curvature * (rho + norm)));
-  return std::fmax(1.0, norm * root);
-}
-
 }  // namespace
 
 #ifdef FGO_AVX2
@@ -116,14 +114,14 @@ namespace {
 using sweep = int64_t (*)(const fgo_kernels *, const fgo_options *, double *, int64_t, int64_t);
 
 template <class T> struct sweeps {
-  sweep norms, update, step;
+  sweep norms, bounds, update, step;
   double (*squares)(const T *, int64_t);
 };
 
 #define FGO_SWEEPS(set)                                                                                              \
   sweeps<T> {                                                                                                        \
-    set::run_sweep<set::norms_sweep, T>, set::run_sweep<set::update_sweep, T>, set::run_sweep<set::rows_sweep, T>,   \
-        set::squares_of_run<T>                                                                                       \
+    set::run_sweep<set::sums_sweep<false>, T>, set::run_sweep<set::sums_sweep<true>, T>,                             \
+        set::run_sweep<set::update_sweep, T>, set::run_sweep<set::rows_sweep, T>, set::squares_of_run<T>             \
   }
 
 // The sweeps for this processor.
@@ -173,22 +171,15 @@ template <class T> int64_t large_gradients(const fgo_kernels *tasks, int64_t cou
   return large;
 }
 
-}  // namespace
-
-extern "C" {
-
-FGO_API int fgo_abi() { return 10; }  // of all sources
-
-// Every thread has a buffer for its sums, and the buffers are added in the order of the threads: the result depends on the
-// number of threads, not on their timing.
-FGO_API int64_t fgo_norms(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
-  const sweep run = is_double ? choose<double>().norms : choose<float>().norms;
+// Adds what a sweep sums up to the squared norms of the groups. Every thread has a buffer for its sums, and the buffers are
+// added in the order of the threads: the result depends on the number of threads, not on their timing.
+void add_to_groups(const fgo_kernels *tasks, int64_t count, const fgo_options &options, int threads, sweep run) {
   std::vector<int64_t> groups(count + 1, 0);
   for (int64_t k = 0; k < count; ++k) groups[k + 1] = groups[k] + tasks[k].groups;
   std::vector<std::vector<double>> partial(threads);
   for (auto &sums : partial) sums.assign(2 * groups[count], 0.0);
   run_in_threads(tasks, count, threads, all_chunks, [&](int64_t k, int64_t begin, int64_t end, int number) {
-    run(tasks + k, options, partial[number].data() + 2 * groups[k], begin, end);
+    run(tasks + k, &options, partial[number].data() + 2 * groups[k], begin, end);
   });
   for (int64_t k = 0; k < count; ++k)
     for (int number = 0; number < threads; ++number)
@@ -196,14 +187,37 @@ FGO_API int64_t fgo_norms(const fgo_kernels *tasks, int64_t count, const fgo_opt
         const double *pair = partial[number].data() + 2 * (groups[k] + g);
         tasks[k].squared_norms[g] += pair[0] + pair[1];
       }
+}
+
+}  // namespace
+
+extern "C" {
+
+FGO_API int fgo_abi() { return 11; }  // of all sources
+
+FGO_API int64_t fgo_norms(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+  add_to_groups(tasks, count, *options, threads, is_double ? choose<double>().norms : choose<float>().norms);
   return 0;
 }
 
+// Returns how many groups have a bound that does not show that tau is one. Adds the bounds to the squared norms.
+FGO_API int64_t fgo_bounds(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
+  add_to_groups(tasks, count, *options, threads, is_double ? choose<double>().bounds : choose<float>().bounds);
+  int64_t large = 0;
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t g = 0; g < tasks[k].groups; ++g)
+      large += !is_short(tasks[k].squared_norms[g], options->constant, options->rho, options->curvature);
+  return large;
+}
+
+// Returns whether a point on a manifold was not finite: zero if none was.
 FGO_API int64_t fgo_update(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   const sweep run = is_double ? choose<double>().update : choose<float>().update;
-  run_in_threads(tasks, count, threads, all_chunks,
-                 [&](int64_t k, int64_t begin, int64_t end, int) { run(tasks + k, options, nullptr, begin, end); });
-  return 0;
+  std::vector<int64_t> bad(threads, 0);
+  run_in_threads(tasks, count, threads, all_chunks, [&](int64_t k, int64_t begin, int64_t end, int number) {
+    bad[number] += run(tasks + k, options, nullptr, begin, end);
+  });
+  return std::accumulate(bad.begin(), bad.end(), int64_t(0));
 }
 
 // Returns how many weights have gradients that do not show by themselves that the norms of all groups are finite.

@@ -105,6 +105,24 @@ FGO_INLINE vec<T> squares_of(const setting<T> &s, int64_t start, int count, cons
   return s.invariant ? sum / f.inverse_square : sum;
 }
 
+// Squared norms of their Euclidean gradients (with weight decay), which are bounds on those of the Riemannian ones.
+template <class T, int A, int B, layout P>
+FGO_INLINE vec<T> bounds_of(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f) {
+  constexpr int entries = A ? A * B : max_a * max_b;
+  const int a = A ? A : s.a, b = B ? B : s.b;
+  vec<T> w[entries], h[entries], sum = {};
+  if (s.decay != 0)
+    read_both<T, A, B, P>(s, start, count, f, w, h);
+  else
+    read<T, A * B, P>(at(s.grad, start), s.offset, s.column_stride, count, s.n, h);
+  for (int i = 0; i < a; ++i) {
+    vec<T> of_row = {};
+    for (int j = i * b; j < i * b + b; ++j) of_row += h[j] * h[j];
+    sum += of_row;
+  }
+  return s.invariant ? sum / f.inverse_square : sum;
+}
+
 // Nesterov's direction, from the momentum in `u`.
 template <class T, int B>
 FGO_TARGET __attribute__((noinline)) void nesterov_direction(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f,
@@ -118,9 +136,9 @@ FGO_TARGET __attribute__((noinline)) void nesterov_direction(const setting<T> &s
   for (int k = 0; k < s.n; ++k) u[k] = s.sign * rate * h[k] + s.momentum * u[k];
 }
 
-// The step of `count` kernels.
+// The step of `count` kernels. Returns whether some point on a manifold was not finite.
 template <class T, int A, int B, layout P, bool FULL>
-FGO_INLINE void step_of(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> rate) {
+FGO_INLINE bool step_of(const setting<T> &s, int64_t start, int count, const lane_facts<T> &f, vec<T> rate) {
   constexpr int entries = A ? A * B : max_a * max_b, size = B ? B * B : max_b * max_b;
   const int n = A ? A * B : s.n, a = A ? A : s.a, b = B ? B : s.b;
   const vec<T> none = {};
@@ -151,6 +169,7 @@ FGO_INLINE void step_of(const setting<T> &s, int64_t start, int count, const lan
     add_squares<T, B, FULL>(w + i * b, e, s.b);
   }
   const vec<T> distance = excess<T, B, FULL>(e, f, s.b);
+  bool is_bad = false;
   const bool two_more = any<T>(~(distance <= series_limit<T>[0]));
   if (!two_more || !any<T>(~(distance <= series_limit<T>[1]))) {
     series<T, B, FULL>(e, z, two_more, s.b);
@@ -159,10 +178,12 @@ FGO_INLINE void step_of(const setting<T> &s, int64_t start, int count, const lan
     vec<T> copied_w[entries];
     for (int k = 0; k < n; ++k) copied_w[k] = w[k];
     const lane_facts<T> facts = f;
+    is_bad = any<T>(~(distance <= std::numeric_limits<T>::max()));
     retract_long_step<T, B>(copied_w, facts, a, s.b);
     for (int k = 0; k < n; ++k) w[k] = copied_w[k];
   }
   write<T, A * B, P>(at(s.weight, start), s.offset, s.column_stride, count, s.n, w);
+  return is_bad;
 }
 
 // Step scales of a vector's kernels, by group.
@@ -179,16 +200,16 @@ enum class prefetched { nothing, own_momentum, next_row };
 // of a few cache lines each. Interleaved kernels: the same stream further on, since the hardware prefetcher stops at the end
 // of a page.
 template <class T, int K, layout P>
-FGO_INLINE void prefetch_vector(const setting<T> &s, int64_t row, int64_t column, bool momentum, prefetched what) {
+FGO_INLINE void prefetch_vector(const setting<T> &s, int64_t row, int64_t column, bool weight, bool momentum, prefetched what) {
   const int64_t place = column * s.n + row * s.row_stride;
   if constexpr (P == layout::interleaved) {
-    prefetch<T, K, 1>(s.weight + place + prefetch_distance);
+    if (weight) prefetch<T, K, 1>(s.weight + place + prefetch_distance);
     prefetch<T, K, 1>(s.grad + place + prefetch_distance);
     if (momentum) prefetch<T, K, 1>(s.buffer + place + prefetch_distance);
   } else if constexpr (P == layout::planar) {
     if (what == prefetched::own_momentum && s.has_momentum) prefetch<T, K, 2>(s.buffer + place);
     if (what != prefetched::next_row || row + 1 >= s.rows) return;
-    prefetch<T, K, 2>(s.weight + place + s.row_stride);
+    if (weight) prefetch<T, K, 2>(s.weight + place + s.row_stride);
     prefetch<T, K, 2>(s.grad + place + s.row_stride);
     if (momentum) prefetch<T, K, 2>(s.buffer + place + s.row_stride);
   }
@@ -237,8 +258,9 @@ template <class T, int K> struct row_end {
   }
 };
 
-// Adds the squared norms of the kernels in a row's columns to the sums of their groups, or to `row_sums` per kind.
-template <class T, int A, int B, layout P>
+// Adds the squared norms of the kernels in a row's columns, or bounds on them, to the sums of their groups, or to `row_sums`
+// per kind.
+template <class T, int A, int B, layout P, bool BOUNDS>
 FGO_TARGET __attribute__((noinline, noclone)) void sum_columns(const setting<T> &s, int64_t row, int64_t first, int64_t last, double *sums,
                                                       double *row_sums, prefetched what) {
   constexpr int L = lanes<T>;
@@ -246,16 +268,20 @@ FGO_TARGET __attribute__((noinline, noclone)) void sum_columns(const setting<T> 
   vec<T> by_kind[4] = {};
   for (int64_t column = first; column < last; column += L) {
     const kernel_range v = range_at(s, row, column, last);
-    prefetch_vector<T, A * B, P>(s, row, column, false, what);
+    prefetch_vector<T, A * B, P>(s, row, column, !BOUNDS || s.decay != 0, false, what);
     if constexpr (P != layout::strided)
       if (v.count < L) {
         const row_end<T, A * B> end_of_row(s, v);
-        sum_columns<T, A, B, layout::planar>(end_of_row.own, 0, 0, L, sums, row_sums, prefetched::nothing);
+        sum_columns<T, A, B, layout::planar, BOUNDS>(end_of_row.own, 0, 0, L, sums, row_sums, prefetched::nothing);
         break;
       }
     const lane_facts<T> f = facts_at<T, P>(s, v);
-    const vec<T> sum = f.any_stiefel ? squares_of<T, A, B, P, true>(s, v.start, v.count, f)
-                                     : squares_of<T, A, B, P, false>(s, v.start, v.count, f);
+    vec<T> sum;
+    if constexpr (BOUNDS)
+      sum = bounds_of<T, A, B, P>(s, v.start, v.count, f);
+    else
+      sum = f.any_stiefel ? squares_of<T, A, B, P, true>(s, v.start, v.count, f)
+                          : squares_of<T, A, B, P, false>(s, v.start, v.count, f);
     if (!row_sums)
       for (int l = 0; l < v.count; ++l) sums[(s.codes[v.kernel + l] >> 2) * 2 + (l & 1)] += sum[l];
     else if (P == layout::strided)
@@ -268,28 +294,29 @@ FGO_TARGET __attribute__((noinline, noclone)) void sum_columns(const setting<T> 
       for (int l = 0; l < L; ++l) row_sums[k] += by_kind[k][l];
 }
 
-// Takes the step of the kernels in a row's columns, at the scales of their groups or at `row_scales` per kind.
+// Takes the step of the kernels in a row's columns, at the scales of their groups or at `row_scales` per kind. Returns whether
+// some point on a manifold was not finite.
 template <class T, int A, int B, layout P>
-FGO_TARGET __attribute__((noinline, noclone)) void step_columns(const setting<T> &s, int64_t row, int64_t first, int64_t last,
+FGO_TARGET __attribute__((noinline, noclone)) bool step_columns(const setting<T> &s, int64_t row, int64_t first, int64_t last,
                                                        const T *row_scales, prefetched what) {
   constexpr int L = lanes<T>;
+  bool is_bad = false;
   for (int64_t column = first; column < last; column += L) {
     const kernel_range v = range_at(s, row, column, last);
-    prefetch_vector<T, A * B, P>(s, row, column, s.has_momentum, what);
+    prefetch_vector<T, A * B, P>(s, row, column, true, s.has_momentum, what);
     if constexpr (P != layout::strided)
       if (v.count < L) {
         const row_end<T, A * B> end_of_row(s, v);
-        step_columns<T, A, B, layout::planar>(end_of_row.own, 0, 0, L, row_scales, prefetched::nothing);
+        is_bad |= step_columns<T, A, B, layout::planar>(end_of_row.own, 0, 0, L, row_scales, prefetched::nothing);
         end_of_row.put_back(s, v);
         break;
       }
     const lane_facts<T> f = facts_at<T, P>(s, v);
     const vec<T> rate = row_scales ? look_up<T>(row_scales, f.kind) : rates_of<T>(s.scales, s.codes + v.kernel, v.count);
-    if (f.any_stiefel)
-      step_of<T, A, B, P, true>(s, v.start, v.count, f, rate);
-    else
-      step_of<T, A, B, P, false>(s, v.start, v.count, f, rate);
+    is_bad |= f.any_stiefel ? step_of<T, A, B, P, true>(s, v.start, v.count, f, rate)
+                            : step_of<T, A, B, P, false>(s, v.start, v.count, f, rate);
   }
+  return is_bad;
 }
 
 // What a thread takes at a time: a chunk of a row, and the row's groups by kind where row and kind determine the group.
@@ -303,8 +330,8 @@ template <class T> FGO_INLINE row_chunk chunk_of(const setting<T> &s, int64_t ro
   return {row, first, last, s.row_groups ? s.row_groups + 4 * row : nullptr};
 }
 
-// The first sweep: adds the squared norms of a range of chunks to `sums`, with two numbers per group.
-struct norms_sweep {
+// The first sweep: adds the squared norms of a range of chunks, or bounds on them, to `sums`, with two numbers per group.
+template <bool BOUNDS> struct sums_sweep {
   template <class T, int A, int B, layout P>
   FGO_TARGET static int64_t run(const fgo_kernels *task, const fgo_options *options, double *sums, int64_t begin, int64_t end) {
     int64_t offset[max_a * max_b];
@@ -313,7 +340,7 @@ struct norms_sweep {
     for (int64_t number = begin; number < end; ++number) {
       const row_chunk p = chunk_of(s, number / per_row, number % per_row * chunk);
       double row_sums[4] = {};
-      sum_columns<T, A, B, P>(s, p.row, p.first, p.last, sums, p.groups ? row_sums : nullptr, prefetched::next_row);
+      sum_columns<T, A, B, P, BOUNDS>(s, p.row, p.first, p.last, sums, p.groups ? row_sums : nullptr, prefetched::next_row);
       for (int k = 0; p.groups && k < 4; ++k)
         if (p.groups[k] >= 0) sums[2 * p.groups[k]] += row_sums[k];
     }
@@ -321,20 +348,21 @@ struct norms_sweep {
   }
 };
 
-// The second sweep: the step of a range of chunks.
+// The second sweep: the step of a range of chunks. Returns in how many of them a point was not finite.
 struct update_sweep {
   template <class T, int A, int B, layout P>
   FGO_TARGET static int64_t run(const fgo_kernels *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
     int64_t offset[max_a * max_b];
     const setting<T> s = setting_of<T>(*task, *options, offset);
     const int64_t per_row = chunks_per_row(*task);
+    int64_t bad = 0;
     for (int64_t number = begin; number < end; ++number) {
       const row_chunk p = chunk_of(s, number / per_row, number % per_row * chunk);
       T row_scales[4] = {};
       for (int k = 0; p.groups && k < 4; ++k) row_scales[k] = p.groups[k] < 0 ? T(0) : s.scales[p.groups[k]];
-      step_columns<T, A, B, P>(s, p.row, p.first, p.last, p.groups ? row_scales : nullptr, prefetched::next_row);
+      bad += step_columns<T, A, B, P>(s, p.row, p.first, p.last, p.groups ? row_scales : nullptr, prefetched::next_row);
     }
-    return 0;
+    return bad;
   }
 };
 
@@ -352,7 +380,7 @@ struct rows_sweep {
       T row_scales[4] = {};
       bool is_finite = true;
       for (int64_t first = 0; first < s.columns; first += chunk)
-        sum_columns<T, A, B, P>(s, row, first, chunk_of(s, row, first).last, nullptr, row_sums, prefetched::own_momentum);
+        sum_columns<T, A, B, P, false>(s, row, first, chunk_of(s, row, first).last, nullptr, row_sums, prefetched::own_momentum);
       for (int k = 0; k < 4; ++k) {
         if (groups[k] < 0) continue;
         const double curvature = task->curvatures ? task->curvatures[groups[k]] : options->curvature;
@@ -398,7 +426,8 @@ FGO_TARGET bool run_at_size(const fgo_kernels *t, const fgo_options *o, double *
 template <class SWEEP, class T>
 FGO_TARGET int64_t run_sweep(const fgo_kernels *t, const fgo_options *o, double *sums, int64_t begin, int64_t end) {
   int64_t result;
-  if constexpr (FGO_FAST) {
+  constexpr bool is_rare = sizeof(T) > 4 && std::is_same<SWEEP, sums_sweep<true>>::value;
+  if constexpr (FGO_FAST && !is_rare) {
     if (run_at_size<SWEEP, T, 3, 3>(t, o, sums, begin, end, &result)) return result;
     if constexpr (sizeof(T) == 4)
       if (run_at_size<SWEEP, T, 5, 5>(t, o, sums, begin, end, &result)) return result;

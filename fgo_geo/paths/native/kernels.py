@@ -1,7 +1,12 @@
-"""The compiled path of kernels on the CPU: two sweeps over memory for all weights of a parameter group."""
+"""The compiled path of kernels on the CPU: two sweeps over memory for all weights of a parameter group.
+
+A projection shortens, so ``R`` is at most the norm of the Euclidean gradient. Where that is short in every group, as
+mostly in training, all ``τ`` are one whatever ``R`` is, and the first sweep reads gradients only.
+"""
 
 from __future__ import annotations
 
+import abc
 import ctypes
 import itertools
 import math
@@ -14,7 +19,7 @@ from fgo_geo.paths.kernel_tables import LARGEST, KernelTable, gradient_of, place
 from fgo_geo.paths.native.library import NOT_BUILT, PER_THREAD, library
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
 
-__all__ = ["KernelBatch", "NativeKernels"]
+__all__ = ["BoundedBatch", "KernelBatch", "NativeKernels"]
 
 
 class NativeKernels(Path):
@@ -61,7 +66,62 @@ class _Options(ctypes.Structure):
     )
 
 
-class KernelBatch(Batch):
+_PAUSE = 15  # steps without another look after gradients that were too long
+
+
+class BoundedBatch(Batch):
+    """Weights whose step may go without ``R²``.
+
+    Attributes:
+        norms: ``R²`` of all groups, or bounds on them, float64; the memory is that of the latest sweep.
+        leaves_finite: Whether the latest step left finite weights, as far as norms can show.
+    """
+
+    sweeps = True
+
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        super().__init__(claims)
+        self.norms = torch.empty(sum(self.counts), dtype=torch.float64)
+        self.leaves_finite = False
+        self._known: list[tuple[int, int]] | None = None  # versions of the weights after the latest step
+        self._pause = 0
+
+    def finish(self) -> None:
+        """Look at the versions of the weights."""
+        self._known = self._versions() if self.leaves_finite else None
+
+    def _versions(self) -> list[tuple[int, int]] | None:
+        """Address and version of every weight; None if changes are not counted."""
+        params = [weight.param for weight in self.weights]
+        if any(param.is_inference() for param in params):
+            return None
+        return [(param.data_ptr(), param._version) for param in params]  # pyright: ignore[reportPrivateUsage]
+
+    def is_unchanged(self) -> bool:
+        """Whether the weights have not changed since a step that left them finite."""
+        return self._known is not None and self._versions() == self._known
+
+    def can_sweep(self, options: StepOptions, checks: bool) -> bool:
+        """Whether weights have not changed since the last step, and gradients show that every ``τ`` is one."""
+        if (options.step_size == "theorem" and options.curvature is None) or not self.is_unchanged():
+            return False
+        if self._pause:
+            self._pause -= 1
+            return False
+        self._pause = 0 if self.bound(options) == 0 else _PAUSE
+        return self._pause == 0
+
+    def sweep(self, options: StepOptions, curvatures: Tensor | None, leaves_out: bool) -> Tensor:
+        """The step without scales; bounds take the place of ``R²``, with the same ``τ``."""
+        self.move(options, None, leaves_out=False)
+        return self.norms.clone()  # its memory is used again
+
+    @abc.abstractmethod
+    def bound(self, options: StepOptions) -> int:
+        """How many groups may have a ``τ`` above one; writes bounds on ``R²``. Changes no weight."""
+
+
+class KernelBatch(BoundedBatch):
     """The weights as the extension takes them, by type. Between steps only addresses change."""
 
     def __init__(self, claims: Sequence[Claim]) -> None:
@@ -69,7 +129,6 @@ class KernelBatch(Batch):
         self._tables = [table_of(weight) for weight in self.weights]  # the extension reads their memory
         self._radii: list[Tensor] = []
         groups, first_groups = sum(self.counts), list(itertools.accumulate(self.counts, initial=0))
-        self.norms = torch.empty(groups, dtype=torch.float64)
         self.entries: list[tuple[Weight, _Kernels]] = []
         self._calls: list[
             tuple[ctypes.Array[_Kernels], int, int]
@@ -129,15 +188,21 @@ class KernelBatch(Batch):
         """The step of all weights, in place."""
         for own in self._scales.values():
             own.fill_(1) if scale is None else own.copy_(scale)
-        self.update("fgo_update", options, leaves_out)
+        self.leaves_finite = self.update("fgo_update", options, leaves_out) == 0 and not leaves_out
 
-    def update(self, function: str, options: StepOptions, leaves_out: bool) -> None:
-        """Call a function that moves the weights."""
+    def bound(self, options: StepOptions) -> int:
+        """How many groups may have a ``τ`` above one."""
+        self.set_addresses()
+        self.norms.zero_()
+        return self.run("fgo_bounds", options)
+
+    def update(self, function: str, options: StepOptions, leaves_out: bool) -> int:
+        """Call a function that moves the weights; the sum of what it returns."""
         for weight, entry in self.entries:
             entry.buffer = None if weight.buffer is None else weight.buffer.data_ptr()
             entry.first, entry.skips = weight.first, leaves_out
         torch.autograd.graph.increment_version([weight.param for weight in self.weights])
-        self.run(function, options)
+        return self.run(function, options)
 
     def run(self, function: str, options: StepOptions) -> int:
         """Call a function of the extension for all weights; the sum of what it returns."""

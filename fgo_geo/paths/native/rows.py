@@ -41,42 +41,29 @@ class NativeRows(NativeKernels):
 class RowBatch(KernelBatch):
     """Weights of kernels that can be stepped row by row."""
 
-    sweeps = True
+    _is_short = False
 
-    def __init__(self, claims: Sequence[Claim]) -> None:
-        super().__init__(claims)
-        self._known: list[tuple[int, int]] | None = None  # versions after the last step
-
-    def can_sweep(self, options: StepOptions) -> bool:
+    def can_sweep(self, options: StepOptions, checks: bool) -> bool:
         """Whether the weights have not changed since the last step, and gradients show that all norms are finite."""
-        if self._known is None or self._versions() != self._known:
+        self._is_short = super().can_sweep(options, checks)
+        if self._is_short:
+            return True
+        if checks and not self.is_unchanged():
             return False
         self.set_addresses()
-        return self.run("fgo_large", options) == 0
+        return not checks or self.run("fgo_large", options) == 0
 
     def sweep(self, options: StepOptions, curvatures: Tensor | None, leaves_out: bool) -> Tensor:
-        """Measure and move, row by row."""
-        if leaves_out:  # nothing was asked before
-            self.set_addresses()
+        """Measure and move, row by row; move alone where every ``τ`` is one."""
+        if self._is_short:
+            return super().sweep(options, curvatures, leaves_out)
         for _, entry in self.entries:
             place = entry.squared_norms - self.norms.data_ptr()
             entry.curvatures = None if curvatures is None else curvatures.data_ptr() + place
         self.norms.zero_()
         self.update("fgo_step", options, leaves_out)
-        self._known = self._versions() if math.isfinite(float(self.norms.sum())) else None
+        self.leaves_finite = math.isfinite(float(self.norms.sum()))
         return self.norms.clone()  # its memory is used again
-
-    def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
-        """The step in a sweep of its own."""
-        super().move(options, scale, leaves_out)
-        self._known = None if leaves_out else self._versions()
-
-    def _versions(self) -> list[tuple[int, int]] | None:
-        """Address and version of every weight; None if changes are not counted."""
-        params = [weight.param for weight in self.weights]
-        if any(param.is_inference() for param in params):
-            return None
-        return [(param.data_ptr(), param._version) for param in params]  # pyright: ignore[reportPrivateUsage]
 
 
 def _has_groups_within_rows(table: KernelTable) -> bool:

@@ -1,6 +1,7 @@
 // The step on Stiefel matrices and blocks of matrices for the CPU, by products alone.
 //
 //   fgo_stiefel_norms   reads x and g: squared norm of the Riemannian gradient of every block, and of every group;
+//   fgo_stiefel_bounds  takes that of g in its place, a bound on it: how many groups may have a tau above one;
 //   fgo_stiefel_move    reads the momentum m, and computes the new momentum and points, in memory of their own.
 //
 // For x with xᵀx = r² I, and g and m added to t with their factors, the step of a block is
@@ -29,7 +30,7 @@ struct fgo_stiefel {
   const int32_t *rows, *columns;
   const int32_t *groups;   // per block
   const double *radii;     // per block
-  double *squares;         // per block: of the Riemannian gradient
+  double *squares;         // per block: of the Riemannian gradient, or a bound
   double *squared_norms;   // per group: added to
   const float *scales;     // per group: 1 / tau; with zero the gradient is not used
   float *points, *momenta; // per block, row by row: point and gradient after fgo_stiefel_norms, and then the results
@@ -82,7 +83,8 @@ double cost_of(const fgo_stiefel &t) { return double(t.a) * t.b * shorter(t); }
 #define FGO_PORTABLE_BYTES 32
 #include "each_set.hpp"
 
-#define FGO_MEASURE(set) set::measure
+#define FGO_MEASURE(set) set::measure<false>
+#define FGO_BOUND(set) set::measure<true>
 #define FGO_MOVE(set) set::move
 
 namespace {
@@ -104,15 +106,29 @@ void run_on_blocks(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_opt
   for (int64_t number = 0; number < int64_t(small.size()); ++number) run(tasks[small[number].first], options, small[number].second, 1);
 }
 
+void add_to_groups(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options &options, int threads, step_function run) {
+  run_on_blocks(tasks, count, options, threads, run);
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t own = 0; own < tasks[k].n; ++own) tasks[k].squared_norms[tasks[k].groups[own]] += tasks[k].squares[own];
+}
+
 }  // namespace
 
 extern "C" {
 
 FGO_API int64_t fgo_stiefel_norms(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads) {
-  run_on_blocks(tasks, count, *options, threads, FGO_IN_USE(FGO_MEASURE));
-  for (int64_t k = 0; k < count; ++k)
-    for (int64_t own = 0; own < tasks[k].n; ++own) tasks[k].squared_norms[tasks[k].groups[own]] += tasks[k].squares[own];
+  add_to_groups(tasks, count, *options, threads, FGO_IN_USE(FGO_MEASURE));
   return 0;
+}
+
+// Returns how many blocks are in groups with a bound that does not show that tau is one.
+FGO_API int64_t fgo_stiefel_bounds(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads) {
+  add_to_groups(tasks, count, *options, threads, FGO_IN_USE(FGO_BOUND));
+  int64_t large = 0;
+  for (int64_t k = 0; k < count; ++k)
+    for (int64_t own = 0; own < tasks[k].n; ++own)
+      large += !is_short(tasks[k].squared_norms[tasks[k].groups[own]], options->constant, options->rho, options->curvature);
+  return large;
 }
 
 // Returns the number of blocks that began off the manifold.

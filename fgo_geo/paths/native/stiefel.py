@@ -24,6 +24,7 @@ from fgo_geo.manifolds import ProductOfGroups, Stiefel
 from fgo_geo.paths.kept import kept
 from fgo_geo.paths.kernel_tables import gradient_of, step_problem
 from fgo_geo.paths.native.blocks import Block, MatrixOptions, matrix_of, put
+from fgo_geo.paths.native.kernels import BoundedBatch
 from fgo_geo.paths.native.library import NOT_BUILT, library, threads_for
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
 from fgo_geo.weights.components import RectanglePartition
@@ -169,13 +170,12 @@ class _EqualBlocks:
         return cast("tuple[Tensor, Tensor | None]", tall)
 
 
-class _StiefelBatch(Batch):
+class _StiefelBatch(BoundedBatch):
     """The weights as the extension takes them. Between steps only addresses change."""
 
     def __init__(self, claims: Sequence[Claim]) -> None:
         super().__init__(claims)
         self.stages = not all(claim.is_whole for claim in claims)
-        self._norms = torch.empty(sum(self.counts), dtype=torch.float64)
         self._scales = torch.empty(sum(self.counts), dtype=torch.float32)
         tables = [tables_of(claim.weight) for claim in claims]
         count = sum(len(claim.parts) for claim in claims)
@@ -201,23 +201,32 @@ class _StiefelBatch(Batch):
         for name in ("rows", "columns", "groups", "radii"):
             setattr(entry, name, getattr(table, name).data_ptr())
         entry.points, entry.momenta, entry.failed = (own.data_ptr() for own in (points, momenta, failed))
-        entry.squared_norms = self._norms.data_ptr() + group * self._norms.itemsize
+        entry.squared_norms = self.norms.data_ptr() + group * self.norms.itemsize
         entry.scales = self._scales.data_ptr() + group * self._scales.itemsize
         entry.n, entry.a, entry.b, entry.width = n, a, b, table.width
         self._work += n * a * b * min(a, b) // _WORK
 
     def measure(self, options: StepOptions) -> Tensor:
         """``R²`` of all groups; the next step reuses the memory of the result."""
+        self._measure("fgo_stiefel_norms", options)
+        return self.norms
+
+    def bound(self, options: StepOptions) -> int:
+        """How many groups may have a ``τ`` above one."""
+        return self._measure("fgo_stiefel_bounds", options)
+
+    def _measure(self, name: str, options: StepOptions) -> int:
         self._set_addresses()
-        self._norms.zero_()
-        self._run("fgo_stiefel_norms", options)
-        return self._norms
+        self.norms.zero_()
+        return self._run(name, options)
 
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
         """Compute new points and momentum, and write the weights that this batch has whole."""
         self._scales.fill_(1) if scale is None else self._scales.copy_(scale)
         self._set_addresses()
-        if self._run("fgo_stiefel_move", options):
+        failed = self._run("fgo_stiefel_move", options)
+        self.leaves_finite = failed == 0 and not leaves_out
+        if failed:
             for own in self._blocks:
                 _factorise(own)
         blocks: list[Block] = []

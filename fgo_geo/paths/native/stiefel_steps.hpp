@@ -199,18 +199,22 @@ struct work {
   }
 };
 
-// The squared norm of the Riemannian gradient of a block. Its point and gradient stay in the memory of the results.
-FGO_TARGET void measure(const fgo_stiefel &t, const fgo_matrix_options &o, int64_t block, int threads) {
+// The squared norm of the Riemannian gradient of a block, or of the Euclidean one. Point and gradient stay in the memory of the
+// results.
+template <bool BOUNDS> FGO_TARGET void measure(const fgo_stiefel &t, const fgo_matrix_options &o, int64_t block, int threads) {
   work w(t, block, threads);
   gather(t, block, t.weight, 1, 0, w.x, threads);
   gather(t, block, t.grad, 1, 0, w.m, threads);
-  w.inner(w.x, w.m, 1, w.e);
-  w.symmetrise(w.e, 0.5 / (w.radius * w.radius));
   const double whole = square_of(w.m, w.entries);
-  double tangent = whole - square_of(w.e, w.square) * w.radius * w.radius;
-  if (tangent < least_tangent * whole) {  // the difference is mostly rounding
-    w.subtract(w.m, w.x, w.e, w.y);
-    tangent = square_of(w.y, w.entries);
+  double tangent = whole;
+  if (!BOUNDS) {
+    w.inner(w.x, w.m, 1, w.e);
+    w.symmetrise(w.e, 0.5 / (w.radius * w.radius));
+    tangent -= square_of(w.e, w.square) * w.radius * w.radius;
+    if (tangent < least_tangent * whole) {  // the difference is mostly rounding
+      w.subtract(w.m, w.x, w.e, w.y);
+      tangent = square_of(w.y, w.entries);
+    }
   }
   t.squares[block] = o.radius_invariant ? tangent * w.radius * w.radius : tangent;
 }
