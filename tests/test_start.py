@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from networks import assert_on_manifolds
 from torch import Tensor, nn
 
-from fgo_geo import Plan, constrain
+from fgo_geo import Plan, Stiefel, constrain, register_kind
+from fgo_geo.weights.kinds import unregister_kind
 
 KINDS = ["sphere", "oblique", "stiefel"]
 
@@ -141,3 +143,45 @@ def test_half_precision_is_computed_in_single_precision() -> None:
     assert half.weight.dtype == torch.bfloat16
     torch.testing.assert_close(half.weight.float(), single.weight.detach(), rtol=1e-2, atol=1e-3)
     assert seconds[1] < 5 * seconds[0] + 0.5
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (60, 40), (5, 200)])
+def test_autocast_does_not_touch_the_start(shape: tuple[int, int]) -> None:
+    layer = nn.Linear(*shape, bias=False)
+    expected = copy.deepcopy(layer)
+    constrain(expected, "layer", "stiefel", first_layer=True, classifier=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        constrain(layer, "layer", "stiefel", first_layer=True, classifier=True)
+    assert torch.equal(layer.weight, expected.weight)
+
+
+def test_a_kind_that_projects_in_a_way_of_its_own() -> None:
+    """Rotations: the polar factor is a point of the Stiefel manifold, but not always one of theirs."""
+
+    class Rotation(Stiefel):
+        name = "Rotation"
+
+        def projx(self, x: Tensor) -> Tensor:
+            q = super().projx(x)
+            sign = torch.linalg.det(q).sign()
+            return torch.cat([q[..., :-1], q[..., -1:] * sign[..., None, None]], -1)
+
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8, 5, 5)
+    register_kind("rotation", Rotation)
+    try:
+        _, point = constrained(weight, "rotation")
+    finally:
+        unregister_kind("rotation")
+    torch.testing.assert_close(torch.linalg.det(point), torch.ones(8, 8))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e18])
+@pytest.mark.parametrize("shape", [(60, 40), (200, 170)])
+def test_a_start_of_any_scale(shape: tuple[int, int], scale: float) -> None:
+    layer = nn.Linear(shape[1], shape[0], bias=False)
+    values = torch.linspace(0.8, 1.2, shape[1], dtype=torch.float64)
+    exact = torch.linalg.qr(torch.randn(shape, dtype=torch.float64))[0]
+    layer.weight = nn.Parameter((exact * values * scale).float())
+    constrain(layer, "layer", "stiefel", radius=1.0, first_layer=True, classifier=True)
+    torch.testing.assert_close(layer.weight.detach().double().as_subclass(Tensor), exact, rtol=0, atol=1e-5)

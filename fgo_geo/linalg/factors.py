@@ -171,6 +171,9 @@ def _by_gram_matrix(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     if x.shape[-1] < _GRAM_FROM or x.numel() == 0 or not reads_for_free(x):
         return None
     gram = gram_matrix(x, precise=True)
+    squared, range_ = gram.diagonal(dim1=-2, dim2=-1).mean(-1), torch.finfo(x.dtype)
+    if not bool(((squared > range_.tiny / range_.eps) & (squared < range_.max * range_.eps)).all()):
+        return None  # squares have vanished or overflowed
     known = _by_products(x, gram) if x.shape[-1] >= _PRODUCTS_FROM else None
     if known is not None:
         return known

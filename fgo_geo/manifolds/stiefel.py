@@ -31,6 +31,7 @@ from fgo_geo.linalg import (
     inner_sum,
     inverse_root_gap,
     polar_factor,
+    polar_factor_and_range,
     polish,
     qr_factor,
     reads_for_free,
@@ -157,6 +158,13 @@ class Stiefel(ComponentManifold):
         """
         self._require_projectable(x)
         return self.radius_for(x) * polar_factor(x)
+
+    @takes_real_tensors
+    @takes_full_products
+    def projx_and_range(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Nearest points, and an interval that holds the singular values of each matrix: ends of shape ``(...)``."""
+        factor, low, high = polar_factor_and_range(x)
+        return self.radius_for(x) * factor, low, high
 
     @takes_real_tensors
     @takes_full_products

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fgo_geo.linalg import computes_in_float32, polar_factor_and_range, takes_full_products
+from fgo_geo.linalg import computes_in_float32
 from fgo_geo.manifolds import ComponentManifold, ConvexBall, Oblique, ProductOfGroups, Stiefel
 
 __all__ = ["Initial", "initial_point", "moved_to", "nearest_point"]
@@ -78,19 +78,21 @@ def initial_point(
     manifolds, sizes = [each for each, _ in manifold.parts], manifold.partition.sizes
     parts = manifold.partition.split(exact)
     can_be_open = [_can_be_open(each, *own, tiny) for each, own in zip(manifolds, sizes, strict=True)]
-    found = [_nearest(*own, smallest) for own in zip(manifolds, parts, can_be_open, strict=True)]
-    points, masks = [point for point, _ in found], [is_open for _, is_open in found]
+    looked_at = [_open_components(*own, smallest) for own in zip(manifolds, parts, can_be_open, strict=True)]
+    points, masks = [point for _, point in looked_at], [is_open for is_open, _ in looked_at]
     count, notes = sum(int(is_open.sum()) for is_open in masks), ()
     if count:
         of = f"{count} of {sum(map(len, parts))} components"
         notes = (f"{of} have no unique nearest point and were drawn at random (seed {seed})",)
         key = hashlib.sha256(json.dumps([seed, name, "initial"]).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
-        for k, (each, part, is_open) in enumerate(zip(manifolds, parts, masks, strict=True)):
-            completed = part.clone()
-            completed[is_open] = _completed(each, part[is_open], smallest, generator)
-            points[k] = each.projx(completed)
-    return manifold.partition.merge(points, like=exact).to(value.dtype), notes
+        parts, points = [part.clone() for part in parts], [None] * len(parts)
+        for each, part, is_open in zip(manifolds, parts, masks, strict=True):
+            part[is_open] = _completed(each, part[is_open], smallest, generator)
+    nearest = [
+        each.projx(part) if point is None else point for each, part, point in zip(manifolds, parts, points, strict=True)
+    ]
+    return manifold.partition.merge(nearest, like=exact).to(value.dtype), notes
 
 
 def _can_be_open(manifold: geoopt.Manifold, rows: int, columns: int, tiny: int) -> bool:
@@ -102,24 +104,29 @@ def _can_be_open(manifold: geoopt.Manifold, rows: int, columns: int, tiny: int) 
     return tiny >= (rows if isinstance(manifold, Oblique) else rows * columns)
 
 
-@takes_full_products
-def _nearest(manifold: geoopt.Manifold, part: Tensor, can_be_open: bool, smallest: float) -> tuple[Tensor, Tensor]:
-    """Nearest points, and which components have no unique one, up to the rounding of the weight's largest component."""
+def _open_components(
+    manifold: geoopt.Manifold, part: Tensor, can_be_open: bool, smallest: float
+) -> tuple[Tensor, Tensor | None]:
+    """Which components have no unique nearest point, up to the rounding of the weight's largest component.
+
+    Returns:
+        A mask, and the nearest points where the same factorisation gave them, else None.
+    """
     if not can_be_open:
-        return manifold.projx(part), torch.zeros(len(part), dtype=torch.bool, device=part.device)
+        return torch.zeros(len(part), dtype=torch.bool, device=part.device), None
     if isinstance(manifold, Oblique):
-        return manifold.projx(part), (part.abs().amax(-2) <= smallest).any(-1)
+        return (part.abs().amax(-2) <= smallest).any(-1), None
     if not isinstance(manifold, Stiefel):
-        return manifold.projx(part), part.abs().amax((-2, -1)) <= smallest
+        return part.abs().amax((-2, -1)) <= smallest, None
     if part.shape[-2:] == (3, 3):
-        points, is_open = manifold.projx(part), _flatness(part) <= _SUSPECT
+        points, is_open = None, _flatness(part) <= _SUSPECT
     else:
-        factor, low, high = polar_factor_and_range(part)
-        points, is_open = manifold.radius_for(part) * factor, ~(low > _SMALL_RATIO * high)
+        points, low, high = manifold.projx_and_range(part)
+        is_open = ~(low > _SMALL_RATIO * high)
     if bool(is_open.any()):
         values = torch.linalg.svdvals(part[is_open].double())
         is_open[is_open.clone()] = ~_is_kept(part, values, smallest)[:, -1]
-    return points, is_open
+    return is_open, points if type(manifold).projx is Stiefel.projx else None
 
 
 def _is_kept(part: Tensor, values: Tensor, smallest: float) -> Tensor:
