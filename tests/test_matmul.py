@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -232,3 +234,18 @@ def test_where_onednn_is_faster(
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
         assert matmul.mkl_avoids_avx512(processor) == expected
     matmul.mkl_avoids_avx512.cache_clear()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_a_processor_that_the_system_hides_is_asked_otherwise(
+    error: type[OSError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> str:
+        raise error
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    matmul.mkl_avoids_avx512.cache_clear()
+    try:
+        assert matmul.mkl_avoids_avx512() == matmul.mkl_avoids_avx512(platform.processor())
+    finally:
+        matmul.mkl_avoids_avx512.cache_clear()

@@ -106,7 +106,10 @@ def mkl_avoids_avx512(processor: str | None = None) -> bool:
         processor: What the system says of the processor; None to ask it.
     """
     if processor is None:
-        processor = _CPU_INFO.read_text() if _CPU_INFO.exists() else platform.processor()
+        try:
+            processor = _CPU_INFO.read_text()
+        except OSError:  # another system, or one that hides it
+            processor = platform.processor()
     has_both = torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
     return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in processor
 

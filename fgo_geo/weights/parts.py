@@ -149,7 +149,15 @@ class Partition(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def merge(self, parts: Sequence[Tensor], like: Tensor | None = None) -> Tensor:
-        """Inverse of :meth:`split`; in the memory format of a weight ``like``, where that is cheap."""
+        """Inverse of :meth:`split`.
+
+        Args:
+            parts: The components of every part.
+            like: A weight whose memory format the result has, where that is cheap.
+
+        Returns:
+            The weight.
+        """
 
     @abc.abstractmethod
     def entries(self, part: int, chosen: Tensor) -> Tensor:
@@ -164,7 +172,12 @@ class Partition(nn.Module, abc.ABC):
         """
 
     def put_(self, parts: Sequence[Tensor], weight: Tensor) -> None:
-        """Write ``merge(parts)`` into a weight."""
+        """Write ``merge(parts)`` into a weight.
+
+        Args:
+            parts: The components of every part.
+            weight: Where to.
+        """
         weight.copy_(self.merge(parts, weight))
 
     def per_component(self, values: np.ndarray) -> list[np.ndarray]:
