@@ -145,12 +145,74 @@ def test_methods_are_checked_once_for_each_size(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(OwnRows, "projx", lambda self, x: seen.append(tuple(x.shape)) or projx(self, x), raising=False)
     record = fgo_geo.register_kind("own", OwnRows)
     try:
-        for rows, columns in ((4, 3), (4, 3), (6, 3), (300, 100), (400, 200)):
+        for rows, columns in ((4, 3), (4, 3), (6, 3), (300, 100), (400, 200), (700, 600)):
             ProductOfGroups(collection(rows, columns, "layer", "own", components="block"), (rows, columns))
     finally:
         kinds.unregister_kind("own")
-    assert seen == [(3, 4, 3), (3, 6, 3), (3, 32, 32)]
+    assert seen == [(3, 4, 3), (3, 6, 3), (3, 300, 100), (3, 400, 200), (1, 700, 600)]
     assert record.checked == {shape[1:] for shape in seen}
+
+
+class InFloat32(fgo_geo.ScaledSphere):
+    """A class that computes with a buffer of its own, in single precision only."""
+
+    def __init__(self, radius: Any = 1.0, ndim: int = 2) -> None:
+        super().__init__(radius, ndim)
+        self.register_buffer("w", torch.eye(3))
+
+    def projx(self, x: Tensor) -> Tensor:
+        return super().projx(torch.einsum("ij,...jk->...ik", self.w, x))
+
+
+class OfOneSize(fgo_geo.ScaledSphere):
+    """A class for components of 64 rows, whose retraction has not been written."""
+
+    def projx(self, x: Tensor) -> Tensor:
+        return super().projx(x * torch.ones(64, 1))
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("own", "layer"), [(InFloat32, nn.Conv2d(4, 4, 3)), (OfOneSize, nn.Linear(8, 64))], ids=["type", "size"]
+)
+def test_methods_are_checked_at_the_size_and_in_the_type_that_they_take(own: Any, layer: nn.Module) -> None:
+    fgo_geo.register_kind("own", own)
+    try:
+        fgo_geo.constrain(nn.Sequential(layer), "layer", "own", classifier=True, first_layer=True)
+        violation = layer.weight.manifold.violation(layer.weight)
+        if own is InFloat32:  # the check goes on: the buffer does not hide a fault
+            kinds.kind("own").checked.clear()
+            own.retr = lambda self, x, u: 2 * x
+            with pytest.raises(TypeError, match="retr of the manifold kind 'own' must return points"):
+                kinds.kind("own").check_methods(3, 3)
+    finally:
+        kinds.unregister_kind("own")
+    assert violation.max() < 1e-5
+
+
+@pytest.mark.parametrize("size", [(3, 2), (100, 50), (101, 53), (271, 259)])
+def test_a_measured_norm_is_that_of_256_points_of_one_draw(size: tuple[int, int]) -> None:
+    class LargestEntry(OwnRows):
+        def projx(self, x: Tensor) -> Tensor:
+            assert x.numel() <= 2**20 or len(x) <= 16
+            return x / x.abs().amax((-2, -1), keepdim=True)
+
+        def violation(self, x: Tensor) -> Tensor:
+            return x.abs().amax((-2, -1)) - 1
+
+        def retr(self, x: Tensor, u: Tensor) -> Tensor:
+            return self.projx(x + u)
+
+    record = fgo_geo.register_kind("own", LargestEntry)
+    try:
+        measured = record.typical_norm(*size)
+    finally:
+        kinds.unregister_kind("own")
+    x = torch.randn(256, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = (x.square().sum((-2, -1)) / x.abs().amax((-2, -1)) ** 2).mean().sqrt()
+    assert measured == pytest.approx(float(expected), rel=1e-14)
 
 
 def test_the_constructor_gets_ndim_if_it_takes_it() -> None:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import Memory, traces
-from fgo_geo.weights.kind_checks import LARGEST_CHECKED, check_methods, drawn
+from fgo_geo.weights.kind_checks import check_methods, drawn
 from fgo_geo.weights.words import did_you_mean
 
 __all__ = [
@@ -103,7 +103,7 @@ class Kind:
         return hasattr(self.manifold, "radius_for")
 
     def typical_norm(self, rows: int, columns: int) -> float:
-        """Frobenius norm at radius one: the bound, or without one the root mean square of projected random points.
+        """Frobenius norm at radius one: the bound, or without one the root mean square of 256 projected random points.
 
         Args:
             rows: ``A``.
@@ -118,21 +118,21 @@ class Kind:
         self.check_methods(rows, columns)
         if self.norms is not None:
             return self.norms(rows, columns)[0]
-        count = max(1, min(256, _MOST_DRAWN // (rows * columns)))
-        points = self.build(1.0).projx(drawn(count, rows, columns))
-        return math.sqrt(float(points.square().sum()) / count)
+        unit = self.build(1.0)
+        squares = (unit.projx(batch).detach().double().square().sum() for batch in drawn(unit, 256, rows, columns))
+        return math.sqrt(sum(map(float, squares)) / 256)
 
     def check_methods(self, rows: int, columns: int) -> None:
         """Check the methods of a user's class, once for each size of components.
 
         Args:
             rows: ``A``.
-            columns: ``B``. Components of more than 32 rows or columns are checked at 32.
+            columns: ``B``.
 
         Raises:
             TypeError: As :func:`~fgo_geo.weights.kind_checks.check_methods`.
         """
-        size = (min(rows, LARGEST_CHECKED), min(columns, LARGEST_CHECKED))
+        size = (rows, columns)
         if self.name not in _of_users or self.manifold.__module__.startswith("geoopt.") or size in self.checked:
             return
         unit: Any = self.build(1.0)
@@ -140,8 +140,6 @@ class Kind:
             check_methods(self.name, unit, self.norms, *size)
             self.checked.add(size)
 
-
-_MOST_DRAWN = 2**20  # numbers, to measure a norm
 
 _kinds: dict[str, Kind] = {}
 _by_word: dict[str, Kind] = {}
