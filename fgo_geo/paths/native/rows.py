@@ -4,6 +4,8 @@ The sweep measures and moves each row while it is in the cache, which saves two 
 rows before it measures others. If the optimiser checks gradients, the path uses this sweep only if it can refuse no
 row: the gradients show that no norm overflows, and the weights have not changed since the last step. Otherwise the step
 takes two sweeps. If the check is off, the step refuses nothing, and the path does not read the gradients beforehand.
+Bounds on the norms, which the other compiled paths look at first, would save arithmetic here but no pass over memory:
+with them the step of ResNet-18's kernels took 1.1 times as long (unchecked: 1.4 times).
 """
 
 from __future__ import annotations
@@ -41,22 +43,15 @@ class NativeRows(NativeKernels):
 class RowBatch(KernelBatch):
     """Weights of kernels that can be stepped row by row."""
 
-    _is_short = False
-
     def can_sweep(self, options: StepOptions, checks: bool) -> bool:
         """Whether the weights have not changed since the last step, and gradients show that all norms are finite."""
-        self._is_short = super().can_sweep(options, checks)
-        if self._is_short:
-            return True
         if checks and not self.is_unchanged():
             return False
         self.set_addresses()
         return not checks or self.run("fgo_large", options) == 0
 
     def sweep(self, options: StepOptions, curvatures: Tensor | None, leaves_out: bool) -> Tensor:
-        """Measure and move, row by row; move alone where every ``τ`` is one."""
-        if self._is_short:
-            return super().sweep(options, curvatures, leaves_out)
+        """Measure and move, row by row."""
         for _, entry in self.entries:
             place = entry.squared_norms - self.norms.data_ptr()
             entry.curvatures = None if curvatures is None else curvatures.data_ptr() + place
