@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fgo_geo import RiemannianFGSGD, ScaledSphere, Stiefel, channel_directed, constrain, on_manifolds, plan_of
 from fgo_geo.distributed import declare_plain, exchange, fully_shard
+from fgo_geo.manifolds import REPLACED
 
 
 def mesh() -> DeviceMesh:
@@ -445,6 +446,74 @@ def check_a_first_step_that_fails_on_one_process(rank: int, folder: Path) -> Non
         optimizer.zero_grad()
         backward(model)
         optimizer.step()
+        assert violation(model) < 1e-12
+
+
+def check_a_closure_that_fails_on_one_process(rank: int, folder: Path) -> None:
+    """All processes raise its error, and agree on it once: none waits for another, then or in the next step."""
+    model = sharded()
+    optimizer = torch.optim.AdamW(model.parameters())
+    on_manifolds(optimizer, "constant")
+    before = whole(model)
+    for failing in (0, 1, None):
+
+        def closure(fails: bool = rank == failing) -> Tensor:
+            optimizer.zero_grad()
+            loss = model(images()).square().mean()
+            loss.backward()
+            if fails:
+                raise ValueError("a bad batch")
+            return loss
+
+        if failing is None:
+            optimizer.step(closure)
+            break
+        with pytest.raises(ValueError, match="a bad batch"):
+            optimizer.step(closure)
+        assert all(torch.equal(a, b) for a, b in zip(before, whole(model), strict=True))
+        assert not optimizer.state
+    assert not any(torch.equal(a, b) for a, b in zip(before, whole(model), strict=True))
+    assert violation(model) < 1e-12
+
+
+def check_a_parameter_that_one_process_has_lost(rank: int, folder: Path) -> None:
+    """With and without a closure, in the first step and later."""
+    model = sharded()
+    optimizer = torch.optim.AdamW(model.parameters())
+    on_manifolds(optimizer, "constant")
+    weight: Any = model[2].weight
+    manifold = weight.manifold
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(images()).square().mean()
+        loss.backward()
+        return loss
+
+    def replace_it() -> Callable[[], None]:
+        setattr(weight, REPLACED, True)
+        return lambda: delattr(weight, REPLACED)
+
+    def lose_its_manifold() -> Callable[[], None]:
+        weight.manifold = None
+        return lambda: setattr(weight, "manifold", manifold)
+
+    for number, (damage, error, message) in enumerate(
+        [
+            (replace_it, RuntimeError, r"'2\.weight'.*is no longer a parameter of its model"),
+            (lose_its_manifold, RuntimeError, "is a plain parameter now"),
+        ]
+        * 2
+    ):
+        backward(model)
+        before = whole(model)
+        mend = damage() if rank == number % 2 else lambda: None
+        for arguments in ((), (closure,)) if damage is replace_it else ((),):
+            with pytest.raises(error, match=message):
+                optimizer.step(*arguments)
+        mend()
+        assert all(torch.equal(a, b) for a, b in zip(before, whole(model), strict=True))
+        optimizer.step(closure)
         assert violation(model) < 1e-12
 
 

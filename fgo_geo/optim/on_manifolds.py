@@ -180,6 +180,7 @@ class OnManifolds:
         )
         self._stepper = Stepper("on_manifolds", self._name_of, {}, unchanged)
         self._is_active = False
+        self._is_agreed = False  # whether all processes know of the error that ends this step
         self._waiting: list[Callable[[], None]] = []
 
     def _attach(self, inner: Callable[..., Any]) -> None:
@@ -266,26 +267,35 @@ class OnManifolds:
         After any error the weights on manifolds have their former values. The method refuses gradients that are not
         finite before the optimiser moves, so in that case nothing else has changed either.
         """
-        constrained = [[p for p in group["params"] if manifold_of(p) is not None] for group in self._groups()]
-        params = [p for own in constrained for p in own]
-        for param in params:
-            point = self._points.get(param)
-            if point is None or _form(point) != _form(param):
-                self._points[param] = torch.empty_like(param.detach())
-        points = [self._points[p] for p in params]
-        with torch.no_grad():
-            _foreach.copy_(_here(points), _here(params))
         self._waiting.clear()
         self._stepper.meet(self.optimizer.param_groups)
-        if closure is None:
-            self._stepper.agree(self._problem_of_gradients(params))
+        self._is_agreed = False
+        problem: Exception | None = None
+        constrained: list[list[Any]] = []
+        params: list[Any] = []
+        points: list[Tensor] = []
+        try:
+            constrained = [[p for p in group["params"] if manifold_of(p) is not None] for group in self._groups()]
+            params = [p for own in constrained for p in own]
+            for param in params:
+                point = self._points.get(param)
+                if point is None or _form(point) != _form(param):
+                    self._points[param] = torch.empty_like(param.detach())
+            points = [self._points[p] for p in params]
+            with torch.no_grad():
+                _foreach.copy_(_here(points), _here(params))
+            problem = self._problem_of_gradients(params) if closure is None else None
+        except Exception as error:
+            problem = error
+        self._stepper.agree(problem)
         try:
             try:
                 loss = _call(inner, None if closure is None else self._evaluated_once(closure, params))
                 with torch.no_grad():
                     requests = [self._request(*own) for own in zip(self._groups(), constrained, strict=True)]
             except Exception as error:
-                self._stepper.agree(error)
+                if not self._is_agreed:
+                    self._stepper.agree(error)
                 raise
             with torch.no_grad():
                 self._stepper.step([request for request in requests if request is not None])
@@ -337,16 +347,28 @@ class OnManifolds:
             self._checked[param] = manifold
 
     def _evaluated_once(self, closure: Callable[[], Any], params: Sequence[Tensor]) -> Callable[[], Any]:
-        """The closure; it raises if the optimiser evaluates it while parameters are off their manifolds."""
+        """The closure; it raises if the optimiser evaluates it while parameters are off their manifolds.
+
+        An error of one process is raised on all, and is not to be agreed on again.
+        """
 
         def evaluate() -> Any:
-            if any(not torch.equal(p.detach(), self._points[p]) for p in params):
-                raise RuntimeError(
-                    f"on_manifolds: {type(self.optimizer).__name__} evaluates the model inside its step, off the "
-                    "manifolds; no parameter was changed. Use an optimiser that takes one step per gradient"
-                )
-            loss = closure()
-            self._stepper.agree(self._problem_of_gradients(params))
+            loss = None
+            try:
+                if any(not torch.equal(p.detach(), self._points[p]) for p in params):
+                    raise RuntimeError(
+                        f"on_manifolds: {type(self.optimizer).__name__} evaluates the model inside its step, off the "
+                        "manifolds; no parameter was changed. Use an optimiser that takes one step per gradient"
+                    )
+                loss = closure()
+                problem = self._problem_of_gradients(params)
+            except Exception as error:
+                problem = error
+            try:
+                self._stepper.agree(problem)
+            except Exception:
+                self._is_agreed = True
+                raise
             return loss
 
         return evaluate
