@@ -132,6 +132,18 @@ def check_an_optimiser_of_what_torch_has_sharded(rank: int, folder: Path) -> Non
         on_manifolds(torch.optim.AdamW(model.parameters()))
 
 
+def check_an_optimiser_after_a_forward_pass_that_was_refused(rank: int, folder: Path) -> None:
+    """Torch has gathered the weights then, so that they look plain."""
+    model = constrained()
+    torch_fully_shard(model, mesh=mesh())
+    with pytest.raises(RuntimeError, match="become plain parameters"):
+        backward(model)
+    with pytest.raises(
+        ValueError, match=r"on_manifolds: no parameter.*Torch's sharding drops manifolds.*attach\(model\)"
+    ):
+        on_manifolds(torch.optim.AdamW(model.parameters()))
+
+
 def check_the_guard_says_what_works(rank: int, folder: Path) -> None:
     model = sharded(torch_fully_shard)
     with pytest.raises(RuntimeError, match=r"fgo_geo\.distributed\.fully_shard keeps it.*attach\(model\)"):

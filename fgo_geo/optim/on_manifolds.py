@@ -164,7 +164,8 @@ class OnManifolds:
         if not self._checked:
             raise ValueError(
                 "on_manifolds: no parameter of the optimiser has a manifold; call fgo_geo.constrain(model) first, and "
-                "build the optimiser from what model.parameters() gives then"
+                "build the optimiser from what model.parameters() gives then. Torch's sharding drops manifolds: shard "
+                "with fgo_geo.distributed.fully_shard, or call plan_of(model).attach(model) afterwards"
             )
         self._attach(optimizer.step)
 
