@@ -19,9 +19,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard as torch_fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from fgo_geo import RiemannianFGSGD, ScaledSphere, Stiefel, channel_directed, constrain, on_manifolds, plan_of
+from fgo_geo import RiemannianFGSGD, ScaledSphere, Stiefel, channel_directed, constrain, on_manifolds, plan_of, report
 from fgo_geo.distributed import declare_plain, exchange, fully_shard
 from fgo_geo.manifolds import REPLACED
+from fgo_geo.measures.report import reading
 
 
 def mesh() -> DeviceMesh:
@@ -142,6 +143,19 @@ def check_an_optimiser_after_a_forward_pass_that_was_refused(rank: int, folder: 
         ValueError, match=r"on_manifolds: no parameter.*Torch's sharding drops manifolds.*attach\(model\)"
     ):
         on_manifolds(torch.optim.AdamW(model.parameters()))
+
+
+def check_a_report(rank: int, folder: Path) -> None:
+    """Whether this package has sharded the model or torch has, and before anything is computed."""
+    for shard in (fully_shard, torch_fully_shard):
+        model = sharded(shard)
+        with (
+            patch.object(reading, "find_weights", side_effect=AssertionError),
+            pytest.raises(ValueError, match=r"report: '0\.weight' is a sharded tensor.*before it is sharded"),
+        ):
+            report(model, images(), 100)
+    single = constrained()
+    assert {layer.kind for layer in report(single).layers} == {"plain", "product"}
 
 
 def check_the_guard_says_what_works(rank: int, folder: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from fgo_geo.linalg import is_sharded
 from fgo_geo.measures.bounds import (
     BoundTerms,
     DepthFactor,
@@ -82,8 +83,8 @@ def report(
 
     Raises:
         TypeError: If the model is not a module, or the optimiser has no step sizes to report.
-        ValueError: If a weight holds NaN or infinity (by name), nothing can be measured, the data do not fit the
-            model, or another argument is out of range.
+        ValueError: If a weight is sharded or holds NaN or infinity (by name), nothing can be measured, the data do not
+            fit the model, or another argument is out of range.
 
     Example:
         >>> import math
@@ -128,6 +129,13 @@ def report(
 def _check_arguments(model: Any, n_samples: Any, margin_quantile: float, depth_factor: str) -> None:
     """Raise before anything is measured, which may take long."""
     require_model(model, "report")
+    for name, param in model.named_parameters():
+        if is_sharded(param):
+            raise ValueError(
+                f"report: {name!r} is a sharded tensor (DTensor), and a report reads whole weights: report the model "
+                "before it is sharded, or load its checkpoint (fgo_geo.distributed.TrainingState) into a model that is "
+                "constrained and not sharded"
+            )
     is_number = isinstance(n_samples, numbers.Real) and not isinstance(n_samples, bool)
     count = float(n_samples) if is_number else 0.0
     if n_samples is not None and not (count >= 1 and count.is_integer()):
