@@ -344,7 +344,8 @@ def test_geoopts_optimisers_stay_in_the_set(kind: str, optimizer: Any) -> None:
 def test_a_model_is_constrained_and_reported(kind: str, components: Any, radius: Any) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(96, 8), nn.Linear(8, 4))
-    plan = fgo_geo.constrain(model, "pio", (kind, "sphere"), components=components, radius=radius, bound=2.0)
+    bound = 2.0 if radius == "bound" else None
+    plan = fgo_geo.constrain(model, "pio", (kind, "sphere"), components=components, radius=radius, bound=bound)
     assert Plan.from_json(plan.to_json()).entries == plan.entries
     optimizer = RiemannianFGSGD(model.named_parameters(), lr=1e-2, momentum=0.9)
     for _ in range(3):

@@ -228,7 +228,7 @@ def constrain(model: nn.Module, wanted: settings.Geometry, seed: int) -> fgo_geo
         wanted.selection,
         wanted.radius,  # pyright: ignore
         seed,
-        bound=wanted.bound,
+        bound=wanted.bound if wanted.radius == "bound" else None,
         components=wanted.components,  # pyright: ignore
         include=include,
         overrides={nn.Linear: {"strategy": "layer", "manifolds": wanted.linear_manifold, "components": "auto"}},

@@ -44,7 +44,7 @@ from fgo_geo.models.surgery import (
     write_points,
 )
 from fgo_geo.weights.kinds import KindLike
-from fgo_geo.weights.radius import BoundOf, RadiusRule
+from fgo_geo.weights.radius import BoundOf, RadiusRule, check_rule
 from fgo_geo.weights.words import stated
 
 __all__ = ["constrain", "unconstrain"]
@@ -58,7 +58,7 @@ def constrain(
     radius: RadiusRule | Mapping[Pattern, RadiusRule] = "kaiming",
     seed: int = 0,
     *,
-    bound: float = 1.0,
+    bound: float | None = None,
     bound_of: BoundOf = "group",
     components: Components = "auto",
     initial: Initial = "project",
@@ -90,7 +90,7 @@ def constrain(
             weight, at most ``bound``), a number, or a mapping from name patterns to these. The first pattern that
             matches counts; weights that match none get ``"kaiming"``.
         seed: Seed of the random selection. Groups are a function of it and of the layer's name.
-        bound: The bound ``β`` of the radius rule ``"bound"``.
+        bound: The bound ``β`` of the radius rule ``"bound"``, 1 if left out. Not with other rules alone.
         bound_of: ``"group"`` bounds the norms of every group; ``"layer"`` bounds those of the whole weight as a matrix
             ``(D, C K)``. The bound needs manifolds that bound norms: leave out ``"euclidean"``.
         components: ``"auto"`` (kernels of spatial convolutions, blocks of the matrix of all other layers), or
@@ -119,8 +119,8 @@ def constrain(
     Raises:
         TypeError: If the model is not a module.
         ValueError: If the model is constrained or distributed already, a pattern matches nothing, a setting is
-            unknown, a layer named in ``include`` cannot be constrained, or nothing is left to constrain. In each case
-            nothing has changed.
+            unknown, ``bound`` is given where no rule is ``"bound"``, a layer named in ``include`` cannot be
+            constrained, or nothing is left to constrain. In each case nothing has changed.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
@@ -137,12 +137,18 @@ def constrain(
     rules: Mapping[Pattern, RadiusRule] = radius if isinstance(radius, Mapping) else {}
     rule: RadiusRule = "kaiming" if isinstance(radius, Mapping) else radius
     overrides = overrides or {}
-    base = Settings(strategy, manifolds, selection, rule, seed, bound, components, initial, statistics, bound_of)
+    beta = 1.0 if bound is None else bound
+    base = Settings(strategy, manifolds, selection, rule, seed, beta, components, initial, statistics, bound_of)
     sites = sites_of(model)
     wanted = Wanted(sites, include, exclude, first_layer, classifier)
     check_patterns("radius", rules, sites)
     check_patterns("overrides", overrides, sites)
     settings = [settings_of(site, base, rules, overrides) for site in sites]
+    asked = (base.radius, *map(check_rule, rules.values()), *(s.radius for s in settings))
+    if bound is not None and "bound" not in asked:
+        raise ValueError(
+            f'constrain: bound={bound} has no effect without radius="bound"; pass that, or leave bound out'
+        )
     decided = [entry_of(site, s, wanted.reason(site)) for site, s in zip(sites, settings, strict=True)]
     entries = [entry for entry, _ in decided]
     wanted.check_honoured(entries)
