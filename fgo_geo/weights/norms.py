@@ -287,7 +287,8 @@ def manifold_norm_bounds(kind: str, rows: int, columns: int) -> MatrixNorms:
     record = kinds.find(kind)
     if record is None or record.norms is None or kind not in (record.name, *record.aliases):
         bounded = ", ".join(repr(known.name) for known in kinds.kinds() if known.norms is not None)
-        raise ValueError(f"kind is {kind!r}; expected one of {bounded}: other kinds bound no norm")
+        own = "" if record is None or not record.has_radius else f"; pass norms= to register_kind({record.name!r}, ...)"
+        raise ValueError(f"kind is {kind!r}; expected one of {bounded}: other kinds bound no norm{own}")
     frobenius, spectral = record.norms(rows, columns)
     # A row is at most as long as the matrix, so that A rows are at most √A times as long together.
     bounds = (frobenius, spectral, math.sqrt(rows) * frobenius)
