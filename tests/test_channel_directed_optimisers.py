@@ -205,6 +205,16 @@ def test_bad_options_leave_the_optimiser_bare(options: dict[str, Any]) -> None:
     channel_directed(optimizer)
 
 
+@pytest.mark.parametrize("other", [nn.Linear(2, 2), nn.Embedding(3, 2)], ids=["another model", "nothing to direct"])
+def test_a_module_that_directs_nothing_leaves_the_optimiser_bare(other: nn.Module) -> None:
+    model = nn.Linear(2, 2) if isinstance(other, nn.Linear) else other
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"no parameter .* is directed \(.* is .*\); pass as module= the model"):
+        channel_directed(optimizer, module=other)
+    assert not optimizer._optimizer_step_pre_hooks
+    channel_directed(optimizer, module=other, select=lambda name, parameter: False)
+
+
 def test_sparse_and_complex_gradients_are_refused_before_any_change() -> None:
     first, second = nn.Parameter(drawn((3, 2))), nn.Parameter(drawn((3, 2)))
     g = drawn((3, 2), 1)

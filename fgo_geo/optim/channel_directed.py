@@ -163,8 +163,8 @@ def channel_directed(
         again.
 
     Raises:
-        ValueError: If an option is not one of the above, the optimiser already has a handle, or a parameter's manifold
-            has another metric than the surrounding space.
+        ValueError: If an option is not one of the above, the optimiser already has a handle, ``module`` directs no
+            parameter of it, or a parameter's manifold has another metric than the surrounding space.
         TypeError: If ``optimizer`` is not an optimiser, or is LBFGS, whose line search and secant pairs need the plain
             gradient. At a step, before any gradient is changed, if one is sparse or complex.
 
@@ -216,7 +216,12 @@ class ChannelDirected:
         self._names: dict[Tensor, str] = {} if module is None else {p: name for name, p in module.named_parameters()}
         self._choices: dict[Tensor, _Choice] = {}
         self._replaced: list[tuple[Tensor, Tensor]] = []
-        list(self._all_choices())  # whatever is wrong raises here, before the optimiser is touched
+        choices = [choice for _, choice in self._all_choices()]  # whatever is wrong raises before the optimiser changes
+        if module is not None and select is None and not any(choice.direction for choice in choices):
+            raise ValueError(
+                f"channel_directed: no parameter of the optimiser is directed ({choices[0].name} {choices[0].reason}); "
+                "pass as module= the model whose parameters the optimiser has, or choose parameters with select="
+            )
         self._attach()
 
     @property
