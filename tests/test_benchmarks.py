@@ -113,7 +113,7 @@ def test_the_parts_of_a_step_add_up(tmp_path, capsys):
         largest = [part["milliseconds"] for part in parts[:-1]]
         assert largest == sorted(largest, reverse=True)
     if library() is not None:
-        assert {"fgo_norms", "fgo_update"} <= set(names_in(record["tables"][0]))
+        assert {"fgo_bounds", "fgo_update"} <= set(names_in(record["tables"][0]))
 
 
 def test_which_optimisers_have_a_constraint(tmp_path, capsys):
