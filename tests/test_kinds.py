@@ -21,13 +21,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import colors, pyplot
 from own_kind import Rows, registered_rows
+from parameters import normal
 from torch import Tensor, nn
 
 import fgo_geo
 from fgo_geo import Collection, Plan, ProductOfGroups, RiemannianFGSGD, collection, kernels
 from fgo_geo.distributed import step_cost
 from fgo_geo.manifolds import ComponentManifold
-from fgo_geo.weights import kinds
+from fgo_geo.weights import kind_checks, kinds
 from fgo_geo.weights.components import WeightLayout, partition
 from fgo_geo.weights.norms import manifold_norm_bounds, matrix_norms
 from fgo_geo.weights.radius import bounding_radius, kaiming_radius
@@ -97,6 +98,9 @@ FAULTS = {
     "projx, off": ({"projx": lambda self, x: x}, r"projx .* points of the manifold.* violation is [\d.]+, and"),
     "proju, shape": ({"proju": lambda self, x, u: u[0]}, r"proju .* shape \(3, 4, 3\), got the shape \(4, 3\)"),
     "retr, off": ({"retr": lambda self, x, u: 2 * x}, r"retr .* points of the manifold.* violation is 1, and"),
+    "retr, still": ({"retr": lambda self, x, u: x}, r"retr .* x \+ u to first order .* leaves x where it is; either"),
+    "retr, back": ({"retr": lambda self, x, u: Rows.retr(self, x, -u)}, "retr .* moves x at 180 degrees to u; either"),
+    "proju, normal": ({"proju": lambda self, x, u: u}, r"retr .* moves x at [67]\d degrees .* proju does not project"),
     "violation, shape": (
         {"violation": lambda self, x: Rows.violation(self, x).amax()},
         r"violation .* one number per component: the shape \(3,\) for \(3, 4, 3\), got \(\)",
@@ -153,6 +157,46 @@ def test_methods_are_checked_once_for_each_size(monkeypatch: pytest.MonkeyPatch)
     assert record.checked == {shape[1:] for shape in seen}
 
 
+class _IdentityProjection:
+    def proju(self, x: Tensor, u: Tensor) -> Tensor:
+        return u
+
+
+class Within(_IdentityProjection, fgo_geo.Ball):
+    """A ball whose tangent projection is the identity on the border, too."""
+
+
+class WithinSpectral(_IdentityProjection, fgo_geo.SpectralBall):
+    """The same for the spectral norm."""
+
+
+class FewEntries(_IdentityProjection, geoopt.Euclidean):
+    """Matrices whose entries below the mean absolute value are zero."""
+
+    def projx(self, x: Tensor) -> Tensor:
+        return x * (x.abs() >= x.abs().mean((-2, -1), keepdim=True))
+
+    def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        return self.projx(x + u)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (2, 2), (9, 1), (9, 4), (24, 24)])
+def test_valid_methods_are_not_refused_at_any_point(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [
+        Within(ndim=2),
+        WithinSpectral(),
+        FewEntries(ndim=2),
+        geoopt.CanonicalStiefel(),
+    ]
+    units = [*(kind.build(1.0) for kind in kinds.kinds()), *own]
+    for seed, dtype in itertools.product(range(3), (torch.float64, torch.float32)):
+        points = normal((6, *size), seed, dtype)
+        monkeypatch.setattr(kind_checks, "drawn", lambda *_, points=points: iter([points]))
+        for unit in units:
+            if unit._check_shape((3, *size), "x")[0]:
+                kind_checks.check_methods(unit.name, unit, None, *size)
+
+
 class InFloat32(fgo_geo.ScaledSphere):
     """A class that computes with a buffer of its own, in single precision only."""
 
@@ -201,6 +245,9 @@ def test_a_measured_norm_is_that_of_256_points_of_one_draw(size: tuple[int, int]
 
         def violation(self, x: Tensor) -> Tensor:
             return x.abs().amax((-2, -1)) - 1
+
+        def proju(self, x: Tensor, u: Tensor) -> Tensor:
+            return u * (x.abs() < x.abs().amax((-2, -1), keepdim=True))
 
         def retr(self, x: Tensor, u: Tensor) -> Tensor:
             return self.projx(x + u)

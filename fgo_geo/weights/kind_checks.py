@@ -14,6 +14,9 @@ __all__ = ["check_methods", "drawn"]
 _LARGEST_VIOLATION = 1e-3  # relative, as of the points that optimisers accept
 _MOST_DRAWN = 2**20  # numbers at a time
 _LARGEST_PART = 256  # rows and columns of the part of a point whose spectral norm is measured
+_STEP = 1e-2  # length of a step relative to the norm of its point
+_SMALL = 0.1  # what counts as zero, relative to a point or to a step
+_LARGEST_ANGLE = 35  # degrees; Geoopt's CanonicalStiefel retracts along u - x uᵀ x, up to 19.5 degrees from u
 
 
 def drawn(manifold: Any, count: int, rows: int, columns: int) -> Iterator[Tensor]:
@@ -58,7 +61,8 @@ def check_methods(
     Raises:
         TypeError: If ``projx``, ``proju`` or ``retr`` returns another shape or numbers that are not finite; ``projx``
             or ``retr`` returns zeros or points off the manifold; ``violation`` does not return one number per
-            component; or a point has a larger norm than ``norms`` allows.
+            component; ``retr`` moves points in other directions than those of the vectors from ``proju``; or a point
+            has a larger norm than ``norms`` allows.
 
     Example:
         >>> import fgo_geo
@@ -99,6 +103,8 @@ def check_methods(
                 f"{method} {whose} must return points of the manifold, not all of them zero; their violation is "
                 f"{float(off.max()):.3g}, and their largest entry {float(found.abs().max()):.3g}"
             )
+    if points is not None and start.dtype in (torch.float32, torch.float64):
+        _check_direction(whose, unit, points, moved)
     if norms is None or points is None:
         return
     parts = {"fro": points.double(), 2: points[:, :_LARGEST_PART, :_LARGEST_PART].double()}
@@ -109,6 +115,39 @@ def check_methods(
             f"norms {whose} returns {bounds} for components of {rows} x {columns}, but a point of radius one has the "
             f"Frobenius norm {measured[0]:.6g} and the spectral norm {measured[1]:.6g}; return upper bounds"
         )
+
+
+def _check_direction(whose: str, unit: Any, points: Tensor, vectors: Tensor) -> None:
+    """Raise TypeError if a smooth retraction moves all points in other directions than those of the tangent vectors.
+
+    The direction is a central difference. Components with a tangent vector about zero, and those where the one-sided
+    differences are not opposite, as on the border of a ball, or not finite are left out.
+    """
+    # most manifolds have the point itself as a normal vector: what a wrong projection leaves of it is not tangent
+    tangent = _called(unit, "proju", points, vectors + 3 * points * (_norm(vectors) / _norm(points)))
+    if tangent is None:
+        return
+    small = _SMALL * _norm(points)
+    step = tangent * (_STEP * _norm(points) / _norm(tangent).maximum(small))
+    ahead, behind = _called(unit, "retr", points, step), _called(unit, "retr", points, -step)
+    if ahead is None or behind is None:
+        return
+    counts = (_norm(tangent) > small) & (_norm(ahead + behind - 2 * points) < _SMALL * _norm(step))
+    move = (ahead - behind) / 2
+    cosine = (move * step).sum((-2, -1), keepdim=True) / (_norm(move) * _norm(step))
+    angle = cosine.clamp(-1, 1).arccos().rad2deg()[counts]
+    if angle.numel() and bool((angle > _LARGEST_ANGLE).all()):
+        moves = bool((_norm(move) > _SMALL * _norm(step))[counts].any())
+        raise TypeError(
+            f"retr {whose} must equal x + u to first order for every tangent vector u = proju(x, v); for short u it "
+            + (f"moves x at {float(angle.min()):.0f} degrees to u" if moves else "leaves x where it is")
+            + "; either retr is not a retraction, or proju does not project onto the tangent space"
+        )
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Frobenius norms of components, shape ``(n, 1, 1)``; at least the smallest normal number, to divide by."""
+    return torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
 
 
 def _called(unit: Any, method: str, *arguments: Any) -> Tensor | None:
