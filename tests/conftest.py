@@ -24,6 +24,9 @@ settings.register_profile("dev", deadline=None, max_examples=25)
 settings.register_profile("thorough", deadline=None, max_examples=1000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev"))
 
+# Tables are as wide as their rows, unless a test sets a width.
+os.environ.pop("COLUMNS", None)
+
 # The tests' tensors are small, and sums depend on the number of threads in their last bits: one thread, unless
 # OMP_NUM_THREADS says otherwise.
 if "OMP_NUM_THREADS" not in os.environ:

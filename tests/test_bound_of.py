@@ -104,7 +104,7 @@ def test_spectral_norms_of_blocks_are_bounded_by_those_of_the_blocks() -> None:
 def test_the_plan_and_the_report_say_which_was_bounded() -> None:
     arguments: dict[str, Any] = {"manifolds": ("sphere", "stiefel"), "radius": "bound", "bound": 2.0}
     plan = constrain(net(), bound_of="layer", **arguments)
-    assert str(plan).count("(layer <= 2)") == len(plan.constrained)
+    assert str(plan).count("(norms of the layer <= 2)") == len(plan.constrained)
     assert Plan.from_json(plan.to_json()).entries == plan.entries
     assert {entry.bound_of for entry in plan.constrained} == {"layer"}
     for entry, param in zip(plan.constrained, plan.parameters().values(), strict=True):
@@ -113,10 +113,13 @@ def test_the_plan_and_the_report_say_which_was_bounded() -> None:
     model = net()
     plan = constrain(model, **arguments, overrides={"conv": {"bound_of": "layer"}})
     text = str(plan)
-    assert (text.count("(layer <= 2)"), text.count("(group <= 2)")) == (1, len(names(plan)) - 1)
+    assert (text.count("(norms of the layer <= 2)"), text.count("(norms of each group <= 2)")) == (
+        1,
+        len(names(plan)) - 1,
+    )
     words = {layer.name: layer.manifolds for layer in fgo_geo.report(nn.ModuleDict({"inner": model})).layers}
-    assert words["inner.conv.weight"].endswith(", layer <= 2")
-    assert words["inner.up.weight"].endswith(", group <= 2")
+    assert words["inner.conv.weight"].endswith(", norms of the layer <= 2")
+    assert words["inner.up.weight"].endswith(", norms of each group <= 2")
     assert "<=" not in str(constrain(net()))
 
 
@@ -161,7 +164,7 @@ def test_a_renormalised_layer_says_what_it_bounds() -> None:
     assert renormalization.violation(layer.weight.detach()).tolist() == [0.0]
     assert float(renormalization.violation(3 * math.sqrt(6) * layer.weight.detach())) > 1.0
     (row,) = fgo_geo.report(layer).layers
-    assert row.manifolds.endswith(", layer <= 2")
+    assert row.manifolds.endswith(", norms of the layer <= 2")
     with pytest.raises(ValueError, match="bound_of must be one of"):
         renormalize(nn.Conv2d(4, 6, 3), bound_of="weight")
     assert "of the group <= 1" in repr(renormalization_of(renormalize(nn.Linear(3, 3))))

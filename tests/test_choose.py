@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -29,6 +31,30 @@ def test_overrides_are_a_mapping_of_mappings(overrides, message):
         fgo_geo.constrain(model, include="0", overrides=overrides)
     assert model[0].weight is weight
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize(
+    ("radius", "overrides", "reason"),
+    [
+        ({"2": 0.5, "4.*": 1}, {}, "4.weight: is the classifier (the last linear layer or 1x1 convolution): pass"),
+        ({"2": 0.5, "2.weight": 1}, {}, "2.weight: matches '2', which comes first; put '2.weight' before it"),
+        ({"2": 1, "2.*": 1, "3": 2}, {}, "2.weight: matches '2', which comes first; put '2.*' before it"),
+        ({"2": 0.5}, {"2": {"radius": 1}}, "2.weight: gets its radius from overrides['2']"),
+        ({"2": 0.5}, {"2": {"manifolds": "euclidean"}}, "2.weight: has only Euclidean groups, which have no radius"),
+    ],
+)
+def test_a_pattern_that_sets_no_radius_is_an_error(radius, overrides, reason):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2))
+    before = model[2].weight
+    pattern = list(radius)[:2][-1]
+    message = f"constrain: radius has {pattern!r}, which sets the radius of no weight: {reason}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as refused:
+        fgo_geo.constrain(model, "layer", "sphere", radius=radius, overrides=overrides)
+    assert model[2].weight is before
+    assert ("bias" in str(refused.value)) == ("4.*" in radius)
+    fgo_geo.constrain(model, "layer", "sphere", radius={"2": 0.5, "*": 2.0}, overrides={"3": {"radius": 3}})
+    norms = [float(model[i].weight.detach().norm()) for i in (2, 3)]
+    assert norms == pytest.approx([0.5 * 4, 3 * 4])  # sixteen kernels
 
 
 @pytest.mark.parametrize(

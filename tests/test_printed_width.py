@@ -20,11 +20,12 @@ def printed():
 
 
 @pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("is_terminal", [True, False])
 @pytest.mark.parametrize("which", [0, 1], ids=["plan", "report"])
-def test_no_line_is_wider_than_the_terminal(printed, monkeypatch, which, width):
+def test_no_line_is_wider_than_the_terminal_or_the_environment_allow(printed, monkeypatch, which, is_terminal, width):
     wide = str(printed[which])
     assert max(map(len, wide.splitlines())) > 120
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
     monkeypatch.setenv("COLUMNS", str(width))
     text = str(printed[which])
     assert max(map(len, text.splitlines())) <= width
@@ -43,4 +44,6 @@ def test_a_line_represents_them(printed):
 
 def test_without_a_terminal_lines_are_as_wide_as_it_takes(monkeypatch):
     monkeypatch.setattr(sys, "stdout", None)
-    assert words.line_width() == math.inf
+    for columns in ("", "0", "-80", "wide"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert words.line_width() == math.inf

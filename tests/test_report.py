@@ -238,7 +238,7 @@ def test_a_renormalised_weight_is_measured_as_computed_and_held_against_its_boun
     found = report(model, n_samples=10)
     layer = found.layer("3.weight")
     assert (layer.kind, layer.n_groups, layer.module, layer.feasible) == ("renormalised", 12, "Conv2d", True)
-    assert layer.manifolds == "renormalised, pi: 6 sphere + 6 stiefel, group <= 0.5"
+    assert layer.manifolds == "renormalised, pi: 6 sphere + 6 stiefel, norms of each group <= 0.5"
     assert max(layer.worst(norm) for norm in NORMS) == pytest.approx(0.5, rel=0.2)
     with torch.no_grad():
         model[3].parametrizations.weight[0].gamma.mul_(2)

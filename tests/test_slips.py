@@ -25,6 +25,7 @@ from fgo_geo import (
     on_manifolds,
     renormalize,
 )
+from fgo_geo.weights import kinds
 from fgo_geo.weights.words import did_you_mean, small
 
 
@@ -156,6 +157,47 @@ SLIPS = {
         ValueError,
         'radius must be "kaiming", "unit", "bound" or a positive number, got \'kaimin\'; did you mean \'kaiming\'?',
     ),
+    "the model without its keyword": (
+        lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), "h1", 1.0, net),
+        ValueError,
+        "axis is the model (a Sequential), which is the argument module=, expected 'output', 'input' or an integer",
+    ),
+    "the model for the metric": (
+        lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), net),
+        ValueError,
+        "metric is the model (a Sequential), which is the argument module=, expected one of h0, h1, h1t",
+    ),
+    "the model for the weight": (
+        lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), "h1", net),
+        TypeError,
+        "lam is the model (a Sequential), which is the argument module=, expected a number",
+    ),
+    "an axis misspelt": (
+        lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), axis="inputs"),
+        ValueError,
+        "axis is 'inputs', expected 'output', 'input' or an integer; did you mean 'input'?",
+    ),
+    "an override misspelt": (
+        lambda net: constrain(net, overrides={"2": {"manifold": "stiefel", "stratgey": "pi"}}),
+        ValueError,
+        "got ['manifold', 'stratgey']; did you mean 'manifolds'?; did you mean 'strategy'?",
+    ),
+    "a file for the data of a report": (
+        lambda net: fgo_geo.report(net, "data.pt"),
+        ValueError,
+        "report: data is 'data.pt', and report loads no files; expected a batch, (inputs, labels), a loader, or the "
+        "size of one input, e.g. (3, 224, 224)",
+    ),
+    "the model twice": (
+        lambda net: fgo_geo.report(net, net),
+        ValueError,
+        "report: data is Sequential; expected a batch",
+    ),
+    "a file for the text of a plan": (
+        lambda net: fgo_geo.Plan.from_json("plan.json"),
+        ValueError,
+        "this is not a plan in JSON, but 'plan.json': pass the text that Plan.to_json returned",
+    ),
     "a plan for the model in a report": (
         lambda net: fgo_geo.report(constrain(net)),
         TypeError,
@@ -205,6 +247,17 @@ def test_a_plan_that_is_taken_for_the_model_says_what_it_is():
         _ = plan.nothing
     assert copy.copy(plan).entries == plan.entries == copy.deepcopy(net).fgo_geo_plan.entries
     assert fgo_geo.plan_of(pickle.loads(pickle.dumps(net))).entries == plan.entries
+
+
+def test_a_handle_in_place_of_its_optimiser_and_what_a_kind_is_called():
+    model = network()
+    constrain(model)
+    handle = on_manifolds(torch.optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(
+        TypeError, match=r"a OnManifolds, expected a torch.optim.Optimizer; pass its attribute optimizer$"
+    ):
+        channel_directed(handle)
+    assert repr(kinds.kind("sphere")) == "<Kind 'sphere': ScaledSphere>"
 
 
 @pytest.mark.parametrize(
@@ -298,12 +351,49 @@ def test_step_scales_say_why_a_parameter_has_none():
     assert (scales[weight] >= 1).all()
     with pytest.raises(KeyError, match="no step scale: it is not on a manifold"):
         scales[model[2].bias]
-    with pytest.raises(KeyError, match=r"asked for by parameter.* not by '2.weight'"):
-        scales["2.weight"]
+    with pytest.raises(KeyError, match=r"read by parameter or by its name, e.g. 'fc.weight', not by 2"):
+        scales[2]
     optimizer.zero_grad()
     with pytest.raises(KeyError, match="it had no gradient in the latest step"):
         RiemannianFGSGD.step_scales(_stepped(optimizer, model))[weight]
     assert type(copy.deepcopy(scales)) is dict
+
+
+@pytest.mark.parametrize("with_names", [True, False])
+def test_step_scales_are_printed_and_read_by_name(with_names):
+    model = network()
+    plan = constrain(model, first_layer=True)
+    optimizer = RiemannianFGSGD(model.named_parameters() if with_names else model.parameters(), lr=0.1)
+    backward(model)
+    optimizer.step()
+    scales = optimizer.step_scales()
+    assert list(scales) == [model[0].weight, model[2].weight] == list(plan.parameters().values())
+    assert scales["2.weight"] is scales[model[2].weight]
+    assert repr(scales) == f"{{'0.weight': {scales[model[0].weight]!r}, '2.weight': {scales[model[2].weight]!r}}}"
+    with pytest.raises(KeyError, match=r"no parameter of the name '2.wieght'; the names are 0.weight.*mean '2.weight'"):
+        scales["2.wieght"]
+    if with_names:
+        with pytest.raises(KeyError, match=r"'2.bias', .* has no step scale: it is not on a manifold"):
+            scales["2.bias"]
+
+
+def test_step_scales_without_names_or_with_names_that_two_models_share():
+    sphere = network_on_spheres()
+    optimizer = RiemannianFGSGD(sphere.parameters(), lr=0.1)
+    sphere(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    assert repr(optimizer.step_scales()).startswith("{param_groups[0]['params'][0]: tensor(")
+    with pytest.raises(KeyError, match=r"no parameter of the name 'weight'; build the optimiser from model.named_par"):
+        optimizer.step_scales()["weight"]
+    models = [network(), network()]
+    for model in models:
+        constrain(model)
+        backward(model)
+    optimizer = RiemannianFGSGD([p for model in models for p in model.parameters()], lr=0.1)
+    optimizer.step()
+    assert optimizer.step_scales()[models[1][2].weight].shape
+    with pytest.raises(KeyError, match=r"has 2 parameters of the name '2.weight': read the scale by parameter"):
+        optimizer.step_scales()["2.weight"]
 
 
 def _stepped(optimizer: RiemannianFGSGD, model: nn.Module) -> RiemannianFGSGD:

@@ -19,16 +19,17 @@ from fgo_geo.models.feature_stats import LambdaRule
 from fgo_geo.models.sites import Pattern, Site, output_heads
 from fgo_geo.models.start import Initial
 from fgo_geo.weights.grouping import Collection, collection
-from fgo_geo.weights.kinds import KindLike
+from fgo_geo.weights.kinds import KindLike, kind
 from fgo_geo.weights.layout import WeightLayout, has_own_forward
 from fgo_geo.weights.radius import BoundOf, RadiusRule, check_bound, check_bound_of, check_rule
-from fgo_geo.weights.words import did_you_mean, few, small
+from fgo_geo.weights.words import did_you_mean, few, small, stated
 
 __all__ = [
     "Components",
     "Settings",
     "Wanted",
     "check_patterns",
+    "check_radii",
     "collections_of",
     "entry_of",
     "settings_of",
@@ -106,6 +107,54 @@ def check_patterns(argument: str, patterns: Iterable[Pattern], sites: Sequence[S
             raise ValueError(
                 f"constrain: {argument} has {pattern!r}, which matches no parameter; {_meant(pattern, sites)}"
             )
+
+
+def check_radii(
+    rules: Mapping[Pattern, RadiusRule],
+    overrides: Mapping[Pattern, Mapping[str, Any]],
+    sites: Sequence[Site],
+    entries: Sequence[PlanEntry],
+) -> None:
+    """Raise ValueError if a pattern of a radius, other than the default ``"*"``, sets the radius of no weight.
+
+    Args:
+        rules: Radius rules by pattern; the first match counts.
+        overrides: Other settings by pattern, which may set a radius, too.
+        sites: All parameters of a model.
+        entries: Their plan entries.
+    """
+    for place, pattern in enumerate(rules):
+        matched = [(site, entry) for site, entry in zip(sites, entries, strict=True) if site.matches(pattern)]
+        meant = [pair for pair in matched if pair[1].constrained] or matched
+        reasons: dict[str, list[str]] = {}
+        for site, entry in meant:
+            reason = _no_radius(site, entry, pattern, [*rules][:place], overrides)
+            if reason is None or pattern == "*":
+                break
+            reasons.setdefault(reason, []).extend(entry.names)
+        else:
+            stating = "; ".join(stated(names, reason) for reason, names in reasons.items())
+            raise ValueError(f"constrain: radius has {pattern!r}, which sets the radius of no weight: {stating}")
+
+
+def _no_radius(
+    site: Site,
+    entry: PlanEntry,
+    pattern: Pattern,
+    earlier: Iterable[Pattern],
+    overrides: Mapping[Pattern, Mapping[str, Any]],
+) -> str | None:
+    """Why a pattern does not set the radius of a parameter that it matches; None if it does."""
+    if entry.reason is not None:
+        return entry.reason
+    for other in earlier:
+        if site.matches(other):
+            return f"matches {other!r}, which comes first; put {pattern!r} before it"
+    for other, changes in overrides.items():
+        if "radius" in changes and site.matches(other):
+            return f"gets its radius from overrides[{other!r}]"
+    is_free = all(kind(c.kinds[i]).is_free for c in entry.collections for i in c.group_kinds)
+    return "has only Euclidean groups, which have no radius" if is_free else None
 
 
 def _meant(pattern: Pattern, sites: Sequence[Site]) -> str:
@@ -203,7 +252,10 @@ def settings_of(
                     'e.g. {"strategy": "layer", "manifolds": "stiefel"}'
                 )
             if unknown := set(changes) - known:
-                raise ValueError(f"constrain: overrides[{pattern!r}] may change {sorted(known)}, got {sorted(unknown)}")
+                hints = "".join(did_you_mean(name, known) for name in sorted(unknown))
+                raise ValueError(
+                    f"constrain: overrides[{pattern!r}] may change {sorted(known)}, got {sorted(unknown)}{hints}"
+                )
             try:
                 settings = replace(settings, **changes)
             except ValueError as error:

@@ -25,6 +25,7 @@ from fgo_geo.models.choose import (
     Settings,
     Wanted,
     check_patterns,
+    check_radii,
     entry_of,
     settings_of,
 )
@@ -96,9 +97,9 @@ def constrain(
         components: ``"auto"`` (kernels of spatial convolutions, blocks of the matrix of all other layers), or
             ``"kernel"``, ``"block"`` or ``"filter"`` for all layers. A filter is all weights of one output channel:
             ``constrain(model, "po", "sphere", components="filter")`` fixes the norm of every row.
-        initial: ``"project"`` moves every weight to the nearest point. Where several points are nearest (zero kernels,
-            zero columns, too low a rank), it draws one of them from ``seed``, and the plan has a note. ``"uniform"``
-            draws a random point from torch's global generator.
+        initial: ``"project"`` moves every weight, which torch or you have initialised, to the nearest point. Where
+            several points are nearest (zero kernels, zero columns, too low a rank), it draws one of them from ``seed``,
+            and the plan has a note. ``"uniform"`` draws a random point from torch's global generator.
         include: Constrain only these: parameter or module names, globs, or module types. A parameter that is named here
             is constrained even if it is the first convolution or the classifier.
         exclude: Leave these alone.
@@ -118,9 +119,9 @@ def constrain(
 
     Raises:
         TypeError: If the model is not a module.
-        ValueError: If the model is constrained or distributed already, a pattern matches nothing, a setting is
-            unknown, ``bound`` is given where no rule is ``"bound"``, a layer named in ``include`` cannot be
-            constrained, or nothing is left to constrain. In each case nothing has changed.
+        ValueError: If the model is constrained or distributed already, a pattern matches nothing or sets the radius
+            of no weight, a setting is unknown, ``bound`` is given where no rule is ``"bound"``, a layer named in
+            ``include`` cannot be constrained, or nothing is left to constrain. In each case nothing has changed.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(6, 2))
@@ -158,6 +159,7 @@ def constrain(
             f"constrain: nothing is left to constrain ({reasons or 'it has no parameters'}); name layers with "
             "include=, or pass first_layer=True or classifier=True"
         )
+    check_radii(rules, overrides, sites, entries)
     targets: list[Target] = []
     points: list[Tensor | None] = []
     for number, (site, s, (entry, manifold)) in enumerate(zip(sites, settings, decided, strict=True)):

@@ -22,7 +22,15 @@ from fgo_geo.models.feature_stats import LambdaRule, component_lambda
 from fgo_geo.weights.components import Partition
 from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.layout import Storage, WeightLayout
-from fgo_geo.weights.radius import BoundOf, RadiusRule, check_bound, check_bound_of, check_rule, group_radii
+from fgo_geo.weights.radius import (
+    BoundOf,
+    RadiusRule,
+    bound_in_words,
+    check_bound,
+    check_bound_of,
+    check_rule,
+    group_radii,
+)
 from fgo_geo.weights.words import few, line_width, stated
 
 __all__ = ["PlanEntry", "names_by_reason", "table_of"]
@@ -255,6 +263,6 @@ def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:
         f"{manifold.n_groups} ({first.strategy})",
         " + ".join(f"{count} {kind}" for kind, count in zip(first.kinds, counts, strict=True) if count),
         (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}")
-        + (f" ({entry.bound_of} <= {entry.bound:g})" if entry.radius == "bound" else "")
+        + (f" ({bound_in_words(entry.bound_of, entry.bound)})" if entry.radius == "bound" else "")
         + (f" / {entry.statistics}" * bool(entry.statistics)),
     )

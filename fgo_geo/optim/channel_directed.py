@@ -27,10 +27,11 @@ from fgo_geo.optim.channel_metrics import (
     check_dense,
     check_metric,
     direct_gradients,
+    shown,
 )
 from fgo_geo.optim.points import known_name
 from fgo_geo.weights.layout import WeightLayout, layout_of
-from fgo_geo.weights.words import small
+from fgo_geo.weights.words import did_you_mean, small
 
 __all__ = ["ChannelDirected", "channel_directed"]
 
@@ -78,7 +79,8 @@ class _Settings:
                 "expected metric 'h1' or 'h1t', or lam_relative=False"
             )
         if not isinstance(self.axis, int) and self.axis not in get_args(Side):
-            raise ValueError(f"axis is {self.axis!r}, expected 'output', 'input' or an integer")
+            hint = did_you_mean(self.axis, get_args(Side))
+            raise ValueError(f"axis is {shown(self.axis)}, expected 'output', 'input' or an integer{hint}")
 
     def updated(self, entry: Any) -> _Settings:
         """These settings with those of a parameter group's entry."""
@@ -124,7 +126,8 @@ def channel_directed(
 
     Every ``optimizer.step()`` first replaces each ``p.grad`` by its
     :func:`~fgo_geo.optim.channel_metrics.channel_directed_gradient`: once per step, after all accumulation, unscaling
-    and clipping. ``optimizer.step(closure)`` does this after every evaluation of the closure.
+    and clipping. ``optimizer.step(closure)`` does this after every evaluation of the closure. Call this function and
+    :func:`~fgo_geo.on_manifolds` in either order, after :func:`~fgo_geo.constrain`: the steps are the same.
 
     *Which parameters.* Without ``module``, every parameter with at least two dimensions is directed along axis 0,
     because a tensor alone does not reveal its layer. With ``module`` the layers decide: convolutions (each group
@@ -373,9 +376,11 @@ def _tangent(parameter: Tensor, vector: Tensor) -> Tensor:
 
 def _check_optimizer(optimizer: Optimizer) -> None:
     if not isinstance(optimizer, Optimizer):
+        has_one = isinstance(getattr(optimizer, "optimizer", None), Optimizer)  # such as the handle of on_manifolds
+        remedy = "build one from model.named_parameters(), and pass the model as module="
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer; build one from "
-            "model.named_parameters(), and pass the model as module="
+            f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer; "
+            + ("pass its attribute optimizer" if has_one else remedy)
         )
     if isinstance(optimizer, torch.optim.LBFGS):
         raise TypeError(

@@ -27,10 +27,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, SupportsFloat, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fgo_geo.linalg import computes_in_float32
 from fgo_geo.linalg.values import is_differentiated
@@ -300,13 +300,23 @@ def check_metric(metric: str, lam: float, ends: str) -> tuple[Metric, Ends]:
     """The metric and the ends in small letters; ValueError unless the options are those of an inner product."""
     given, metric, ends = metric, small(metric), small(ends)
     if metric not in _METRICS:
-        raise ValueError(f"metric is {given!r}, expected one of {', '.join(_METRICS)}{did_you_mean(given, _METRICS)}")
+        hint = did_you_mean(given, _METRICS)
+        raise ValueError(f"metric is {shown(given)}, expected one of {', '.join(_METRICS)}{hint}")
     if ends not in _ENDS:
-        raise ValueError(f"ends is {ends!r}, expected one of {', '.join(_ENDS)}")
+        raise ValueError(f"ends is {shown(ends)}, expected one of {', '.join(_ENDS)}")
+    if not isinstance(cast(object, lam), SupportsFloat):
+        raise TypeError(f"lam is {shown(lam)}, expected a number")
     if not math.isfinite(lam) or lam < 0 or (lam == 0 and metric != "h1"):
         least = "at least 0" if metric == "h1" else "above 0"
         raise ValueError(f"lam is {lam}, but the metric {metric} is an inner product only for finite lam {least}")
     return cast(Metric, metric), cast(Ends, ends)
+
+
+def shown(given: object) -> str:
+    """An argument in few words."""
+    if isinstance(given, nn.Module):
+        return f"the model (a {type(given).__name__}), which is the argument module="
+    return f"a {type(given).__name__}" if isinstance(given, Tensor) else repr(given)
 
 
 def check_dense(x: Tensor, what: str) -> None:

@@ -8,7 +8,7 @@ messages, :class:`Held` remembers on which manifolds parameters were given, :cla
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import geoopt
@@ -21,6 +21,7 @@ from fgo_geo.optim.base import manifold_of
 from fgo_geo.optim.groups import group_norms
 from fgo_geo.optim.requests import StepRequest
 from fgo_geo.weights.kinds import kind
+from fgo_geo.weights.words import did_you_mean, few
 
 __all__ = [
     "HALF",
@@ -151,15 +152,20 @@ def name_in(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
 
     The name is the one that the optimiser was given, or else the one by which ``constrain`` knows it.
     """
+    shape = f"of shape {tuple(param.shape)}"
+    for candidate, name, place in _named(optimizer):
+        if candidate is param:
+            return f"{place} {shape}" if name is None else f"{name!r}, {place} {shape}"
     name = known_name(param)
+    return f"a parameter {shape}" if name is None else f"{name!r} {shape}"
+
+
+def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str | None, str]]:
+    """Every parameter of an optimiser with its name, if it is known, and its place."""
     for number, group in enumerate(optimizer.param_groups):
-        for position, candidate in enumerate(group["params"]):
-            if candidate is param:
-                names = group.get("param_names")
-                name = names[position] if names else name
-                place = f"param_groups[{number}]['params'][{position}] of shape {tuple(param.shape)}"
-                return place if name is None else f"{name!r}, {place}"
-    return f"a parameter of shape {tuple(param.shape)}" if name is None else f"{name!r} of shape {tuple(param.shape)}"
+        names = group.get("param_names") or map(known_name, group["params"])
+        for position, (param, name) in enumerate(zip(group["params"], names, strict=True)):
+            yield param, name, f"param_groups[{number}]['params'][{position}]"
 
 
 class Held:
@@ -208,7 +214,9 @@ class Held:
 
 
 class StepScales(dict[Tensor, Tensor]):
-    """Divisors ``τ`` by parameter, which say why a parameter is missing.
+    """Divisors ``τ`` by parameter, which can be read by name, too, and say why a parameter is missing.
+
+    The keys are the parameters. They are printed as names.
 
     Args:
         scales: The divisors.
@@ -223,14 +231,34 @@ class StepScales(dict[Tensor, Tensor]):
         """Copies and pickles are plain dictionaries."""
         return dict, (dict(self),)
 
+    def __repr__(self) -> str:
+        labels = {param: place if name is None else repr(name) for param, name, place in _named(self._optimizer)}
+        return f"{{{', '.join(f'{labels.get(param)}: {tau!r}' for param, tau in self.items())}}}"
+
     def __missing__(self, param: object) -> Tensor:
+        if isinstance(param, str):
+            return self[self._param_of(param)]
         if not isinstance(param, Tensor):
-            raise KeyError(f"step scales are asked for by parameter, e.g. scales[model.fc.weight], not by {param!r}")
+            raise KeyError(f"step scales are read by parameter or by its name, e.g. 'fc.weight', not by {param!r}")
         name = name_in(self._optimizer, param)
         if not self:
             raise KeyError(f"{name} has no step scale: call optimizer.step() first, after a backward pass")
         why = "it is not on a manifold" if manifold_of(param) is None else "it had no gradient in the latest step"
         raise KeyError(f"{name} has no step scale: {why}")
+
+    def _param_of(self, name: str) -> Tensor:
+        """The parameter of a name."""
+        names = [(own, param) for param, own, _ in _named(self._optimizer) if own is not None]
+        found = [param for own, param in names if own == name]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise KeyError(
+                f"the optimiser has {len(found)} parameters of the name {name!r}: read the scale by parameter"
+            )
+        known = [own for own, _ in names]
+        remedy = f"the names are {few(known)}" if known else "build the optimiser from model.named_parameters()"
+        raise KeyError(f"the optimiser knows no parameter of the name {name!r}; {remedy}{did_you_mean(name, known)}")
 
 
 class Masters:

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import base64
 import json
+import reprlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -254,14 +255,16 @@ class Collection:
         """
         try:
             stored = json.loads(text)
-            version = stored["collection_version"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise _damaged(f"no JSON object with a 'collection_version' ({error})") from error
+        except (json.JSONDecodeError, TypeError) as error:
+            raise _unreadable(f"{reprlib.repr(text)} is not JSON ({error})") from error
+        if not isinstance(stored, dict) or "collection_version" not in stored:
+            raise _unreadable(f"{reprlib.repr(text)} is not a collection: it has no 'collection_version'")
+        stored = cast("dict[str, Any]", stored)
+        version = stored["collection_version"]
         if version != _JSON_VERSION:
             raise ValueError(
-                f"Collection.from_json reads version {_JSON_VERSION} of the format, got version "
-                f"{version!r}. Read the text with the fgo_geo that wrote it, or build the "
-                "collection again with fgo_geo.grouping.collection."
+                f"Collection.from_json reads version {_JSON_VERSION} of the format, got version {version!r}: read the "
+                "text with the version of fgo_geo that wrote it, or build the collection again with fgo_geo.collection"
             )
         words = stored.get("kinds")
         unknown = [word for word in words if isinstance(word, str) and find(word) is None] if words else ()
@@ -269,7 +272,7 @@ class Collection:
             raise UnregisteredKindError(
                 f"Collection.from_json: the text names the manifold kind {unknown[0]!r}, which is not registered here: "
                 f"call fgo_geo.register_kind({unknown[0]!r}, ...) with its class, then load again. Registered are "
-                f"{names()}."
+                f"{names()}"
             )
         try:
             arguments = check_arguments(**{field: stored[field] for field in _ARGUMENTS})
@@ -467,8 +470,13 @@ def _n_bits(n_kinds: int) -> int:
 
 
 def _damaged(reason: str) -> ValueError:
+    """The error for the text of a collection that has changed."""
+    return _unreadable(f"the text is damaged: {reason}")
+
+
+def _unreadable(reason: str) -> ValueError:
     """The error for text that holds no collection."""
     return ValueError(
-        f"Collection.from_json got damaged text: {reason}. Restore the text from another copy, or "
-        "build the collection again with fgo_geo.grouping.collection."
+        f"Collection.from_json: {reason}; pass the text that Collection.to_json returned, or build the collection "
+        "again with fgo_geo.collection"
     )

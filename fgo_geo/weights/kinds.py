@@ -54,7 +54,7 @@ class UnregisteredKindError(ValueError):
     """A text names a kind that is not registered: the text is valid, but the kind has to be registered first."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Kind:
     """The properties of a manifold kind.
 
@@ -90,7 +90,11 @@ class Kind:
     options: tuple[str, ...] = ()
     joins_filters: bool = False
     aliases: tuple[str, ...] = ()
-    checked: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]], repr=False)
+    checked: set[tuple[int, int]] = field(default_factory=set[tuple[int, int]])
+
+    def __repr__(self) -> str:
+        """Its name and its class, in one line."""
+        return f"<Kind {self.name!r}: {self.manifold.__name__}>"
 
     @property
     def is_free(self) -> bool:

@@ -31,6 +31,7 @@ from fgo_geo.weights.words import did_you_mean, small
 __all__ = [
     "BoundOf",
     "RadiusRule",
+    "bound_in_words",
     "bounding_radius",
     "check_bound",
     "check_bound_of",
@@ -155,6 +156,16 @@ def check_bound_of(bound_of: object) -> BoundOf:
             f"bound_of must be one of {get_args(BoundOf)}, got {bound_of!r}: the norms of every group, or of the weight"
         )
     return cast(BoundOf, small(bound_of))
+
+
+def bound_in_words(bound_of: BoundOf, bound: float) -> str:
+    """What a bound bounds.
+
+    Example:
+        >>> bound_in_words("group", 0.5)
+        'norms of each group <= 0.5'
+    """
+    return f"norms of {'each group' if bound_of == 'group' else 'the layer'} <= {bound:g}"
 
 
 def check_bound(bound: float) -> None:

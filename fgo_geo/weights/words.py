@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import shutil
 import sys
@@ -92,7 +93,11 @@ def stated(names: Sequence[str], predicate: str, limit: int = 6) -> str:
 def line_width() -> float:
     """The number of characters that a line may have: the width of the terminal, or infinity for other outputs.
 
-    Tables in files and logs are therefore as wide as their rows.
+    Tables in files and logs are therefore as wide as their rows. The environment variable ``COLUMNS`` sets the width of
+    both.
     """
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
     is_terminal = sys.stdout is not None and sys.stdout.isatty()
     return shutil.get_terminal_size().columns if is_terminal else math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, cast
 
 import torch
@@ -103,13 +104,21 @@ def _batches(model: nn.Module, data: Any) -> Iterator[tuple[Tensor, Tensor | Non
             raise ValueError(f"report: data is {data}; expected the size of one input, of numbers >= 1")
         data = torch.zeros(1, *cast("Sequence[int]", data), dtype=like.dtype)
     single = isinstance(data, Tensor) or _is_pair(data)
-    if not single and not isinstance(data, Iterable):
+    if not single and (isinstance(data, (str, PathLike, nn.Module)) or not isinstance(data, Iterable)):
         raise ValueError(
-            f"report: data is {type(data).__name__}; expected a batch, (inputs, labels), a loader or a size"
+            f"report: data is {_shown(data)}; expected a batch, (inputs, labels), a loader, or the size of one input, "
+            "e.g. (3, 224, 224)"
         )
     for batch in [data] if single else cast("Iterable[Any]", data):
         inputs, labels = batch if _is_pair(batch) else (batch, None)
         yield _require_tensor(inputs, "inputs").to(like.device), labels
+
+
+def _shown(data: object) -> str:
+    """Data that a report cannot use, in words."""
+    if isinstance(data, (str, PathLike)):
+        return f"{data!r}, and report loads no files"
+    return type(data).__name__
 
 
 def _is_pair(batch: Any) -> bool:

@@ -23,6 +23,7 @@ from fgo_geo.models.renormalize import Renormalization, renormalization_of
 from fgo_geo.models.sites import Site, sites_of
 from fgo_geo.weights.components import Partition
 from fgo_geo.weights.layout import WeightLayout, layout_of
+from fgo_geo.weights.radius import bound_in_words
 
 __all__ = ["Weight", "find_weights"]
 
@@ -83,7 +84,7 @@ def _bounds(model: nn.Module) -> dict[str, str]:
     """What the radii of constrained parameters bound, in words."""
     paths = {module: f"{path}." if path else "" for path, module in model.named_modules()}
     return {
-        f"{paths[plan.model]}{name}": f", {entry.bound_of} <= {entry.bound:g}"
+        f"{paths[plan.model]}{name}": ", " + bound_in_words(entry.bound_of, entry.bound)
         for plan in plans_of(model)
         if plan.model is not None
         for entry in plan.constrained
@@ -145,7 +146,7 @@ def _renormalised(model: nn.Module, site: Site) -> Weight | str:
     cut = renormalization.partition
     words = f"renormalised, {_kinds_in_words(cut, renormalization.collections[0].strategy)}"
     if renormalization.statistics != "std":
-        words += f", {renormalization.bound_of} <= {renormalization.bound:g}"
+        words += ", " + bound_in_words(renormalization.bound_of, renormalization.bound)
     violation = float(renormalization.violation(value).max())
     return Weight((name,), (module,), site.param, value, cut.layout, "renormalised", words, cut, violation)
 
