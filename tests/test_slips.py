@@ -196,7 +196,7 @@ SLIPS = {
     "a file for the text of a plan": (
         lambda net: fgo_geo.Plan.from_json("plan.json"),
         ValueError,
-        "this is not a plan in JSON, but 'plan.json': pass the text that Plan.to_json returned",
+        "this is not a plan in JSON, but 'plan.json': pass the text of Plan.to_json",
     ),
     "a plan for the model in a report": (
         lambda net: fgo_geo.report(constrain(net)),

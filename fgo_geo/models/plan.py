@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import reprlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -260,9 +259,7 @@ class Plan(NoModel):
             data = json.loads(text)
             version = data["version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"this is not a plan in JSON, but {reprlib.repr(text)}: pass the text that Plan.to_json returned"
-            ) from error
+            raise ValueError(f"this is not a plan in JSON, but {text!r:.60}: pass the text of Plan.to_json") from error
         if version != _JSON_VERSION:
             raise ValueError(
                 f"this plan has version {version!r}, expected {_JSON_VERSION}: read it with the fgo_geo that wrote it, "

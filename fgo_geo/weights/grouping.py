@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import base64
 import json
-import reprlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -256,9 +255,9 @@ class Collection:
         try:
             stored = json.loads(text)
         except (json.JSONDecodeError, TypeError) as error:
-            raise _unreadable(f"{reprlib.repr(text)} is not JSON ({error})") from error
+            raise _unreadable(f"{text!r:.60} is not JSON ({error})") from error
         if not isinstance(stored, dict) or "collection_version" not in stored:
-            raise _unreadable(f"{reprlib.repr(text)} is not a collection: it has no 'collection_version'")
+            raise _unreadable(f"{text!r:.60} is not a collection: it has no 'collection_version'")
         stored = cast("dict[str, Any]", stored)
         version = stored["collection_version"]
         if version != _JSON_VERSION:
