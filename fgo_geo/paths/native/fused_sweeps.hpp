@@ -330,19 +330,23 @@ template <class T> FGO_INLINE row_chunk chunk_of(const setting<T> &s, int64_t ro
   return {row, first, last, s.row_groups ? s.row_groups + 4 * row : nullptr};
 }
 
-// The first sweep: adds the squared norms of a range of chunks, or bounds on them, to `sums`, with two numbers per group.
+// The first sweep: adds the squared norms of a range of chunks, or bounds on them, to `sums`, with two numbers per group. The
+// last chunks come first, as in run_in_threads().
 template <bool BOUNDS> struct sums_sweep {
   template <class T, int A, int B, layout P>
   FGO_TARGET static int64_t run(const fgo_kernels *task, const fgo_options *options, double *sums, int64_t begin, int64_t end) {
     int64_t offset[max_a * max_b];
     const setting<T> s = setting_of<T>(*task, *options, offset);
     const int64_t per_row = chunks_per_row(*task);
-    for (int64_t number = begin; number < end; ++number) {
-      const row_chunk p = chunk_of(s, number / per_row, number % per_row * chunk);
-      double row_sums[4] = {};
-      sum_columns<T, A, B, P, BOUNDS>(s, p.row, p.first, p.last, sums, p.groups ? row_sums : nullptr, prefetched::next_row);
-      for (int k = 0; p.groups && k < 4; ++k)
-        if (p.groups[k] >= 0) sums[2 * p.groups[k]] += row_sums[k];
+    for (int64_t last = end, first; last > begin; last = first) {
+      first = last - begin < chunks_at_once ? begin : last - chunks_at_once;
+      for (int64_t number = first; number < last; ++number) {
+        const row_chunk p = chunk_of(s, number / per_row, number % per_row * chunk);
+        double row_sums[4] = {};
+        sum_columns<T, A, B, P, BOUNDS>(s, p.row, p.first, p.last, sums, p.groups ? row_sums : nullptr, prefetched::next_row);
+        for (int k = 0; p.groups && k < 4; ++k)
+          if (p.groups[k] >= 0) sums[2 * p.groups[k]] += row_sums[k];
+      }
     }
     return 0;
   }

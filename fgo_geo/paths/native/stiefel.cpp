@@ -13,6 +13,7 @@
 // all that is B x B is symmetric, so only the order of the factors changes. The caller writes the results to the weight, after
 // it has taken care of the blocks that began off the manifold, for which products may diverge.
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <utility>
@@ -91,19 +92,23 @@ namespace {
 
 typedef void (*step_function)(const fgo_stiefel &, const fgo_matrix_options &, int64_t, int);
 
-// Runs a step on all blocks. Large blocks take all threads, one after the other; threads take the others one by one.
+// Runs a step on all blocks, the most expensive first. Those that are more than a thread's share of what is left take all
+// threads, one after the other; threads take the others one by one.
 void run_on_blocks(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options &options, int threads, step_function run) {
-  double total = 0;
-  for (int64_t k = 0; k < count; ++k) total += tasks[k].n * cost_of(tasks[k]);
-  std::vector<std::pair<int64_t, int64_t>> small;
+  std::vector<std::pair<int64_t, int64_t>> blocks;
+  double left = 0;
   for (int64_t k = 0; k < count; ++k)
-    for (int64_t own = 0; own < tasks[k].n; ++own)
-      if (threads > 1 && cost_of(tasks[k]) * 2 * threads > total)
-        run(tasks[k], options, own, threads);
-      else
-        small.push_back({k, own});
+    for (int64_t own = 0; own < tasks[k].n; ++own) blocks.push_back({k, own}), left += cost_of(tasks[k]);
+  auto cost = [&](const std::pair<int64_t, int64_t> &block) { return cost_of(tasks[block.first]); };
+  std::stable_sort(blocks.begin(), blocks.end(), [&](const auto &one, const auto &other) { return cost(one) > cost(other); });
+  int64_t next = 0;
+  for (; threads > 1 && next < int64_t(blocks.size()) && cost(blocks[next]) * threads > left; ++next) {
+    run(tasks[blocks[next].first], options, blocks[next].second, threads);
+    left -= cost(blocks[next]);
+  }
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-  for (int64_t number = 0; number < int64_t(small.size()); ++number) run(tasks[small[number].first], options, small[number].second, 1);
+  for (int64_t number = next; number < int64_t(blocks.size()); ++number)
+    run(tasks[blocks[number].first], options, blocks[number].second, 1);
 }
 
 void add_to_groups(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options &options, int threads, step_function run) {
