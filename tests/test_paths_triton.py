@@ -337,10 +337,10 @@ def test_the_sweeps_compile_for_a_device_that_is_not_there(memory_format: Any, m
     sweeps = {
         "norms": ({"table": "*i64", "squares": "*fp64"}, {**launch.constants, **options}),
         "update": (
-            {"table": "*i64", "scales": "*fp64", "rate": "*fp32", "far": "*i32"},
+            {"table": "*i64", "scales": "*fp64", "rate": "*fp32", "long_steps": "*i32"},
             {**launch.constants, **options, **momentum},
         ),
-        "retract_far": ({"table": "*i64", "far": "*i32"}, launch.constants),
+        "retract_long_steps": ({"table": "*i64", "long_steps": "*i32"}, launch.constants),
         "segment_sums": (
             {"values": "*fp64", "bounds": "*i64", "sums": "*fp64", "segments": "i32"},
             {"ROWS": 4, "COLUMNS": 128},

@@ -1,4 +1,4 @@
-"""Weights that are dealt in whole components: every process's part, played in turn in one process."""
+"""Weights that are sharded in whole components: every process's part, played in turn in one process."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ def test_the_parts_of_all_processes_are_the_weight(drawn: tuple[ProductOfGroups,
 
 @given(products(), st.integers(0, 99))
 def test_norms_of_groups_add_up(drawn: tuple[ProductOfGroups, Cut], seed: int) -> None:
-    """What is spread is summed, what is not stands on one process, and every group is told once."""
+    """Spread groups are summed, the others are on one process, and every group is counted once."""
     manifold, cut = drawn
     x, u = tensors(cut, seed)
     expected = manifold.group_inner(x, u)
-    summed, told = torch.zeros_like(expected), torch.zeros_like(expected)
+    summed, counted = torch.zeros_like(expected), torch.zeros_like(expected)
     holders = torch.zeros(manifold.n_groups)
     for rank, part in enumerate(parts_of(manifold, cut)):
         share = part.share
@@ -110,12 +110,12 @@ def test_norms_of_groups_add_up(drawn: tuple[ProductOfGroups, Cut], seed: int) -
         assert len(own) == len(share.groups)
         summed[share.groups] += own
         holders[share.groups] += 1
-        told[share.groups] += share.is_told
+        counted[share.groups] += share.is_counted
         alone = torch.ones(len(own), dtype=torch.bool)
         alone[share.spread] = False
         torch.testing.assert_close(own[alone], expected[share.groups[alone]])
     torch.testing.assert_close(summed, expected)
-    assert bool((told == 1).all())
+    assert bool((counted == 1).all())
     for part in parts_of(manifold, cut):
         assert part.spread.tolist() == torch.nonzero(holders > 1)[:, 0].tolist()
         assert part.share.groups[part.share.spread].tolist() == [
@@ -166,7 +166,7 @@ def test_single_manifolds_of_trailing_dimensions(
     projected = whole_of(parts, cut, lambda m, rank: m.projx(cut.piece(raw, rank)))
     torch.testing.assert_close(projected, manifold.projx(raw), rtol=0, atol=1e-14)
     assert [part.spread.tolist() for part in parts] == [[0]] * 2
-    assert [part.share.is_told.tolist() for part in parts] == [[True], [False]]
+    assert [part.share.is_counted.tolist() for part in parts] == [[True], [False]]
     assert repr(parts[0].manifold).split("(")[0] == type(manifold).__name__
 
 

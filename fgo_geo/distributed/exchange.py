@@ -70,7 +70,7 @@ def fingerprint(manifold: geoopt.Manifold) -> bytes:
 
 @dataclass(eq=False)
 class _Placed:
-    """A weight on a device mesh: how it is dealt, and who steps it: its owner, or everybody his part of it or copy."""
+    """A weight on a device mesh: how it is sharded, and who steps it: its owner, or every process its part or copy."""
 
     param: Tensor
     cut: Cut
@@ -170,7 +170,7 @@ class WeightExchange:
         ]
 
     def _place(self, weights: Sequence[Weight]) -> None:
-        """Find out how weights are dealt and choose owners, if anything has changed since the last step."""
+        """Find out how weights are sharded and choose owners, if anything has changed since the last step."""
         self._digests, self._number = (self._digests, self._number) if weights else ([], 0)
         configurations = [(w.manifold, *configuration_of(w.manifold), w.param.dtype) for w in weights]
         same = len(weights) == len(self._placed) and all(
@@ -246,14 +246,14 @@ class WeightExchange:
             dist.all_reduce(flags, dist.ReduceOp.MAX, group)
         failed, largest, smallest = flags.tolist()
         if failed:
-            told = self._told(None if error is None else (type(error).__name__, str(error), dist.get_rank()))
+            reports = self._from_all(None if error is None else (type(error).__name__, str(error), dist.get_rank()))
             if error is not None:
                 raise error
-            name, text, rank = next(words for words in told if words is not None)
+            name, text, rank = next(report for report in reports if report is not None)
             own = getattr(builtins, name, RuntimeError)
             raise (own if issubclass(own, Exception) else RuntimeError)(f"{text} (on process {rank})")
         if largest != -smallest:
-            digests = self._told(self._digests)
+            digests = self._from_all(self._digests)
             number = next(
                 (n for n, own in enumerate(self._digests) if any(other[n : n + 1] != [own] for other in digests)), 0
             )
@@ -265,14 +265,14 @@ class WeightExchange:
                 "fgo_geo.constrain with the same arguments and seed on all processes"
             )
 
-    def _told(self, words: Any) -> list[Any]:
-        """What every process has to say, on all of them."""
-        told: list[Any] = [words]
+    def _from_all(self, report: Any) -> list[Any]:
+        """The reports of all processes, on all of them."""
+        reports: list[Any] = [report]
         for group in self._groups:
             gathered: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(gathered, told, group)
-            told = [word for words in gathered for word in words]
-        return told
+            dist.all_gather_object(gathered, reports, group)
+            reports = [report for part in gathered for report in part]
+        return reports
 
     # -- norms of groups that several processes have components of -------------------------------------------------
 
@@ -361,14 +361,14 @@ class WeightExchange:
             units.update({lent[owner]: unit for owner, unit in found if owner in lent})
         return units
 
-    def _told_by_each(self, numbers: Sequence[tuple[LocalPart, Tensor | None]]) -> list[Tensor]:
-        """Numbers of all groups of weights, of which every process has those of its own; in one all-reduce."""
+    def _summed(self, numbers: Sequence[tuple[LocalPart, Tensor | None]]) -> list[Tensor]:
+        """Numbers of all groups of weights, from the numbers that every process has of its own, by one all-reduce."""
         wholes: list[Tensor] = []
         for local, own in numbers:
             share = local.share
             whole = torch.zeros(share.n_groups, dtype=torch.float64, device=self._device)
             if own is not None:
-                whole[share.groups[share.is_told]] = own[share.is_told].to(whole)
+                whole[share.groups[share.is_counted]] = own[share.is_counted].to(whole)
             wholes.append(whole)
         if not wholes:
             return []
@@ -379,10 +379,10 @@ class WeightExchange:
     def scales(self) -> dict[Tensor, Tensor]:
         """``τ`` of the weights that every process steps a share of; all processes have to ask."""
         if self._all_scales is None:
-            told = self._told_by_each([(local, own) for local, _, own in self._local_scales])
+            summed = self._summed([(local, own) for local, _, own in self._local_scales])
             owners = [owner for _, owner, _ in self._local_scales]
             types = [torch.promote_types(owner.dtype, torch.float32) for owner in owners]
-            self._all_scales = {o: tau.to(dtype) for o, tau, dtype in zip(owners, told, types, strict=True)}
+            self._all_scales = {o: tau.to(dtype) for o, tau, dtype in zip(owners, summed, types, strict=True)}
             self._local_scales = []
         return self._all_scales
 
@@ -431,7 +431,7 @@ class WeightExchange:
                 send(everyone, placed.owner, value, mean)
         if parcels:
             return_parcels(parcels, wholes, targets, self._group)
-        means = self._told_by_each([(local, mean) for local, _, mean in running])
+        means = self._summed([(local, mean) for local, _, mean in running])
         for (_, owner, _), mean in zip(running, means, strict=True):
             self._state[owner]["norm_squared"] = mean.to(torch.promote_types(owner.dtype, torch.float32))
         for placed in self._placed:

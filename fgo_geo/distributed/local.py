@@ -1,4 +1,4 @@
-"""Weights that are dealt in whole components: every process steps its own, and only ``R²`` of groups is exchanged.
+"""Weights that are sharded in whole components: every process steps its own, and only ``R²`` of groups is exchanged.
 
 FSDP2 cuts the weight of a convolution along its output channels, between kernels and not through them. The part on a
 process is then itself a weight on a product of manifolds, with fewer channels: projection, retraction and momentum need
@@ -76,8 +76,8 @@ def local_part_of(manifold: geoopt.Manifold, cut: Cut, device: torch.device) -> 
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(device)
 
-    is_told = holders[first[groups[here]]] == cut.rank
-    share = Share(manifold, cut.shape, tensor(groups[here]), tensor(np.flatnonzero(is_spread)), tensor(is_told))
+    is_counted = holders[first[groups[here]]] == cut.rank
+    share = Share(manifold, cut.shape, tensor(groups[here]), tensor(np.flatnonzero(is_spread)), tensor(is_counted))
     return LocalPart(own, share, tensor(numbers[counts > 1]))
 
 

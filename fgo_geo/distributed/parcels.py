@@ -21,7 +21,7 @@ class Parcel:
     """A tensor that is whole at its owner and in shards elsewhere.
 
     Attributes:
-        cut: How it is dealt.
+        cut: How it is sharded.
         owner: The process that has it whole, by its number in the group.
         dtype: Its type.
     """

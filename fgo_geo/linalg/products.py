@@ -35,7 +35,7 @@ __all__ = [
     "sym",
 ]
 
-_UNROLLED = 64  # most terms of a sum that is written as a loop over terms
+_UNROLLED = 64  # the most terms of a sum that a Python loop adds up
 _MANY = 2**16  # entries; with fewer, an intermediate product is cheaper than more calls
 
 
@@ -45,7 +45,7 @@ def _is_struct_of_arrays(x: Tensor) -> bool:
 
 
 def _unrolled(terms: int, *operands: Tensor) -> bool:
-    """Whether a sum of so many products of operands is one of long vectors."""
+    """Whether a loop should add up this many products of operands: they are long vectors, and few."""
     if terms > _UNROLLED or not any(_is_struct_of_arrays(x) for x in operands):
         return False
     return torch.compiler.is_compiling() or not traces()  # vmap has no rule for adding in place
@@ -67,7 +67,7 @@ def small_product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     Args:
         a: Matrices, shape ``(..., A, K)``.
         b: Matrices, shape ``(..., K, B)``.
-        out: Where to put the result; it shares no memory with a factor.
+        out: A tensor for the result, which must share no memory with a factor.
 
     Returns:
         Matrices of shape ``(..., A, B)``, in the memory layout of the factors unless there is an ``out``.
@@ -101,7 +101,7 @@ def subtract_product(
         b: Matrices, shape ``(..., K, B)``.
         beta: Factor of ``c``.
         alpha: Factor of the product.
-        out: Where to put the result; it may be ``c``, and shares no memory with ``a`` or ``b``.
+        out: A tensor for the result. It may be ``c``, and must share no memory with ``a`` or ``b``.
 
     Returns:
         Matrices of shape ``(..., A, B)``.
@@ -122,24 +122,24 @@ def subtract_product(
     return total
 
 
-_SMALL = 2.0**-15  # Frobenius norm of a part up to which rounding to 8 bits does not show in c - c @ part
-_WIDE_PART = 256  # columns; for fewer, rounding and adding take what the product saves
+_SMALL = 2.0**-15  # the largest Frobenius norm of a part whose rounding to 8 bits does not show in c - c @ part
+_WIDE_PART = 256  # columns; for fewer, rounding and adding cost as much as the product saves
 
 
 def subtract_part(c: Tensor, part: Tensor, workspace: Workspace, *, from_left: bool = False, out: Tensor) -> Tensor:
-    """``c - c @ part`` for a part that may be small; then its product is rounded, where that is faster.
+    """``c - c @ part``, with a rounded product if the part is small enough and rounding is faster.
 
     Up to a Frobenius norm of the part of 2^-15, the eight bits of bfloat16 leave an error whose norm is at most 2^-22
-    that of ``c``, however the roundings agree; where the processor has a unit for such products
-    (:func:`~fgo_geo.linalg.precision.multiplies_bfloat16`) they take half of the time or less, but for the rounding.
-    Reads values, so it is for where that is free.
+    times that of ``c``, even if all roundings have the same sign. Where the processor has a unit for such products
+    (:func:`~fgo_geo.linalg.precision.multiplies_bfloat16`), they take at most half the time, besides the rounding. The
+    function reads values of tensors: call it only where that is free.
 
     Args:
         c: Matrices, shape ``(..., A, B)``.
         part: Square matrices, shape ``(..., B, B)``, or ``(..., A, A)`` from the left.
-        workspace: Memory for what is rounded.
+        workspace: Memory for the rounded matrices.
         from_left: Take ``c - part @ c`` instead.
-        out: Where to put the result; it shares no memory with the others.
+        out: A tensor for the result, which must share no memory with the other arguments.
 
     Returns:
         ``out``.
@@ -160,7 +160,7 @@ def subtract_part(c: Tensor, part: Tensor, workspace: Workspace, *, from_left: b
 
 
 def _rounds(c: Tensor, part: Tensor) -> bool:
-    """Whether the product of a matrix and its part is rounded: where that is exact enough, and faster."""
+    """Whether to round the product of a matrix and a part: where that is exact enough, and faster."""
     wide = c.dtype == torch.float32 and min(c.shape[-2:]) >= _WIDE_PART
     has_unit = torch.backends.mkldnn.enabled and multiplies_bfloat16()  # pyright: ignore
     return wide and has_unit and float(frobenius_norm(part).amax()) <= _SMALL
@@ -187,7 +187,7 @@ def _minus(c: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float, out: Tens
 
 
 def _are_single(*operands: Tensor) -> bool:
-    """Whether each is one matrix: its product has ways of its own in torch, some of them faster than a batch of one."""
+    """Whether each is a single matrix, which torch multiplies by other routines than a batch, some of them faster."""
     return all(math.prod(x.shape[:-2]) == 1 and x.ndim == operands[0].ndim for x in operands)
 
 
@@ -197,7 +197,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _goes_by_columns(x: Tensor) -> bool:
-    """Whether tall matrices are stored column by column: their products are taken transposed, and stay so."""
+    """Whether tall matrices are stored column by column; their products are then computed transposed, and stay so."""
     return x.shape[-2] >= x.shape[-1] > 1 and x.stride(-2) == 1 != x.stride(-1)
 
 
@@ -206,7 +206,7 @@ _MOST_BLOCKS = 4  # of a wide matrix's columns
 
 
 def gram_blocks(columns: int) -> int:
-    """In how many blocks of columns :func:`gram_matrix` takes a matrix; ``k`` of them save ``(k - 1) / 2k`` of it.
+    """The number of column blocks in :func:`gram_matrix`; ``k`` blocks save ``(k - 1) / 2k`` of the operations.
 
     Example:
         >>> gram_blocks(64), gram_blocks(256), gram_blocks(2048)
@@ -220,7 +220,7 @@ def gram_matrix(x: Tensor, *, out: Tensor | None = None, precise: bool = False) 
 
     Args:
         x: Matrices, shape ``(..., A, B)``.
-        out: Where to put the result, stored row by row.
+        out: A tensor for the result, stored row by row.
         precise: Compute the diagonal from norms where oneDNN multiplies. It adds a thousand squares and more in
             sequence: for a Stiefel matrix of 2,048 rows the error was 1.7e-6.
 
@@ -234,7 +234,7 @@ def gram_matrix(x: Tensor, *, out: Tensor | None = None, precise: bool = False) 
     """
     by_onednn = _are_single(x) and goes_to_onednn(_flat(x).mT, _flat(x))
     if by_onednn:
-        x = _flat(x).mT.contiguous().mT.reshape(x.shape)  # so that there are no gaps in runs of columns
+        x = _flat(x).mT.contiguous().mT.reshape(x.shape)  # without gaps between the columns
     gram = _gram_in_blocks(x, out)
     if precise and by_onednn:
         squares = x.square().sum(-2) if x.shape[-2] > _LONG_LINE else torch.linalg.vector_norm(x, dim=-2).square()
@@ -269,7 +269,7 @@ def gram_excess(y: Tensor, radius: float | Tensor = 1.0, *, out: Tensor | None =
     Args:
         y: Matrices, shape ``(..., A, B)``.
         radius: Radius ``r``, a number or a tensor that broadcasts against ``y``.
-        out: Where to put the result, stored row by row.
+        out: A tensor for the result, stored row by row.
 
     Returns:
         Symmetric matrices, shape ``(..., B, B)``.
@@ -304,8 +304,8 @@ def inner_sum(a: Tensor, b: Tensor, dim: tuple[int, ...]) -> Tensor:
 def root_of_sum(a: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Euclidean norm over dimensions, which are kept with size one; its derivative at zero is zero.
 
-    Unlike ``torch.linalg.vector_norm`` it adds pairwise: over two million entries in single precision that one is off
-    by 3e-5.
+    It adds pairwise. ``torch.linalg.vector_norm`` does not, and its error over two million entries in single precision
+    is 3e-5.
 
     Args:
         a: Any tensor.
@@ -323,7 +323,7 @@ def root_of_sum(a: Tensor, dim: tuple[int, ...]) -> Tensor:
 
 
 def root_or_zero(x: Tensor) -> Tensor:
-    """Square root where ``x`` is positive, and zero elsewhere; so is its derivative.
+    """Square root where ``x`` is positive. Elsewhere value and derivative are zero.
 
     Example:
         >>> root_or_zero(torch.tensor([4.0, 0.0, -1e-9]))
@@ -333,15 +333,15 @@ def root_or_zero(x: Tensor) -> Tensor:
     return torch.where(zero, 0, torch.where(zero, 1, x).sqrt())
 
 
-_LONG_LINE = 2**13  # numbers; over more, torch's vector_norm is off by more than 1e-6
+_LONG_LINE = 2**13  # numbers; for more, the error of torch's vector_norm exceeds 1e-6
 
 
 def frobenius_norm(x: Tensor) -> Tensor:
-    """Frobenius norms of matrices; mostly without a temporary of their size.
+    """Frobenius norms of matrices, in most cases without a temporary of their size.
 
-    Contiguous rows or columns are summed first, and then their sums, pairwise: over two million entries in single
-    precision ``torch.linalg.vector_norm`` is off by 3e-5. For long rows and structures of arrays it is
-    :func:`root_of_sum`.
+    The function sums contiguous rows or columns first, and then their sums, pairwise, because the error of
+    ``torch.linalg.vector_norm`` over two million entries in single precision is 3e-5. For long rows and structures of
+    arrays it calls :func:`root_of_sum`.
 
     Args:
         x: Matrices, shape ``(..., A, B)``.
@@ -360,7 +360,7 @@ def frobenius_norm(x: Tensor) -> Tensor:
 
 
 def divide_or_zero(a: Tensor, b: Tensor) -> Tensor:
-    """``a / b`` where ``b``, which broadcasts, is positive, and zero elsewhere; so is its derivative.
+    """``a / b`` where ``b``, which broadcasts, is positive. Elsewhere value and derivative are zero.
 
     Example:
         >>> divide_or_zero(torch.tensor([3.0, 3.0]), torch.tensor([2.0, 0.0]))

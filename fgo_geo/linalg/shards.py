@@ -1,4 +1,4 @@
-"""Tensors that are dealt to several processes: what of them is here, and how to see them whole.
+"""Tensors that are sharded over several processes: the local part, and the whole tensor.
 
 A sharded tensor is a ``torch.distributed.tensor.DTensor``, as FSDP2 and tensor parallelism make them. Along one
 dimension of its device mesh it is cut as ``torch.chunk`` cuts, along all others every process has a copy; that is
@@ -31,7 +31,7 @@ def is_sharded(tensor: object) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a tensor is dealt to the processes of a group.
+    """How a tensor is divided among the processes of a group.
 
     Attributes:
         shape: Its shape.
@@ -62,13 +62,13 @@ class Cut:
         return first, min(run, length - first)
 
     def shape_of(self, rank: int) -> tuple[int, ...]:
-        """The shape of what a process has."""
+        """The shape of the part of a process."""
         if self.dim is None:
             return self.shape
         return (*self.shape[: self.dim], self.range_of(rank)[1], *self.shape[self.dim + 1 :])
 
     def piece(self, tensor: Tensor, rank: int) -> Tensor:
-        """What a process has of a whole tensor; a view."""
+        """The part of a process in a whole tensor; a view."""
         return tensor if self.dim is None else tensor.narrow(self.dim, *self.range_of(rank))
 
 

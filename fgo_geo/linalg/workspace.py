@@ -1,8 +1,8 @@
 """Memory for the temporaries of a step, kept for the next one.
 
-Allocating a large tensor in every step costs more than the arithmetic on it: its memory goes back to the system, which
-has to map and clear every page again. A :class:`Workspace` holds one buffer per use, as large as the largest tensor
-that was requested for it.
+To allocate a large tensor in every step costs more than the arithmetic on it: the allocator returns its memory to the
+system, which has to map and clear every page again. A :class:`Workspace` holds one buffer per use, of the size of the
+largest tensor that was requested for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PADDING = 16
 
 
 class Use(enum.Enum):
-    """What temporaries of a step are used for."""
+    """Uses of the temporaries of a step."""
 
     POINTS = enum.auto()
     GRADIENTS = enum.auto()
@@ -30,7 +30,7 @@ class Use(enum.Enum):
     ALONG = enum.auto()  # products of gradients and points
     PRODUCTS = enum.auto()
     EXCESS = enum.auto()  # Gram matrices less their limit
-    GAP = enum.auto()  # inverse roots less theirs
+    GAP = enum.auto()  # inverse roots less their limit
     ROUNDED_MATRIX = enum.auto()
     ROUNDED_PART = enum.auto()
     ROUNDED_PRODUCT = enum.auto()
@@ -50,7 +50,7 @@ class Workspace:
         self._memory: dict[tuple[Use, torch.dtype, torch.device], Tensor] = {}
 
     def like(self, x: Tensor, use: Use, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor of another one's shape, stored by columns if that one is, else contiguous."""
+        """An uninitialised tensor of the shape of ``x``, stored by columns if ``x`` is, else contiguous."""
         dtype = x.dtype if dtype is None else dtype
         by_columns = not x.is_contiguous() and x.stride(-2) == 1
         return self._take(use, x, x.mT.shape, dtype).mT if by_columns else self._take(use, x, x.shape, dtype)

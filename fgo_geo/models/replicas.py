@@ -54,18 +54,18 @@ def check_replicas(model: nn.Module, entries: Sequence[PlanEntry]) -> None:
     params = [(entry.name, parameter_of(model, entry.name)) for entry in entries if entry.constrained]
     unknown = [n for n, param in params if param is not None and param.requires_grad and id(param) not in known]
     digests = [_digest(entry) for entry in entries]
-    told: list[Any] = [(unknown, digests)]
+    reports: list[Any] = [(unknown, digests)]
     if is_first:
-        told = [None] * dist.get_world_size(replica.process_group)
-        dist.all_gather_object(told, (unknown, digests), replica.process_group)
-    for names, _ in told:
+        reports = [None] * dist.get_world_size(replica.process_group)
+        dist.all_gather_object(reports, (unknown, digests), replica.process_group)
+    for names, _ in reports:
         if names:
             raise RuntimeError(
                 f"DistributedDataParallel does not know {len(names)} constrained parameter(s): {few(names)}. It would "
                 "not average their gradients, so their values would differ between processes: constrain the model, and "
                 "load with assign=True, before wrapping it"
             )
-    for _, others in told:
+    for _, others in reports:
         if others != digests:
             first = next((n for n, own in enumerate(digests) if others[n : n + 1] != [own]), 0)
             raise ValueError(

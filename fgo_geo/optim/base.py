@@ -315,7 +315,7 @@ class Stepper:
             previous = state.get("norm_squared")
             other = own.new_full((), math.nan) if previous is None else cast(Tensor, _here(weight, previous)).to(own)
             now = torch.where(mask, own, other).to(torch.promote_types(weight.owner.dtype, torch.float32))
-            if share is not None:  # what is known of other groups stays until the processes have told each other
+            if share is not None:  # known norms of other groups stay until the processes exchange them
                 known = now.new_full((share.n_groups,), math.nan) if previous is None else previous.to(now)
                 now = known.index_copy(0, share.groups, now)
             state["norm_squared"] = now

@@ -57,21 +57,21 @@ Configuration: TypeAlias = tuple[object, object]
 
 @dataclass(frozen=True, eq=False)
 class Share:
-    """What one process steps of a weight that is dealt in whole components.
+    """The part that one process steps of a weight that is sharded in whole components.
 
     Attributes:
         manifold: The manifold of the whole weight; that of the process's own components is ``Weight.manifold``.
         shape: The shape of the whole weight.
         groups: Numbers of the process's groups among those of the whole weight, increasing, int64.
         spread: Positions in ``groups`` of those that other processes have components of, too, int64.
-        is_told: Which of ``groups`` this process tells the others of, and counts; each group is told by one process.
+        is_counted: Which of ``groups`` this process reports to the others, and counts; one process does for each group.
     """
 
     manifold: geoopt.Manifold
     shape: tuple[int, ...]
     groups: Tensor
     spread: Tensor
-    is_told: Tensor
+    is_counted: Tensor
 
     @property
     def n_groups(self) -> int:
@@ -221,8 +221,8 @@ class Batch(abc.ABC):
             return None
         ones = (torch.ones(count, dtype=torch.bool) for count in self.counts)
         shares = (weight.share for weight in self.weights)
-        told = [own if share is None else share.is_told.cpu() for share, own in zip(shares, ones, strict=True)]
-        return torch.cat(told).to(self.device)
+        counted = [own if share is None else share.is_counted.cpu() for share, own in zip(shares, ones, strict=True)]
+        return torch.cat(counted).to(self.device)
 
     def can_sweep(self, options: StepOptions, checks: bool) -> bool:
         """Whether the whole step may be one :meth:`sweep`. Changes no weight.

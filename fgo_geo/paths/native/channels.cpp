@@ -28,7 +28,7 @@ namespace {
 enum metric { h0, h1, h1t };
 constexpr int lanes = 16;  // columns of a block: one cache line in single precision
 
-constexpr int64_t wide = 512;  // columns that the metric h0 takes at once, whose means fit the first-level cache
+constexpr int64_t wide = 512;  // columns that the metric h0 processes at once; their means fit the first-level cache
 
 // Coefficients for the metric h1, where r is the smaller root of lam r² - (1 + 2 lam) r + lam.
 struct recursion {

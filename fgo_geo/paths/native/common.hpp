@@ -1,4 +1,4 @@
-// What the sources of the library share.
+// Definitions that all sources of the library share.
 
 #pragma once
 
@@ -35,7 +35,7 @@ static inline double step_scale(double norm, double rho, double curvature) {
   return std::fmax(1.0, norm * root);
 }
 
-// Whether tau is one for squared norms up to a bound; rounding is allowed for.
+// Whether tau is one for squared norms up to a bound; with a margin for rounding.
 static inline bool is_short(double square, bool constant, double rho, double curvature) {
   return std::isfinite(square) && (constant || step_scale(std::sqrt(square) * (1 + 1e-6), rho, curvature) <= 1);
 }

@@ -31,7 +31,7 @@
 #define FGO_BYTES 64
 #include FGO_SOURCE
 
-// What a macro makes of the namespace of the set in use.
+// The qualified name of a function in the namespace of the set in use.
 #define FGO_IN_USE(of) (fgo_limit(-1) == 2 ? of(avx512) : fgo_limit(-1) == 1 ? of(avx2) : of(portable))
 #else
 #define FGO_IN_USE(of) of(portable)

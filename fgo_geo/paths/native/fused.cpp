@@ -1,17 +1,17 @@
 // The fused step on kernel components for the CPU: the same map as the batched torch code, in two sweeps.
 //
-//   fgo_norms    reads weight and gradient: squared norm of the Riemannian gradient of every group;
+//   fgo_norms    reads weight and gradient, and computes the squared norm of the Riemannian gradient of every group;
 //   fgo_update   reads weight, gradient and momentum, writes weight and momentum: projection, step size, momentum with its
 //                lazy transport, step, retraction.
 //
 // Between the two sweeps the caller computes step sizes from the norms and may refuse the step. Together the sweeps are
 // seven passes over memory, and nothing is allocated per component. Where gradients are short, the first sweep is simpler:
 //
-//   fgo_bounds   reads the gradient: how many groups have a Euclidean gradient so long that tau may exceed one.
+//   fgo_bounds   reads the gradient, and counts the groups whose Euclidean gradient is so long that tau may exceed one.
 //
 // Where no group has kernels of two rows, and no step is refused, one sweep does both:
 //
-//   fgo_large    reads the gradients: how many weights have some that are not moderate;
+//   fgo_large    reads the gradients, and counts the weights whose squared gradients may overflow;
 //   fgo_step     measures and moves each row while it is in the cache, five passes over memory.
 //
 // Kernels are processed `lanes` at a time, one per lane of a vector register ("struct of arrays"): entry (i, j) of all of
@@ -20,8 +20,8 @@
 //   projection   h - w S,  S = 0, tr(M) I, diag(M) or sym(M) for M = wᵀh / r²
 //   retraction   y (I + E)^(-1/2),  E = 0, (‖y‖² / r² - 1) I, diag(N) or N for N = yᵀy / r² - I
 //
-// on Euclidean, sphere, oblique and Stiefel components. The inverse root is a series where E is small, as it is for the
-// steps that the theorem allows, and comes from Jacobi rotations elsewhere; steps may have any length.
+// on Euclidean, sphere, oblique and Stiefel components. Where E is small, as in the steps that the theorem allows, a series
+// computes the inverse root. Elsewhere Jacobi rotations compute it, so steps may have any length.
 //
 // Plain C ABI with no dependency but the C++ library, so that the compiled file works with every Python and every torch.
 
@@ -45,15 +45,15 @@ struct fgo_kernels {
   const void *grad;
   void *buffer;            // null without momentum
   const int32_t *codes;    // per kernel: group * 4 + kind (0 Euclidean, 1 sphere, 2 oblique, 3 Stiefel)
-  const int32_t *row_groups;  // per row and kind, where that determines the group, -1 where the kind does not occur; or null
+  const int32_t *row_groups;  // per row and kind: the group, -1 where the kind does not occur; null if they do not determine it
   const void *radii;       // per kernel, or null: radius[kind]
   double *squared_norms;   // per group: added to by fgo_norms
   const void *scales;      // per group: 1 / tau, read by fgo_update; with zero the gradient is not used
-  const double *curvatures;  // per group, read by fgo_step; or null: that of the options
+  const double *curvatures;  // per group, read by fgo_step; null for that of the options
   double radius[4];
   int64_t rows, columns, row_stride, column_stride;
   int32_t a, b, i_stride, j_stride;
-  int32_t first, skips;    // the buffer is uninitialised; some scale is zero, or in fgo_step: may be
+  int32_t first, skips;    // the buffer is uninitialised; some scale is zero, or may become zero in fgo_step
   int64_t groups;
 };
 
@@ -93,10 +93,10 @@ template <class T> constexpr T precision = sizeof(T) == 4 ? T(1.1920929e-7) : T(
 // Up to this ‖e‖² two or four terms of the series suffice: precision^(2/3) and precision^(2/5).
 template <class T> constexpr T series_limit[2] = {sizeof(T) == 4 ? T(2.4e-5) : T(9.2e-11),
                                                   sizeof(T) == 4 ? T(1.7e-3) : T(9.4e-7)};
-// Up to this ‖e‖² the series is repeated: it leaves 0.4 of ‖e‖ = 1, and then far less. It is below one because a zero column,
-// where ‖e‖ is one, would stay zero.
+// Up to this ‖e‖² the series is applied repeatedly: the first application reduces ‖e‖ = 1 to 0.4, and the next ones reduce it
+// faster. The limit is below one because a zero column has ‖e‖ = 1, and would stay zero.
 template <class T> constexpr T repeat_limit = T(0.9);
-constexpr int most_rounds = 30;  // of Jacobi rotations, several times as many as columns need
+constexpr int most_rounds = 30;  // of Jacobi rotations; matrices with so few columns converge in a fraction of them
 
 int64_t chunks_per_row(const fgo_kernels &t) { return (t.columns + chunk - 1) / chunk; }
 
@@ -136,8 +136,8 @@ void run_in_threads(const fgo_kernels *tasks, int64_t count, int threads, Units 
   std::vector<double> work(count + 1, 0);  // entries before a task
   for (int64_t k = 0; k < count; ++k)
     work[k + 1] = work[k] + double(tasks[k].rows) * tasks[k].columns * tasks[k].a * tasks[k].b;
-  // The threads are torch's own, which has loaded OpenMP's library under the same name. Other threads would wait for a
-  // processor while torch's spin.
+  // The threads are those of torch, which has loaded OpenMP's library under the same name. Threads of another pool would
+  // wait for a processor while those of torch spin.
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int number = 0; number < threads; ++number) {
     const double from = work[count] * number / threads, to = work[count] * (number + 1) / threads;
@@ -158,8 +158,8 @@ int64_t all_chunks(const fgo_kernels &t) { return t.rows * chunks_per_row(t); }
 int64_t all_rows(const fgo_kernels &t) { return t.rows; }
 int64_t all_entries(const fgo_kernels &t) { return t.rows * t.columns * t.a * t.b; }
 
-// How many tasks have gradients whose squares add up to half the largest number of their type or more, or to no number.
-// Where none has, all norms are finite as long as the weights are: projections shorten, and weight decay adds little.
+// Counts the tasks whose squared gradients sum to NaN, or to at least half the largest number of their type. If there is none,
+// all norms are finite as long as the weights are: projections shorten gradients, and weight decay adds little.
 template <class T> int64_t large_gradients(const fgo_kernels *tasks, int64_t count, const fgo_options &options, int threads) {
   std::vector<std::vector<double>> partial(threads, std::vector<double>(count, 0.0));
   run_in_threads<true>(tasks, count, threads, all_entries, [&](int64_t k, int64_t begin, int64_t end, int number) {
@@ -179,7 +179,7 @@ template <class T> int64_t large_gradients(const fgo_kernels *tasks, int64_t cou
   return large;
 }
 
-// Adds what a sweep sums up to the squared norms of the groups. Every thread has a buffer for its sums, and the buffers are
+// Adds the sums of a sweep to the squared norms of the groups. Every thread has a buffer for its sums, and the buffers are
 // added in the order of the threads: the result depends on the number of threads, not on their timing.
 void add_to_groups(const fgo_kernels *tasks, int64_t count, const fgo_options &options, int threads, sweep run) {
   std::vector<int64_t> groups(count + 1, 0);
@@ -208,7 +208,7 @@ FGO_API int64_t fgo_norms(const fgo_kernels *tasks, int64_t count, const fgo_opt
   return 0;
 }
 
-// Returns how many groups have a bound that does not show that tau is one. Adds the bounds to the squared norms.
+// Returns the number of groups whose bound does not imply that tau is one. Adds the bounds to the squared norms.
 FGO_API int64_t fgo_bounds(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   add_to_groups(tasks, count, *options, threads, is_double ? choose<double>().bounds : choose<float>().bounds);
   int64_t large = 0;
@@ -218,7 +218,7 @@ FGO_API int64_t fgo_bounds(const fgo_kernels *tasks, int64_t count, const fgo_op
   return large;
 }
 
-// Returns whether a point on a manifold was not finite: zero if none was.
+// Returns zero if all points on manifolds are finite.
 FGO_API int64_t fgo_update(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   const sweep run = is_double ? choose<double>().update : choose<float>().update;
   std::vector<int64_t> bad(threads, 0);
@@ -228,7 +228,7 @@ FGO_API int64_t fgo_update(const fgo_kernels *tasks, int64_t count, const fgo_op
   return std::accumulate(bad.begin(), bad.end(), int64_t(0));
 }
 
-// Returns how many weights have gradients that do not show by themselves that the norms of all groups are finite.
+// Returns the number of weights whose gradients alone do not imply that the norms of all groups are finite.
 FGO_API int64_t fgo_large(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   return (is_double ? large_gradients<double> : large_gradients<float>)(tasks, count, *options, threads);
 }

@@ -1,4 +1,4 @@
-// The sweeps of fused.cpp, compiled once per instruction set (each_set.hpp). FGO_FAST says whether it gets specialised loops
+// The sweeps of fused.cpp, compiled once per instruction set (each_set.hpp). FGO_FAST is whether a set has specialised loops
 // for common sizes and layouts. Every such loop takes seconds to compile, so there are few: 3x3 and 5x5 kernels in the two
 // layouts of a convolution's weight. Other sizes, layouts and per-kernel radii share one loop. Incomplete vectors at the end of
 // a row are copied.
@@ -98,7 +98,7 @@ FGO_INLINE vec<T> squares_of(const setting<T> &s, int64_t start, int count, cons
   normal_factor<T, B, FULL>(normal, f, s.b);
   for (int i = 0; i < a; ++i) {
     subtract_normal<T, B, FULL>(w + i * b, normal, h + i * b, s.b);
-    vec<T> of_row = {};  // a sum per row, so that additions need not wait for each other
+    vec<T> of_row = {};  // one sum per row, so that additions are independent
     for (int j = i * b; j < i * b + b; ++j) of_row += h[j] * h[j];
     sum += of_row;
   }
@@ -193,7 +193,7 @@ template <class T> FGO_INLINE vec<T> rates_of(const T *scales, const int32_t *co
   return rate;
 }
 
-// What is prefetched while a vector is processed.
+// The memory to prefetch while a vector is processed.
 enum class prefetched { nothing, own_momentum, next_row };
 
 // Planar kernels: the same columns one row further down, since the hardware prefetcher does not follow nine or more streams
@@ -319,7 +319,7 @@ FGO_TARGET __attribute__((noinline, noclone)) bool step_columns(const setting<T>
   return is_bad;
 }
 
-// What a thread takes at a time: a chunk of a row, and the row's groups by kind where row and kind determine the group.
+// The unit of work of a thread: a chunk of a row, and the row's groups by kind where row and kind determine the group.
 struct row_chunk {
   int64_t row, first, last;
   const int32_t *groups;
@@ -352,7 +352,7 @@ template <bool BOUNDS> struct sums_sweep {
   }
 };
 
-// The second sweep: the step of a range of chunks. Returns in how many of them a point was not finite.
+// The second sweep: the step of a range of chunks. Returns the number of chunks with a point that is not finite.
 struct update_sweep {
   template <class T, int A, int B, layout P>
   FGO_TARGET static int64_t run(const fgo_kernels *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
@@ -370,8 +370,8 @@ struct update_sweep {
   }
 };
 
-// Both at once, where no group has kernels of two rows: what the norms have read is still in the cache for the step. A group
-// whose norm is not finite gets no gradient if the task skips such groups; otherwise its row stays as it is.
+// Both sweeps in one, where no group has kernels of two rows: the data of the norms are still in the cache for the step. If the
+// norm of a group is not finite, its step has no gradient where the task skips such groups; otherwise its row does not change.
 struct rows_sweep {
   template <class T, int A, int B, layout P>
   FGO_TARGET static int64_t run(const fgo_kernels *task, const fgo_options *options, double *, int64_t begin, int64_t end) {
@@ -402,7 +402,7 @@ struct rows_sweep {
 
 // Sum of the squares of numbers that follow each other.
 template <class T> FGO_TARGET double squares_of_run(const T *p, int64_t count) {
-  constexpr int L = lanes<T>, streams = 4;  // sums that don't wait for each other
+  constexpr int L = lanes<T>, streams = 4;  // independent sums
   vec<T> sums[streams] = {};
   int64_t k = 0;
   for (; k + streams * L <= count; k += streams * L)

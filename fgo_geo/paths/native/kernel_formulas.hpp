@@ -161,7 +161,7 @@ template <class T, int B, bool FULL> FGO_INLINE void series(const vec<T> *e, vec
 FGO_TARGET __attribute__((noinline)) static void nearest(vec<double> *y, const lane_facts<double> &f, int a, int b) {
   const vec<double> none = {}, one = none + 1.0;
   vec<double> largest = none + std::numeric_limits<double>::min(), norms[max_b] = {}, z[max_b * max_b] = {}, row[max_b];
-  for (int k = 0; k < a * b; ++k) {  // scaling leaves the result as it is and keeps the squares finite
+  for (int k = 0; k < a * b; ++k) {  // scaling does not change the result, and keeps the squares finite
     const vec<double> size = y[k] < 0 ? -y[k] : y[k];
     largest = size > largest ? size : largest;
   }
@@ -224,7 +224,7 @@ FGO_TARGET __attribute__((noinline)) void retract_long_step(vec<T> *y, const lan
   const int b = B ? B : b_;
   constexpr int size = B ? B * B : max_b * max_b, L = lanes<double>;
   vec<T> e[size], z[size], distance = excess_of<T, B>(y, e, f, a, b_);
-  if (!any<T>(~(distance <= repeat_limit<T>))) {  // the series is repeated: each leaves an error of fifth order
+  if (!any<T>(~(distance <= repeat_limit<T>))) {  // the series is applied repeatedly; each application leaves an error of fifth order
     while (any<T>(~(distance <= series_limit<T>[1]))) {
       series<T, B, true>(e, z, true, b_);
       multiply_all<T, 0, B, true>(y, z, a, b_);

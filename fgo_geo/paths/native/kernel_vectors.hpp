@@ -1,5 +1,5 @@
 // Vectors of one number of each of several kernels, compiled once per instruction set (each_set.hpp): how they are read from
-// memory and written, in the layouts of a weight.
+// memory and written to it, in the layouts of a weight.
 
 // Instructions that the language does not express: whether any bit is set; values by index; and the first numbers of a vector.
 #if FGO_SET == 1

@@ -1,4 +1,5 @@
-// The sweeps of lines.cpp, compiled once per instruction set (each_set.hpp). Template arguments say whether the momentum buffer is read (READS: it holds momentum) and whether it is written (WRITES).
+// The sweeps of lines.cpp, compiled once per instruction set (each_set.hpp). Template arguments are whether the momentum buffer
+// is read (READS: it holds momentum) and whether it is written (WRITES).
 
 namespace {
 namespace FGO_NAMESPACE {
@@ -12,7 +13,7 @@ typedef double wide __attribute__((vector_size(FGO_BYTES)));
 constexpr int64_t lanes = FGO_BYTES / 4, half = lanes / 2;
 
 constexpr int rows_at_once = 4;        // so that sums are loaded and stored once per four rows
-constexpr int many_rows = 8;           // the same where the rows are anywhere
+constexpr int many_rows = 8;           // the same for rows that are not adjacent in memory
 constexpr int64_t prefetch_distance = 512;  // numbers between a stream and its prefetches
 constexpr int64_t most_columns = 512;       // their sums fit the first-level cache
 
@@ -24,7 +25,7 @@ template <class V, class T> FGO_INLINE V load(const T *p) {
 template <class V, class T> FGO_INLINE void store(T *p, V v) { __builtin_memcpy(p, &v, sizeof v); }
 
 FGO_INLINE wide widened(const float *p) {
-#if FGO_SET == 2  // GCC would convert the halves, and join them
+#if FGO_SET == 2  // GCC would convert the halves separately
   return (wide)_mm512_cvtps_pd(_mm256_loadu_ps(p));
 #else
   return __builtin_convertvector(load<narrow>(p), wide);
@@ -67,7 +68,7 @@ FGO_TARGET __attribute__((noinline)) void measure_run(const float *x, const floa
   for (; i < count; ++i) add_products<double, READS>(x[i], h[i], READS ? m[i] : 0, sums);
 }
 
-// R rows of a matrix, wherever they are.
+// R rows of a matrix, at any addresses.
 template <int R> struct rows_of {
   const float *x[R], *h[R], *m[R];
 };
@@ -257,9 +258,9 @@ FGO_INLINE void scatter(const float *copy, const int32_t *order, int64_t count, 
   for (int64_t j = 0; j < count; ++j) row[order[j]] = copy[j];
 }
 
-// Where the columns of a row are not in the order of the matrix, lines that extend over several rows are not gathered: the
-// products of every column are added up, and then those of a line's columns; every column is moved with the coefficients of
-// its line. Only lines within such rows are gathered.
+// Where the columns of a row are not in the order of the matrix, lines that extend over several rows are not gathered. Instead,
+// the products are summed over every column, and then over the columns of every line; every column moves with the coefficients
+// of its line. Only lines within such rows are gathered.
 bool is_gathered(const fgo_segment &s, const row_of_segments &all) { return s.form == line_per_row || !all.order; }
 
 // The sums of the columns of a pattern, a plane per product, and rows that are to be added to them.
@@ -336,7 +337,7 @@ FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, 
   }
 }
 
-// The coefficients of every column of a pattern, a plane each: those of its line, or such that nothing changes.
+// The coefficients of every column of a pattern, a plane each: those of its line, or coefficients that leave the column unchanged.
 void write_column_coefficients(const fgo_lines &t, int32_t pattern, float *planes) {
   for (int32_t k = t.first_segments[pattern]; k < t.first_segments[pattern + 1]; ++k) {
     const fgo_segment &s = t.segments[k];

@@ -12,8 +12,9 @@
 // Together these are eight passes over memory. Where the terms of x + b·(h, m, x) cancel, as in a long step along the
 // normal, the products do not determine its length: such lines are processed a second time, in double precision. A matrix
 // whose blocks belong to several manifolds is processed row by row, and each row is split into the segments of its blocks;
-// blocks without lines (Stiefel) are skipped, and written in the second sweep as another path has stepped them, in the same
-// call, so that an interrupt leaves every weight as it was before its step or after it. Plain C ABI, as in fused.cpp.
+// the first sweep skips blocks without lines (Stiefel). The second sweep writes the values that another path has computed for
+// them, in the same call, so that an interrupt leaves every weight as before its step or as after it. Plain C ABI, as in
+// fused.cpp.
 
 #include <cmath>
 #include <cstring>
@@ -50,8 +51,8 @@ struct fgo_lines {
   const int32_t *row_in_block;    // per row: its index within its block
   const fgo_segment *segments;
   const int32_t *first_segments;  // per pattern, and one past the last
-  const int32_t *column_orders;   // per pattern: its columns in order; -1 in front: the order of the matrix
-  const float *const *points, *const *momenta;  // per block without lines: what another path has made of it, row by row
+  const int32_t *column_orders;   // per pattern: its columns in order; -1 in the first place stands for the order of the matrix
+  const float *const *points, *const *momenta;  // per block without lines: its new values from another path, row by row
   double radius;
   int64_t lines, length, width;
   int64_t shared;          // the first `shared` lines extend over several rows
@@ -73,7 +74,7 @@ namespace {
 
 enum product { xx, xh, hh, xm, mm, hm, products };
 enum coefficient { a_h, a_m, a_x, b_h, b_m, b_x, factor, coefficients };
-constexpr double least_tangent = 1e-9;  // of a gradient's squared norm; below it the products' rounding errors show
+constexpr double least_tangent = 1e-9;  // relative to a gradient's squared norm; below it, rounding errors of the products dominate
 constexpr double most_cancelled = 100;  // ratio of the terms' squares to the new squared length; errors grow tenfold
 
 // A thread's part of the products of lines that extend into another thread's range.
@@ -161,7 +162,7 @@ line_step step_of(const fgo_lines &t, const fgo_matrix_options &o, int64_t line)
   return v;
 }
 
-// Writes the coefficients of a line; the factor belongs to the rounded coefficients. Returns whether the terms cancel: the
+// Writes the coefficients of a line; the factor is that of the rounded coefficients. Returns whether the terms cancel: the
 // coefficients then leave the line unchanged, and move_in_double() has to move it.
 bool write_coefficients(const fgo_lines &t, const fgo_matrix_options &o, int64_t line) {
   const line_step v = step_of(t, o, line);
@@ -203,7 +204,7 @@ template <class Run> void for_every_number(const fgo_lines &t, Run run) {
 }
 
 // Adds the squared gradient norms of a task's lines to their groups. Where the difference of the products is lost in
-// rounding, the tangent part itself is summed: its norm decides the length of the step.
+// rounding, the function sums the tangent part itself, because its norm determines the length of the step.
 void add_squares(const fgo_lines &t, const fgo_matrix_options &o) {
   std::vector<double> squares(t.lines);
   std::vector<char> cancels(t.lines, 0);

@@ -1,8 +1,8 @@
 // Products of matrices, compiled once per instruction set (each_set.hpp).
 //
 // The right factor is copied panel by panel, so that the innermost loop reads it in the order of memory; a left factor that
-// is stored by columns is copied too. On one core of a Zen 5 processor that makes 200 to 250 GFlop/s from 128 x 64 on, twice
-// as many as MKL, which does not use AVX-512 there.
+// is stored by columns is copied too. One core of a Zen 5 processor reaches 200 to 250 GFlop/s from 128 x 64 on, twice the
+// rate of MKL, which does not use AVX-512 there.
 
 namespace {
 namespace FGO_NAMESPACE {
@@ -11,8 +11,8 @@ typedef float vec __attribute__((vector_size(FGO_BYTES)));
 constexpr int vectors_at_once = FGO_SET == 0 ? 1 : 2;  // a tile of this size fits the registers
 constexpr int64_t rows_at_once = FGO_SET == 2 ? 8 : FGO_SET == 1 ? 6 : 4;
 constexpr int64_t lanes = FGO_BYTES / 4, columns_at_once = vectors_at_once * lanes;
-constexpr int64_t terms_at_once = 256;  // a panel with so many stays in the first-level cache
-constexpr int64_t terms_per_sum = 64;   // sums of more lose digits
+constexpr int64_t terms_at_once = 256;  // a panel with this many terms stays in the first-level cache
+constexpr int64_t terms_per_sum = 64;   // longer sums lose digits
 
 template <class V, class T> FGO_TARGET __attribute__((always_inline)) static inline V load(const T *p) {
   V v;
@@ -87,7 +87,7 @@ FGO_TARGET __attribute__((noinline)) void copy_rows(matrix a, int64_t rows, int6
     for (int64_t i = 0; i < rows; ++i) to[t * rows + i] = a.at[i * a.row + t * a.column];
 }
 
-// Numbers that multiply() needs as memory.
+// The size of the memory that multiply() needs, in numbers.
 int64_t memory_of_product(int64_t m, int64_t n, int64_t k) { return (m + panels_of(n) * columns_at_once) * least(k, terms_at_once); }
 
 // c = base + alpha a b, stored row by row, without gaps; a is m x k and b is k x n, base may be null, or c. If the product is

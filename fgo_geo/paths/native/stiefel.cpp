@@ -1,17 +1,17 @@
 // The step on Stiefel matrices and blocks of matrices for the CPU, by products alone.
 //
-//   fgo_stiefel_norms   reads x and g: squared norm of the Riemannian gradient of every block, and of every group;
-//   fgo_stiefel_bounds  takes that of g in its place, a bound on it: how many groups may have a tau above one;
-//   fgo_stiefel_move    reads the momentum m, and computes the new momentum and points, in memory of their own.
+//   fgo_stiefel_norms   reads x and g, and computes the squared norm of the Riemannian gradient of every block and group;
+//   fgo_stiefel_bounds  computes that of g instead, which is an upper bound, and counts the groups whose tau may exceed one;
+//   fgo_stiefel_move    reads the momentum m, and computes the new momentum and points, in separate memory.
 //
-// For x with xᵀx = r² I, and g and m added to t with their factors, the step of a block is
+// For x with xᵀx = r² I, and t the sum of g and m with their factors, the step of a block is
 //
 //   m <- t - x sym(xᵀt) / r²,   y = x - lr m,   x <- y (yᵀy / r²)^(-1/2),
 //
 // five products; the inverse root of I + E = yᵀy / r² is a polynomial in E whose degree follows from ‖E‖ (Newton-Schulz
-// iterations where E is large). Blocks that are wider than tall are the transposes of points, and stay as they are stored:
-// all that is B x B is symmetric, so only the order of the factors changes. The caller writes the results to the weight, after
-// it has taken care of the blocks that began off the manifold, for which products may diverge.
+// iterations where E is large). Blocks that are wider than tall are transposes of points, and are not transposed in memory:
+// every B x B matrix is symmetric, so only the order of the factors changes. The caller writes the results to the weight, after
+// it has retracted the blocks that began off the manifold by another method, because these iterations may diverge there.
 
 #include <algorithm>
 #include <cmath>
@@ -49,7 +49,7 @@ struct matrix {
   int64_t row, column;
 };
 
-constexpr double least_tangent = 0.01;  // of a gradient's square; below, the gradient is projected before it is squared
+constexpr double least_tangent = 0.01;  // relative to a gradient's squared norm; below, the gradient is projected before its norm is computed
 constexpr double most_drift = 2e-3;     // ‖xᵀx / r² - I‖ of a point, as in manifolds/stiefel.py
 constexpr double longest = 1e4;         // ‖u‖² / r² of a step; beyond, yᵀy is too ill-conditioned
 constexpr double polished = 1;          // beyond, an iteration corrects the rounding errors of yᵀy
@@ -67,7 +67,7 @@ struct binomials {
 };
 constexpr binomials series;
 
-// The fewest terms, of those that so many products give, that reach the precision for ‖F‖ <= f; 0 if none do.
+// The smallest number of terms, among those that so many products give, that reaches the precision for ‖F‖ <= f; 0 if none.
 int terms_for(double f) {
   for (int terms : {1, 2, 4, 6, 9, 12, most_terms})
     if (std::abs(series.of[terms + 1]) * std::pow(f, terms + 1) <= precision) return terms;
@@ -92,8 +92,8 @@ namespace {
 
 typedef void (*step_function)(const fgo_stiefel &, const fgo_matrix_options &, int64_t, int);
 
-// Runs a step on all blocks, the most expensive first. Those that are more than a thread's share of what is left take all
-// threads, one after the other; threads take the others one by one.
+// Runs a step on all blocks, the most expensive first. All threads share each block that is more than one thread's part of the
+// remaining work; every other block belongs to one thread.
 void run_on_blocks(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options &options, int threads, step_function run) {
   std::vector<std::pair<int64_t, int64_t>> blocks;
   double left = 0;
@@ -126,7 +126,7 @@ FGO_API int64_t fgo_stiefel_norms(const fgo_stiefel *tasks, int64_t count, const
   return 0;
 }
 
-// Returns how many blocks are in groups with a bound that does not show that tau is one.
+// Returns the number of blocks in groups whose bound does not imply that tau is one.
 FGO_API int64_t fgo_stiefel_bounds(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads) {
   add_to_groups(tasks, count, *options, threads, FGO_IN_USE(FGO_BOUND));
   int64_t large = 0;

@@ -117,7 +117,7 @@ struct work {
     subtract(tangent, x, e, to);
   }
 
-  // gap = I - (I + E)^(-1/2) for E with eigenvalues in [0, norm], by the series around the middle, of so many terms.
+  // gap = I - (I + E)^(-1/2) for E with eigenvalues in [0, norm], by this many terms of the series around the middle.
   FGO_TARGET void series_gap(double norm, int terms) {
     const double middle = norm / 2, root = 1 / std::sqrt(1 + middle);
     add_to_diagonal(e, -middle);
@@ -181,7 +181,7 @@ struct work {
     return std::sqrt(square_of(e, square));
   }
 
-  // The polar retraction of y, given ‖u‖² / r²; false if products do not reach it.
+  // The polar retraction of y, given ‖u‖² / r²; false if the iterations do not converge to it.
   FGO_TARGET bool retract(double explained, float *to) {
     if (!(explained <= longest)) return false;
     const double norm = excess_of(y);

@@ -25,7 +25,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-__all__ = ["norms", "retract_far", "segment_sums", "update", "write"]
+__all__ = ["norms", "retract_long_steps", "segment_sums", "update", "write"]
 
 triton: Any = None
 tl: Any = None
@@ -90,7 +90,7 @@ def segment_sums(values, bounds, sums, segments, ROWS: constexpr, COLUMNS: const
 
 @_jit
 def _place(table, TASKS: constexpr, N: constexpr):
-    """Row of the program's parameter, numbers of its kernels, which of them exist, and where they start."""
+    """Row of the program's parameter; numbers of its kernels, a mask of those that exist, and their first addresses."""
     tile = tl.program_id(0)
     task = tl.arange(0, TASKS)
     row = table + 16 * tl.sum((tl.load(table + 16 * (task + 1) + 15) <= tile).to(tl.int32))
@@ -119,7 +119,7 @@ def _facts(row, kernel, inside, DTYPE: constexpr):
 
 @_jit
 def _tile(start, inside, row, A: constexpr, B: constexpr, LEVELS: constexpr, PLANAR: constexpr):
-    """Offsets of the entries of the kernels, as one tile, and which of them exist.
+    """Offsets of the entries of the kernels, as one tile, and a mask of those that exist.
 
     Adjacent threads should read adjacent addresses, so the last dimension of the tile is the one with the smallest
     stride: kernels in planar memory, else entries, whose number is padded to a power of two.
@@ -189,7 +189,7 @@ def _inner(x, j: constexpr, y, k: constexpr, A: constexpr, B: constexpr):
 
 @_jit
 def _symmetric(x, y, SAME: constexpr, A: constexpr, B: constexpr):
-    """sym(xᵀy); SAME says that y is x."""
+    """sym(xᵀy); SAME if y is x."""
     m = ()
     for j in tl.static_range(B):
         for k in tl.static_range(B):
@@ -306,11 +306,11 @@ def _series(e, B: constexpr):
 def _newton_schulz(y, shared, own, across, A: constexpr, B: constexpr):
     """Retraction y (I + E)^(-1/2) in double precision, of constrained components.
 
-    By the scaled iteration of :mod:`fgo_geo.linalg.newton_schulz` on ``y`` itself: of a long step, a product of
-    Gram matrices would lose the digits of the small singular values.
+    It runs the scaled iteration of :mod:`fgo_geo.linalg.newton_schulz` on ``y`` itself: for a long step, a product
+    of Gram matrices would lose the digits of the small singular values.
     """
     e = _excess(y, shared, own, across, A, B)
-    length = e[0]  # bound on the eigenvalues of E = uᵀu / r², u the step: its trace, or the multiple of I that it is
+    length = e[0]  # bound on the eigenvalues of E = uᵀu / r² of a step u: the trace of E, or its multiple of I
     for k in tl.static_range(1, B):
         length += tl.where(shared > 0, 0.0, e[k * (B + 1)])
     low = tl.sqrt(1 / (1.05 * (1 + length)))  # head room for points that have drifted off the manifold
@@ -404,7 +404,7 @@ def update(
     table,
     scales,
     rate,
-    far,
+    long_steps,
     DTYPE: constexpr,
     A: constexpr,
     B: constexpr,
@@ -422,7 +422,7 @@ def update(
     """Momentum, step and retraction; the learning rate is that of the table, or the number at address ``rate``.
 
     Components whose step was too long for the series, ``‖E‖² > LIMIT``, are stored without retraction, for
-    ``retract_far``; ``far`` marks the programs that have such components.
+    ``retract_long_steps``; ``long_steps`` marks the programs that have such components.
     """
     row, kernel, inside, start = _place(table, TASKS, N)
     group, kind, square, shared, own, across = _facts(row, kernel, inside, DTYPE)
@@ -458,15 +458,15 @@ def update(
     y = _combined(1.0, w, -lr, step, A * B)
     e = _excess(y, shared, own, across, A, B)
     near = _squared(e, B * B) <= LIMIT
-    tl.store(far + tl.program_id(0), tl.max(tl.where(kind == 0, 0, 1 - near.to(tl.int32))))
+    tl.store(long_steps + tl.program_id(0), tl.max(tl.where(kind == 0, 0, 1 - near.to(tl.int32))))
     y = _times(y, _series(_kept(near & (kind > 0), e, B * B), B), A, B)
     _store(base, y, place, exists, A * B, N, LEVELS, PLANAR)
 
 
 @_jit
-def retract_far(
+def retract_long_steps(
     table,
-    far,
+    long_steps,
     DTYPE: constexpr,
     A: constexpr,
     B: constexpr,
@@ -475,11 +475,11 @@ def retract_far(
     PLANAR: constexpr,
     TASKS: constexpr,
 ):
-    """Metric projection onto the manifold in double precision, for the programs that ``far`` marks.
+    """Metric projection onto the manifold in double precision, for the programs that ``long_steps`` marks.
 
-    It leaves points of such programs that are on the manifold as they are.
+    Points of these programs that are on the manifold do not change.
     """
-    if tl.load(far + tl.program_id(0)) > 0:
+    if tl.load(long_steps + tl.program_id(0)) > 0:
         row, kernel, inside, start = _place(table, TASKS, N)
         _, kind, _, shared, own, across = _facts(row, kernel, inside, tl.float64)
         place, exists = _tile(start, inside, row, A, B, LEVELS, PLANAR)

@@ -4,8 +4,8 @@ A launch reads a table on the device with one row per parameter: addresses, stri
 of kernels. The table of a step is copied from pinned memory asynchronously and kept: while addresses and options stay
 the same, a step copies nothing. Nothing waits for the device, and a learning rate that is stored there is read there. A
 step can be captured in a CUDA graph after one uncaptured step, which compiles the sweeps and builds the tables of
-kernels; in a graph, addresses are arguments of launches, which replays repeat. A graph keeps the radii that it was
-captured with.
+kernels; in a graph, addresses are arguments of the launches, so replays use the same ones. A graph keeps the radii of
+its capture.
 
 Memory traffic of a 3 x 3 kernel in single precision: *norms* reads weight, gradient, code and position (80 bytes) and
 writes the squared norm, which is then read and summed (16 bytes); *update* reads weight, gradient, momentum and code
@@ -15,7 +15,7 @@ An ``A x B`` component takes ``4 A B²`` operations for a projection, ``A B (B +
 less than two per byte, so memory bandwidth limits the step. Components whose step was too long for the series are
 retracted by another launch, in double precision, which otherwise reads one flag per block.
 
-The sweeps are compiled on their first run, which takes long for large components; Triton caches them on disk.
+Triton compiles the sweeps on their first run, which takes long for large components, and caches them on disk.
 
 Sums over groups do not depend on timing: squared norms are stored in the order of the groups, and every group is summed
 in that order in double precision, first within pieces of equal size and then over the pieces. The same step gives
@@ -43,8 +43,8 @@ from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOpti
 __all__ = ["TritonKernels", "problem_with_triton"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs on the CPU
-_OLDEST = (3, 3)  # Triton without tuples before
-_LARGEST = 49  # entries of a component: more don't fit into the registers of a thread
+_OLDEST = (3, 3)  # earlier versions of Triton have no tuples
+_LARGEST = 49  # entries of a component: more do not fit the registers of a thread
 _BLOCK = 128  # kernels per program, one per thread
 _SERIES_LIMIT = {torch.float32: 1.7e-3, torch.float64: 9.4e-7}  # of ‖E‖²: precision^(2/5), as for four terms
 _PIECE = 1024  # of the sum over a group
@@ -67,11 +67,11 @@ def _missing(device: torch.device) -> str | None:
 
 
 def problem_with_triton(triton: Any, try_out: Callable[[], object]) -> str | None:
-    """Why Triton is of no use; None if it is.
+    """Why Triton cannot be used; None if it can.
 
     Args:
         triton: The module; None if it is not installed.
-        try_out: Compiles and runs something.
+        try_out: Compiles and runs a function.
     """
     if triton is None:
         return "Triton is not installed; it comes with torch for CUDA on Linux"
@@ -144,12 +144,12 @@ class _LaunchBatch(Batch):
         rate = _rate_on(self.device, options)
         torch.autograd.graph.increment_version([weight.param for weight in self.weights])
         for launch in self._launches(options):
-            far = torch.empty(launch.grid, dtype=torch.int32, device=self.device)
+            long_steps = torch.empty(launch.grid, dtype=torch.int32, device=self.device)
             launch(
                 "update",
                 scale,
                 scale if rate is None else rate,
-                far,
+                long_steps,
                 MAXIMIZE=options.maximize,
                 INVARIANT=options.radius_invariant,
                 MOMENTUM=launch.momentum,
@@ -157,7 +157,7 @@ class _LaunchBatch(Batch):
                 RATE=rate is not None,
                 LIMIT=_SERIES_LIMIT[launch.dtype],
             )
-            launch("retract_far", far)
+            launch("retract_long_steps", long_steps)
 
     def _launches(self, options: StepOptions) -> Iterator[_Launch]:
         """One launch per component size, type and order in memory."""
@@ -194,7 +194,7 @@ class _LaunchBatch(Batch):
             )
 
     def _row(self, number: int) -> tuple[tuple[int, ...], bool]:
-        """The weight's row, but for its last entry, and whether the kernel number runs fastest in memory."""
+        """The weight's row without its last entry, and whether the kernel number runs fastest in memory."""
         weight, table, segments = self.weights[number], self._tables[number], self._segments
         place = place_of(weight, table)
         assert place is not None
@@ -218,7 +218,7 @@ class _LaunchBatch(Batch):
         return row, place.column_stride == 1
 
     def _table(self, rows: tuple[Sequence[int], ...]) -> Tensor:
-        """A table on the device; copied without waiting, and kept for steps that need the same one on its stream."""
+        """A table on the device; it is copied asynchronously, and kept for later steps on the same stream."""
         stream: int | None = None
         if self.device.type != "cpu":
             if torch.cuda.is_current_stream_capturing():
@@ -233,7 +233,7 @@ class _LaunchBatch(Batch):
         return self._copies[key]
 
 
-# -- what stays the same from step to step ---------------------------------------------------------------------------
+# -- constant from step to step --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ class _Segments:
         first_kernel: Kernels before every parameter.
         first_group: Groups before every parameter.
         positions: Places of the kernels of every parameter when they are sorted by group.
-        bounds: What to sum in turn: the result's entry k is the sum from bound k to bound k + 1.
+        bounds: The sums to take in turn: entry k of a result is the sum from bound k to bound k + 1.
     """
 
     kernels: int
@@ -283,7 +283,7 @@ def _segments(tables: Sequence[KernelTable]) -> _Segments:
 
 
 def _running(counts: Tensor) -> Tensor:
-    """Sums of all entries before every entry, and of all."""
+    """For every entry the sum of the entries before it, and then the total."""
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
@@ -309,7 +309,7 @@ class _Launch:
     Attributes:
         table: Options and tasks, see ``_sweeps.py``.
         grid: Number of programs.
-        constants: What the sweeps are compiled for.
+        constants: The constants for which the sweeps are compiled.
         dtype: Type of the parameters.
         momentum: Whether there is momentum.
     """
@@ -331,7 +331,7 @@ def _bits(number: float) -> int:
 
 
 def _written(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A table, written by launches, as a graph that is being captured may outlive all copies."""
+    """A table that launches write, because a graph that is being captured may outlive all copies."""
     table = torch.empty(len(rows), _WIDTH, dtype=torch.int64, device=device)
     flat = [number for row in rows for number in row]
     for place in range(0, len(flat), 8):
