@@ -80,7 +80,7 @@ class _Placed:
     lent: Weight | None = None  # the same from step to step, as those who step it know it
 
     def lend(self, weight: Weight, point: Tensor, grad: Tensor | None, buffer: Tensor | None) -> Weight:
-        """The weight as it is stepped here."""
+        """The weight in the form in which this process steps it."""
         if self.lent is None or self.lent.owner is not weight.owner or self.lent.param is not point:
             self.lent = Weight(point, weight.owner, weight.manifold, grad)
             if self.local is not None and self.local.manifold is not None:
@@ -94,7 +94,7 @@ class _Placed:
 
 
 class WeightExchange:
-    """What :class:`~fgo_geo.optim.base.Stepper` asks for when weights are sharded.
+    """The services of :class:`~fgo_geo.optim.base.Stepper` for sharded weights.
 
     Args:
         state: The optimiser's state by parameter; its momentum is sharded as the parameter is.
@@ -124,7 +124,7 @@ class WeightExchange:
     # -- in ----------------------------------------------------------------------------------------------------
 
     def collect(self, requests: Sequence[StepRequest]) -> list[StepRequest]:
-        """The requests with what this process steps in place of sharded weights: its own parts, and whole weights.
+        """The requests for this process: its parts, or the whole weights that it owns, in place of sharded weights.
 
         Of the whole weights it has those that it owns; what other processes step alone is left out.
         """
@@ -317,7 +317,7 @@ class WeightExchange:
     def _sums(
         self, measured: Sequence[Measured], odd: set[Tensor], errors: list[Exception]
     ) -> tuple[list[float], Tensor]:
-        """For every weight that is spread how many processes call it odd, and ``R²`` of all groups that are spread."""
+        """For every spread weight the number of processes that call it odd, and ``R²`` of all spread groups."""
         sums = torch.zeros(self._n_slots, dtype=torch.float64, device=self._device)
         with _kept(errors):
             for own in [] if errors else measured:
@@ -332,7 +332,7 @@ class WeightExchange:
         return is_odd, total[len(flags) :]
 
     def _places_of(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Where the numbers of groups that are spread are: in what a batch has measured, and in the sums."""
+        """The places of spread groups in the measurements of a batch, and in the sums."""
         if batch not in self._places:
             places, slots, first = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)], 0
             for weight, count in zip(batch.weights, batch.counts, strict=True):
@@ -377,7 +377,7 @@ class WeightExchange:
         return list(packed.split([len(whole) for whole in wholes]))
 
     def scales(self) -> dict[Tensor, Tensor]:
-        """``τ`` of the weights that every process steps a share of; all processes have to ask."""
+        """``τ`` of the weights of which every process steps a share; all processes must call this."""
         if self._all_scales is None:
             summed = self._summed([(local, own) for local, _, own in self._local_scales])
             owners = [owner for _, owner, _ in self._local_scales]
@@ -444,7 +444,7 @@ class WeightExchange:
 
 @contextlib.contextmanager
 def _kept(errors: list[Exception]) -> Generator[None]:
-    """Keep an error, as other processes wait in the next collective."""
+    """Keep an error for later, because other processes wait in the next collective."""
     try:
         yield
     except Exception as error:
@@ -452,10 +452,10 @@ def _kept(errors: list[Exception]) -> Generator[None]:
 
 
 def _allocate(tensor: Tensor) -> None:
-    """Give a tensor its memory back; paths know it as the same object from step to step."""
+    """Allocate the memory of a tensor again; paths rely on the same tensor object in every step."""
     tensor.untyped_storage().resize_(tensor.numel() * tensor.itemsize)
 
 
 def _free(tensor: Tensor) -> None:
-    """Take a tensor's memory away until the next step."""
+    """Free the memory of a tensor until the next step."""
     tensor.untyped_storage().resize_(0)

@@ -29,7 +29,7 @@ __all__ = ["LocalPart", "local_part_of"]
 
 @dataclass(frozen=True, eq=False)
 class LocalPart:
-    """What one process steps of a weight.
+    """The part of a weight that one process steps.
 
     Attributes:
         manifold: That of its components; None if it has none.
@@ -43,7 +43,7 @@ class LocalPart:
 
 
 def local_part_of(manifold: geoopt.Manifold, cut: Cut, device: torch.device) -> LocalPart | None:
-    """What this process steps of a weight; None if a component has entries on several processes.
+    """The part of a weight that this process steps; None if a component has entries on several processes.
 
     Example:
         >>> from fgo_geo import ScaledSphere
@@ -82,7 +82,7 @@ def local_part_of(manifold: geoopt.Manifold, cut: Cut, device: torch.device) -> 
 
 
 def _axis_of(manifold: ProductOfGroups, dim: int) -> int | None:
-    """The axis of the grid of channels that a cut runs across, if it parts no component."""
+    """The axis of the grid of channels that a cut divides; None if it divides components."""
     layout, partition = manifold.layout, manifold.partition
     is_grouped = layout.storage == "transposed" and layout.conv_groups > 1
     if dim > 1 or is_grouped or len(manifold.collections) > 1:

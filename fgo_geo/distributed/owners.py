@@ -1,4 +1,4 @@
-"""Who steps which weight: every weight has one owner, and all owners have about as much to do.
+"""The owner of every weight, which steps it; all owners have about the same amount of work.
 
 A step of sphere, oblique and Euclidean components sweeps over memory; orthonormal components of ``p`` columns take
 another ``12 p`` operations per number. A Stiefel matrix of 1,024 columns costs as much as a spherical weight of thirty
@@ -21,7 +21,7 @@ _COLUMNS_PER_SWEEP = 32  # of a matrix whose products take as long as the sweeps
 
 
 def step_cost(manifold: geoopt.Manifold, shape: Sequence[int]) -> float:
-    """What a step of a weight on a manifold costs, by its shape, in numbers that are read and written.
+    """The cost of a step of a weight on a manifold, by its shape, in numbers that are read and written.
 
     Example:
         >>> from fgo_geo import ScaledSphere, Stiefel

@@ -34,7 +34,7 @@ class Parcel:
 def collect_parcels(
     parcels: Sequence[Parcel], shards: Sequence[Tensor], targets: Sequence[Tensor | None], group: Any
 ) -> None:
-    """Bring the shards of this process to the owners, and theirs to whole targets here, by one all-to-all per type."""
+    """Send the shards of this process to the owners, and receive whole weights to own, by one all-to-all per type."""
     rank = dist.get_rank(group)
 
     def sent_to(other: int, numbers: Sequence[int]) -> list[Tensor]:
@@ -54,7 +54,7 @@ def collect_parcels(
 def return_parcels(
     parcels: Sequence[Parcel], wholes: Sequence[Tensor | None], targets: Sequence[Tensor], group: Any
 ) -> None:
-    """Send every process its shards of what the owners have whole; the inverse of :func:`collect_parcels`."""
+    """Send every process its shards of the owners' whole tensors; the inverse of :func:`collect_parcels`."""
     rank = dist.get_rank(group)
 
     def sent_to(other: int, numbers: Sequence[int]) -> list[Tensor]:

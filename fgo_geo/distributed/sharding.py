@@ -1,4 +1,4 @@
-"""Sharding that keeps manifolds: torch's own function, and what it forgets put back."""
+"""Sharding that keeps manifolds: torch's own function, after which the package restores the manifolds."""
 
 from __future__ import annotations
 
