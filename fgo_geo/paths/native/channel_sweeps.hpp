@@ -19,16 +19,28 @@ FGO_INLINE vec load(const double *p) {
 }
 
 FGO_INLINE vec load(const float *p) {
+#if FGO_SET == 2  // GCC would convert the halves, and join them
+  return (vec)_mm512_cvtps_pd(_mm256_loadu_ps(p));
+#elif FGO_SET == 1
+  return (vec)_mm256_cvtps_pd(_mm_loadu_ps(p));
+#else
   narrow v;
   __builtin_memcpy(&v, p, sizeof v);
   return __builtin_convertvector(v, vec);
+#endif
 }
 
 FGO_INLINE void store(double *p, vec v) { __builtin_memcpy(p, &v, sizeof v); }
 
 FGO_INLINE void store(float *p, vec v) {
+#if FGO_SET == 2
+  _mm256_storeu_ps(p, _mm512_cvtpd_ps((__m512d)v));
+#elif FGO_SET == 1
+  _mm_storeu_ps(p, _mm256_cvtpd_ps((__m256d)v));
+#else
   const narrow converted = __builtin_convertvector(v, narrow);
   __builtin_memcpy(p, &converted, sizeof converted);
+#endif
 }
 
 // Adds R rows to sums, and prefetches the rows below: the hardware prefetcher does not follow rows of a few cache lines.
@@ -47,18 +59,18 @@ template <int R> FGO_INLINE void add_rows(const float *row, int64_t stride, int6
 
 // g <- m + (g - m) / lam in `width` adjacent columns; `mean` is memory.
 FGO_TARGET static void damp(float *g, int64_t length, int64_t stride, int64_t width, double *mean, double lam) {
-  constexpr int at_once = 4;
+  constexpr int at_once = 8;
   const double share = 1 / lam;
   for (int64_t j = 0; j < width; ++j) mean[j] = 0;
   int64_t i = 0;
   for (; i + at_once <= length; i += at_once) add_rows<at_once>(g + i * stride, stride, width, mean);
   for (; i < length; ++i) add_rows<1>(g + i * stride, stride, width, mean);
   for (int64_t j = 0; j < width; ++j) mean[j] *= (1 - share) / double(length);
-  for (i = 0; i < length; ++i) {
+  while (i-- > 0) {  // from the last row back, which is still in the cache
     float *const row = g + i * stride;
     int64_t j = 0;
     for (; j + in_part <= width; j += in_part) {
-      if (j % lanes == 0) __builtin_prefetch(row + 2 * stride + j, 1);
+      if (j % lanes == 0) __builtin_prefetch(row - 2 * stride + j, 1);
       store(row + j, load(mean + j) + share * load(row + j));
     }
     for (; j < width; ++j) row[j] = float(mean[j] + share * row[j]);

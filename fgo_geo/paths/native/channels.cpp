@@ -30,6 +30,10 @@ constexpr int lanes = 16;  // columns of a block: one cache line in single preci
 
 constexpr int64_t wide = 512;  // columns that the metric h0 processes at once; their means fit the first-level cache
 
+// Threads take whole gradients: two in the same rows slow each other down, because a processor reads ahead into the columns of
+// the other. Gradients larger than this part of a thread's work are divided among all threads.
+constexpr int64_t parts_per_thread = 4;
+
 // Coefficients for the metric h1, where r is the smaller root of lam r² - (1 + 2 lam) r + lam.
 struct recursion {
   double decay;      // r
@@ -68,20 +72,23 @@ extern "C" {
 
 FGO_API int64_t fgo_direct(const fgo_channel *tasks, int64_t count, int threads) {
   const auto run = FGO_IN_USE(FGO_DIRECT);
+  int64_t total = 0;
+  for (int64_t k = 0; k < count; ++k) total += tasks[k].columns * tasks[k].length;
 #pragma omp parallel num_threads(threads)
   {
     std::vector<double> sums, powers;
     std::vector<float> copy;
     for (int64_t k = 0; k < count; ++k) {
       const fgo_channel &t = tasks[k];
-      const int64_t blocks = (t.columns + lanes - 1) / lanes, step = (blocks + threads - 1) / threads;
-      const recursion own = recursion_of(t);
-      const size_t needed = std::max(lanes * t.length, wide);
-      if (sums.size() < needed) sums.resize(needed), copy.resize(needed);
-      if (t.metric == h1) fill_powers(powers, t.length, own.decay);
-#pragma omp for schedule(static) nowait
+      const bool is_large = t.columns * t.length * threads * parts_per_thread > total;
+      const int64_t blocks = (t.columns + lanes - 1) / lanes, step = is_large ? (blocks + threads - 1) / threads : blocks;
+#pragma omp for schedule(dynamic) nowait
       for (int64_t begin = 0; begin < blocks; begin += step) {
         const int64_t end = begin + step < blocks ? begin + step : blocks;
+        const recursion own = recursion_of(t);
+        const size_t needed = std::max(lanes * t.length, wide);
+        if (sums.size() < needed) sums.resize(needed), copy.resize(needed);
+        if (t.metric == h1) fill_powers(powers, t.length, own.decay);
         run(t, begin, end, copy.data(), sums.data(), own, powers.data());
       }
     }
