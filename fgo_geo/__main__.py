@@ -6,8 +6,9 @@ import copy
 import logging
 import platform
 import sys
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import geoopt
@@ -20,6 +21,7 @@ from fgo_geo.paths.protocol import StepOptions, Weight
 from fgo_geo.paths.router import explain, use_path
 from fgo_geo.weights import kinds
 from fgo_geo.weights.layout import WeightLayout
+from fgo_geo.weights.words import line_width
 
 SHAPES = {"3x3 kernels": (64, 64, 3, 3), "matrices": (256, 128)}
 
@@ -31,12 +33,12 @@ def main() -> int:
         The exit status: 1 if a check fails, else 0.
     """
     torch.manual_seed(0)
-    print("\n".join(machine()))
+    _show(machine())
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         print(f"\nHow weights are stepped on {device} (float32, momentum)")
         for noun in SHAPES:
             print(f"  {noun}, {'x'.join(map(str, SHAPES[noun]))}")
-            print("\n".join(f"    {line}" for line in paths(noun, device)))
+            _show(f"    {line}" for line in paths(noun, device))
     print("\nSelf-check")
     begin, failures, logger = time.perf_counter(), 0, logging.getLogger("fgo_geo")
     logger.disabled = True  # the lines above name the path of every kind
@@ -48,6 +50,14 @@ def main() -> int:
         logger.disabled = False
     print(f"{failures or 'No'} failure{'s' * (failures != 1)} in {time.perf_counter() - begin:.0f} s")
     return int(failures > 0)
+
+
+def _show(lines: Iterable[str]) -> None:
+    """Print lines, wrapped to the width that a line may have."""
+    width = int(min(line_width(), 10_000))
+    for line in lines:
+        indent = " " * (20 if line.startswith(" ") else 4)  # of the second column of a table
+        print(textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False))
 
 
 def machine() -> list[str]:

@@ -46,6 +46,18 @@ def test_it_says_why_a_path_is_not_taken():
     assert stiefel == [f"{'stiefel':16}batched torch code that shares matrix products"]
 
 
+def test_no_line_is_wider_than_the_environment_allows(monkeypatch, capsys):
+    monkeypatch.setattr(__main__, "checks", lambda: iter([("a check", "")]))
+    printed = {}
+    for columns in ("", "80"):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert __main__.main() == 0
+        printed[columns] = capsys.readouterr().out
+    assert max(map(len, printed[""].splitlines())) > 120
+    assert max(map(len, printed["80"].splitlines())) <= 80
+    assert printed["80"].split()[:-4] == printed[""].split()[:-4]  # the time at the end differs
+
+
 def failing() -> list[str]:
     return [name for name, found in __main__.checks() if found]
 
