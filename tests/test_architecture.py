@@ -124,6 +124,7 @@ FILES = {
         "native/library.py",
         "native/line_tables.py",
         "native/lines.py",
+        "native/matrices.py",
         "native/rows.py",
         "native/stiefel.py",
         "pieces.py",

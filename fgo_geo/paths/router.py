@@ -23,6 +23,7 @@ from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.paths.native.kernels import NativeKernels
 from fgo_geo.paths.native.library import instruction_set, library
 from fgo_geo.paths.native.lines import NativeLines
+from fgo_geo.paths.native.matrices import NativeMatrices
 from fgo_geo.paths.native.rows import NativeRows
 from fgo_geo.paths.native.stiefel import NativeStiefel
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight, configuration_of
@@ -34,7 +35,14 @@ __all__ = ["PathName", "Router", "explain", "use_path"]
 
 PathName = Literal["auto", "fused", "reference"]
 
-_FUSED: tuple[Path, ...] = (TritonKernels(), NativeRows(), NativeKernels(), NativeLines(), NativeStiefel())
+_FUSED: tuple[Path, ...] = (
+    TritonKernels(),
+    NativeRows(),
+    NativeKernels(),
+    NativeMatrices(),
+    NativeLines(),
+    NativeStiefel(),
+)
 _UNFUSED: tuple[Path, ...] = (SharedProducts(), Reference())
 
 _logger = logging.getLogger("fgo_geo")
@@ -234,7 +242,7 @@ def _reasons(refusals: Sequence[Refusal]) -> list[str]:
 
 
 def _details(path: Path) -> str:
-    native = isinstance(path, (NativeKernels, NativeLines, NativeStiefel)) and library() is not None
+    native = isinstance(path, (NativeKernels, NativeMatrices, NativeLines, NativeStiefel)) and library() is not None
     return f" ({instruction_set()})" if native else ""
 
 

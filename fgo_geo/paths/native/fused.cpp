@@ -201,7 +201,7 @@ void add_to_groups(const fgo_kernels *tasks, int64_t count, const fgo_options &o
 
 extern "C" {
 
-FGO_API int fgo_abi() { return 11; }  // of all sources
+FGO_API int fgo_abi() { return 12; }  // of all sources
 
 FGO_API int64_t fgo_norms(const fgo_kernels *tasks, int64_t count, const fgo_options *options, int is_double, int threads) {
   add_to_groups(tasks, count, *options, threads, is_double ? choose<double>().norms : choose<float>().norms);

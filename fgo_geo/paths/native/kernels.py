@@ -11,6 +11,7 @@ import ctypes
 import itertools
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from fgo_geo.paths.kernel_tables import LARGEST, KernelTable, gradient_of, place
 from fgo_geo.paths.native.library import NOT_BUILT, PER_THREAD, library
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
 
-__all__ = ["BoundedBatch", "KernelBatch", "NativeKernels"]
+__all__ = ["BoundedBatch", "Gradients", "KernelBatch", "NativeKernels"]
 
 
 class NativeKernels(Path):
@@ -119,6 +120,32 @@ class BoundedBatch(Batch):
     @abc.abstractmethod
     def bound(self, options: StepOptions) -> int:
         """How many groups may have a ``τ`` above one; writes bounds on ``R²``. Changes no weight."""
+
+
+class Gradients:
+    """The gradients of float32 weights, as the extension looks for large ones.
+
+    Args:
+        sizes: Number of entries of every weight.
+        radii: The largest radius of every weight.
+    """
+
+    def __init__(self, sizes: Sequence[int], radii: Sequence[float]) -> None:
+        numbers = zip(sizes, radii, strict=True)
+        ones = (1.0, 1.0, 1.0)
+        self._entries = (_Kernels * len(sizes))(
+            *(_Kernels(radius=(ctypes.c_double * 4)(r, *ones), rows=1, columns=n, a=1, b=1) for n, r in numbers)
+        )
+
+    def count_large(self, addresses: Sequence[int], options: ctypes.Structure, threads: int) -> int:
+        """How many weights have gradients that do not show by themselves that all ``R²`` are finite."""
+        for entry, address in zip(self._entries, addresses, strict=True):
+            entry.grad = address
+        entries, count = self._entries, ctypes.c_int64(len(self._entries))
+        with torch.profiler.record_function("fgo_large"):
+            return cast(ctypes.CDLL, library()).fgo_large(
+                entries, count, ctypes.byref(options), 0, ctypes.c_int(threads)
+            )
 
 
 class KernelBatch(BoundedBatch):

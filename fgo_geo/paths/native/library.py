@@ -19,11 +19,11 @@ NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again wher
 PER_THREAD = 2**16
 """Entries below which another thread costs more than it saves."""
 
-_ABI = 11  # of the C++ sources; a file built from another version is left alone
+_ABI = 12  # of the C++ sources; a file built from another version is left alone
 _FUNCTIONS = (
     *("fgo_limit", "fgo_norms", "fgo_bounds", "fgo_update", "fgo_large", "fgo_step"),
     *("fgo_line_norms", "fgo_line_update", "fgo_take", "fgo_put", "fgo_direct"),
-    *("fgo_stiefel_norms", "fgo_stiefel_bounds", "fgo_stiefel_move"),
+    *("fgo_stiefel_norms", "fgo_stiefel_bounds", "fgo_stiefel_move", "fgo_matrix_step"),
 )
 _INSTRUCTION_SETS = ("portable", "AVX2", "AVX-512")
 

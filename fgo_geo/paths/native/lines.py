@@ -31,7 +31,7 @@ from fgo_geo.paths.native.line_tables import LineTable, table_of
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
 from fgo_geo.weights.components import BlockPartition
 
-__all__ = ["NativeLines"]
+__all__ = ["LineBatch", "NativeLines"]
 
 _PRODUCTS, _COEFFICIENTS = 6, 7  # numbers per line
 _BLOCK_TENSORS = (
@@ -66,7 +66,7 @@ class NativeLines(Path):
 
     def batch(self, claims: Sequence[Claim]) -> Batch:
         """One call per sweep for all weights."""
-        return _LineBatch(claims)
+        return LineBatch(claims)
 
 
 class _Lines(ctypes.Structure):
@@ -82,24 +82,34 @@ class _Lines(ctypes.Structure):
     )
 
 
-class _LineBatch(Batch):
-    """The weights as the extension takes them. Between steps only addresses change."""
+class LineBatch(Batch):
+    """The weights as the extension takes them. Between steps only addresses change.
 
-    def __init__(self, claims: Sequence[Claim]) -> None:
+    Args:
+        claims: What the path does of each weight.
+        norms: Memory for ``R²`` of all groups, float64.
+        scales: Memory for ``1/τ`` of all groups, float32.
+
+    Attributes:
+        entries: The weights for the extension, in their order.
+        work: The size of all weights, for the number of threads.
+    """
+
+    def __init__(self, claims: Sequence[Claim], norms: Tensor | None = None, scales: Tensor | None = None) -> None:
         super().__init__(claims)
         tables = [cast(LineTable, table_of(cast(ProductOfGroups, w.manifold), w.param)) for w in self.weights]
         self._tables = tables  # the extension reads their memory
         lines = sum(table.lines for table in tables)
-        self._norms = torch.empty(sum(self.counts), dtype=torch.float64)
-        self._scales = torch.empty(sum(self.counts), dtype=torch.float32)
+        self._norms = torch.empty(sum(self.counts), dtype=torch.float64) if norms is None else norms
+        self._scales = torch.empty(sum(self.counts), dtype=torch.float32) if scales is None else scales
         self._products = torch.empty(_PRODUCTS * lines, dtype=torch.float64)
         self._coefficients = torch.empty(_COEFFICIENTS * lines, dtype=torch.float32)
-        self._entries = (_Lines * len(tables))()
-        self._work = sum(weight.param.numel() for weight in self.weights)
+        self.entries = (_Lines * len(tables))()
+        self.work = sum(weight.param.numel() for weight in self.weights)
         self._passed: list[dict[str, tuple[list[int], np.ndarray]]] = []  # per weight: addresses of the latest step
         first_groups = itertools.accumulate(self.counts, initial=0)
         first_lines = itertools.accumulate((table.lines for table in tables), initial=0)
-        for entry, table, group, line in zip(self._entries, tables, first_groups, first_lines, strict=False):
+        for entry, table, group, line in zip(self.entries, tables, first_groups, first_lines, strict=False):
             entry.groups = None if table.group_of is None else table.group_of.data_ptr()
             entry.radii = None if table.radii is None else table.radii.data_ptr()
             entry.radius = table.radius
@@ -116,37 +126,41 @@ class _LineBatch(Batch):
 
     def measure(self, options: StepOptions) -> Tensor:
         """``R²`` of all groups; the next step reuses the memory of the result."""
-        for weight, entry in zip(self.weights, self._entries, strict=True):
+        self.set_addresses()
+        self._norms.zero_()
+        self.run("fgo_line_norms", options)
+        return self._norms
+
+    def set_addresses(self) -> None:
+        """Tell the extension where the numbers of this step are."""
+        for weight, entry in zip(self.weights, self.entries, strict=True):
             entry.weight = weight.param.data_ptr()
             entry.grad = gradient_of(weight).data_ptr()
             entry.buffer = None if weight.buffer is None else weight.buffer.data_ptr()
             entry.first = weight.first
-        self._norms.zero_()
-        self._run("fgo_line_norms", options)
-        return self._norms
 
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
         """The step of all weights in place, and the blocks that other paths have staged."""
         self._scales.fill_(1) if scale is None else self._scales.copy_(scale)
-        for weight, entry in zip(self.weights, self._entries, strict=True):
+        for weight, entry in zip(self.weights, self.entries, strict=True):
             entry.buffer = None if weight.buffer is None else weight.buffer.data_ptr()  # a new one in the first step
-        memory = [
-            self._pass_other_blocks(weight, table, entry, passed)
-            for weight, table, entry, passed in zip(
-                self.weights, self._tables, self._entries, self._passed, strict=True
-            )
-            if table.other_parts
-        ]
+        memory = self.take_staged()
         torch.autograd.graph.increment_version([weight.param for weight in self.weights])
-        self._run("fgo_line_update", options)
+        self.run("fgo_line_update", options)
         del memory
+
+    def take_staged(self) -> list[list[Tensor]]:
+        """Tell the extension where the blocks are that other paths have staged; the result holds their memory."""
+        every = zip(self.weights, self._tables, self.entries, self._passed, strict=True)
+        memory = [self._pass_other_blocks(*own) for own in every if own[1].other_parts]
         for weight in self.weights:
             weight.staged.clear()
+        return memory
 
     def _pass_other_blocks(
         self, weight: Weight, table: LineTable, entry: _Lines, passed: dict[str, tuple[list[int], np.ndarray]]
     ) -> list[Tensor]:
-        """Tell the extension where the blocks are that other paths have stepped; the result holds their memory."""
+        """Tell the extension where the staged blocks of a weight are; the result holds their memory."""
         held: list[Tensor] = []
         cut = cast(BlockPartition, cast(ProductOfGroups, weight.manifold).partition)
         for name, which in (("points", 0), ("momenta", 1)):
@@ -167,9 +181,11 @@ class _LineBatch(Batch):
             held += values
         return held
 
-    def _run(self, name: str, options: StepOptions) -> None:
+    def run(self, name: str, options: StepOptions, which: slice = slice(None)) -> None:
+        """Call a function of the extension for all weights, or for some."""
         numbers = MatrixOptions.of(options)
         with torch.profiler.record_function(name):
-            threads = ctypes.c_int(threads_for(self._work))
-            entries, count = self._entries, ctypes.c_int64(len(self.weights))
-            getattr(library(), name)(entries, count, ctypes.byref(numbers), threads)
+            threads = ctypes.c_int(threads_for(self.work))
+            first, stop, _ = which.indices(len(self.weights))
+            place = ctypes.byref(self.entries, first * ctypes.sizeof(_Lines))
+            getattr(library(), name)(place, ctypes.c_int64(stop - first), ctypes.byref(numbers), threads)

@@ -13,33 +13,12 @@
 // every B x B matrix is symmetric, so only the order of the factors changes. The caller writes the results to the weight, after
 // it has retracted the blocks that began off the manifold by another method, because these iterations may diverge there.
 
-#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <utility>
 #include <vector>
 
-#include "common.hpp"
-
-extern "C" {
-
-// Equal blocks of one weight: entry (i, j) of block k is in row rows[k a + i] and column columns[k b + j] of the matrix of
-// `width` columns.
-struct fgo_stiefel {
-  const float *weight, *grad;
-  const float *buffer;     // null without momentum, and before the first step
-  const int32_t *rows, *columns;
-  const int32_t *groups;   // per block
-  const double *radii;     // per block
-  double *squares;         // per block: of the Riemannian gradient, or a bound
-  double *squared_norms;   // per group: added to
-  const float *scales;     // per group: 1 / tau; with zero the gradient is not used
-  float *points, *momenta; // per block, row by row: point and gradient after fgo_stiefel_norms, and then the results
-  int32_t *failed;         // per block: whether `points` is y, because the block began off the manifold
-  int64_t n, a, b, width;
-};
-
-}  // extern "C"
+#include "matrices.hpp"
 
 namespace {
 
@@ -74,10 +53,6 @@ int terms_for(double f) {
   return 0;
 }
 
-int64_t shorter(const fgo_stiefel &t) { return t.a < t.b ? t.a : t.b; }
-
-double cost_of(const fgo_stiefel &t) { return double(t.a) * t.b * shorter(t); }
-
 }  // namespace
 
 #define FGO_SOURCE "stiefel_steps.hpp"
@@ -92,23 +67,13 @@ namespace {
 
 typedef void (*step_function)(const fgo_stiefel &, const fgo_matrix_options &, int64_t, int);
 
-// Runs a step on all blocks, the most expensive first. All threads share each block that is more than one thread's part of the
-// remaining work; every other block belongs to one thread.
 void run_on_blocks(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options &options, int threads, step_function run) {
   std::vector<std::pair<int64_t, int64_t>> blocks;
-  double left = 0;
   for (int64_t k = 0; k < count; ++k)
-    for (int64_t own = 0; own < tasks[k].n; ++own) blocks.push_back({k, own}), left += cost_of(tasks[k]);
-  auto cost = [&](const std::pair<int64_t, int64_t> &block) { return cost_of(tasks[block.first]); };
-  std::stable_sort(blocks.begin(), blocks.end(), [&](const auto &one, const auto &other) { return cost(one) > cost(other); });
-  int64_t next = 0;
-  for (; threads > 1 && next < int64_t(blocks.size()) && cost(blocks[next]) * threads > left; ++next) {
-    run(tasks[blocks[next].first], options, blocks[next].second, threads);
-    left -= cost(blocks[next]);
-  }
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-  for (int64_t number = next; number < int64_t(blocks.size()); ++number)
-    run(tasks[blocks[number].first], options, blocks[number].second, 1);
+    for (int64_t own = 0; own < tasks[k].n; ++own) blocks.push_back({k, own});
+  run_expensive_first(
+      blocks.size(), threads, [&](int64_t number) { return products_of(tasks[blocks[number].first]); },
+      [&](int64_t number, int own_threads) { run(tasks[blocks[number].first], options, blocks[number].second, own_threads); });
 }
 
 void add_to_groups(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options &options, int threads, step_function run) {

@@ -13,7 +13,6 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from fgo_geo.paths.native.library import NOT_BUILT, library, threads_for
 from fgo_geo.paths.protocol import Batch, Claim, Path, Reason, Refusal, StepOptions, Weight
 from fgo_geo.weights.components import RectanglePartition
 
-__all__ = ["NativeStiefel"]
+__all__ = ["NativeStiefel", "StiefelBatch"]
 
 _FEWEST_COLUMNS = 4  # of a matrix; the batched torch code is as fast on narrower ones
 
@@ -67,7 +66,7 @@ class NativeStiefel(Path):
 
     def batch(self, claims: Sequence[Claim]) -> Batch:
         """One call per sweep for all weights."""
-        return _StiefelBatch(claims)
+        return StiefelBatch(claims)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,26 +161,35 @@ class _EqualBlocks:
     failed: Tensor
     entry: _Stiefel
 
-    def results(self) -> tuple[Tensor, Tensor | None]:
+    def results(self) -> tuple[Tensor, Tensor]:
         """Points and momentum as tall matrices."""
-        tensors = (self.points, None if self.claim.weight.buffer is None else self.momenta)
         _, a, b = self.table.shape
-        tall = tuple(t.mT if t is not None and a < b else t for t in tensors)
-        return cast("tuple[Tensor, Tensor | None]", tall)
+        return (self.points.mT, self.momenta.mT) if a < b else (self.points, self.momenta)
 
 
-class _StiefelBatch(BoundedBatch):
-    """The weights as the extension takes them. Between steps only addresses change."""
+class StiefelBatch(BoundedBatch):
+    """The weights as the extension takes them. Between steps only addresses change.
 
-    def __init__(self, claims: Sequence[Claim]) -> None:
+    Args:
+        claims: What the path does of each weight.
+        norms: Memory for ``R²`` of all groups, float64.
+        scales: Memory for ``1/τ`` of all groups, float32.
+
+    Attributes:
+        entries: The blocks for the extension, weight by weight.
+        work: The size of all blocks, for the number of threads.
+    """
+
+    def __init__(self, claims: Sequence[Claim], norms: Tensor | None = None, scales: Tensor | None = None) -> None:
         super().__init__(claims)
         self.stages = not all(claim.is_whole for claim in claims)
-        self._scales = torch.empty(sum(self.counts), dtype=torch.float32)
+        self.norms = self.norms if norms is None else norms
+        self._scales = torch.empty(sum(self.counts), dtype=torch.float32) if scales is None else scales
         tables = [tables_of(claim.weight) for claim in claims]
         count = sum(len(claim.parts) for claim in claims)
-        self._entries = (_Stiefel * count)()
+        self.entries = (_Stiefel * count)()
         self._blocks: list[_EqualBlocks] = []
-        self._work = 0
+        self.work = 0
         first_groups = itertools.accumulate(self.counts, initial=0)
         for claim, own, group in zip(claims, tables, first_groups, strict=False):
             for part in claim.parts:
@@ -195,7 +203,7 @@ class _StiefelBatch(BoundedBatch):
 
     def _add(self, claim: Claim, part: int, table: StiefelTable, group: int) -> None:
         n, a, b = table.shape
-        entry = self._entries[len(self._blocks)]
+        entry = self.entries[len(self._blocks)]
         points, momenta, failed = torch.empty(n, a, b), torch.empty(n, a, b), torch.empty(n, dtype=torch.int32)
         self._blocks.append(_EqualBlocks(claim, part, table, points, momenta, failed, entry))
         for name in ("rows", "columns", "groups", "radii"):
@@ -204,7 +212,7 @@ class _StiefelBatch(BoundedBatch):
         entry.squared_norms = self.norms.data_ptr() + group * self.norms.itemsize
         entry.scales = self._scales.data_ptr() + group * self._scales.itemsize
         entry.n, entry.a, entry.b, entry.width = n, a, b, table.width
-        self._work += n * a * b * min(a, b) // _WORK
+        self.work += n * a * b * min(a, b) // _WORK
 
     def measure(self, options: StepOptions) -> Tensor:
         """``R²`` of all groups; the next step reuses the memory of the result."""
@@ -216,29 +224,40 @@ class _StiefelBatch(BoundedBatch):
         return self._measure("fgo_stiefel_bounds", options)
 
     def _measure(self, name: str, options: StepOptions) -> int:
-        self._set_addresses()
+        self.set_addresses()
         self.norms.zero_()
         return self._run(name, options)
 
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
         """Compute new points and momentum, and write the weights that this batch has whole."""
         self._scales.fill_(1) if scale is None else self._scales.copy_(scale)
-        self._set_addresses()
+        self.set_addresses()
         failed = self._run("fgo_stiefel_move", options)
         self.leaves_finite = failed == 0 and not leaves_out
         if failed:
-            for own in self._blocks:
-                _factorise(own)
+            self.factorise()
         blocks: list[Block] = []
         for own in self._blocks:
             weight = own.claim.weight
             if own.claim.is_whole:
                 blocks += _blocks_of(own)
             else:
-                weight.stage(own.part, *own.results())
+                points, momenta = own.results()
+                weight.stage(own.part, points, None if weight.buffer is None else momenta)
         put([claim.weight for claim in self.claims if claim.is_whole], blocks)
 
-    def _set_addresses(self) -> None:
+    def stage(self) -> None:
+        """Show where new points and momentum will be, before there are any."""
+        for own in self._blocks:
+            own.claim.weight.stage(own.part, *own.results())
+
+    def factorise(self, weight: Weight | None = None) -> None:
+        """Retract the blocks of all weights, or of one, that began off the manifold."""
+        for own in self._blocks:
+            if weight is None or own.claim.weight is weight:
+                _factorise(own)
+
+    def set_addresses(self) -> None:
         """Tell the extension where the numbers of this step are."""
         for own in self._blocks:
             weight, entry = own.claim.weight, own.entry
@@ -248,9 +267,9 @@ class _StiefelBatch(BoundedBatch):
 
     def _run(self, name: str, options: StepOptions) -> int:
         with torch.profiler.record_function(name):
-            numbers, threads = MatrixOptions.of(options), ctypes.c_int(threads_for(self._work))
+            numbers, threads = MatrixOptions.of(options), ctypes.c_int(threads_for(self.work))
             count = ctypes.c_int64(len(self._blocks))
-            return getattr(library(), name)(self._entries, count, ctypes.byref(numbers), threads)
+            return getattr(library(), name)(self.entries, count, ctypes.byref(numbers), threads)
 
 
 def _factorise(own: _EqualBlocks) -> None:

@@ -1,5 +1,6 @@
 // The step of one Stiefel block, compiled once per instruction set (each_set.hpp), see stiefel.cpp.
 
+#include "columns.hpp"
 #include "products.hpp"
 
 namespace {
@@ -36,6 +37,8 @@ FGO_TARGET void add_run(const float *x, int64_t count, float factor, float by, f
 FGO_TARGET void gather(const fgo_stiefel &t, int64_t block, const float *x, float factor, float by, float *to, int threads) {
   const int32_t *const columns = t.columns + block * t.b, *const rows = t.rows + block * t.a;
   const bool is_run = columns[t.b - 1] - columns[0] == t.b - 1;
+  std::unique_ptr<chosen_columns> chosen;
+  if (!is_run) chosen.reset(new chosen_columns(columns, t.b));
   constexpr int64_t rows_to_come = 4, line = 16;  // between a row and its prefetch, and numbers of a cache line
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t i = 0; i < t.a; ++i) {
@@ -45,10 +48,8 @@ FGO_TARGET void gather(const fgo_stiefel &t, int64_t block, const float *x, floa
     for (int64_t j = columns[0]; j <= columns[t.b - 1]; j += line) __builtin_prefetch(next + j);
     if (is_run)
       by == 0 ? copy_run(row + columns[0], t.b, factor, own) : add_run(row + columns[0], t.b, factor, by, own);
-    else if (by == 0)
-      for (int64_t j = 0; j < t.b; ++j) own[j] = factor * row[columns[j]];
     else
-      for (int64_t j = 0; j < t.b; ++j) own[j] = by * own[j] + factor * row[columns[j]];
+      gather_row(row, *chosen, factor, by, own);
   }
 }
 
