@@ -36,9 +36,11 @@ void set_addresses(const fgo_matrix &w, float *weight, const float *grad, float 
 
 void step(fgo_matrix &w, const fgo_matrix_options &o, bool skips, int threads) {
   std::fill_n(w.squared_norms, w.groups, 0.0);
-  if (w.curvatures || fgo_stiefel_bounds(w.blocks, w.n_blocks, &o, threads)) {
-    std::fill_n(w.squared_norms, w.groups, 0.0);
+  if (w.curvatures) {
     fgo_stiefel_norms(w.blocks, w.n_blocks, &o, threads);
+  } else if (fgo_stiefel_bounds(w.blocks, w.n_blocks, &o, threads)) {
+    std::fill_n(w.squared_norms, w.groups, 0.0);
+    fgo_stiefel_norms_again(w.blocks, w.n_blocks, &o, threads);
   }
   fgo_line_norms(w.lines, 1, &o, threads);
   bool is_finite = true;

@@ -60,6 +60,7 @@ struct fgo_stiefel {
 FGO_API int64_t fgo_line_norms(const fgo_lines *tasks, int64_t count, const fgo_matrix_options *options, int threads);
 FGO_API int64_t fgo_line_update(const fgo_lines *tasks, int64_t count, const fgo_matrix_options *options, int threads);
 FGO_API int64_t fgo_stiefel_norms(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads);
+FGO_API int64_t fgo_stiefel_norms_again(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads);
 FGO_API int64_t fgo_stiefel_bounds(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads);
 FGO_API int64_t fgo_stiefel_move(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads);
 }

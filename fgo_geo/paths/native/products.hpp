@@ -126,6 +126,7 @@ FGO_TARGET void multiply(int64_t m, int64_t n, int64_t k, matrix a, matrix b, fl
   }
   if (!is_symmetric) return;
   constexpr int64_t side = 16;
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
   for (int64_t row = 0; row < m; row += side)
     for (int64_t column = 0; column <= row; column += side)
       for (int64_t i = row; i < least(row + side, m); ++i)

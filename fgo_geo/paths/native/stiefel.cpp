@@ -59,8 +59,9 @@ int terms_for(double f) {
 #define FGO_PORTABLE_BYTES 32
 #include "each_set.hpp"
 
-#define FGO_MEASURE(set) set::measure<false>
-#define FGO_BOUND(set) set::measure<true>
+#define FGO_MEASURE(set) set::measure<false, true>
+#define FGO_MEASURE_AGAIN(set) set::measure<false, false>
+#define FGO_BOUND(set) set::measure<true, true>
 #define FGO_MOVE(set) set::move
 
 namespace {
@@ -88,6 +89,12 @@ extern "C" {
 
 FGO_API int64_t fgo_stiefel_norms(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads) {
   add_to_groups(tasks, count, *options, threads, FGO_IN_USE(FGO_MEASURE));
+  return 0;
+}
+
+// The same after fgo_stiefel_bounds, which has copied points and gradients.
+FGO_API int64_t fgo_stiefel_norms_again(const fgo_stiefel *tasks, int64_t count, const fgo_matrix_options *options, int threads) {
+  add_to_groups(tasks, count, *options, threads, FGO_IN_USE(FGO_MEASURE_AGAIN));
   return 0;
 }
 

@@ -94,6 +94,7 @@ struct work {
   FGO_TARGET void symmetrise(float *s, double factor) {
     constexpr int64_t tile_side = 16;
     const float own = float(factor);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
     for (int64_t row = 0; row < side; row += tile_side)
       for (int64_t column = 0; column <= row; column += tile_side)
         for (int64_t i = row; i < least(row + tile_side, side); ++i)
@@ -201,11 +202,13 @@ struct work {
 };
 
 // The squared norm of the Riemannian gradient of a block, or of the Euclidean one. Point and gradient stay in the memory of the
-// results.
-template <bool BOUNDS> FGO_TARGET void measure(const fgo_stiefel &t, const fgo_matrix_options &o, int64_t block, int threads) {
+// results, where they may be already.
+template <bool BOUNDS, bool GATHERS> FGO_TARGET void measure(const fgo_stiefel &t, const fgo_matrix_options &o, int64_t block, int threads) {
   work w(t, block, threads);
-  gather(t, block, t.weight, 1, 0, w.x, threads);
-  gather(t, block, t.grad, 1, 0, w.m, threads);
+  if (GATHERS) {
+    gather(t, block, t.weight, 1, 0, w.x, threads);
+    gather(t, block, t.grad, 1, 0, w.m, threads);
+  }
   const double whole = square_of(w.m, w.entries);
   double tangent = whole;
   if (!BOUNDS) {
@@ -241,6 +244,7 @@ FGO_TARGET void move(const fgo_stiefel &t, const fgo_matrix_options &o, int64_t 
   }
   const double explained = square_of(direction, w.entries) * (o.lr / w.radius) * (o.lr / w.radius);
   const float rate = float(o.lr);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t i = 0; i < w.entries; ++i) w.y[i] = w.x[i] - rate * direction[i];
   t.failed[block] = !w.retract(explained, w.x);
   if (t.failed[block]) __builtin_memcpy(w.x, w.y, w.entries * sizeof(float));
