@@ -157,6 +157,16 @@ def test_a_gram_matrix_in_blocks(columns: int, blocks: int, batch: tuple[int, ..
     torch.testing.assert_close(gram_excess(x, 2.0, out=out), expected / 4 - torch.eye(columns).double())
 
 
+@pytest.mark.parametrize("columns", [1, 40, 300, 513])
+@pytest.mark.parametrize("batch", [(), (1,), (2,)])
+def test_a_product_of_commuting_matrices(columns: int, batch: tuple[int, ...]) -> None:
+    a = sym(normal((*batch, columns, columns), columns, torch.float64)) / columns
+    b = a @ a - 3 * a
+    result = products.commuting_product(a, b)
+    torch.testing.assert_close(result, a @ b, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result, result.mT, rtol=0, atol=1e-12)
+
+
 @given(shape=st.sampled_from([(1, 1), (3, 40), (40, 3), (2, 5, 4), (1, 7, 7)]), seed=st.integers(0, 99))
 def test_a_norm_without_a_temporary(shape: tuple[int, ...], seed: int) -> None:
     x = normal(shape, seed, torch.float64)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg.products import skew, small_product
+from fgo_geo.linalg.products import commuting_product, skew, small_product
 
 __all__ = ["inverse_root_polynomial", "polynomial", "solve_skew", "spectral_interval"]
 
@@ -110,7 +110,7 @@ def polynomial(t: Tensor, coefficients: Sequence[float]) -> Tensor:
     """A polynomial of matrices without its constant, in about ``2 √degree`` products (Paterson and Stockmeyer 1973).
 
     Args:
-        t: Square matrices, shape ``(..., B, B)``.
+        t: Symmetric matrices, shape ``(..., B, B)``.
         coefficients: As :func:`inverse_root_polynomial` returns them, from the constant on.
 
     Returns:
@@ -124,11 +124,11 @@ def polynomial(t: Tensor, coefficients: Sequence[float]) -> Tensor:
     block, count = next(sizes for sizes in map(_blocks, range(degree)) if math.prod(sizes) == degree)
     powers = [t]
     for _ in range(block - 1):
-        powers.append(small_product(powers[-1], t))
+        powers.append(commuting_product(powers[-1], t))
     total = powers[-1] * coefficients[-1]
     for start in range((count - 1) * block, -1, -block):
         if start < (count - 1) * block:
-            total = small_product(powers[-1], total)
+            total = commuting_product(powers[-1], total)
         for power, coefficient in zip(powers, coefficients[start + 1 : start + block], strict=False):
             total.add_(power, alpha=coefficient)
         if start > 0:

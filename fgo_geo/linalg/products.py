@@ -20,6 +20,7 @@ from fgo_geo.linalg.values import is_differentiated, reads_for_free, traces
 from fgo_geo.linalg.workspace import Use, Workspace
 
 __all__ = [
+    "commuting_product",
     "divide_or_zero",
     "frobenius_norm",
     "gram_blocks",
@@ -235,21 +236,41 @@ def gram_matrix(x: Tensor, *, out: Tensor | None = None, precise: bool = False) 
     by_onednn = _are_single(x) and goes_to_onednn(_flat(x).mT, _flat(x))
     if by_onednn:
         x = _flat(x).mT.contiguous().mT.reshape(x.shape)  # without gaps between the columns
-    gram = _gram_in_blocks(x, out)
+    gram = _symmetric_product(x.mT, x, out)
     if precise and by_onednn:
         squares = x.square().sum(-2) if x.shape[-2] > _LONG_LINE else torch.linalg.vector_norm(x, dim=-2).square()
         gram.diagonal(dim1=-2, dim2=-1).copy_(squares)
     return gram
 
 
-def _gram_in_blocks(x: Tensor, out: Tensor | None) -> Tensor:
-    columns = x.shape[-1]
+def commuting_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of symmetric matrices that commute, whose product is symmetric; of wide ones, blocks are copied.
+
+    Args:
+        a: Symmetric matrices, shape ``(..., B, B)``.
+        b: Symmetric matrices of the same shape.
+
+    Returns:
+        Symmetric matrices of the same shape; blocks on the diagonal are symmetric to rounding.
+
+    Example:
+        >>> a = torch.tensor([[2.0, 1.0], [1.0, 2.0]])
+        >>> commuting_product(a, a)
+        tensor([[5., 4.],
+                [4., 5.]])
+    """
+    return _symmetric_product(a, b.mT if gram_blocks(b.shape[-1]) > 1 else b, None)
+
+
+def _symmetric_product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    """``a @ b`` where that is symmetric, from its blocks on and above the diagonal."""
+    columns = b.shape[-1]
     blocks = gram_blocks(columns)
     if blocks == 1:
-        return small_product(x.mT, x, out=out)
+        return small_product(a, b, out=out)
     edges = [columns * k // blocks for k in range(blocks + 1)]
     rows = [
-        _product(x[..., start:stop].mT, x[..., start:], None if out is None else out[..., start:stop, start:])
+        _product(a[..., start:stop, :], b[..., start:], None if out is None else out[..., start:stop, start:])
         for start, stop in itertools.pairwise(edges)
     ]  # from the diagonal on
     if out is None:
