@@ -171,11 +171,32 @@ def test_a_weight_that_became_no_number_behind_autograds_back_stays_and_is_refus
         optimizer.step()
 
 
+@pytest.mark.parametrize("tensor", ["weight", "momentum"])
+def test_a_block_that_became_no_number_is_refused_though_its_gradients_are_short(tensor: str) -> None:
+    weights = matrices()
+    optimizer = after_two_steps(weights)
+    partition = weights[0].manifold.partition
+    parts = partition.split(weights[0].detach().as_subclass(torch.Tensor))
+    chosen = [torch.full_like(part, kind == "stiefel") for part, kind in zip(parts, partition.kinds, strict=True)]
+    target = weights[0].data if tensor == "weight" else optimizer.state[weights[0]]["momentum_buffer"]
+    target[partition.merge(chosen) > 0] = math.nan
+    for weight in weights:
+        weight.grad = torch.full_like(weight, 1e-3)
+    optimizer.step()
+    before = [w.detach().clone() for w in weights]
+    with pytest.raises(FloatingPointError, match="is not finite itself"):
+        optimizer.step()
+    for weight, old in zip(weights, before, strict=True):
+        torch.testing.assert_close(weight.detach(), old, rtol=0, atol=0, equal_nan=True)
+
+
 def test_blocks_that_products_do_not_retract_are_factorised() -> None:
     """Steps of a hundred radii; the lines of such a weight are moved afterwards."""
     options = {"momentum": 0.9, "step_size": "constant", "lr": 1e4}
     weights = matrices()
-    assert sweeps_of(after_two_steps(weights, **options).step) == {**WEIGHT_BY_WEIGHT, "fgo_line_update": 3}
+    optimizer = after_two_steps(weights, **{**options, "lr": 0.1})
+    optimizer.param_groups[0]["lr"] = 1e4
+    assert sweeps_of(optimizer.step) == {**WEIGHT_BY_WEIGHT, "fgo_line_update": 3}
     actual = trained("auto", matrices(), 3, 0.1, **options)
     assert_close(actual, trained("reference", [in_double(w) for w in matrices()], 3, 0.1, **options), 1e-3)
     for weight in weights:

@@ -3,7 +3,9 @@
 It takes the weights whose parts the paths of lines and of Stiefel matrices take between them, and does what these do.
 Its sweep measures and moves each weight while it is in the cache, which saves half of the passes over memory. Like that
 of :mod:`~fgo_geo.paths.native.rows`, it moves some weights before it measures others, and under a check it is taken
-only where the gradients show that all norms are finite, and the weights have not changed since the last step.
+only where the gradients show that all norms are finite, and the weights have not changed since the last step. A block
+that became NaN ends the sweeps, since it cannot be retracted. A line that the momentum made NaN is left as it is in the
+step after, and refused in the one after that.
 """
 
 from __future__ import annotations
@@ -102,9 +104,9 @@ class MatrixBatch(BoundedBatch):
 
     def move(self, options: StepOptions, scale: Tensor | None, leaves_out: bool) -> None:
         """The step of all weights, in place."""
-        self.leaves_finite = not leaves_out and math.isfinite(float(self.norms.sum()))
         self._stiefel.move(options, scale, leaves_out)
         self._lines.move(options, scale, leaves_out)
+        self.leaves_finite = self._stiefel.leaves_finite and math.isfinite(float(self.norms.sum()))
 
     def bound(self, options: StepOptions) -> int:
         """How many weights have gradients that do not show that all norms are finite."""
@@ -137,7 +139,7 @@ class MatrixBatch(BoundedBatch):
         for k in [k for k, entry in enumerate(self._entries) if entry.is_left] if left else ():
             self._stiefel.factorise(self.weights[k])
             self._lines.run("fgo_line_update", options, slice(k, k + 1))
-        self.leaves_finite = math.isfinite(float(self.norms.sum()))
+        self.leaves_finite = left == 0 and not leaves_out and math.isfinite(float(self.norms.sum()))
         return self.norms.clone()  # its memory is used again
 
 
