@@ -58,6 +58,21 @@ def test_a_pattern_that_sets_no_radius_is_an_error(radius, overrides, reason):
 
 
 @pytest.mark.parametrize(
+    "radius",
+    [
+        {"0": 1.0, "2": 1.0, "**": 2.0},
+        {nn.Conv2d: 1.0, nn.Linear: 2.0},  # the only linear layer is the classifier
+        {nn.Conv2d: 1.0, "*.weight": 2.0},
+        {nn.Conv2d: 1.0, nn.Module: 2.0},
+    ],
+)
+def test_a_fallback_may_set_no_radius(radius):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Linear(4, 2))
+    fgo_geo.constrain(model, "layer", "sphere", radius=radius, first_layer=True)
+    assert float(model[2].weight.detach().norm()) == pytest.approx(4)  # sixteen kernels
+
+
+@pytest.mark.parametrize(
     ("layout", "components", "expected"),
     [
         (WeightLayout((4, 3, 3, 3)), "auto", "kernel"),

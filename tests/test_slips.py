@@ -377,6 +377,18 @@ def test_step_scales_are_printed_and_read_by_name(with_names):
             scales["2.bias"]
 
 
+def test_step_scales_after_the_list_of_parameters_was_changed():
+    model = network()
+    constrain(model, first_layer=True)
+    optimizer = RiemannianFGSGD(model.named_parameters(), lr=0.1)
+    optimizer.param_groups[0]["params"].append(torch.nn.Parameter(torch.zeros(2)))
+    backward(model)
+    optimizer.step()
+    scales = optimizer.step_scales()
+    assert repr(scales).startswith("{'0.weight': tensor(")
+    assert scales["2.weight"] is scales[model[2].weight]
+
+
 def test_step_scales_without_names_or_with_names_that_two_models_share():
     sphere = network_on_spheres()
     optimizer = RiemannianFGSGD(sphere.parameters(), lr=0.1)

@@ -115,7 +115,9 @@ def check_radii(
     sites: Sequence[Site],
     entries: Sequence[PlanEntry],
 ) -> None:
-    """Raise ValueError if a pattern of a radius, other than the default ``"*"``, sets the radius of no weight.
+    """Raise ValueError if the name or glob of a radius sets the radius of no weight.
+
+    The default ``"*"``, module types, and globs whose weights several patterns have taken are fallbacks.
 
     Args:
         rules: Radius rules by pattern; the first match counts.
@@ -124,12 +126,15 @@ def check_radii(
         entries: Their plan entries.
     """
     for place, pattern in enumerate(rules):
+        if pattern == "*" or isinstance(pattern, type):
+            continue
         matched = [(site, entry) for site, entry in zip(sites, entries, strict=True) if site.matches(pattern)]
         meant = [pair for pair in matched if pair[1].constrained] or matched
+        covering = [p for p in [*rules][:place] if all(site.matches(p) for site, _ in matched)]
         reasons: dict[str, list[str]] = {}
         for site, entry in meant:
-            reason = _no_radius(site, entry, pattern, [*rules][:place], overrides)
-            if reason is None or pattern == "*":
+            reason = _no_radius(site, entry, pattern, covering, overrides)
+            if reason is None:
                 break
             reasons.setdefault(reason, []).extend(entry.names)
         else:
@@ -141,15 +146,14 @@ def _no_radius(
     site: Site,
     entry: PlanEntry,
     pattern: Pattern,
-    earlier: Iterable[Pattern],
+    covering: Sequence[Pattern],
     overrides: Mapping[Pattern, Mapping[str, Any]],
 ) -> str | None:
     """Why a pattern does not set the radius of a parameter that it matches; None if it does."""
     if entry.reason is not None:
         return entry.reason
-    for other in earlier:
-        if site.matches(other):
-            return f"matches {other!r}, which comes first; put {pattern!r} before it"
+    if covering:
+        return f"matches {covering[0]!r}, which comes first; put {pattern!r} before it"
     for other, changes in overrides.items():
         if "radius" in changes and site.matches(other):
             return f"gets its radius from overrides[{other!r}]"

@@ -237,7 +237,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
 
         Returns:
             For every parameter on a manifold that had a gradient (with ``adapt_euclidean``, for plain ones too), in
-            their order, a tensor with one ``τ`` per group, on the parameter's device. A parameter's name finds it, too:
+            their order, a tensor with one ``τ`` per group, on the parameter's device. Its name finds it, too:
             ``step_scales()["fc.weight"]``, and printing shows the names. Empty before the first step.
             For sharded parameters all processes must call this.
         """

@@ -163,8 +163,10 @@ def name_in(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
 def _named(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, str | None, str]]:
     """Every parameter of an optimiser with its name, if it is known, and its place."""
     for number, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names") or map(known_name, group["params"])
-        for position, (param, name) in enumerate(zip(group["params"], names, strict=True)):
+        params, names = group["params"], group.get("param_names") or ()
+        if len(names) != len(params):  # no names were given, or the list of parameters was changed afterwards
+            names = map(known_name, params)
+        for position, (param, name) in enumerate(zip(params, names, strict=True)):
             yield param, name, f"param_groups[{number}]['params'][{position}]"
 
 

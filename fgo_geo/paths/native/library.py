@@ -14,7 +14,7 @@ import torch
 
 __all__ = ["NOT_BUILT", "PER_THREAD", "instruction_set", "library", "threads_for"]
 
-NOT_BUILT = "fgo_geo was installed without a C++ compiler; install it again where there is one for faster steps"
+NOT_BUILT = "no compiled library of this version; install fgo_geo again where there is a C++ compiler for faster steps"
 
 PER_THREAD = 2**16
 """Entries below which another thread costs more than it saves."""
