@@ -318,6 +318,7 @@ def test_a_step_is_captured_and_replayed():
     torch.testing.assert_close(momentum, oracle.state[reference]["momentum_buffer"], rtol=0, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:AnnAssign:DeprecationWarning")  # of Triton, from Python 3.13 on
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 @needs_triton
 @pytest.mark.parametrize("memory_format", FORMATS[4], ids=str)
