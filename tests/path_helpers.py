@@ -137,6 +137,32 @@ def assert_is_the_step_in_double(weights: list[Any], scale: float, **options: An
         assert float(weight.manifold.violation(after).max()) <= 5e-7
 
 
+def give_gradients(weights: Sequence[Any], size: float = 0.1) -> None:
+    """Random gradients, the same for the same positions and shapes."""
+    for seed, weight in enumerate(weights):
+        generator = torch.Generator().manual_seed(seed)
+        grad = size * torch.randn(weight.shape, dtype=torch.float64, generator=generator)
+        weight.grad = torch.empty_like(weight).copy_(grad)
+
+
+def after_two_steps(weights: Sequence[Any], **options: Any) -> RiemannianFGSGD:
+    """An optimiser whose next step is one sweep, if nothing happens in between."""
+    optimizer = RiemannianFGSGD(weights, **{"lr": 0.1, "momentum": 0.9, **options})
+    for _ in range(2):
+        give_gradients(weights)
+        optimizer.step()
+    return optimizer
+
+
+def assert_refused(optimizer: RiemannianFGSGD, weights: Sequence[Any]) -> None:
+    """The step is refused for a weight that is not finite, and changes no weight."""
+    before = [w.detach().clone() for w in weights]
+    with pytest.raises(FloatingPointError, match="is not finite itself"):
+        optimizer.step()
+    for weight, old in zip(weights, before, strict=True):
+        torch.testing.assert_close(weight.detach(), old, rtol=0, atol=0, equal_nan=True)
+
+
 def sweeps_of(work: Callable[[], object]) -> dict[str, int]:
     """How often each function of the compiled extension is called."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:

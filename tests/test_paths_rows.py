@@ -14,9 +14,12 @@ from path_helpers import (
     INSTRUCTION_SETS,
     KINDS,
     TOLERANCE,
+    after_two_steps,
     as_parameter,
     assert_close,
+    assert_refused,
     built,
+    give_gradients,
     limited_to,
     option_sets,
     product,
@@ -35,22 +38,6 @@ TWO_SWEEPS = {"fgo_norms": 1, "fgo_update": 1}
 
 def weights_of(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[Any]:
     return [weight_on(product("po", shape), dtype, torch.channels_last, seed) for seed, shape in enumerate(shapes)]
-
-
-def give_gradients(weights: list[Any], size: float = 0.1) -> None:
-    for seed, weight in enumerate(weights):
-        generator = torch.Generator().manual_seed(seed)
-        grad = size * torch.randn(weight.shape, dtype=torch.float64, generator=generator)
-        weight.grad = torch.empty_like(weight).copy_(grad)
-
-
-def after_two_steps(weights: list[Any], **options: Any) -> RiemannianFGSGD:
-    """An optimiser whose next step is one sweep, if nothing happens in between."""
-    optimizer = RiemannianFGSGD(weights, **{"lr": 0.1, "momentum": 0.9, **options})
-    for _ in range(2):
-        give_gradients(weights)
-        optimizer.step()
-    return optimizer
 
 
 @given(
@@ -153,11 +140,7 @@ def test_a_weight_that_is_no_number_is_refused_before_any_row_has_moved():
     optimizer = after_two_steps(weights)
     with torch.no_grad():
         weights[1][4, 6, 2, 2] = math.nan
-    before = [w.detach().clone() for w in weights]
-    with pytest.raises(FloatingPointError, match="is not finite itself"):
-        optimizer.step()
-    for weight, old in zip(weights, before, strict=True):
-        torch.testing.assert_close(weight.detach(), old, rtol=0, atol=0, equal_nan=True)
+    assert_refused(optimizer, weights)
 
 
 def test_a_weight_that_became_no_number_behind_autograds_back_is_refused_a_step_later():
@@ -170,11 +153,7 @@ def test_a_weight_that_became_no_number_behind_autograds_back_is_refused_a_step_
     assert optimizer.skipped_groups() == 1
     torch.testing.assert_close(weights[1].detach()[4], before[1][4], rtol=0, atol=0, equal_nan=True)
     assert bool((weights[1].detach()[:4] != before[1][:4]).any())
-    before = [w.detach().clone() for w in weights]
-    with pytest.raises(FloatingPointError, match="is not finite itself"):
-        optimizer.step()
-    for weight, old in zip(weights, before, strict=True):
-        torch.testing.assert_close(weight.detach(), old, rtol=0, atol=0, equal_nan=True)
+    assert_refused(optimizer, weights)
 
 
 def test_without_the_check_nothing_is_looked_at():

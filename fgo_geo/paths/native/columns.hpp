@@ -4,25 +4,19 @@
 namespace {
 namespace FGO_NAMESPACE {
 
-struct chosen_columns {
-  const int32_t *columns;
-  int64_t count;
-
-  chosen_columns(const int32_t *own, int64_t n) : columns(own), count(n) {}
-};
-
-// to = factor x + by to for the chosen columns of a row x; with `by` zero, `to` may be uninitialised.
-FGO_TARGET __attribute__((always_inline)) static inline void gather_row(const float *row, const chosen_columns &of, float factor,
-                                                                        float by, float *to) {
+// to = factor x + by to for `count` columns of a row x; with `by` zero, `to` may be uninitialised.
+FGO_TARGET __attribute__((always_inline)) static inline void gather_row(const float *row, const int32_t *columns, int64_t count,
+                                                                        float factor, float by, float *to) {
   if (by == 0)
-    for (int64_t j = 0; j < of.count; ++j) to[j] = factor * row[of.columns[j]];
+    for (int64_t j = 0; j < count; ++j) to[j] = factor * row[columns[j]];
   else
-    for (int64_t j = 0; j < of.count; ++j) to[j] = by * to[j] + factor * row[of.columns[j]];
+    for (int64_t j = 0; j < count; ++j) to[j] = by * to[j] + factor * row[columns[j]];
 }
 
-// Writes the chosen columns of a row.
-FGO_TARGET __attribute__((always_inline)) static inline void scatter_row(const float *from, const chosen_columns &of, float *row) {
-  for (int64_t j = 0; j < of.count; ++j) row[of.columns[j]] = from[j];
+// Writes `count` columns of a row.
+FGO_TARGET __attribute__((always_inline)) static inline void scatter_row(const float *from, const int32_t *columns, int64_t count,
+                                                                         float *row) {
+  for (int64_t j = 0; j < count; ++j) row[columns[j]] = from[j];
 }
 
 }  // namespace FGO_NAMESPACE

@@ -252,18 +252,6 @@ template <class T> std::vector<T> &memory_of(std::vector<std::vector<T>> &of_pat
   return of_patterns[pattern];
 }
 
-// The columns of every segment that is copied.
-struct columns_of_segments {
-  std::vector<std::unique_ptr<chosen_columns>> known;
-
-  const chosen_columns &at(const fgo_lines &t, const fgo_segment *s, const int32_t *order) {
-    const size_t number = s - t.segments;
-    if (known.size() <= number) known.resize(number + 1);
-    if (!known[number]) known[number].reset(new chosen_columns(order + s->start, s->count));
-    return *known[number];
-  }
-};
-
 // Where the columns of a row are not in the order of the matrix, lines that extend over several rows are not gathered. Instead,
 // the products are summed over every column, and then over the columns of every line; every column moves with the coefficients
 // of its line. Only lines within such rows are gathered.
@@ -293,7 +281,6 @@ FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, 
   partials.push_back({task, 0, t.shared, begin == 0, std::vector<double>(products * t.shared)});
   double *sums = partials.back().sums.data();
   std::vector<sums_of_columns> of_patterns;  // of those whose columns are not in order
-  columns_of_segments columns;
   std::vector<float> copies(3 * t.width);
   float *xs = copies.data(), *hs = xs + t.width, *ms = hs + t.width;
   for (int64_t row = begin / t.width; row < end / t.width; ++row) {
@@ -312,9 +299,9 @@ FGO_TARGET void measure_blocks(const fgo_lines &t, int64_t task, int64_t begin, 
       if (s->form == no_line || !is_gathered(*s, all)) continue;
       const float *x = x_row + s->start, *h = h_row + s->start, *m = READS ? m_row + s->start : nullptr;
       if (all.order) {
-        const chosen_columns &own = columns.at(t, s, all.order);
-        gather_row(x_row, own, 1, 0, xs), gather_row(h_row, own, 1, 0, hs), x = xs, h = hs;
-        if (READS) gather_row(m_row, own, 1, 0, ms), m = ms;
+        const int32_t *columns = all.order + s->start;
+        gather_row(x_row, columns, s->count, 1, 0, xs), gather_row(h_row, columns, s->count, 1, 0, hs), x = xs, h = hs;
+        if (READS) gather_row(m_row, columns, s->count, 1, 0, ms), m = ms;
       }
       if (s->form == line_per_column) {
         measure_rows<READS>(rows_from<READS, 1>(x, h, m, 0), 0, 0, s->count, sums + s->first_line, t.shared);
@@ -357,16 +344,15 @@ void write_column_coefficients(const fgo_lines &t, int32_t pattern, float *plane
   }
 }
 
-FGO_INLINE void write_run(const float *from, const chosen_columns *columns, const fgo_segment &s, float *row) {
+FGO_INLINE void write_run(const float *from, const int32_t *columns, const fgo_segment &s, float *row) {
   if (columns)
-    scatter_row(from, *columns, row);
+    scatter_row(from, columns, s.count, row);
   else
     __builtin_memcpy(row + s.start, from, s.count * sizeof(float));
 }
 
 template <bool READS, bool WRITES> FGO_TARGET void move_blocks(const fgo_lines &t, int64_t begin, int64_t end) {
   std::vector<std::vector<float>> of_columns;  // per pattern whose columns are not in order
-  columns_of_segments of_segments;
   std::vector<float> copies(3 * t.width);
   float *xs = copies.data(), *hs = xs + t.width, *ms = hs + t.width;
   for (int64_t row = begin / t.width; row < end / t.width; ++row) {
@@ -381,9 +367,9 @@ template <bool READS, bool WRITES> FGO_TARGET void move_blocks(const fgo_lines &
       move_rows<READS, WRITES, 1>(x_row, h_row, m_row, t.width, own.data(), t.width);
     }
     for (const fgo_segment *s = all.begin; s != all.end; ++s) {
+      const int32_t *columns = all.order ? all.order + s->start : nullptr;
       if (s->form == no_line) {  // stepped by another path
         const int64_t e = all.row_in_block * s->count;
-        const chosen_columns *columns = all.order ? &of_segments.at(t, s, all.order) : nullptr;
         write_run(t.points[s->first_line] + e, columns, *s, x_row);
         if (WRITES) write_run(t.momenta[s->first_line] + e, columns, *s, m_row);
         continue;
@@ -391,10 +377,9 @@ template <bool READS, bool WRITES> FGO_TARGET void move_blocks(const fgo_lines &
       if (!is_gathered(*s, all)) continue;
       const float *h = h_row + s->start;
       float *x = x_row + s->start, *m = WRITES ? m_row + s->start : nullptr;
-      const chosen_columns *columns = all.order ? &of_segments.at(t, s, all.order) : nullptr;
       if (columns) {
-        gather_row(x_row, *columns, 1, 0, xs), gather_row(h_row, *columns, 1, 0, hs), x = xs, h = hs;
-        if (READS) gather_row(m_row, *columns, 1, 0, ms);
+        gather_row(x_row, columns, s->count, 1, 0, xs), gather_row(h_row, columns, s->count, 1, 0, hs), x = xs, h = hs;
+        if (READS) gather_row(m_row, columns, s->count, 1, 0, ms);
         if (WRITES) m = ms;
       }
       if (s->form == line_per_column) {
@@ -406,8 +391,8 @@ template <bool READS, bool WRITES> FGO_TARGET void move_blocks(const fgo_lines &
         move_run<READS, WRITES>(x, h, m, s->count, by);
       }
       if (columns) {
-        scatter_row(x, *columns, x_row);
-        if (WRITES) scatter_row(m, *columns, m_row);
+        scatter_row(x, columns, s->count, x_row);
+        if (WRITES) scatter_row(m, columns, s->count, m_row);
       }
     }
   }

@@ -18,7 +18,6 @@
 
 #include <cmath>
 #include <cstring>
-#include <memory>
 #include <vector>
 
 #include "matrices.hpp"
@@ -40,7 +39,7 @@ namespace {
 
 enum product { xx, xh, hh, xm, mm, hm, products };
 enum coefficient { a_h, a_m, a_x, b_h, b_m, b_x, factor, coefficients };
-constexpr double least_tangent = 1e-9;  // relative to a gradient's squared norm; below it, rounding errors of the products dominate
+constexpr double least_tangent = 1e-9;  // of a gradient's squared norm; below it, rounding errors of the products dominate
 constexpr double most_cancelled = 100;  // ratio of the terms' squares to the new squared length; errors grow tenfold
 
 // A thread's part of the products of lines that extend into another thread's range.

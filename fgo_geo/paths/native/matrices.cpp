@@ -59,8 +59,9 @@ void step(fgo_matrix &w, const fgo_matrix_options &o, bool skips, int threads) {
 
 extern "C" {
 
-// Takes the step of all weights; weight, gradient and buffer of each are at `addresses`, one weight after the other. A group without a finite norm gets no gradient if `skips`; otherwise its weight stays as it
-// was. Returns how many weights are left.
+// Takes the step of all weights; weight, gradient and buffer of each are at `addresses`, one weight after the other. A group
+// without a finite norm gets no gradient if `skips`; otherwise its weight stays as it was. Returns the number of weights whose
+// lines are still to be moved.
 FGO_API int64_t fgo_matrix_step(fgo_matrix *weights, float *const *addresses, int64_t count, const fgo_matrix_options *options,
                                 int skips, int threads) {
   for (int64_t k = 0; k < count; ++k) set_addresses(weights[k], addresses[3 * k], addresses[3 * k + 1], addresses[3 * k + 2]);

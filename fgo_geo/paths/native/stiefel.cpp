@@ -28,7 +28,8 @@ struct matrix {
   int64_t row, column;
 };
 
-constexpr double least_tangent = 0.01;  // relative to a gradient's squared norm; below, the gradient is projected before its norm is computed
+// Relative to a gradient's squared norm; below, the gradient is projected before its norm is computed.
+constexpr double least_tangent = 0.01;
 constexpr double most_drift = 2e-3;     // ‖xᵀx / r² - I‖ of a point, as in manifolds/stiefel.py
 constexpr double longest = 1e4;         // ‖u‖² / r² of a step; beyond, yᵀy is too ill-conditioned
 constexpr double polished = 1;          // beyond, an iteration corrects the rounding errors of yᵀy

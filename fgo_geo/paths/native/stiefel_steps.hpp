@@ -37,8 +37,6 @@ FGO_TARGET void add_run(const float *x, int64_t count, float factor, float by, f
 FGO_TARGET void gather(const fgo_stiefel &t, int64_t block, const float *x, float factor, float by, float *to, int threads) {
   const int32_t *const columns = t.columns + block * t.b, *const rows = t.rows + block * t.a;
   const bool is_run = columns[t.b - 1] - columns[0] == t.b - 1;
-  std::unique_ptr<chosen_columns> chosen;
-  if (!is_run) chosen.reset(new chosen_columns(columns, t.b));
   constexpr int64_t rows_to_come = 4, line = 16;  // between a row and its prefetch, and numbers of a cache line
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t i = 0; i < t.a; ++i) {
@@ -49,7 +47,7 @@ FGO_TARGET void gather(const fgo_stiefel &t, int64_t block, const float *x, floa
     if (is_run)
       by == 0 ? copy_run(row + columns[0], t.b, factor, own) : add_run(row + columns[0], t.b, factor, by, own);
     else
-      gather_row(row, *chosen, factor, by, own);
+      gather_row(row, columns, t.b, factor, by, own);
   }
 }
 
@@ -203,7 +201,8 @@ struct work {
 
 // The squared norm of the Riemannian gradient of a block, or of the Euclidean one. Point and gradient stay in the memory of the
 // results, where they may be already.
-template <bool BOUNDS, bool GATHERS> FGO_TARGET void measure(const fgo_stiefel &t, const fgo_matrix_options &o, int64_t block, int threads) {
+template <bool BOUNDS, bool GATHERS>
+FGO_TARGET void measure(const fgo_stiefel &t, const fgo_matrix_options &o, int64_t block, int threads) {
   work w(t, block, threads);
   if (GATHERS) {
     gather(t, block, t.weight, 1, 0, w.x, threads);
