@@ -90,8 +90,7 @@ class MatrixBatch(BoundedBatch):
         first_blocks = itertools.accumulate(map(len, others), initial=0)
         every = zip(self._entries, self._lines.entries, first_blocks, others, self.counts, strict=False)
         for entry, lines, block, own, count in every:
-            entry.lines, entry.blocks = ctypes.addressof(lines), ctypes.addressof(self._stiefel.entries)
-            entry.blocks += block * ctypes.sizeof(self._stiefel.entries) // max(1, sum(map(len, others)))
+            entry.lines, entry.blocks = ctypes.addressof(lines), ctypes.addressof(self._stiefel.entries[block])
             entry.squared_norms, entry.scales = lines.squared_norms, lines.scales
             entry.groups, entry.n_blocks = count, len(own)
 
