@@ -20,6 +20,7 @@ comparison = importlib.import_module("training.comparison")
 curves = importlib.import_module("training.curves")
 convergence = importlib.import_module("convergence")
 generalisation = importlib.import_module("generalisation")
+angles = importlib.import_module("angles")
 GRIDS = sorted((trainer.EXAMPLES / "grids").glob("*.yaml"))
 
 
@@ -133,6 +134,41 @@ def test_networks_are_trained_measured_and_kept(tmp_path, monkeypatch):
     assert generalisation.points(cells, lines, 1.01) == []
     diverged = {cell.key: {**lines[cell.key], "status": "diverged"} for cell in cells}
     assert generalisation.points(cells, diverged, 0.0) == []
+
+
+# -- angles ---------------------------------------------------------------------------------------------------
+
+
+def test_angles_of_runs_are_those_that_the_optimiser_turns_by_and_every_run_is_done_once(tmp_path, monkeypatch):
+    common = {"epochs": 2, "fraction": 0.1, "width": 4, "model": "plain", "depth": 3, "norm": "batch"}
+    sphere = {"strategy": "layer", "manifolds": ["sphere"], "components": "block"}
+    by_angle = {"method": "euc", "on_manifolds": "angle", "momentum": 0, "schedule": "constant", **sphere}
+    spec = grid.from_dict(
+        {
+            "common": common,
+            "rows": {"sphere": by_angle, "free": {"method": "euc"}},
+            "tune": {"lr": [0.01, 0.02]},
+            "seeds": 1,
+        }
+    )
+    asked = []
+
+    def here(missing, jobs, train):
+        for cell in missing:
+            asked.append(cell.key)
+            yield cell, train(cell.flags)
+
+    monkeypatch.setattr(angles, "results", here)
+    cells = angles.cells_of(spec)
+    angles.work(cells[:3], tmp_path / "angles.csv", 1)
+    lines = angles.work(cells, tmp_path / "angles.csv", 1)
+    assert asked == [cell.key for cell in cells] == [line["key"] for line in lines]
+    for line in lines[:2]:  # a learning rate of one is a radian
+        turned = [float(line[name]) for name in ("angle", "first_angle", "last_angle")]
+        assert turned == pytest.approx([math.degrees(float(line["lr"]))] * 3, rel=1e-3)
+    assert 0 < float(lines[2]["angle"]) < float(lines[3]["angle"])
+    angles.draw(tmp_path / "angles.png", lines)
+    assert (tmp_path / "angles.png").stat().st_size > 10_000
 
 
 # -- convergence ----------------------------------------------------------------------------------------------
