@@ -25,7 +25,7 @@ from training.command_line import make
 from training.settings import SettingsError
 
 COLUMNS = ("key", "row", "variant", "lr", "seed", "status", "test_accuracy", "angle", "first_angle", "last_angle")
-GUESSING = 0.1
+GUESSING, LOST = 0.1, 0.15
 
 
 def train(flags: dict[str, Any]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def train(flags: dict[str, Any]) -> dict[str, Any]:
     try:
         engine.fit(run, show=lambda epoch: angles.append(statistics.median(epoch[name] for name in inner)))
     except engine.Diverged:
-        return {"status": "diverged", "test_accuracy": GUESSING}
+        return {"status": "diverged", "test_accuracy": GUESSING, "angle": "", "first_angle": "", "last_angle": ""}
     degrees = [math.degrees(angle) for angle in angles]
     return {
         "status": "finished",
@@ -84,22 +84,27 @@ def work(cells: list[grids.Cell], path: Path, jobs: int) -> list[dict[str, str]]
     return lines
 
 
+def curve(lines: list[dict[str, str]]) -> tuple[list[float], list[float]]:
+    """Mean angles (degrees) and accuracies (%) at the learning rates of a row at which no run was lost."""
+    angles, accuracies = [], []
+    for lr in dict.fromkeys(line["lr"] for line in lines):
+        runs = [line for line in lines if line["lr"] == lr]
+        if all(float(run["test_accuracy"]) > LOST for run in runs):
+            angles.append(statistics.fmean(float(run["angle"]) for run in runs))
+            accuracies.append(100 * statistics.fmean(float(run["test_accuracy"]) for run in runs))
+    return angles, accuracies
+
+
 def draw(path: Path, lines: list[dict[str, str]]) -> None:
-    """Draw accuracies against angles, a line per row through the means of its seeds, a panel per variant."""
+    """Draw accuracies against angles, a line per row and a panel per variant."""
     from matplotlib.figure import Figure  # pyright: ignore
 
-    variants = list(dict.fromkeys(line["variant"] for line in lines))
+    variants, rows = (list(dict.fromkeys(line[name] for line in lines)) for name in ("variant", "row"))
     figure = Figure(figsize=(4.6 * len(variants) + 2.6, 4), layout="constrained")
     for axes, variant in zip(figure.subplots(1, len(variants), squeeze=False)[0], variants, strict=True):
-        rows = dict.fromkeys(line["row"] for line in lines)
         for number, row in enumerate(rows):
-            own = [line for line in lines if (line["row"], line["variant"]) == (row, variant) and line["angle"]]
-            by_rate = [[line for line in own if line["lr"] == lr] for lr in dict.fromkeys(line["lr"] for line in own)]
-            x, y = (
-                [statistics.fmean(float(run[k]) for run in runs) for runs in by_rate]
-                for k in ("angle", "test_accuracy")
-            )
-            axes.plot(x, [100 * value for value in y], marker="osv^D*PX<"[number % 9], markersize=4, label=row)
+            x, y = curve([line for line in lines if (line["row"], line["variant"]) == (row, variant)])
+            axes.plot(x, y, marker="osv^D*PX<"[number % 9], markersize=4, label=row)
         axes.set(xscale="log", title=variant, xlabel="angle per step, degrees")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylabel("test accuracy, %")

@@ -171,6 +171,14 @@ def test_angles_of_runs_are_those_that_the_optimiser_turns_by_and_every_run_is_d
     assert (tmp_path / "angles.png").stat().st_size > 10_000
 
 
+def test_a_curve_leaves_out_rates_at_which_a_run_was_lost():
+    def line(lr, accuracy, angle):
+        return {"lr": lr, "test_accuracy": accuracy, "angle": angle}
+
+    runs = [line("0.1", "0.5", "1"), line("0.1", "0.7", "2"), line("1", "0.6", "9"), line("1", "0.1", "")]
+    assert angles.curve(runs) == ([1.5], [60])
+
+
 # -- convergence ----------------------------------------------------------------------------------------------
 
 
