@@ -24,7 +24,7 @@ from training import grid as grids
 from training.command_line import make
 from training.settings import SettingsError
 
-COLUMNS = ("key", "row", "variant", "lr", "seed", "status", "test_accuracy", "angle", "first_angle", "last_angle")
+COLUMNS = "key row variant lr seed status test_accuracy angle first_angle last_angle".split()
 GUESSING, LOST = 0.1, 0.15
 
 
