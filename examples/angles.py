@@ -24,7 +24,8 @@ from training import grid as grids
 from training.command_line import make
 from training.settings import SettingsError
 
-COLUMNS = "key row variant lr seed status test_accuracy angle first_angle last_angle".split()
+COLUMNS: list[str] = ["key", "row", "variant", "lr", "seed", "status", "test_accuracy"]
+COLUMNS += ["angle", "first_angle", "last_angle"]
 GUESSING, LOST = 0.1, 0.15
 
 
@@ -70,7 +71,7 @@ def work(cells: list[grids.Cell], path: Path, jobs: int) -> list[dict[str, str]]
     known = {line["key"] for line in lines}
     missing = [cell for cell in cells if cell.key not in known]
     with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n", restval="")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
         if not lines:
             writer.writeheader()
         for number, (cell, figures) in enumerate(results(missing, jobs, train), 1):
