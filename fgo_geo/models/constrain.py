@@ -5,7 +5,7 @@ constrained, or why it is not. A constrained weight becomes a :class:`geoopt.Man
 and memory format on a :class:`~fgo_geo.ProductOfGroups`, so the model, its ``state_dict`` and all code that reads
 parameters work as before.
 
-:mod:`fgo_geo.models.choose` decides, :mod:`fgo_geo.models.surgery` changes the modules, and the hooks of
+:mod:`fgo_geo.models.choose` makes the decisions, :mod:`fgo_geo.models.surgery` changes the modules, and the hooks of
 :mod:`fgo_geo.models.plan` keep the weights on their manifolds.
 """
 
@@ -73,25 +73,25 @@ def constrain(
 ) -> Plan:
     """Put the weights of a model on products of manifolds, in place.
 
-    Kernels of spatial convolutions are components of their own; linear layers and 1x1 convolutions are cut into blocks.
-    These parameters stay free, and the plan lists them with the reason: biases, normalisation layers, embeddings,
-    frozen parameters, layers of unknown layout (:func:`~fgo_geo.register_layout` makes one known), and components that
-    could not move. The first convolution and the output heads stay free by default. Output heads are the last linear
-    layer or 1x1 convolution, and those whose number of outputs no other layer takes as inputs.
+    Each kernel of a spatial convolution is a component. The function cuts linear layers and 1x1 convolutions into
+    blocks. These parameters stay free, and the plan lists them with the reason: biases, normalisation layers,
+    embeddings, frozen parameters, layers of unknown layout (:func:`~fgo_geo.register_layout` makes one known), and
+    components that could not move. The first convolution and the output heads stay free by default. Output heads are
+    the last linear layer or 1x1 convolution, and those whose number of outputs no other layer takes as inputs.
 
     Call this function before you build the optimiser: constrained weights are new parameters.
 
     Args:
-        model: Any module. It is changed, keeps its plan as ``model.fgo_geo_plan``, and computes with the new weights.
+        model: Any module. The function changes it and stores the plan as ``model.fgo_geo_plan``.
         strategy: ``"pi"``, ``"po"``, ``"pio"`` or ``"layer"``.
         manifolds: Manifold kinds that share the groups, as names or manifolds such as ``geoopt.CanonicalStiefel()``;
-            exactly one for ``"layer"``. See :func:`fgo_geo.register_kind` for kinds of your own.
+            exactly one for ``"layer"``. See :func:`fgo_geo.register_kind` for custom kinds.
         selection: ``"random"`` or ``"deterministic"``.
         radius: ``"kaiming"`` (keeps the signal), ``"unit"`` (1), ``"bound"`` (all norms of every group, or of the
-            weight, at most ``bound``), a number, or a mapping from name patterns to these. The first pattern that
-            matches counts; weights that match none get ``"kaiming"``.
+            weight, at most ``bound``), a number, or a mapping from name patterns to these. The first matching pattern
+            applies; weights that match none get ``"kaiming"``.
         seed: Seed of the random selection. Groups are a function of it and of the layer's name.
-        bound: The bound ``β`` of the radius rule ``"bound"``, 1 if left out. Not with other rules alone.
+        bound: The bound ``β`` of the radius rule ``"bound"``, 1 if left out. Passing it without this rule is an error.
         bound_of: ``"group"`` bounds the norms of every group; ``"layer"`` bounds those of the whole weight as a matrix
             ``(D, C K)``. The bound needs manifolds that bound norms: leave out ``"euclidean"``.
         components: ``"auto"`` (kernels of spatial convolutions, blocks of the matrix of all other layers), or
@@ -100,19 +100,19 @@ def constrain(
         initial: ``"project"`` moves every weight, which torch or you have initialised, to the nearest point. Where
             several points are nearest (zero kernels, zero columns, too low a rank), it draws one of them from ``seed``,
             and the plan has a note. ``"uniform"`` draws a random point from torch's global generator.
-        include: Constrain only these: parameter or module names, globs, or module types. A parameter that is named here
-            is constrained even if it is the first convolution or the classifier.
+        include: Constrain only these: parameter or module names, globs, or module types. Parameters named here are
+            constrained even if they belong to the first convolution or the classifier.
         exclude: Leave these alone.
-        first_layer: Constrain the first convolution too.
-        classifier: Constrain the output heads too.
+        first_layer: Also constrain the first convolution.
+        classifier: Also constrain the output heads.
         overrides: Other settings for some layers, e.g. ``{"layer4.*": {"strategy": "layer", "manifolds":
             "stiefel"}}``. Keys are names, globs or module types; later ones win. One setting is for overrides alone:
             ``{"*.qkv": {"split": 3}}`` treats equal parts of a linear layer's output channels as separate layers.
-        statistics: Divide the radii by the standard deviation ``λ`` of the features that a component is applied to,
-            whenever :meth:`~fgo_geo.Plan.update_scales` is called. ``"max1"`` takes ``max(1, λ)``, which keeps norm
-            bounds; with ``"std"``, the plain ``λ`` of [Ozay2019]_, a bound ``β`` becomes ``β / λ``. None: never.
-        watch: Check a few components in some forward passes of training, and warn once if an optimiser that knows no
-            manifold has moved them off. You can change ``plan.watches`` later.
+        statistics: Divide the radius of a component by the standard deviation ``λ`` of its input features at every call
+            of :meth:`~fgo_geo.Plan.update_scales`. ``"max1"`` takes ``max(1, λ)``, which keeps norm bounds; with
+            ``"std"``, the plain ``λ`` of [Ozay2019]_, a bound ``β`` becomes ``β / λ``. None: never.
+        watch: Check a few components in some forward passes of training, and warn once if an optimiser without support
+            for manifolds has moved them off. You can change ``plan.watches`` later.
 
     Returns:
         The plan.

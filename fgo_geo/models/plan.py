@@ -1,9 +1,9 @@
-r"""The record of how a model is constrained, and the hooks that keep the model so.
+r"""The record of how a model is constrained, and the hooks that keep it constrained.
 
-The :class:`Plan` belongs to the model. The metadata of ``state_dict`` contains it, so that groups and radii survive
-saving and loading exactly. It also reports what torch would drop silently: once weights have become plain parameters
-(by ``to("meta")``, ``to_empty`` or sharding), the next forward pass raises an error that names :meth:`Plan.attach`.
-Inside ``torch.compile`` nothing is checked; call :meth:`Plan.check` there. After ``load_state_dict`` the plan attaches
+The :class:`Plan` belongs to the model. The metadata of ``state_dict`` contains it, so saving and loading restores
+groups and radii exactly. The plan also detects when torch has silently turned weights into plain parameters (by
+``to("meta")``, ``to_empty`` or sharding): the next forward pass raises an error that names :meth:`Plan.attach`. Models
+inside ``torch.compile`` do not check this; call :meth:`Plan.check` there. After ``load_state_dict`` the plan attaches
 itself again.
 
 ``load_state_dict`` rejects values that are off the manifolds before anything has changed. A deep copy of the model is
@@ -64,8 +64,8 @@ class Plan(NoModel):
     Attributes:
         entries: One per parameter, in the order of the model.
         model: The model that it describes; None for a plan that was read from JSON and not attached yet.
-        is_average: Whether the model may load values that are off its manifolds, as averages of weights are. True in
-            a deep copy of a model, which is how EMA and SWA keep theirs; set it for an average built otherwise.
+        is_average: Whether the model may load values that are off its manifolds, such as averages of weights. True in a
+            deep copy of a model, because EMA and SWA keep averages in one. Set it for other averages.
         watches: Whether training looks for weights that have left their manifolds, see :mod:`fgo_geo.models.watch`.
     """
 
@@ -99,7 +99,7 @@ class Plan(NoModel):
         """Raise if a constrained parameter has become a plain one, or one of the model is not finite on this process.
 
         Raises:
-            RuntimeError: With the names of plain ones, and what to call.
+            RuntimeError: With the names of the plain ones and the remedy.
             ValueError: With the names of those that are not finite, or if the plan is not attached to a model.
         """
         self.require_kept()
@@ -119,12 +119,12 @@ class Plan(NoModel):
     def attach(self, model: nn.Module, *, project: bool = False) -> Plan:
         """Put a model's parameters (back) on the manifolds of this plan. Values change only with ``project``.
 
-        Parameters that are on manifolds already stay the same objects. Parameters that only the model's former plan
+        Parameters that are already on manifolds stay the same objects. Parameters that only the model's former plan
         constrains become plain.
 
         Args:
             model: A model with the plan's parameter names and shapes.
-            project: Move the values to the nearest points, for weights that were not trained on these manifolds.
+            project: Move the values to the nearest points. Use it for weights that were not trained on these manifolds.
 
         Returns:
             This plan, now the model's.
@@ -179,7 +179,7 @@ class Plan(NoModel):
             prefix: The text before the names of this plan, e.g. ``"module."``.
 
         Returns:
-            The same keys in the same order, to be loaded into this plan's model.
+            The same keys in the same order, for the model of this plan.
 
         Raises:
             ValueError: If none of the constrained weights is there, or one has another shape or is not finite.
@@ -216,14 +216,14 @@ class Plan(NoModel):
         """Refresh the statistical factor ``λ`` of the radii ``γ / λ``, once per epoch ([Ozay2019]_, algorithm 1).
 
         It uses the running statistics of the layers' inputs in training. The dilation that maps the old manifold to the
-        new one moves points and momentum; both stay valid. Layers whose own ``forward`` is never called keep
-        ``λ = 1``: the packed and the output projection of attention. A tied weight uses the root mean square over its
-        layers.
+        new one moves points and momentum, so both stay valid. Layers whose own ``forward`` is never called, the packed
+        and the output projection of attention, keep ``λ = 1``. A tied weight uses the root mean square over its layers.
 
-        Where ``torch.distributed`` is initialised, all processes of the group must call this; they get equal radii.
+        If ``torch.distributed`` is initialised, all processes of the group must call this; they get equal radii.
 
         Args:
-            optimizer: The optimiser, whose ``momentum_buffer`` is scaled too. Without it momentum keeps its length.
+            optimizer: The optimiser whose ``momentum_buffer`` the method scales, too. Without it, momentum keeps its
+                length.
             group: The processes that see different data; None for all.
 
         Raises:

@@ -1,4 +1,4 @@
-r"""Renormalisation: weights that obey norm bounds at every step, whatever optimiser trains them.
+r"""Renormalisation: weights that obey norm bounds at every step, under any optimiser.
 
 The layer computes its weight from a free tensor of the same shape, the *raw* weight. The optimiser sees only the raw
 weight. For every component ``i`` there are two stages ([Ozay2019]_; "Mathematics", section 5)::
@@ -269,14 +269,14 @@ def renormalize(
 ) -> nn.Module:
     r"""Make a layer's weight obey norm bounds at every step, under any optimiser.
 
-    The parameter becomes a raw weight (``module.parametrizations[name].original``), and ``module.weight`` is computed
-    from it such that in every group (or in the whole weight, see ``bound_of``) each of the norms is at most ``bound``,
-    up to rounding: a few units in the last place of the weight's type. A weight that is on its manifolds keeps its
-    value; other weights are projected.
+    The parameter becomes a raw weight (``module.parametrizations[name].original``). The layer computes
+    ``module.weight`` from the raw weight. Each of the norms of every group (or of the whole weight, see ``bound_of``)
+    is then at most ``bound``, up to rounding: a few units in the last place of the weight's type. The function keeps
+    the value of a weight that is on its manifolds, and projects other weights.
 
     ``state_dict``, ``deepcopy``, ``torch.compile`` and ``DistributedDataParallel`` work as with every parametrization
-    of torch; models are saved through their ``state_dict``, not pickled whole. Load weights of a plain layer before
-    renormalising it.
+    of torch. Save models through their ``state_dict``, because torch cannot pickle them whole. Load weights of a plain
+    layer before you renormalise it.
 
     Args:
         module: A convolution, transposed convolution, linear layer or attention layer.
@@ -284,13 +284,13 @@ def renormalize(
         manifold: ``"sphere"`` (the default), ``"oblique"``, ``"stiefel"``, ``"spectral_ball"``, or several of
             them for groups by ``"pi"``, ``"po"`` or ``"pio"``. Leave it out if ``groups`` is a collection, which has
             its own.
-        norms: The norms to bound, of ``"frobenius"``, ``"spectral"``, ``"two_to_one"`` (or ``"2->1"``).
+        norms: The norms to bound: some of ``"frobenius"``, ``"spectral"`` and ``"two_to_one"`` (or ``"2->1"``).
         bound: The bound ``β``.
         groups: A strategy of :func:`fgo_geo.weights.grouping.collection`, or a collection (one per section of a
             packed weight).
         statistics: ``λ`` from the running standard deviations of the layer's inputs: ``"max1"`` divides by
             ``max(1, std)`` and keeps the bound, ``"std"`` divides by ``std`` and guarantees ``bound / λ`` only, see
-            :meth:`Renormalization.guarantee`. The layer is tracked from now on; call :func:`update_scales` once per
+            :meth:`Renormalization.guarantee`. The layer then tracks its inputs; call :func:`update_scales` once per
             epoch. None for ``λ = 1``.
         selection: ``"deterministic"`` or ``"random"``, for a strategy.
         seed: Seed of a random selection.

@@ -137,9 +137,9 @@ def channel_directed(
     reasons.
 
     *Per parameter group.* A group may hold ``channel_directed=False``, or a dict with some of ``metric``, ``lam``,
-    ``axis``, ``ends``, ``groups`` and ``lam_relative``, which take the place of the arguments here. Groups added later
-    are directed too. The settings of a parameter are fixed when the handle first sees it, and no state dict changes
-    them.
+    ``axis``, ``ends``, ``groups`` and ``lam_relative``, which take the place of the arguments here. Groups that you add
+    later are directed, too. The handle fixes the settings of a parameter when it first sees the parameter, and loading
+    a state dict does not change them.
 
     *On a manifold* (:class:`geoopt.ManifoldParameter`) the gradient becomes ``P M⁻¹ P g`` with the tangent projection
     ``P``. It is tangent, and its negative is a descent direction. The manifold must have the metric of the surrounding
@@ -162,7 +162,7 @@ def channel_directed(
 
     Returns:
         A handle with ``remove()``, ``parameters`` and ``summary()``. Torch does not pickle an optimiser's hooks, so a
-        copied or unpickled optimiser has lost them. Copy or pickle the handle, which includes its optimiser, or attach
+        copied or unpickled optimiser loses them. Copy or pickle the handle, which includes its optimiser, or attach
         again.
 
     Raises:

@@ -1,7 +1,7 @@
 r"""FG-SGD: stochastic gradient descent on products of manifolds, with the step size of the convergence theorem.
 
-:class:`RiemannianFGSGD` is the optimiser as torch knows it: options, state, and in every step the weights with their
-gradients and momentum. The step is in :mod:`fgo_geo.optim.base`, its options in :mod:`fgo_geo.optim.options`, its
+:class:`RiemannianFGSGD` is the torch optimiser: it holds options and state, and collects the weights of every step with
+their gradients and momentum. The step is in :mod:`fgo_geo.optim.base`, its options in :mod:`fgo_geo.optim.options`, its
 formulas in :mod:`fgo_geo.paths.reference` and :mod:`fgo_geo.optim.step_size`.
 """
 
@@ -30,15 +30,15 @@ __all__ = ["RiemannianFGSGD"]
 class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
     r"""Riemannian SGD whose step size follows from the convergence theorem of FG-SGD.
 
-    Every group ``G`` moves by ``-(lr / τ) grad`` with ``τ = ( max{1, R² (2 + R)²} )^{1/2}``, ``R`` the norm of its
-    Riemannian gradient ([Ozay2019]_, eq. 7). A parameter on a manifold is one group. With the defaults, steps on
-    manifolds are never longer than ``(√2 - 1) lr`` (with momentum ``μ``: ``(√2 - 1) lr / (1 - μ)``), whatever the
+    Every group ``G`` moves by ``-(lr / τ) grad`` with ``τ = ( max{1, R² (2 + R)²} )^{1/2}``, where ``R`` is the norm of
+    its Riemannian gradient ([Ozay2019]_, eq. 7). A parameter on a single manifold is one group. With the defaults,
+    steps on manifolds are never longer than ``(√2 - 1) lr`` (with momentum ``μ``: ``(√2 - 1) lr / (1 - μ)``) for any
     gradient.
 
-    Works for every manifold of Geoopt. Plain parameters and those on :class:`geoopt.Euclidean` take the step of
-    :class:`torch.optim.SGD`, bit for bit. ``p.grad`` is never written. Weight decay acts on plain parameters and on
-    Geoopt's own manifolds; on spheres, oblique and Stiefel manifolds it is radial and projects to zero. If a weight is
-    converted or moved between steps (``model.double()``), its momentum follows.
+    The optimiser works for every manifold of Geoopt. Plain parameters and those on :class:`geoopt.Euclidean` take the
+    step of :class:`torch.optim.SGD`, bit for bit. The optimiser never writes to ``p.grad``. Weight decay acts on plain
+    parameters and on Geoopt's own manifolds; on spheres, oblique and Stiefel manifolds it is normal to the manifold and
+    projects to zero. If you convert or move a weight between steps (``model.double()``), its momentum follows.
 
     Args:
         params: Parameters, named parameters or parameter groups.
@@ -47,25 +47,28 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         dampening: Dampening of the momentum.
         weight_decay: Weight decay (L2 penalty).
         nesterov: Nesterov momentum; needs momentum and zero dampening.
-        stabilize: Project points and momentum every so many steps; None: never, as steps correct rounding drift.
+        stabilize: Project points and momentum once in so many steps; None for never, because steps correct rounding
+            errors.
         step_size: ``"theorem"`` divides by ``τ``; ``"constant"`` does not; ``"angle"`` turns every group by ``angle``
             radians per unit of learning rate (Euclidean components take a constant step).
         angle: The angle, for ``step_size="angle"``.
-        norm: The norm that ``τ`` is computed from: ``"batch"`` is that of this gradient, as in [Ozay2019]_;
-            ``"running"`` is a mean over earlier steps, with which steps point along the mean gradient on average.
-            Steps of more than ten times the bound are then shortened to that, see :meth:`shortened_gradients`.
+        norm: The norm that determines ``τ``: ``"batch"`` is that of the current gradient, as in [Ozay2019]_;
+            ``"running"`` is a mean over earlier steps, so that on average steps point along the mean gradient. It
+            shortens steps of more than ten times the bound to this length, see :meth:`shortened_gradients`.
         rho: Bound ``ρ`` on the geodesic distance to the minimum.
         curvature: Bound ``c`` on the sectional curvature; None for eq. 7 (``c <= 1``), ``"manifold"`` for our
             manifolds' own ``1/r²`` (zero on Euclidean components, one on Geoopt's manifolds).
         radius_invariant: Measure ``R`` on the manifold of radius one, so that training at radius ``r`` is training at
             radius one with ``r`` times the weight in the forward pass. Eq. 7 measures ``R`` at the weight itself.
         update: ``"retraction"`` or ``"exponential"`` (map).
-        adapt_euclidean: Divide by ``τ`` on plain parameters too.
-        check_finite: Raise on a gradient on a manifold that is not finite, before anything has changed. None does so
-            on the CPU. Elsewhere, and with False, a group whose norm is not finite gets no gradient in this step, stays
-            on its manifold, and is counted in :meth:`skipped_groups`. Plain parameters are checked only if adapted.
-        master_weights: Step a single-precision copy of half-precision weights on manifolds, kept in the state, so that
-            rounding does not lose small steps. Otherwise steps are computed in single precision and rounded.
+        adapt_euclidean: Also divide the steps of plain parameters by their own ``τ``.
+        check_finite: Raise an error if a gradient on a manifold is not finite, before anything has changed. None does
+            so on the CPU. Elsewhere, and with False, a group whose norm is not finite gets no gradient in this step and
+            stays on its manifold, and :meth:`skipped_groups` counts it. Plain parameters are checked only with
+            ``adapt_euclidean``.
+        master_weights: Keep a single-precision copy of half-precision weights on manifolds in the state, and step this
+            copy, so that rounding does not lose small steps. Otherwise the optimiser computes steps in single precision
+            and rounds the weights.
         maximize: Ascend instead of descend.
         foreach, fused: For plain parameters, as in :class:`torch.optim.SGD`.
 
@@ -201,9 +204,9 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             What the closure returned, or None.
 
         Raises:
-            ValueError: If an option that was changed since the last step is out of range. Nothing has changed then.
-            RuntimeError: If a gradient is sparse, or a parameter was replaced since, as by :func:`~fgo_geo.constrain`,
-                or has lost its manifold. Nothing has changed then.
+            ValueError: If an option that you changed since the last step is out of range. Nothing has changed then.
+            RuntimeError: If a gradient is sparse, or a parameter has been replaced, for example by
+                :func:`~fgo_geo.constrain`, or has lost its manifold. Nothing has changed then.
             FloatingPointError: If a gradient on a manifold is not finite and ``check_finite`` applies. Nothing has
                 changed then.
 
@@ -236,10 +239,10 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         """The divisors ``τ`` of the latest step.
 
         Returns:
-            For every parameter on a manifold that had a gradient (with ``adapt_euclidean``, for plain ones too), in
-            their order, a tensor with one ``τ`` per group, on the parameter's device. Its name finds it, too:
-            ``step_scales()["fc.weight"]``, and printing shows the names. Empty before the first step.
-            For sharded parameters all processes must call this.
+            A mapping from every parameter on a manifold that had a gradient (with ``adapt_euclidean``, also plain ones)
+            to a tensor with one ``τ`` per group, on the parameter's device. You can also index it by name,
+            ``step_scales()["fc.weight"]``, and printing it shows the names. It is empty before the first step. For
+            sharded parameters, all processes must call this.
         """
         return StepScales(self._stepper.step_scales(self.param_groups), self)
 

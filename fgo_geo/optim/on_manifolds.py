@@ -14,9 +14,9 @@ Adaptive optimisers propose entries near one for every gradient. A group of ``n`
 and the theorem's step is shorter than the optimiser's own by a factor of about ``n``: use a larger learning rate, or
 ``"angle"``, whose unit is the same for every optimiser.
 
-The normal part of a displacement has no effect. Weight decay therefore has no effect either on manifolds of fixed norm,
-where it is radial. The moments stay in the ambient space and are not transported. The cost in memory is one copy of the
-constrained weights.
+The normal part of a displacement has no effect. Weight decay therefore has no effect on manifolds of fixed norm, where
+it is normal to the manifold. The moments stay in the ambient space and are not transported. The cost in memory is one
+copy of the constrained weights.
 """
 
 from __future__ import annotations
@@ -68,28 +68,30 @@ def on_manifolds(
     """Keep the parameters of an optimiser on their manifolds, with a separate step size for every group.
 
     Args:
-        optimizer: Any torch optimiser that takes one step per call of ``step``. It is changed in place and keeps its
-            class; its state dict, schedulers and closures do not change.
-        step_size: ``"theorem"`` divides the step of every group by its ``τ``; ``"constant"`` takes the optimiser's own
-            length; ``"angle"`` turns every group by ``angle`` radians per unit of learning rate.
+        optimizer: Any torch optimiser that takes one step per call of ``step``. The function changes it in place. Its
+            class, state dict, schedulers and closures stay the same.
+        step_size: ``"theorem"`` divides the step of every group by its ``τ``; ``"constant"`` keeps the optimiser's own
+            step length; ``"angle"`` turns every group by ``angle`` radians per unit of learning rate.
         angle: The angle, for ``step_size="angle"``; one if left out.
         rho: Bound ``ρ`` on the geodesic distance to the minimum.
         curvature: Bound ``c`` on the sectional curvature; None for eq. 7, ``"manifold"`` for the manifolds' own.
         radius_invariant: Measure ``R`` on the manifold of radius one, see :class:`~fgo_geo.RiemannianFGSGD`.
         update: ``"retraction"`` or ``"exponential"`` (map).
-        check_finite: Raise on a displacement that is not finite, with all weights as they were. None checks where
-            reading the answer is free: on the CPU. Elsewhere such a group does not move, and is counted.
+        check_finite: Raise an error if a displacement is not finite, before any weight changes. None checks only where
+            reading the answer costs no time: on the CPU. Elsewhere, such a group does not move, and ``skipped_groups``
+            counts it.
 
     Returns:
         A handle. ``handle.remove()`` restores the optimiser. Until then the optimiser has the handle's
         ``step_scales()``, so that :func:`fgo_geo.report` can read them. A deep copy of the optimiser or of the handle
-        is attached, too. Torch pickles no attribute of an optimiser: pickle the handle, which includes the optimiser.
+        is attached, too. Torch does not pickle attributes of an optimiser: pickle the handle, which includes the
+        optimiser.
 
     Raises:
-        TypeError: If the optimiser evaluates the model inside its step (``torch.optim.LBFGS``), or knows manifolds
-            already.
+        TypeError: If the optimiser evaluates the model inside its step (``torch.optim.LBFGS``), or already handles
+            manifolds itself.
         ValueError: If no parameter has a manifold, one is off its manifold, an option is out of range, or the optimiser
-            is attached already.
+            is already attached.
 
     Example:
         >>> import fgo_geo

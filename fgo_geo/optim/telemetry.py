@@ -1,14 +1,14 @@
 r"""What the steps of any optimiser do to the weights, measured: angles, shortened groups, radial gradients.
 
 A normalised network depends only on the directions of its weights, so the angle between a weight before and after a
-step is its effective learning rate. Angles are comparable between constrained and free weights, and between optimisers,
-where learning rates are not:
+step is its effective learning rate. Unlike learning rates, angles are comparable between constrained and free weights,
+and between optimisers:
 
 * a weight of fixed norm turns by about ``lr ‖v‖ / ‖w‖``;
 * a free one turns less and less as its norm grows, at the same learning rate.
 
-:func:`telemetry` measures every so many steps, on the device; nothing is read before :meth:`Telemetry.scalars` is
-called. A step that is not measured costs nothing but a count.
+:func:`telemetry` measures one step in every so many, on the device, and reads nothing back before you call
+:meth:`Telemetry.scalars`. All other steps only increase a counter.
 """
 
 from __future__ import annotations

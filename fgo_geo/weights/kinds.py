@@ -292,7 +292,7 @@ def register_kind(
     options: tuple[str, ...] = (),
     joins_filters: bool = False,
 ) -> Kind:
-    """Add a custom manifold kind: groups, plans, radii, reports and the optimiser then know it by its name.
+    """Add a custom manifold kind, which groups, plans, radii, reports and the optimiser then accept by its name.
 
     Weights of the kind take the reference path of a step. To load a plan or a checkpoint that names the kind, register
     it first. The guide "Your own manifold" has an example.
@@ -300,12 +300,13 @@ def register_kind(
     Args:
         name: Its name: small letters, digits and underscores.
         manifold: A class derived from :class:`~fgo_geo.manifolds.ComponentManifold` with ``ndim = 2``. Any other
-            manifold of Geoopt with two dimensions works too, but has no radius: rules for radii leave it alone.
-        build: Makes a manifold of a given radius; ``manifold(radius=radius)`` if left out, or ``manifold()`` for a
-            class without radius.
-        norms: From the rows and columns of a component (``rows >= columns``), upper bounds of its Frobenius and its
-            spectral norm at radius one. Without it ``radius="bound"`` and :func:`~fgo_geo.renormalize` refuse the kind,
-            and ``radius="kaiming"`` measures the norm of random points.
+            manifold of Geoopt with two dimensions works as well, but has no radius: rules for radii leave it unchanged.
+        build: A function that creates a manifold of a given radius; ``manifold(radius=radius)`` if left out, or
+            ``manifold()`` for a class without radius.
+        norms: A function from the rows and columns of a component (``rows >= columns``) to upper bounds of its
+            Frobenius and its spectral norm at radius one. Without it, ``radius="bound"`` and
+            :func:`~fgo_geo.renormalize` raise an error for this kind, and ``radius="kaiming"`` measures the norm of
+            random points.
         colour: Its colour in plots; by default a colour that is not in use.
         options: Names of attributes, besides the radius, in which two manifolds of the class can differ. The optimiser
             computes components of several layers together if these attributes are equal.

@@ -1,4 +1,4 @@
-r"""How layers store their weights. Only this module knows it.
+r"""How layers store their weights. No other module depends on these details.
 
 A :class:`WeightLayout` records which dimensions of a weight hold the output channels, the input channels and the
 kernel. :func:`layout_of` returns the layout of a module's parameter, or the reason why there is none. This module

@@ -68,9 +68,9 @@ class Report(Record):
         return comparison(self, other, labels)
 
     def plot(self, title: str | None = None, path: str | os.PathLike[str] | None = None) -> Figure:
-        """Draw the norms of every layer's groups, and, with measures, every layer's factor of them.
+        """Draw the norms of every layer's groups and, with measures, the factor of every layer in each measure.
 
-        A line is the range over a layer's groups, its thick part holds the middle half, the dot is the median.
+        A line shows the range over a layer's groups, its thick part the middle half, and the dot the median.
 
         Args:
             title: Title of the figure.

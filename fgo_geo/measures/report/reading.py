@@ -1,4 +1,4 @@
-"""Read a model into a report: find its weights, measure them, and sum up.
+"""Read a model into a report: find its weights, measure them, and combine the results.
 
 The norms are those of the weights that the network computes with. The module measures the groups of a weight part by
 part of its partition, all groups of a part at once.
