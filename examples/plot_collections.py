@@ -3,7 +3,7 @@
 
 A convolution with 4 input and 6 output channels has 24 kernels. A *collection* divides them into
 *groups*. The kernels of a group share a manifold kind and a step size. This page draws the
-collections of Figure 2 of [Ozay2019]_, among them the example that the paper works out, and the
+collections of Figure 2 of [Ozay2019]_, including the worked example of the paper, and the
 collections that ``fgo_geo.constrain`` makes for linear layers.
 
 In each picture a row is an output channel, a column is an input channel, and a cell is the kernel
@@ -72,9 +72,9 @@ draw(
 # Uneven shares
 # -------------
 #
-# The shares of a channel differ by at most one kernel. If the number of kernels is no multiple of the
+# The shares of a channel differ by at most one kernel. If the number of kernels is not a multiple of the
 # number of kinds, the kinds take turns in getting the extra kernels, so the layer as a whole is
-# balanced too. This matters most in a depthwise convolution, where each output channel has a single
+# balanced, too. This matters most in a depthwise convolution, where each output channel has a single
 # kernel: the kinds alternate.
 
 all_kinds = ("sphere", "oblique", "stiefel", "euclidean")

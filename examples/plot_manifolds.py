@@ -117,9 +117,9 @@ draw_retractions(axes)
 # along the first axis), so some gradients are a hundred times longer than usual. The curves are
 # medians and quartiles of 50 runs. The left figure shows each optimiser with its best learning rate,
 # the right figure both optimisers with every learning rate. The rates decay as the convergence
-# theorem asks.
+# theorem requires.
 #
-# With their best learning rates both optimisers find the component about equally well in the end. The
+# With their best learning rates, both optimisers find the component about equally well in the end. The
 # bounded step is faster on the way, its runs differ less, and it loses less if the learning rate is
 # too large. If the learning rate is too small, the division by :math:`\tau` makes the steps even
 # shorter.

@@ -3,9 +3,9 @@ Muon-like steps on Stiefel manifolds
 ====================================
 
 Muon steps along an orthogonal matrix, the polar factor of its momentum. If the weights are orthogonal too, the step
-needs two additions: a projection of the direction to the tangent space, and a retraction back to the manifold.
-:func:`fgo_geo.on_manifolds` adds both to any optimiser. Here it turns an optimiser of fifteen lines, which knows no
-manifold, into one for Stiefel manifolds.
+needs two additions: a projection of the direction onto the tangent space, and a retraction back to the manifold.
+:func:`fgo_geo.on_manifolds` adds both to any optimiser. Here it turns an optimiser of fifteen lines, without support
+for manifolds, into one for Stiefel manifolds.
 """
 
 import matplotlib.pyplot as plt

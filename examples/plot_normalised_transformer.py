@@ -32,7 +32,7 @@ plt.rcParams.update(
 # Text and model
 # --------------
 #
-# The text is that of Python's ``help()``, and every tenth part of it is kept for validation. The model has two blocks.
+# The text comes from Python's ``help()``. Every tenth part of it is for validation. The model has two blocks.
 # Each consists of attention and a feed-forward part of twice the width, and both parts begin with a normalisation
 # without parameters.
 

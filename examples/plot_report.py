@@ -40,8 +40,8 @@ figure = before.plot("ResNet-18, plain")
 # blocks.
 #
 # The *group form* of the measures multiplies thousands of factors. If most factors are below one, the logarithm of the
-# product is a large negative number. It shows how small the norms of the groups are; it is no probability, and bounds
-# no norm of a layer. Compare it only between networks with the same groups.
+# product is a large negative number. It shows how small the norms of the groups are. It is not a probability, and does
+# not bound any norm of a layer. Compare it only between networks with the same groups.
 
 constrained = copy.deepcopy(plain)
 fgo_geo.constrain(constrained, "pio", ("sphere", "oblique", "stiefel"), include=[nn.Conv2d, nn.Linear])

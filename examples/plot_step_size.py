@@ -73,7 +73,7 @@ ax.legend(loc="lower left")
 #
 # On the unit circle let the loss be the mean of :math:`-\langle (0.2, z), x \rangle`, where :math:`z` is 3 with
 # probability 0.1 and :math:`-1/3` otherwise. The mean of :math:`z` is 0, so the minimum is at angle 0. With
-# ``norm="batch"``, as in the paper, the optimiser shortens the rare large gradients and not the frequent small ones,
+# ``norm="batch"``, as in the paper, the optimiser shortens the rare large gradients but not the frequent small ones,
 # and the iterates settle at another angle. With ``norm="running"`` the divisor depends on earlier steps only, so steps
 # point to the minimum on average, as constant steps do.
 

@@ -141,4 +141,4 @@ axes[1].legend(loc="lower left")
 # With free factors the singular values of the update fall to less than a tenth of the largest one. On Stiefel
 # manifolds all are equal by construction: the update has full rank, and :math:`s` is its spectral norm. This constraint
 # costs some accuracy here; free factors learn an update with unequal directions. Each way took the best of three
-# learning rates on the test images, so the accuracies compare the two ways and do not estimate those on new images.
+# learning rates on the test images, so the accuracies only compare the two ways. They are no estimates for new images.

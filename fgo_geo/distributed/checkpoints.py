@@ -1,8 +1,8 @@
 """Distributed checkpoints with the plan. All processes write one, and a different number of processes can read it.
 
 ``torch.distributed.checkpoint`` saves tensors shard by shard and drops the metadata of a ``state_dict``, which usually
-holds the plan. :class:`TrainingState` saves the plan as JSON beside the tensors. On loading it first puts the model on
-the manifolds of that plan, even if the model was constrained with another seed.
+holds the plan. :class:`TrainingState` saves the plan as JSON along with the tensors. On loading, it first puts the
+model on the manifolds of that plan, even if the model was constrained with another seed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The collectives of a step of sharded weights.
 
-If sharding keeps the components of a weight whole, as it does for convolutions, every process steps its own components
+If sharding keeps the components of a weight whole, as for convolutions, every process steps its own components
 in place (:mod:`fgo_geo.distributed.local`). Otherwise projection, retraction and ``R²`` need the whole weight. It then
 has an *owner*, the process that steps it for all (:mod:`fgo_geo.distributed.owners`). In both cases the step equals
 that on one process, by the same execution paths:

@@ -1,4 +1,4 @@
-"""The owner of every weight, which steps it; all owners have about the same amount of work.
+"""The owner of every weight: the process that steps it. All owners have about the same amount of work.
 
 A step of sphere, oblique and Euclidean components sweeps over memory; orthonormal components of ``p`` columns take
 another ``12 p`` operations per number. A Stiefel matrix of 1,024 columns costs as much as a spherical weight of thirty
@@ -47,13 +47,13 @@ def owners_of(costs: Iterable[float], count: int, loads: Sequence[float] | None 
     """Assign weights to processes: the most expensive first, each to the one with the least work so far.
 
     Args:
-        costs: What every weight costs.
+        costs: The cost of every weight.
         count: Number of processes.
-        loads: What every process has to do besides; nothing if left out.
+        loads: The other work of every process; none if left out.
 
     Returns:
-        For every weight the number of its owner. Without ``loads``, no process has more to do than a third
-        above the least possible.
+        The number of the owner of every weight. Without ``loads``, the work of no process is more than a third above
+        the least possible.
 
     Example:
         >>> owners_of([1.0, 5.0, 3.0, 3.0], 2)

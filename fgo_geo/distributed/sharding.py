@@ -1,4 +1,4 @@
-"""Sharding that keeps manifolds: torch's own function, after which the package restores the manifolds."""
+"""Sharding that keeps manifolds: torch's own function, followed by a step that restores the manifolds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fully_shard(module: _Modules, **kwargs: Any) -> _Modules:
             ``ignored_params`` and so on.
 
     Returns:
-        What torch's function returns.
+        The return value of torch's function.
 
     Raises:
         ValueError: If an offload policy would keep constrained parameters on the CPU while the mesh is of another

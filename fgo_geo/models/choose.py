@@ -1,4 +1,4 @@
-r"""Decide which parameters of a model are constrained, and how, before anything changes.
+r"""Decide which parameters of a model to constrain, and how, before anything changes.
 
 For each parameter of a model (:mod:`fgo_geo.models.sites`), :class:`Wanted` applies ``include``, ``exclude`` and the
 defaults; :func:`settings_of` collects the rules and overrides that match its name; :func:`entry_of` records the
@@ -48,8 +48,8 @@ class Wanted:
         sites: All parameters of a model.
         include: Patterns of parameters to constrain; None for all but the first convolution and the output heads.
         exclude: Patterns of parameters to leave out.
-        first_layer: Whether to constrain the first convolution too.
-        classifier: Whether to constrain the classifier and other output heads too.
+        first_layer: Whether to constrain the first convolution, too.
+        classifier: Whether to constrain the classifier and other output heads, too.
 
     Raises:
         ValueError: If a pattern matches nothing.
@@ -185,8 +185,8 @@ class Settings:
     """How to constrain one weight; the arguments of :func:`~fgo_geo.constrain` of the same names.
 
     Attributes:
-        split: Into how many equal parts the output channels are split, each a layer of its own, e.g. 3 for the fused
-            queries, keys and values of attention. Only in ``overrides``.
+        split: Number of equal parts of the output channels that are separate layers, e.g. 3 for the fused queries, keys
+            and values of attention. Only in ``overrides``.
 
     Raises:
         ValueError: If a value is unknown or out of range.

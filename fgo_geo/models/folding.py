@@ -12,7 +12,8 @@ It can be folded exactly into a layer ``W x + b`` that directly
   ``t = 0``, because the padded zeros are not shifted.
 
 Between two activations (pre-activation blocks: normalise, rectify, convolve) it belongs to no layer. It then remains a
-layer with the matrix ``diag(s)``, of spectral norm ``max |s|``, and is a factor of its own in a product of norms.
+layer with the matrix ``diag(s)``, of spectral norm ``max |s|``, and contributes a separate factor to a product of
+norms.
 
 :func:`fold_batchnorm` finds the adjacent layers with :mod:`torch.fx`, changes a copy of the model, and records the
 outcome for every normalisation. The copy keeps the model's own code; folded normalisations become

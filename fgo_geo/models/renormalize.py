@@ -81,7 +81,7 @@ def _kinds() -> tuple[str, ...]:
 class Renormalization(FullPrecisionBuffers):
     r"""The parametrization that :func:`renormalize` registers: raw weight to weight, and back.
 
-    It computes in single precision at least, whatever the type of the weight and under autocast. A zero component of
+    It computes at least in single precision, for every type of the weight and under autocast. A zero component of
     the raw weight gives the manifold's canonical point (of a ball: zero), NaN gives NaN or an error.
 
     Args:

@@ -48,7 +48,7 @@ def require_model(model: object, function: str) -> None:
 
     Args:
         model: The object.
-        function: Name of the function that was called with it.
+        function: Name of the function that received it.
     """
     if isinstance(model, nn.Module):
         return

@@ -2,7 +2,7 @@ r"""The initial point of a weight on its manifold: the nearest one, or a random 
 
 The projection of a zero kernel onto a sphere is not unique, and neither is that of a zero column onto an oblique
 manifold or that of a matrix of less than full rank onto a Stiefel manifold. Some layers start with such weights (zeros,
-constants, pruned filters). If all such components started at the same point, they would stay equal for ever. Therefore
+constants, pruned filters). If all such components started at the same point, they would stay equal forever. Therefore
 :func:`initial_point` draws one of the nearest points, uniformly and from a seed.
 """
 
@@ -51,8 +51,8 @@ def initial_point(
         value: Its values.
         manifold: Its manifold.
         initial: ``"project"``, or ``"uniform"`` by torch's global generator.
-        seed: Seed of what the projection does not determine.
-        name: Name of the parameter, on which the draw depends too.
+        seed: Seed for the components that the projection does not determine.
+        name: Name of the parameter; the draw depends on it, too.
 
     Returns:
         A point (None on the meta device, where there are no values), and remarks on it.

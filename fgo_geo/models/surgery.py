@@ -1,7 +1,7 @@
 r"""Changes of modules: parameters are put on manifolds, taken off them, and moved to other radii.
 
-Every function carries out a decision (:class:`~fgo_geo.models.entry.PlanEntry`) that was made elsewhere, and checks
-before it changes anything.
+Every function carries out a decision of another module (:class:`~fgo_geo.models.entry.PlanEntry`), and checks its
+arguments before it changes anything.
 """
 
 from __future__ import annotations

@@ -2,13 +2,13 @@
 
 ``torch.optim.AdamW(model.parameters())`` moves constrained weights off their manifolds without an error, because torch
 treats them as plain parameters. Therefore some forward passes of training check a few components of one weight, each
-time of another one, and warn once, with the remedy. A check is small whatever the weight's size: it takes some
-components, and of large Stiefel and oblique matrices some columns, which are points of the same kind.
+time a different one, and warn once, with the remedy. A check is small for weights of every size: it takes some
+components, or some columns of large Stiefel and oblique matrices, which are points of the same kind.
 
 A check is a few small operations every 32 passes: 26 µs per pass of a ResNet-18 on average (one thread), which is
 0.03 % of a forward pass of eight images of 64 x 64, and 0.003 % at 224 x 224. On CUDA the result is copied to the host
-asynchronously, and a later pass reads it once it has arrived, so nothing waits. Of a sharded model all processes take
-the same passes; each gathers the weight that is checked, as FSDP2 gathers all weights in every pass.
+asynchronously, and a later pass reads it once it has arrived, so nothing waits. In a sharded model, all processes check
+in the same passes, and each gathers the weight to check, as FSDP2 gathers all weights in every pass.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ All ``R²`` are known before anything moves. If some are not finite:
 
 * Where values can be read without waiting, or with ``check_finite=True``, a gradient that is finite itself, but too
   large or too small to be squared in its type, is divided by a power of two and measured again; the step is the same.
-  Any other such gradient is refused: nothing has changed.
-* Elsewhere, and with ``check_finite=False``, the group gets no gradient in this step, stays on its manifold, and is
-  counted.
+  For any other such gradient, the step raises an error, and nothing has changed.
+* Elsewhere, and with ``check_finite=False``, the group gets no gradient in this step and stays on its manifold;
+  ``skipped_groups`` counts it.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ class Measured:
         batch: The batch.
         options: Hyper-parameters.
         is_free: Whether values can be read on the host without waiting.
-        check_finite: Raise on what is not finite; None for only where reading does not wait for a device.
+        check_finite: Raise an error for values that are not finite; None to do so only where reading does not wait for
+            a device.
         squared: ``R²`` of all groups, of the gradient divided by ``unit``.
         kept: Which groups take their gradient; None if all do.
-        unit: What the gradients of all groups were divided by; None if by nothing.
+        unit: The divisor of the gradients of all groups; None for no division.
     """
 
     batch: Batch

@@ -8,7 +8,7 @@ The displacement of a weight on a manifold then takes the place of the negative 
     w <- retract_w(-(lr / τ) g)       τ per group: from R = ‖g_G‖, one, or R / (angle ‖w_G‖)
 
 This is FG-SGD without momentum and with another gradient, so every execution path supports it; the optimiser keeps its
-own moments. With ``step_size="theorem"`` no group moves farther than ``(√2 - 1) lr``, whatever the optimiser proposes.
+own moments. With ``step_size="theorem"`` no group moves farther than ``(√2 - 1) lr`` for any proposal of the optimiser.
 
 Adaptive optimisers propose entries near one for every gradient. A group of ``n`` entries then has ``R`` near ``√n``,
 and the theorem's step is shorter than the optimiser's own by a factor of about ``n``: use a larger learning rate, or

@@ -38,7 +38,7 @@ _CHOICES = {"step_size": get_args(StepSize), "update": get_args(Update), "norm":
 
 
 def fill_in(defaults: dict[str, Any], group: dict[str, Any]) -> None:
-    """Add the options that a group lacks, which an earlier version, torch's SGD or Geoopt has written.
+    """Add the options that are missing in a group from an earlier version, from torch's SGD or from Geoopt.
 
     Args:
         defaults: The optimiser's defaults; options that are newer than they are join them.

@@ -2,7 +2,7 @@
 
 A *piece* is one part of one weight: a batch of components on one manifold. Small pieces on equal manifolds are joined
 into one :class:`Job`, across layers, so that a network of many small weights takes a few batched calls; a large piece
-is a job of its own, since joining would only copy it.
+is a separate job, because joining would only copy it.
 
 Pieces are joined once, when a batch is built. Every step loads the jobs with points, gradients and momentum. This
 module cuts and joins tensors; it contains no formula.
@@ -44,7 +44,7 @@ class Piece:
     Attributes:
         weight: The weight.
         part: Number of the part.
-        manifold: Where the components live.
+        manifold: The manifold of the components.
         smallest_radius: The smallest radius that the manifold has had while momentum accumulated; one without radius.
         groups: Which components share a step size.
         index: Position of the piece's groups among those of the batch, int64.
@@ -113,7 +113,7 @@ class Job:
 
     Attributes:
         pieces: The pieces.
-        manifold: Where all components live.
+        manifold: The manifold of all components.
         smallest_radius: The smallest radius of the pieces, which is the same for all.
         groups: The groups of all pieces, one piece after the other.
         index: Position of the groups among those of the batch.

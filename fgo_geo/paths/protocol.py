@@ -9,8 +9,8 @@ implements the same three verbs, and no other code depends on anything else of a
   changes nothing.
 * :meth:`Batch.move` takes the step, given the factor ``1/τ`` of every group's gradient.
 
-A path that gains by measuring and moving at once has ``Batch.sweeps``: where :meth:`Batch.can_sweep` allows it,
-it takes :meth:`Batch.sweep` in place of the two.
+A path that gains by measuring and moving at once has ``Batch.sweeps``: if :meth:`Batch.can_sweep` allows it,
+:meth:`Batch.sweep` replaces the two.
 
 The rest of the step (:mod:`fgo_geo.optim.base`) is the same for all paths: measure everything, refuse or skip what is
 not finite, compute ``τ``, move everything. The formulas are in :mod:`~fgo_geo.paths.reference`, and every other path is

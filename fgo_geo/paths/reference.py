@@ -154,7 +154,7 @@ def fgsgd_update(
     """One step of components: the direction of the rule, and a move against it.
 
     Args:
-        manifold: Where ``x`` lives.
+        manifold: The manifold of ``x``.
         x: Points.
         grad: Tangent vectors at ``x``: the Riemannian gradient divided by ``τ``.
         buffer: Momentum of the step before, or None in the first one.

@@ -1,9 +1,10 @@
 """Which path takes which weight, and the batches that are kept from step to step.
 
 A :class:`Router` asks the paths in the order of ``_FUSED`` and ``_UNFUSED``: each takes the parts of a weight that it
-knows, and the reference path takes the rest. Batches are kept until one of these changes, which is the one rule of
-staleness: the kind of the step, the chosen path, the current CUDA device, the weights, their radii, shapes, strides,
-types and devices, or that a buffer holds something. For small weights, choosing a path costs more than the step.
+supports, and the reference path takes the rest. The router keeps batches until one of these changes, which is the only
+rule of staleness: the kind of the step, the chosen path, the current CUDA device, the weights, their radii, shapes,
+strides, types and devices, or that a buffer holds something. For small weights, choosing a path costs more than the
+step.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def momentum_sgd(
     r"""The direction of SGD: ``b <- μ P_x(b) + (1 - d) g``, and ``b``, or Nesterov's ``g + μ b``.
 
     Args:
-        manifold: Where ``x`` lives.
+        manifold: The manifold of ``x``.
         x: Points.
         grad: Tangent vectors at ``x``: the Riemannian gradient divided by ``τ``.
         buffer: Momentum of the step before, or None in the first one, whose buffer is ``g``.

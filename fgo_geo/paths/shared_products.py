@@ -249,7 +249,7 @@ def shared_products_step(
     """Project gradient and momentum, add them, and move along the polar retraction.
 
     Args:
-        manifold: Where the points live.
+        manifold: The manifold of the points.
         x: Points, shape ``(..., n, p)``.
         grad: Gradients, shape ``(..., n, p)``, projected or not; read only.
         along: ``xᵀ grad``, shape ``(..., p, p)``; overwritten.

@@ -23,8 +23,8 @@ share these groups; ``"pio"`` does ``"po"`` on one half of the output channels a
 
 How the pieces compose: :mod:`fgo_geo.weights.strategies` computes the kind of every cell, as three
 arrays of about one byte per kernel. A :class:`Collection` stores these arrays, computes its groups,
-which are rectangles of the grid, on demand, and writes itself as JSON. Nothing loops over cells or
-groups, and nothing knows a weight, a module or a manifold class.
+which are rectangles of the grid, on demand, and writes itself as JSON. No code here loops over cells or
+groups, or depends on weights, modules or manifold classes.
 """
 
 from __future__ import annotations

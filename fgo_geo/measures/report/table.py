@@ -1,4 +1,4 @@
-"""A report as text: tables of its layers and measures, alone or beside another report's."""
+"""A report as text: tables of its layers and measures, alone or next to those of another report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SYMBOLS = {"frobenius": "‖·‖F", "spectral": "‖·‖2", "two_to_one": "�
 
 
 def tables(report: Record) -> str:
-    """The layers, the measures, what is left out, and a summary.
+    """Tables of the layers, the measures and the omitted parameters, and a summary.
 
     Args:
         report: A report.

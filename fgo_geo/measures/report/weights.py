@@ -35,10 +35,10 @@ class Weight:
     Attributes:
         names: Its names in the model.
         owners: The module behind each name.
-        param: The parameter, which is what an optimiser knows: of a renormalised weight, the raw one.
-        value: What the network computes with.
+        param: The parameter that an optimiser updates: for a renormalised weight, the raw weight.
+        value: The value that the network computes with.
         layout: How it is stored.
-        kind: What governs it.
+        kind: The kind of its constraint.
         manifolds: The groups' manifold kinds, in words.
         partition: Its groups; None if it is a single one.
         violation: Largest relative violation of a constraint; None without constraints.
