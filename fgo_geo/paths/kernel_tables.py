@@ -79,7 +79,7 @@ def step_problem(options: StepOptions) -> Refusal | None:
 
 
 def problem_of(weight: Weight, options: StepOptions) -> Refusal | None:
-    """Why no fused path on kernels takes a weight, whatever the device; None if one does.
+    """Why no fused path on kernels takes a weight on any device; None if one does.
 
     Example:
         >>> w = torch.zeros(16, 8, 3, 3)

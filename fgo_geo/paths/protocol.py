@@ -84,10 +84,10 @@ class Weight:
     """A parameter on a manifold, in one step.
 
     Attributes:
-        param: What is moved, in place.
+        param: The tensor that the step moves, in place.
         owner: The parameter of the model; ``param`` is a copy of it in single precision where it is half.
         manifold: Its manifold.
-        grad: Its Euclidean gradient, which is read only; None between steps.
+        grad: Its Euclidean gradient, read only; None between steps.
         buffer: Its momentum, stored as the parameter is, written in place; None without momentum and between steps.
         first: Whether the buffer holds nothing yet.
         staged: What paths have computed of some parts, points and momentum by part, until all are there: both are
@@ -106,7 +106,7 @@ class Weight:
 
     @property
     def n_groups(self) -> int:
-        """How many groups have a step size of their own."""
+        """Number of groups, each with its own step size."""
         return _number_of_groups(self.manifold)
 
     @property
@@ -142,7 +142,7 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """What one path does of a weight.
+    """The parts of a weight that one path takes.
 
     Attributes:
         weight: The weight.
@@ -248,7 +248,7 @@ class Batch(abc.ABC):
         raise NotImplementedError
 
     def finish(self) -> None:  # noqa: B027  (most batches have nothing to do)
-        """Take notice that all batches of a step have moved."""
+        """React to the end of a step, when all batches have moved."""
 
     @abc.abstractmethod
     def measure(self, options: StepOptions) -> Tensor:

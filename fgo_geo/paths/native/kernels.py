@@ -1,7 +1,7 @@
 """The compiled path of kernels on the CPU: two sweeps over memory for all weights of a parameter group.
 
-A projection shortens, so ``R`` is at most the norm of the Euclidean gradient. Where that is short in every group, as
-mostly in training, all ``τ`` are one whatever ``R`` is, and the first sweep reads gradients only.
+A projection shortens vectors, so ``R`` is at most the norm of the Euclidean gradient. If this norm is small in every
+group, as is usual in training, all ``τ`` are one for any ``R``, and the first sweep only reads gradients.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class BoundedBatch(Batch):
         self._pause = 0
 
     def finish(self) -> None:
-        """Look at the versions of the weights."""
+        """Record the versions of the weights."""
         self._known = self._versions() if self.leaves_finite else None
 
     def _versions(self) -> list[tuple[int, int]] | None:
@@ -123,7 +123,7 @@ class BoundedBatch(Batch):
 
 
 class Gradients:
-    """The gradients of float32 weights, as the extension looks for large ones.
+    """The gradients of float32 weights, in which the extension looks for large ones.
 
     Args:
         sizes: Number of entries of every weight.
@@ -224,7 +224,7 @@ class KernelBatch(BoundedBatch):
         return self.run("fgo_bounds", options)
 
     def update(self, function: str, options: StepOptions, leaves_out: bool) -> int:
-        """Call a function that moves the weights; the sum of what it returns."""
+        """Call a function that moves the weights; return the sum of its results."""
         for weight, entry in self.entries:
             entry.buffer = None if weight.buffer is None else weight.buffer.data_ptr()
             entry.first, entry.skips = weight.first, leaves_out
@@ -232,7 +232,7 @@ class KernelBatch(BoundedBatch):
         return self.run(function, options)
 
     def run(self, function: str, options: StepOptions) -> int:
-        """Call a function of the extension for all weights; the sum of what it returns."""
+        """Call a function of the extension for all weights; return the sum of its results."""
         o = options
         bounds = (o.rho, 0.0 if o.curvature is None else o.curvature)
         flags = (o.nesterov, o.maximize, o.radius_invariant, o.step_size == "constant")

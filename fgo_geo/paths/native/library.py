@@ -1,7 +1,7 @@
-"""The compiled extension: where it is, and how many threads its functions are given.
+"""The compiled extension: its place, and the number of threads for its functions.
 
-It is built when the package is installed, where there is a C++ compiler, and knows neither Python nor torch. Without it
-everything works, by the reference path.
+The installation of the package builds it if there is a C++ compiler. It depends neither on Python nor on torch. Without
+it, all weights take the reference path.
 """
 
 from __future__ import annotations
