@@ -277,11 +277,13 @@ class ChannelDirected:
     def _all_choices(self) -> Iterator[tuple[Tensor, _Choice]]:
         for i, group in enumerate(self.optimizer.param_groups):
             for j, parameter in enumerate(group["params"]):
-                if parameter not in self._choices:
+                choice = self._choices.get(parameter)
+                if choice is None:
                     place = known_name(parameter) or f"param_groups[{i}]['params'][{j}]"
                     name = group["param_names"][j] if "param_names" in group else place
-                    self._choices[parameter] = self._choose(parameter, self._names.get(parameter, name), group)
-                yield parameter, self._choices[parameter]
+                    choice = self._choose(parameter, self._names.get(parameter, name), group)
+                    self._choices[parameter] = choice
+                yield parameter, choice
 
     def _choose(self, parameter: Tensor, name: str, group: dict[str, Any]) -> _Choice:
         entry = group.get("channel_directed", True)
@@ -346,11 +348,15 @@ class ChannelDirected:
             for parameter, gradient, _ in targets:
                 self._replaced.append((parameter, cast(Tensor, parameter.grad)))
                 parameter.grad = gradient
-        tangents = [_tangent(parameter, gradient) for parameter, gradient, _ in targets]
+        manifolds = [_manifold(target.parameter) for target in targets]
+        tangents = [
+            target.gradient if manifold is None else manifold.egrad2rgrad(target.parameter, target.gradient)
+            for target, manifold in zip(targets, manifolds, strict=True)
+        ]
         direct_gradients(tangents, [target.direction for target in targets])
-        for (parameter, gradient, _), directed in zip(targets, tangents, strict=True):
-            if _manifold(parameter) is not None:
-                gradient.copy_(_tangent(parameter, directed))
+        for (parameter, gradient, _), manifold, directed in zip(targets, manifolds, tangents, strict=True):
+            if manifold is not None:
+                gradient.copy_(manifold.egrad2rgrad(parameter, directed))
 
 
 class _Target(NamedTuple):
@@ -366,12 +372,6 @@ class _Target(NamedTuple):
 
 def _manifold(parameter: Tensor) -> geoopt.Manifold | None:
     return getattr(parameter, "manifold", None)
-
-
-def _tangent(parameter: Tensor, vector: Tensor) -> Tensor:
-    """Tangent projection at a parameter on a manifold; the vector itself elsewhere."""
-    manifold = _manifold(parameter)
-    return vector if manifold is None else manifold.egrad2rgrad(parameter, vector)
 
 
 def _check_optimizer(optimizer: Optimizer) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,13 +34,14 @@ class _Channel(ctypes.Structure):
 def takes(g: Tensor) -> bool:
     """Whether :func:`direct` takes a gradient: on the CPU, in single precision, and without gaps in memory."""
     known = g.dtype == torch.float32 and g.layout == torch.strided
-    return known and reads_for_free(g) and _has_no_gaps(g) and library() is not None
+    return known and reads_for_free(g) and _has_no_gaps(g.shape, g.stride()) and library() is not None
 
 
-def _has_no_gaps(g: Tensor) -> bool:
+@lru_cache(4096)
+def _has_no_gaps(shape: torch.Size, strides: tuple[int, ...]) -> bool:
     """Whether the numbers of a tensor fill a range of memory, in any order of the dimensions."""
     expected = 1
-    for stride, size in sorted(zip(g.stride(), g.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1 and stride != expected:
             return False
         expected *= size
@@ -52,15 +54,19 @@ def direct(gradients: Sequence[Tensor], directions: Sequence[tuple[str, float, i
     loaded = library()
     if not pairs or loaded is None:
         return
-    entries = (_Channel * len(pairs))(*(_entry(*pair) for pair in pairs))
+    entries = (_Channel * len(pairs))(*((g.data_ptr(), *_columns(g.shape, g.stride(), d)) for g, d in pairs))
     threads = threads_for(sum(g.numel() for g, _ in pairs))
     with torch.profiler.record_function("fgo_direct"):
         loaded.fgo_direct(entries, ctypes.c_int64(len(pairs)), ctypes.c_int(threads))
     torch.autograd.graph.increment_version([g for g, _ in pairs])
 
 
-def _entry(g: Tensor, direction: tuple[str, float, int, str, int]) -> _Channel:
+@lru_cache(4096)
+def _columns(
+    shape: torch.Size, strides: tuple[int, ...], direction: tuple[str, float, int, str, int]
+) -> tuple[int, int, int, float, int, bool]:
+    """The columns of a gradient and how to direct them: all that ``fgo_channel`` holds but the address."""
     metric, lam, axis, ends, groups = direction
-    length = g.shape[axis] // groups
-    inner = g.stride(axis) if g.shape[axis] > 1 else 1
-    return _Channel(g.data_ptr(), g.numel() // length, length, inner, lam, _METRICS.index(metric), ends == "periodic")
+    length = shape[axis] // groups
+    inner = strides[axis] if shape[axis] > 1 else 1
+    return shape.numel() // length, length, inner, lam, _METRICS.index(metric), ends == "periodic"
