@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from fgo_geo.linalg.products import gram_blocks, gram_matrix
+
 __all__ = ["gram_iteration_bound", "largest_eigenvalue", "short_side_gram"]
 
 
@@ -17,7 +19,9 @@ def short_side_gram(x: Tensor) -> Tensor:
         >>> short_side_gram(torch.tensor([[3.0, 4.0]]))
         tensor([[25.]])
     """
-    return x @ x.mH if x.shape[-2] <= x.shape[-1] else x.mH @ x
+    tall = x if x.shape[-2] > x.shape[-1] else x.mH
+    is_wide = not x.is_complex() and gram_blocks(tall.shape[-1]) > 1
+    return gram_matrix(tall) if is_wide else tall.mH @ tall
 
 
 # cuSOLVER's batched eigensolver takes some 1000 numbers of workspace per tiny matrix and fails beyond two million.
