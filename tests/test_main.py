@@ -14,7 +14,7 @@ import torch
 
 from fgo_geo import ScaledSphere, __main__, __version__
 from fgo_geo.optim import fgsgd
-from fgo_geo.paths.native.library import library
+from fgo_geo.paths.native.library import instruction_set, library
 from fgo_geo.paths.reference import JobBatch
 from fgo_geo.paths.router import use_path
 from fgo_geo.weights import kinds
@@ -43,7 +43,9 @@ def test_it_says_why_a_path_is_not_taken():
         f"{'':16}not faster, because the path 'reference' was chosen",
     ]
     stiefel = [line for line in __main__.paths("matrices", "cpu") if line.startswith("stiefel")]
-    assert stiefel == [f"{'stiefel':16}batched torch code that shares matrix products"]
+    compiled = library() is not None
+    taken = f"compiled products ({instruction_set()})" if compiled else "batched torch code that shares matrix products"
+    assert stiefel == [f"{'stiefel':16}{taken}"]
 
 
 def test_no_line_is_wider_than_the_environment_allows(monkeypatch, capsys):

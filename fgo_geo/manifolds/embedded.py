@@ -154,7 +154,7 @@ class EmbeddedManifold(geoopt.Manifold):
         self._assert_check_shape(shape, "x")
         require_real(dtype or torch.get_default_dtype(), f"what to draw from {self.name}")
         gaussian = torch.randn(shape, dtype=dtype, device=device, generator=generator)
-        return self._tensor(self.uniform(gaussian))
+        return self._tensor(self.uniform(gaussian).contiguous())  # QR works column by column
 
     def random_uniform(self, *size: int | tuple[int, ...], **kwargs: Any) -> geoopt.ManifoldTensor:
         """Geoopt's name for :meth:`random`."""
@@ -191,7 +191,7 @@ class EmbeddedManifold(geoopt.Manifold):
         """
         shape = flat_shape(size)
         self._assert_check_shape(shape, "x")
-        return self._tensor(self._origin(torch.zeros(shape, dtype=dtype, device=device)))
+        return self._tensor(self._origin(torch.zeros(shape, dtype=dtype, device=device)).contiguous())
 
     def _origin(self, zero: Tensor) -> Tensor:
         """The canonical point in the shape of a zero tensor; it may overwrite this tensor."""
