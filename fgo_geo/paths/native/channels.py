@@ -54,19 +54,21 @@ def direct(gradients: Sequence[Tensor], directions: Sequence[tuple[str, float, i
     loaded = library()
     if not pairs or loaded is None:
         return
-    entries = (_Channel * len(pairs))(*((g.data_ptr(), *_columns(g.shape, g.stride(), d)) for g, d in pairs))
+    entries = (_Channel * len(pairs))(*(_entry(*pair) for pair in pairs))
     threads = threads_for(sum(g.numel() for g, _ in pairs))
     with torch.profiler.record_function("fgo_direct"):
         loaded.fgo_direct(entries, ctypes.c_int64(len(pairs)), ctypes.c_int(threads))
     torch.autograd.graph.increment_version([g for g, _ in pairs])
 
 
-@lru_cache(4096)
-def _columns(
-    shape: torch.Size, strides: tuple[int, ...], direction: tuple[str, float, int, str, int]
-) -> tuple[int, int, int, float, int, bool]:
-    """The columns of a gradient and how to direct them: all that ``fgo_channel`` holds but the address."""
+def _entry(g: Tensor, direction: tuple[str, float, int, str, int]) -> tuple[int | float, ...]:
     metric, lam, axis, ends, groups = direction
+    columns = _columns(g.shape, g.stride(), axis, groups)
+    return g.data_ptr(), *columns, lam, _METRICS.index(metric), ends == "periodic"
+
+
+@lru_cache(4096)
+def _columns(shape: torch.Size, strides: tuple[int, ...], axis: int, groups: int) -> tuple[int, int, int]:
+    """Number, length and stride of the columns of a gradient."""
     length = shape[axis] // groups
-    inner = strides[axis] if shape[axis] > 1 else 1
-    return shape.numel() // length, length, inner, lam, _METRICS.index(metric), ends == "periodic"
+    return shape.numel() // length, length, strides[axis] if shape[axis] > 1 else 1
