@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import geoopt
 import pytest
 import torch
 from torch import nn
@@ -40,7 +41,12 @@ def test_overrides_are_a_mapping_of_mappings(overrides, message):
         ({"2": 0.5, "2.weight": 1}, {}, "2.weight: matches '2', which comes first; put '2.weight' before it"),
         ({"2": 1, "2.*": 1, "3": 2}, {}, "2.weight: matches '2', which comes first; put '2.*' before it"),
         ({"2": 0.5}, {"2": {"radius": 1}}, "2.weight: gets its radius from overrides['2']"),
-        ({"2": 0.5}, {"2": {"manifolds": "euclidean"}}, "2.weight: has only Euclidean groups, which have no radius"),
+        ({"2": 0.5}, {"2": {"manifolds": "euclidean"}}, "2.weight: has only groups of euclidean, which have no radius"),
+        (
+            {"2": "unit"},
+            {"2": {"manifolds": geoopt.EuclideanStiefel()}},
+            "2.weight: has only groups of geoopt.EuclideanStiefel, which have no radius",
+        ),
     ],
 )
 def test_a_pattern_that_sets_no_radius_is_an_error(radius, overrides, reason):

@@ -37,11 +37,11 @@ def test_a_plan_that_was_cut_off_anywhere() -> None:
     _, stored = model_and_state(1)
     text = stored._metadata[""]["fgo_geo_plan"]
     for end in range(0, len(text), 997):
-        with pytest.raises(ValueError, match="this is not a plan in JSON"):
+        with pytest.raises(ValueError, match="expected the JSON text of a plan"):
             Plan.from_json(text[:end])
     stored._metadata[""]["fgo_geo_plan"] = text[:-1]
     require_refusal(
-        model, stored, r"the plan in the metadata of the state_dict cannot be read: this is not a plan in JSON"
+        model, stored, r"the plan in the metadata of the state_dict cannot be read: expected the JSON text of a plan"
     )
     model.load_state_dict(state)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 
 import geoopt
@@ -30,9 +31,12 @@ def test_the_plan_prints_every_parameter_once() -> None:
     assert text.endswith("8 of 23 parameters constrained: 74.2 % of 1,043 numbers")
 
 
-def test_of_many_parameters_with_one_remark_the_plan_prints_twenty() -> None:
+def test_of_many_parameters_with_one_remark_the_plan_prints_globs_or_twenty() -> None:
+    layers = [(chr(ord("A") + i), nn.Linear(3, 3)) for i in range(30)]
+    text = str(constrain(nn.Sequential(OrderedDict(layers)), "layer", "sphere"))
+    assert "S.bias, T.bias and 10 more: each has one dimension" in " ".join(text.split())
     text = str(constrain(nn.Sequential(*[nn.Linear(3, 3) for _ in range(30)]), "layer", "sphere"))
-    assert "19.bias and 10 more: each has one dimension" in " ".join(text.split())
+    assert "  *.bias (30): each has one dimension" in text
     assert all(f"{i}.weight" in text for i in range(30))
     assert all(len(line) < 170 for line in text.splitlines())
     assert "Left alone" not in str(constrain(nn.Linear(8, 8, bias=False), classifier=True))
@@ -85,9 +89,10 @@ def test_json_keeps_everything() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "not a plan in JSON"),
-        ("[]", "not a plan in JSON"),
-        ("{}", "not a plan in JSON"),
+        ("", "expected the JSON text of a plan"),
+        ("[]", "expected the JSON text of a plan"),
+        ("{}", "expected the JSON text of a plan"),
+        ('{"version": 1,\n "entries": [}', r"got '.* \(Expecting value: line 2 column 14 \(char 28\)\)$"),
         ('{"version": 99, "entries": []}', "version 99, expected 1"),
         ('{"version": 1}', "damaged"),
         ('{"version": 1, "entries": [{}]}', "damaged"),

@@ -100,7 +100,7 @@ def test_a_damaged_plan_is_refused() -> None:
     constrain(model)
     state, before = model.state_dict(), snapshot(model)
     state._metadata[""]["fgo_geo_plan"] = "{}"
-    with pytest.raises(ValueError, match="not a plan in JSON"):
+    with pytest.raises(ValueError, match="expected the JSON text of a plan"):
         model.load_state_dict(state)
     assert_unchanged(model, before)
 

@@ -91,7 +91,17 @@ class OwnRows(Rows):
     """A class of a user's own, whose methods the tests below replace one by one."""
 
 
+class _OnMeta(Rows):
+    def __init__(self, radius: float | Tensor = 1.0) -> None:
+        super().__init__(radius)
+        self.register_buffer("scale", torch.ones(1, device="meta"))
+
+
 FAULTS = {
+    "projx, complex": (
+        {"projx": lambda self, x: x + 0j},
+        r"projx .* real numbers .* \(3, 4, 3\) and torch.complex128$",
+    ),
     "projx, zeros": ({"projx": lambda self, x: torch.zeros_like(x)}, r"projx .* points .* largest entry 0$"),
     "projx, shape": ({"projx": lambda self, x: x.mT}, r"projx .* shape \(3, 4, 3\), got the shape \(3, 3, 4\)"),
     "projx, NaN": ({"projx": lambda self, x: x * torch.nan}, r"projx .* finite .* got 36 that are not finite"),
@@ -305,6 +315,13 @@ class _Vector(Rows):
         ("own", _Nameless, {}, TypeError, r"_Nameless .* lacks a name"),
         ("own", geoopt.Sphere, {}, TypeError, r"needs a Sphere with ndim = 2, got Sphere with ndim = 1"),
         ("own", _Vector, {}, TypeError, r"'own' needs a _Vector with ndim = 2, got _Vector with ndim = 1"),
+        (
+            "own",
+            _OnMeta,
+            {},
+            TypeError,
+            r"_OnMeta cannot be a kind: it holds a tensor on the meta device, which has no",
+        ),
         ("own", Rows, {"build": fgo_geo.Oblique}, TypeError, r"needs a Rows with ndim = 2, got Oblique"),
         ("own", Rows, {"norms": lambda a, b: 1.0}, ValueError, r"two positive numbers.*got 1.0 for a 3 x 2"),
         ("own", Rows, {"norms": lambda a, b: (1.0, 0.0)}, ValueError, r"two positive numbers.*got \(1.0, 0.0\)"),

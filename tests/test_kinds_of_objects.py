@@ -183,6 +183,40 @@ def test_a_kind_without_radius_refuses_rules_that_need_one(rule: Any) -> None:
         fgo_geo.constrain(network(), "layer", geoopt.EuclideanStiefel(), radius=rule)
 
 
+def test_a_plan_says_that_a_kind_without_radius_is_not_scaled() -> None:
+    own = geoopt.EuclideanStiefel()
+    note = 'groups of geoopt.EuclideanStiefel have no radius, so radius="kaiming" leaves their scale as it is'
+    for rule, kinds_of_groups, notes, radius in (
+        ("kaiming", (own, "sphere"), (note,), "0.577"),
+        ("kaiming", (own, "euclidean"), (note,), "none"),
+        ("unit", own, (), "none"),
+        ("kaiming", "sphere", (), "0.577"),
+        ("kaiming", "euclidean", (), "none"),
+    ):
+        strategy = "po" if isinstance(kinds_of_groups, tuple) else "layer"
+        plan = fgo_geo.constrain(network(), strategy, kinds_of_groups, radius=rule, include="2")
+        assert plan.constrained[0].notes == notes
+        row = next(line for line in str(plan).splitlines() if line.startswith("2.weight"))
+        assert row.endswith(f"  {radius}")
+
+
+@pytest.mark.parametrize("own", [geoopt.UpperHalf, geoopt.BoundedDomain])
+def test_complex_manifolds_of_geoopt_are_refused_before_anything_changes(own: type[geoopt.Manifold]) -> None:
+    model, before = network(), kinds.names()
+    weight = model[2].weight
+    message = r"cannot be a kind: its points are complex, and components of weights are real; use a manifold of real"
+    for use in (
+        lambda: fgo_geo.constrain(model, "layer", own()),
+        lambda: fgo_geo.constrain(model, "layer", f"geoopt.{own.__name__}"),
+        lambda: fgo_geo.register_kind("own", own),
+        lambda: fgo_geo.register_kind("own", type("Own", (own,), {})),
+    ):
+        with pytest.raises(TypeError, match=message):
+            use()
+    assert model[2].weight is weight
+    assert kinds.names() == before
+
+
 # -- products and steps ------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ def printed():
     return plan, fgo_geo.report(model, n_samples=5000)
 
 
-@pytest.mark.parametrize("width", [80, 120])
+@pytest.mark.parametrize("width", [60, 80, 120])
 @pytest.mark.parametrize("is_terminal", [True, False])
 @pytest.mark.parametrize("which", [0, 1], ids=["plan", "report"])
 def test_no_line_is_wider_than_the_terminal_or_the_environment_allow(printed, monkeypatch, which, is_terminal, width):
@@ -33,6 +33,40 @@ def test_no_line_is_wider_than_the_terminal_or_the_environment_allow(printed, mo
     assert len(text.splitlines()) < 4 * len(wide.splitlines())
     monkeypatch.setenv("COLUMNS", "400")
     assert [line.rstrip() for line in str(printed[which]).splitlines()] == wide.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("width", "shown", "hidden"),
+    [
+        (60, "layer ‖·‖2 worst off by", "on, shape, medians, ‖W‖2, feasible, groups, ‖·‖F worst, ‖·‖2→1 worst"),
+        (100, "layer groups ‖·‖F worst ‖·‖2 worst ‖·‖2→1 worst off by", "on, shape, medians, ‖W‖2, feasible"),
+        (170, None, "on"),
+    ],
+)
+def test_a_narrow_report_names_the_columns_that_it_hides_and_cuts_no_cell(printed, monkeypatch, width, shown, hidden):
+    _, report = printed
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = str(report)
+    said = " ".join(text.split())
+    assert shown is None or said.startswith(shown + " ")
+    assert f"Hidden at {width} characters: {hidden}. Set the environment variable COLUMNS=" in said
+    assert "layer4.1.conv2.weight" in text
+    assert "…" not in text
+    needed = said.partition("COLUMNS=")[2].partition(" ")[0]
+    for columns, is_hidden in ((needed, False), (str(int(needed) - 1), True)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert ("Hidden" in str(report)) is is_hidden
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_two_reports_side_by_side_cut_no_cell_either(printed, monkeypatch, width):
+    _, report = printed
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = report.compare(report)
+    assert max(map(len, text.splitlines())) <= width
+    assert "layer4.1.conv2.weight" in text
+    assert "…" not in text
+    assert ("Hidden at" in text) is (width < 200)
 
 
 def test_a_line_represents_them(printed):

@@ -7,9 +7,12 @@ import pickle
 import re
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import geoopt
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from fgo_geo import (
     ScaledSphere,
     Stiefel,
     channel_directed,
+    channel_directed_gradient,
     constrain,
     on_manifolds,
     renormalize,
@@ -48,6 +52,19 @@ def used_up() -> object:
     parameters = network().parameters()
     nn.utils.clip_grad_norm_(parameters, 1.0)
     return parameters
+
+
+def on_meta(act: Callable[[nn.Module], object]) -> Callable[[nn.Module], object]:
+    def under(net: nn.Module) -> object:
+        with torch.device("meta"):
+            return act(net)
+
+    return under
+
+
+def made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return network()
 
 
 NAMED = "pass model.named_parameters() of your model"
@@ -147,6 +164,61 @@ SLIPS = {
         "constrain: include has 'Conv2d', which matches no parameter; to name all layers of a type pass the type, "
         "Conv2d without quotes, e.g. torch.nn.Conv2d",
     ),
+    "the default device without values": (
+        on_meta(lambda net: constrain(net)),
+        ValueError,
+        "constrain: torch's default device is meta, which computes no radii; call constrain outside of",
+    ),
+    "a model made in inference mode": (
+        lambda net: constrain(made_in_inference_mode()),
+        ValueError,
+        "4.weight: each was made under torch.inference_mode() and cannot be trained: build the model outside of it",
+    ),
+    "a group without a dict": (
+        lambda net: RiemannianFGSGD(net[:1].parameters(), lr=0.1).add_param_group(list(net[2].parameters())),
+        TypeError,
+        "RiemannianFGSGD: add_param_group takes a dict, e.g. {'params': layer.named_parameters()}, got a list",
+    ),
+    "a layer in a group": (
+        lambda net: RiemannianFGSGD([{"params": net[0]}, {"params": net[2]}], lr=0.1),
+        TypeError,
+        f"RiemannianFGSGD: params is a Conv2d, expected parameters; {NAMED}",
+    ),
+    "the optimiser of another model": (
+        lambda net: fgo_geo.report(net, optimizer=trained()[1]),
+        ValueError,
+        "report: optimizer (RiemannianFGSGD) has no parameter of the model; pass the optimiser that trains this model",
+    ),
+    "an array for a tensor": (
+        lambda net: fgo_geo.norms.matrix_norms(np.ones((3, 3))),
+        TypeError,
+        "w is a ndarray; expected a torch.Tensor",
+    ),
+    "a layer for its name": (
+        lambda net: constrain(net, include=net[2]),
+        ValueError,
+        "constrain: include has a Conv2d of the parameters 2.weight, 2.bias, expected a name, a glob or a module type",
+    ),
+    "a parameter for its name": (
+        lambda net: constrain(net, exclude=[net[2].weight]),
+        ValueError,
+        "constrain: exclude has a Parameter of the parameters 2.weight, expected a name, a glob or a module type",
+    ),
+    "a number for a name": (
+        lambda net: constrain(net, exclude=2),
+        ValueError,
+        "constrain: exclude has 2, expected a name, a glob or a module type",
+    ),
+    "overrides without settings": (
+        lambda net: constrain(net, overrides=["2.weight"]),
+        ValueError,
+        "constrain: overrides is ['2.weight']; expected a mapping from names, globs or module types",
+    ),
+    "overrides by names and numbers": (
+        lambda net: constrain(net, overrides={"2.*": {"strateg": "pi", 3: 4}}),
+        ValueError,
+        "got ['strateg', 3]; did you mean 'strategy'?",
+    ),
     "a layer misspelt": (
         lambda net: constrain(nn.Sequential(network()), exclude="0.2.wieght"),
         ValueError,
@@ -160,17 +232,42 @@ SLIPS = {
     "the model without its keyword": (
         lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), "h1", 1.0, net),
         ValueError,
-        "axis is the model (a Sequential), which is the argument module=, expected 'output', 'input' or an integer",
+        "axis is a model (Sequential); pass it as module=. Expected 'output', 'input' or an integer",
     ),
     "the model for the metric": (
         lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), net),
         ValueError,
-        "metric is the model (a Sequential), which is the argument module=, expected one of h0, h1, h1t",
+        "metric is a model (Sequential); pass it as module=. Expected one of h0, h1, h1t",
     ),
     "the model for the weight": (
         lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), "h1", net),
         TypeError,
-        "lam is the model (a Sequential), which is the argument module=, expected a number",
+        "lam is a model (Sequential); pass it as module=. Expected a number",
+    ),
+    "the optimiser and the model in the wrong order": (
+        lambda net: channel_directed(net, torch.optim.SGD(net.parameters(), lr=0.1)),
+        TypeError,
+        "optimizer is a Sequential, expected a torch.optim.Optimizer",
+    ),
+    "several numbers for lam": (
+        lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), "h1", np.array([1.0, 2.0])),
+        TypeError,
+        "lam is array([1., 2.]), expected a number",
+    ),
+    "several numbers for lam, in a tensor": (
+        lambda net: channel_directed_gradient(net[0].weight.detach(), "h1", torch.ones(2)),
+        TypeError,
+        "lam is a Tensor, expected a number",
+    ),
+    "a gradient that is not there": (
+        lambda net: channel_directed_gradient(net[0].weight.grad),
+        TypeError,
+        "the gradient is a NoneType, expected a torch.Tensor",
+    ),
+    "the side for the axis of a tensor": (
+        lambda net: channel_directed_gradient(net[0].weight.detach(), axis="output"),
+        TypeError,
+        "axis is 'output', expected an integer",
     ),
     "an axis misspelt": (
         lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), axis="inputs"),
@@ -196,7 +293,7 @@ SLIPS = {
     "a file for the text of a plan": (
         lambda net: fgo_geo.Plan.from_json("plan.json"),
         ValueError,
-        "this is not a plan in JSON, but 'plan.json': pass the text of Plan.to_json",
+        "expected the JSON text of a plan (Plan.to_json), got 'plan.json' (Expecting value: line 1 ",
     ),
     "a plan for the model in a report": (
         lambda net: fgo_geo.report(constrain(net)),
@@ -258,6 +355,31 @@ def test_a_handle_in_place_of_its_optimiser_and_what_a_kind_is_called():
     ):
         channel_directed(handle)
     assert repr(kinds.kind("sphere")) == "<Kind 'sphere': ScaledSphere>"
+
+
+def test_a_scripted_model_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit.script is deprecated
+        net = torch.jit.script(network())
+    with pytest.raises(ValueError, match=r"this model is a ScriptModule, .* after fgo_geo.unconstrain\(model\)$"):
+        constrain(net)
+
+
+def test_an_optimiser_without_names_that_was_built_too_early_names_the_weight():
+    net = network()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    constrain(net)
+    backward(net)
+    with pytest.raises(RuntimeError, match=r"^SGD: '2.weight', of shape .* is no longer a parameter of its model"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.int64(2)])
+def test_numbers_of_numpy_are_radii_and_bounds(number):
+    for options in ({"radius": number}, {"radius": "bound", "bound": number}):
+        plan = constrain(network(), "layer", "sphere", **options)
+        assert fgo_geo.Plan.from_json(plan.to_json()).entries == plan.entries
+        assert float(number) in (plan.constrained[0].radius, plan.constrained[0].bound)
 
 
 @pytest.mark.parametrize(
@@ -368,7 +490,13 @@ def test_step_scales_are_printed_and_read_by_name(with_names):
     optimizer.step()
     scales = optimizer.step_scales()
     assert list(scales) == [model[0].weight, model[2].weight] == list(plan.parameters().values())
-    assert scales["2.weight"] is scales[model[2].weight]
+    assert scales["2.weight"] is scales[model[2].weight] is scales.get("2.weight") is scales.get(model[2].weight)
+    assert "2.weight" in scales
+    assert model[2].weight in scales
+    for missing in ("2.bias", "2.wieght", model[2].bias, 2):
+        assert missing not in scales
+        assert scales.get(missing) is None
+        assert scales.get(missing, 1.0) == 1.0
     assert repr(scales) == f"{{'0.weight': {scales[model[0].weight]!r}, '2.weight': {scales[model[2].weight]!r}}}"
     with pytest.raises(KeyError, match=r"no parameter of the name '2.wieght'; the names are 0.weight.*mean '2.weight'"):
         scales["2.wieght"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -107,6 +107,8 @@ def in_double(x: Tensor, what: str) -> Tensor:
     Raises:
         TypeError: If it is complex or holds integers.
     """
+    if not isinstance(cast(object, x), Tensor):
+        raise TypeError(f"{what} is a {type(x).__name__}; expected a torch.Tensor")
     if not x.is_floating_point():
         raise TypeError(f"{what} has dtype {x.dtype}; expected a real floating-point type")
     return x.double()

@@ -24,14 +24,15 @@ _CHECKED = "_fgo_geo_checked"
 _replacements = 0
 
 
-def mark_replaced(param: Tensor) -> None:
+def mark_replaced(param: Tensor, name: str = "") -> None:
     """Remember that another parameter has taken the place of this one in its model.
 
     Args:
         param: The old parameter.
+        name: Its name in the model, for messages.
     """
     global _replacements
-    setattr(param, REPLACED, True)
+    setattr(param, REPLACED, name or True)
     if _replacements == 0:
         register_optimizer_step_pre_hook(_refuse_replaced)
     _replacements += 1
@@ -60,7 +61,7 @@ def was_replaced(param: Tensor) -> bool:
         >>> was_replaced(weight), was_replaced(layer.weight)
         (True, False)
     """
-    return getattr(param, REPLACED, False)
+    return bool(getattr(param, REPLACED, False))
 
 
 def replaced_error(what: str) -> RuntimeError:
@@ -102,6 +103,7 @@ def _refuse_replaced(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -
         for index, param in enumerate(group["params"]):
             if param.grad is None and was_replaced(param):
                 names = group.get("param_names")
-                name = repr(names[index]) if names else f"param_groups[{number}]['params'][{index}]"
+                known = names[index] if names else getattr(param, REPLACED)
+                name = repr(known) if isinstance(known, str) else f"param_groups[{number}]['params'][{index}]"
                 raise replaced_error(f"{type(optimizer).__name__}: {name}, of shape {tuple(param.shape)},")
     optimizer.__dict__[_CHECKED] = _replacements

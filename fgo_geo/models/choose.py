@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Literal, get_args
 
+from torch import Tensor, nn
+
 from fgo_geo.manifolds import ProductOfGroups
 from fgo_geo.models.entry import PlanEntry
 from fgo_geo.models.feature_stats import LambdaRule
@@ -94,15 +96,17 @@ class Wanted:
 
 
 def check_patterns(argument: str, patterns: Iterable[Pattern], sites: Sequence[Site]) -> None:
-    """Raise ValueError if the patterns are a single word, or one matches no parameter."""
-    if isinstance(patterns, str):
+    """Raise ValueError if ``overrides`` is no mapping, or something is no pattern or matches no parameter."""
+    if argument == "overrides" and not isinstance(patterns, Mapping):
         raise ValueError(
             f"constrain: {argument} is {patterns!r}; expected a mapping from names, globs or module types, e.g. "
             f'{{"layer4.*": ...}}'
         )
     for pattern in patterns:
         if not isinstance(pattern, (str, type)):
-            raise ValueError(f"constrain: {argument} has {pattern!r}, expected a name, a glob or a module type")
+            raise ValueError(
+                f"constrain: {argument} has {_shown(pattern, sites)}, expected a name, a glob or a module type"
+            )
         if not any(site.matches(pattern) for site in sites):
             raise ValueError(
                 f"constrain: {argument} has {pattern!r}, which matches no parameter; {_meant(pattern, sites)}"
@@ -157,8 +161,13 @@ def _no_radius(
     for other, changes in overrides.items():
         if "radius" in changes and site.matches(other):
             return f"gets its radius from overrides[{other!r}]"
-    is_free = all(kind(c.kinds[i]).is_free for c in entry.collections for i in c.group_kinds)
-    return "has only Euclidean groups, which have no radius" if is_free else None
+    used = _kinds_used(entry.collections)
+    return None if any(kind(k).has_radius for k in used) else f"has only groups of {few(used)}, which have no radius"
+
+
+def _kinds_used(collections: Sequence[Collection]) -> list[str]:
+    """The kinds that have groups."""
+    return sorted({c.kinds[number] for c in collections for number in set(c.group_kinds.tolist())})
 
 
 def _meant(pattern: Pattern, sites: Sequence[Site]) -> str:
@@ -173,8 +182,18 @@ def _meant(pattern: Pattern, sites: Sequence[Site]) -> str:
     )
 
 
+def _shown(pattern: object, sites: Sequence[Site]) -> str:
+    """What is given in place of a pattern; a module or a parameter of the model by the names that it has there."""
+    if not isinstance(pattern, (nn.Module, Tensor)):
+        return repr(pattern)
+    params = {pattern} if isinstance(pattern, Tensor) else set(pattern.parameters())
+    names = [name for site in sites if site.param in params for name in site.names]
+    return f"a {type(pattern).__name__}" + (f" of the parameters {few(names)}" if names else "")
+
+
 def _patterns(patterns: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
-    return (patterns,) if isinstance(patterns, (str, type)) else tuple(patterns)
+    is_one = isinstance(patterns, (str, nn.Module, Tensor)) or not isinstance(patterns, Iterable)
+    return (patterns,) if is_one else tuple(patterns)  # pyright: ignore
 
 
 # -- settings -------------------------------------------------------------------------------------------------
@@ -208,6 +227,7 @@ class Settings:
         put = partial(object.__setattr__, self)
         put("radius", check_rule(self.radius))
         check_bound(self.bound)
+        put("bound", float(self.bound))
         put("bound_of", check_bound_of(self.bound_of))
         if type(self.split) is not int or self.split < 1:
             raise ValueError(f"split must be a positive number of equal parts, got {self.split!r}")
@@ -255,11 +275,9 @@ def settings_of(
                     f"constrain: overrides[{pattern!r}] is {changes!r}; expected a mapping from arguments to values, "
                     'e.g. {"strategy": "layer", "manifolds": "stiefel"}'
                 )
-            if unknown := set(changes) - known:
-                hints = "".join(did_you_mean(name, known) for name in sorted(unknown))
-                raise ValueError(
-                    f"constrain: overrides[{pattern!r}] may change {sorted(known)}, got {sorted(unknown)}{hints}"
-                )
+            if unknown := [name for name in changes if name not in known]:
+                hints = "".join(did_you_mean(name, known) for name in unknown)
+                raise ValueError(f"constrain: overrides[{pattern!r}] may change {sorted(known)}, got {unknown}{hints}")
             try:
                 settings = replace(settings, **changes)
             except ValueError as error:
@@ -298,7 +316,7 @@ def entry_of(site: Site, settings: Settings, reason: str | None) -> tuple[PlanEn
         bound=settings.bound,
         bound_of=settings.bound_of,
         statistics=settings.statistics,
-        notes=_notes(site),
+        notes=_notes(site) + _unscaled(collections, settings.radius),
     )
     try:
         return entry, entry.manifold()
@@ -332,6 +350,14 @@ def _notes(site: Site) -> tuple[str, ...]:
     if _STANDARDISED & {base.__name__ for base in type(owner).__mro__}:
         return (f"the raw weight is constrained, and {name} centres and rescales it in the forward pass",)
     return (f"the raw weight is constrained; {name} has a forward pass of its own, which may compute with another one",)
+
+
+def _unscaled(collections: Sequence[Collection], rule: RadiusRule) -> tuple[str, ...]:
+    """A remark on kinds that the rule "kaiming" cannot scale."""
+    used = [k for k in _kinds_used(collections) if not (kind(k).has_radius or kind(k).is_free)]
+    if rule != "kaiming" or not used:
+        return ()
+    return (f'groups of {few(used)} have no radius, so radius="kaiming" leaves their scale as it is',)
 
 
 def collections_of(

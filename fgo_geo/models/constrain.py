@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import geoopt
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -97,9 +98,9 @@ def constrain(
         components: ``"auto"`` (kernels of spatial convolutions, blocks of the matrix of all other layers), or
             ``"kernel"``, ``"block"`` or ``"filter"`` for all layers. A filter is all weights of one output channel:
             ``constrain(model, "po", "sphere", components="filter")`` fixes the norm of every row.
-        initial: ``"project"`` moves every weight, which torch or you have initialised, to the nearest point. Where
-            several points are nearest (zero kernels, zero columns, too low a rank), it draws one of them from ``seed``,
-            and the plan has a note. ``"uniform"`` draws a random point from torch's global generator.
+        initial: ``"project"`` moves every weight from its present values to the nearest point. Where several points are
+            nearest (zero kernels, zero columns, too low a rank), it draws one of them from ``seed``, and the plan has a
+            note. ``"uniform"`` draws a random point from torch's global generator.
         include: Constrain only these: parameter or module names, globs, or module types. Parameters named here are
             constrained even if they belong to the first convolution or the classifier.
         exclude: Leave these alone.
@@ -201,6 +202,16 @@ def unconstrain(model: nn.Module) -> nn.Module:
 
 
 def _require_fresh(model: nn.Module) -> None:
+    if torch.empty(0).is_meta:
+        raise ValueError(
+            "constrain: torch's default device is meta, which computes no radii; call constrain outside of "
+            "`with torch.device('meta')` (the model may be on the meta device)"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            "constrain: this model is a ScriptModule, whose parameters cannot be replaced; constrain the Python model, "
+            "and call torch.jit.script after fgo_geo.unconstrain(model)"
+        )
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(
             "constrain: this model is wrapped in DistributedDataParallel, which would go on with the old parameters; "

@@ -31,7 +31,7 @@ from fgo_geo.weights.radius import (
     check_rule,
     group_radii,
 )
-from fgo_geo.weights.words import few, line_width, stated
+from fgo_geo.weights.words import globs, line_width, stated
 
 __all__ = ["PlanEntry", "names_by_reason", "table_of"]
 
@@ -173,7 +173,6 @@ class PlanEntry:
 
 # -- printing -------------------------------------------------------------------------------------------------
 
-_NAMES = 20  # of parameters with the same remark; the entries hold all
 _HEADER = ("parameter", "shape", "layer", "components", "groups", "manifolds", "radius")
 
 
@@ -191,9 +190,9 @@ def table_of(entries: Sequence[PlanEntry], manifold_of: Callable[[PlanEntry], Pr
             notes.setdefault(note, []).extend(entry.names)
         if entry.reason is None:
             rows.append(_row(entry, manifold_of(entry)))
-    width = line_width()
-    remarks = _remarks("Notes:", [f"{few(names, _NAMES)}: {note}" for note, names in notes.items()], width)
-    reasons = [stated(names, reason, _NAMES) for reason, names in names_by_reason(entries).items()]
+    width, known = line_width(), [name for entry in entries for name in entry.names]
+    remarks = _remarks("Notes:", [f"{globs(names, known)}: {note}" for note, names in notes.items()], width)
+    reasons = [stated(names, reason, globs(names, known)) for reason, names in names_by_reason(entries).items()]
     remarks += _remarks("Left alone:", reasons, width)
     table = _table(rows)
     if max(map(len, table)) > width:
@@ -254,7 +253,7 @@ def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:
     noun = {"block": "blocks", "filter": "filters"}.get(first.components, kernels)
     total = sum(manifold.partition.counts)
     ranges = [m.radius_range for m, _ in manifold.parts if isinstance(m, ComponentManifold)]
-    low, high = min((low for low, _ in ranges), default=1.0), max((high for _, high in ranges), default=1.0)
+    low, high = min((low for low, _ in ranges), default=None), max((high for _, high in ranges), default=None)
     return (
         entry.name if len(entry.names) == 1 else f"{entry.name} (also {', '.join(entry.names[1:])})",
         "x".join(map(str, entry.shape)),
@@ -262,7 +261,7 @@ def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:
         f"{total} {noun if total > 1 else noun[:-1]}",
         f"{manifold.n_groups} ({first.strategy})",
         " + ".join(f"{count} {kind}" for kind, count in zip(first.kinds, counts, strict=True) if count),
-        (f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}")
+        ("none" if low is None else f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}")
         + (f" ({bound_in_words(entry.bound_of, entry.bound)})" if entry.radius == "bound" else "")
         + (f" / {entry.statistics}" * bool(entry.statistics)),
     )

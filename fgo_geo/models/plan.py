@@ -259,7 +259,8 @@ class Plan(NoModel):
             data = json.loads(text)
             version = data["version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"this is not a plan in JSON, but {text!r:.60}: pass the text of Plan.to_json") from error
+            where = f" ({error})" if isinstance(error, json.JSONDecodeError) else ""
+            raise ValueError(f"expected the JSON text of a plan (Plan.to_json), got {text!r:.60}{where}") from error
         if version != _JSON_VERSION:
             raise ValueError(
                 f"this plan has version {version!r}, expected {_JSON_VERSION}: read it with the fgo_geo that wrote it, "
@@ -437,8 +438,7 @@ def plan_of(model: nn.Module) -> Plan:
     Raises:
         ValueError: If the model has no plan, as with weights that were declared on manifolds by hand.
     """
-    plans = plans_of(model)
-    if plans:
+    if plans := plans_of(model):
         return plans[0]
     declared = [name for name, p in model.named_parameters() if isinstance(p, geoopt.ManifoldParameter)]
     if declared:

@@ -62,6 +62,8 @@ class Site:
             return "is shared by layers that store it in different layouts"
         if not self.param.is_floating_point():
             return f"has type {self.param.dtype}, expected a real floating-point type"
+        if self.param.is_inference():
+            return "was made under torch.inference_mode() and cannot be trained: build the model outside of it"
         if not self.param.requires_grad:
             return "is frozen (requires_grad=False): unfreeze it first, or constrain it when it is to be trained"
         return layouts[0]

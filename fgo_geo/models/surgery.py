@@ -173,7 +173,7 @@ def replace_parameter(model: nn.Module, names: Iterable[str], param: Tensor) -> 
         module = model.get_submodule(path)
         old = getattr(module, local)
         if old is not param:
-            mark_replaced(old)
+            mark_replaced(old, name)
         setattr(module, local, param)
 
 

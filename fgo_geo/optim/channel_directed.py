@@ -27,7 +27,7 @@ from fgo_geo.optim.channel_metrics import (
     check_dense,
     check_metric,
     direct_gradients,
-    shown,
+    mistaken,
 )
 from fgo_geo.optim.points import known_name
 from fgo_geo.weights.layout import WeightLayout, layout_of
@@ -80,7 +80,7 @@ class _Settings:
             )
         if not isinstance(self.axis, int) and self.axis not in get_args(Side):
             hint = did_you_mean(self.axis, get_args(Side))
-            raise ValueError(f"axis is {shown(self.axis)}, expected 'output', 'input' or an integer{hint}")
+            raise ValueError(mistaken("axis", self.axis, f"'output', 'input' or an integer{hint}"))
 
     def updated(self, entry: Any) -> _Settings:
         """These settings with those of a parameter group's entry."""
@@ -182,6 +182,7 @@ def channel_directed(
         >>> print(handle)
         ChannelDirected(SGD, metric='h0', lam=2.0, axis='output', ends='periodic'): 1 of 1 parameters
     """
+    _check_optimizer(optimizer)
     return ChannelDirected(
         optimizer, _Settings(metric, lam, axis, ends, lam_relative=lam_relative), select, restore_grad, module
     )
@@ -210,7 +211,6 @@ class ChannelDirected:
         restore_grad: bool,
         module: nn.Module | None,
     ) -> None:
-        _check_optimizer(optimizer)
         self.optimizer = optimizer
         self._settings = settings
         self._select = select

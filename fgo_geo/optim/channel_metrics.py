@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, SupportsFloat, cast, get_args
+from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ __all__ = [
     "check_dense",
     "check_metric",
     "direct_gradients",
+    "mistaken",
 ]
 
 Metric = Literal["h0", "h1", "h1t"]
@@ -301,26 +302,28 @@ def check_metric(metric: str, lam: float, ends: str) -> tuple[Metric, Ends]:
     given, metric, ends = metric, small(metric), small(ends)
     if metric not in _METRICS:
         hint = did_you_mean(given, _METRICS)
-        raise ValueError(f"metric is {shown(given)}, expected one of {', '.join(_METRICS)}{hint}")
+        raise ValueError(mistaken("metric", given, f"one of {', '.join(_METRICS)}{hint}"))
     if ends not in _ENDS:
-        raise ValueError(f"ends is {shown(ends)}, expected one of {', '.join(_ENDS)}")
-    if not isinstance(cast(object, lam), SupportsFloat):
-        raise TypeError(f"lam is {shown(lam)}, expected a number")
+        raise ValueError(mistaken("ends", ends, f"one of {', '.join(_ENDS)}"))
+    if not isinstance(cast(object, lam), SupportsFloat) or getattr(lam, "ndim", 0):
+        raise TypeError(mistaken("lam", lam, "a number"))
     if not math.isfinite(lam) or lam < 0 or (lam == 0 and metric != "h1"):
         least = "at least 0" if metric == "h1" else "above 0"
         raise ValueError(f"lam is {lam}, but the metric {metric} is an inner product only for finite lam {least}")
     return cast(Metric, metric), cast(Ends, ends)
 
 
-def shown(given: object) -> str:
-    """An argument in few words."""
+def mistaken(name: str, given: object, expected: str) -> str:
+    """A message about an argument of another kind than expected."""
     if isinstance(given, nn.Module):
-        return f"the model (a {type(given).__name__}), which is the argument module="
-    return f"a {type(given).__name__}" if isinstance(given, Tensor) else repr(given)
+        return f"{name} is a model ({type(given).__name__}); pass it as module=. Expected {expected}"
+    return f"{name} is {f'a {type(given).__name__}' if isinstance(given, Tensor) else repr(given)}, expected {expected}"
 
 
 def check_dense(x: Tensor, what: str) -> None:
     """Raise unless a tensor is a dense one of real numbers."""
+    if not isinstance(cast(object, x), Tensor):
+        raise TypeError(f"{what} is a {type(x).__name__}, expected a torch.Tensor")
     if x.layout != torch.strided:
         raise TypeError(
             f"{what} is sparse, but smoothing along channels fills every row: use dense gradients "
@@ -333,6 +336,8 @@ def check_dense(x: Tensor, what: str) -> None:
 
 def check_axis(shape: Sequence[int], axis: int, groups: int, what: str = "the tensor") -> int:
     """The axis counted from the front."""
+    if not isinstance(cast(object, axis), SupportsIndex):
+        raise TypeError(f"axis is {axis!r}, expected an integer")
     if not -len(shape) <= axis < len(shape):
         raise ValueError(
             f"axis is {axis}, but {what} has shape {tuple(shape)}: expected an axis in [{-len(shape)}, {len(shape)})"

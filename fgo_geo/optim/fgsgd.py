@@ -8,12 +8,12 @@ formulas in :mod:`fgo_geo.paths.reference` and :mod:`fgo_geo.optim.step_size`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, cast, overload
 
 import geoopt
 import torch
 from geoopt.optim.mixin import OptimMixin
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from fgo_geo.manifolds import STEPS_SHARDS
@@ -174,8 +174,16 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             param_group: The parameters under ``"params"``, and options that differ from the defaults.
 
         Raises:
+            TypeError: If the group is not a dict, or holds a module in place of parameters.
             ValueError: If an option is out of range, or a parameter does not lie on its manifold.
         """
+        if not isinstance(cast(object, param_group), dict):
+            raise TypeError(
+                f"{type(self).__name__}: add_param_group takes a dict, e.g. {{'params': layer.named_parameters()}}, "
+                f"got a {type(param_group).__name__}"
+            )
+        if isinstance(param_group.get("params"), nn.Module):
+            parameters_given(param_group["params"], type(self).__name__)
         stabilize = param_group.get("stabilize", self._stabilize)
         words = check_options({**self.defaults, "stabilize": stabilize, **param_group}, type(self).__name__)
         super().add_param_group({**param_group, **words})

@@ -216,9 +216,9 @@ class Held:
 
 
 class StepScales(dict[Tensor, Tensor]):
-    """Divisors ``τ`` by parameter, which can be read by name, too, and say why a parameter is missing.
+    """Divisors ``τ`` by parameter. ``[]``, ``in`` and ``get`` take names, too; ``[]`` says why a parameter is missing.
 
-    The keys are the parameters. They are printed as names.
+    Iteration yields the parameters. They are printed as names.
 
     Args:
         scales: The divisors.
@@ -232,6 +232,16 @@ class StepScales(dict[Tensor, Tensor]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Copies and pickles are plain dictionaries."""
         return dict, (dict(self),)
+
+    def __contains__(self, key: object) -> bool:
+        return self.get(key) is not None
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """The divisors of a parameter or of a name; ``default`` if there are none."""
+        try:
+            return self[key]
+        except KeyError:
+            return default
 
     def __repr__(self) -> str:
         labels = {param: place if name is None else repr(name) for param, name, place in _named(self._optimizer)}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_methods", "drawn"]
+__all__ = ["check_methods", "drawn", "tensors_of"]
 
 _LARGEST_VIOLATION = 1e-3  # relative, as of the points that optimisers accept
 _MOST_DRAWN = 2**20  # numbers at a time
@@ -17,6 +17,12 @@ _LARGEST_PART = 256  # rows and columns of the part of a point whose spectral no
 _STEP = 1e-2  # length of a step relative to the norm of its point
 _SMALL = 0.1  # what counts as zero, relative to a point or to a step
 _LARGEST_ANGLE = 65  # degrees; exact geodesics of Geoopt's Poincaré ball near its border: 61 in one step
+
+
+def tensors_of(manifold: Any) -> list[Tensor]:
+    """The tensors that a manifold holds as buffers, parameters or attributes."""
+    held = (*manifold.buffers(), *manifold.parameters(), *vars(manifold).values())
+    return [tensor for tensor in held if isinstance(tensor, Tensor)]
 
 
 def drawn(manifold: Any, count: int, rows: int, columns: int) -> Iterator[Tensor]:
@@ -33,8 +39,7 @@ def drawn(manifold: Any, count: int, rows: int, columns: int) -> Iterator[Tensor
         Components, shape ``(n, rows, columns)``.
     """
     generator = torch.Generator("cpu").manual_seed(0)
-    held = (*manifold.buffers(), *manifold.parameters(), *vars(manifold).values())
-    own = [held for held in held if isinstance(held, Tensor) and held.is_floating_point()]
+    own = [held for held in tensors_of(manifold) if held.is_floating_point()]
     # torch.randn draws 16 numbers at a time, so that draws of a multiple of 16 continue each other
     multiple = 16 // math.gcd(16, rows * columns)
     batch = max(1, _MOST_DRAWN // (rows * columns * multiple)) * multiple
@@ -81,9 +86,11 @@ def check_methods(
         if found is None:
             return None
         bad = int((~found.isfinite()).sum())
-        if found.shape != start.shape or bad:
-            shown = f"{bad} that are not finite" if bad else f"the shape {tuple(found.shape)}"
-            raise TypeError(f"{method} {whose} must return finite numbers of shape {tuple(start.shape)}, got {shown}")
+        if found.shape != start.shape or bad or found.is_complex():
+            shown = f"{bad} that are not finite" if bad else f"the shape {tuple(found.shape)} and {found.dtype}"
+            raise TypeError(
+                f"{method} {whose} must return finite real numbers of shape {tuple(start.shape)}, got {shown}"
+            )
         return found
 
     points = returned("projx", start)
@@ -118,10 +125,11 @@ def check_methods(
 
 
 def _check_direction(whose: str, unit: Any, points: Tensor, vectors: Tensor) -> None:
-    """Raise TypeError if a smooth retraction moves all points in other directions than those of the tangent vectors.
+    """Raise TypeError if the retraction moves none of the points in the direction of its tangent vector.
 
-    The direction is a central difference. Components with a tangent vector about zero, and those where the one-sided
-    differences are not opposite, as on the border of a ball, or not finite are left out.
+    The direction of a move is a central difference. The check leaves out three sorts of components: those whose tangent
+    vector is about zero, those whose one-sided differences are not opposite, as on the border of a ball, and those
+    whose differences are not finite.
     """
     # most manifolds have the point itself as a normal vector: what a wrong projection leaves of it is not tangent
     tangent = _called(unit, "proju", points, vectors + 3 * points * (_norm(vectors) / _norm(points)))

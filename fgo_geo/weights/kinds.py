@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import Memory, traces
-from fgo_geo.weights.kind_checks import check_methods, drawn
+from fgo_geo.weights.kind_checks import check_methods, drawn, tensors_of
 from fgo_geo.weights.words import did_you_mean
 
 __all__ = [
@@ -358,6 +358,16 @@ def _enter(
         raise TypeError(
             f"register_kind: a component is a matrix, so {name!r} needs a {manifold.__name__} with ndim = 2, got "
             f"{type(unit).__name__} with ndim = {unit.ndim}"
+        )
+    if issubclass(manifold, (geoopt.UpperHalf, geoopt.BoundedDomain)):
+        raise TypeError(
+            f"register_kind: {manifold.__name__} cannot be a kind: its points are complex, and components of weights "
+            "are real; use a manifold of real matrices"
+        )
+    if any(held.is_meta for held in tensors_of(unit)):
+        raise TypeError(
+            f"register_kind: {manifold.__name__} cannot be a kind: it holds a tensor on the meta device, which has no "
+            "values; make its tensors on the CPU, and register it outside of `with torch.device('meta')`"
         )
     _check_norms(name, norms)
     free = [spare for spare in _SPARE_COLOURS if all(k.colour != spare for k in kinds())]

@@ -16,6 +16,7 @@ training, see :mod:`fgo_geo.models.feature_stats`.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Literal, cast, get_args
 
@@ -170,7 +171,7 @@ def bound_in_words(bound_of: BoundOf, bound: float) -> str:
 
 def check_bound(bound: float) -> None:
     """Raise ValueError if a bound is not a positive number."""
-    if not (isinstance(bound, (int, float)) and not isinstance(bound, bool) and 0 < bound < math.inf):
+    if not (isinstance(bound, numbers.Real) and not isinstance(bound, bool) and 0 < bound < math.inf):
         raise ValueError(f"bound must be a positive number, got {bound!r}")
 
 
@@ -186,7 +187,7 @@ def check_rule(rule: object) -> RadiusRule:
     Raises:
         ValueError: If it is anything else.
     """
-    if isinstance(rule, (int, float)) and not isinstance(rule, bool) and rule > 0 and math.isfinite(rule):
+    if isinstance(rule, numbers.Real) and not isinstance(rule, bool) and 0 < float(rule) < math.inf:
         return float(rule)
     word = small(rule)
     if isinstance(word, str) and word in ("kaiming", "unit", "bound"):
@@ -250,6 +251,6 @@ def _require_no_radius(kind: str, rule: RadiusRule) -> None:
     """Raise ValueError if a rule needs a radius."""
     if rule not in ("kaiming", "unit", 1.0):
         raise ValueError(
-            f'manifolds of kind {kind!r} have no radius, so radius={rule!r} cannot be met; use radius="unit", or a '
-            "kind with a radius"
+            f"manifolds of kind {kind!r} have no radius, so radius={rule!r} cannot be met; leave this radius out, or "
+            "use a kind with a radius"
         )

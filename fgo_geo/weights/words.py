@@ -11,10 +11,12 @@ import os
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import TypeVar
 
-__all__ = ["did_you_mean", "few", "line_width", "small", "stated"]
+__all__ = ["did_you_mean", "few", "globs", "line_width", "small", "stated"]
 
 _Word = TypeVar("_Word")
 
@@ -74,20 +76,46 @@ def few(names: Sequence[str], limit: int = 6) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def stated(names: Sequence[str], predicate: str, limit: int = 6) -> str:
+def globs(names: Sequence[str], known: Iterable[str], limit: int = 20) -> str:
+    """Names as :func:`few`, where a glob and a count stand for more than six names that differ in numbers alone.
+
+    Args:
+        names: Names, in the order to show them.
+        known: All names; a glob that fits others of these is not used.
+        limit: Number of names and globs to show.
+
+    Example:
+        >>> biases = [f"layers.{i}.ln_{j}.bias" for i in range(4) for j in (1, 2)]
+        >>> globs(["head.bias", *biases], ["head.bias", *biases, "layers.0.fc.bias"])
+        'head.bias, layers.*.ln_*.bias (8)'
+    """
+    if len(names) <= 6:
+        return ", ".join(names)
+    known, labels = list(known), {name: name for name in names}
+    for digits in (r"\d+(?=.*\d)", r"\d+"):  # all numbers but the last, or better all
+        replaced = partial(re.sub, digits, "*")
+        here, everywhere = Counter(map(replaced, names)), Counter(map(replaced, known))
+        for name in names:
+            glob = replaced(name)
+            if 2 < here[glob] == everywhere[glob]:
+                labels[name] = f"{glob} ({here[glob]})"
+    return few(list(dict.fromkeys(labels.values())), limit)
+
+
+def stated(names: Sequence[str], predicate: str, shown: str | None = None) -> str:
     """A statement about each of some names.
 
     Args:
         names: Names, in the order to show them.
         predicate: What holds for each, from its verb on.
-        limit: Number of names to show.
+        shown: Text that stands for the names; the first six by default.
 
     Example:
         >>> stated(["bias"], "has one dimension"), stated(["0.bias", "2.bias"], "has one dimension")
         ('bias: has one dimension', '0.bias, 2.bias: each has one dimension')
     """
     each = "each " if len(names) > 1 and not predicate.startswith("cannot ") else ""
-    return f"{few(names, limit)}: {each}{predicate}"
+    return f"{few(names) if shown is None else shown}: {each}{predicate}"
 
 
 def line_width() -> float:

@@ -84,7 +84,7 @@ def report(
     Raises:
         TypeError: If the model is not a module, or the optimiser has no step sizes to report.
         ValueError: If a weight is sharded or holds NaN or infinity (by name), nothing can be measured, the data do not
-            fit the model, or another argument is out of range.
+            fit the model, the optimiser has no parameter of the model, or another argument is out of range.
 
     Example:
         >>> import math
@@ -98,7 +98,7 @@ def report(
     """
     _check_arguments(model, n_samples, margin_quantile, depth_factor)
     n_samples = None if n_samples is None else int(n_samples)
-    scales = _step_scales(optimizer)
+    scales = _step_scales(optimizer, model)
     found, left_out = find_weights(model)
     records: tuple[BatchNormRecord, ...] = ()
     norms = {name: m for name, m in model.named_modules() if isinstance(m, BatchNorm)}
@@ -148,7 +148,7 @@ def _check_arguments(model: Any, n_samples: Any, margin_quantile: float, depth_f
         raise ValueError(f"report: depth_factor is {depth_factor!r}; expected one of {get_args(DepthFactor)}")
 
 
-def _step_scales(optimizer: torch.optim.Optimizer | None) -> Mapping[Tensor, Tensor]:
+def _step_scales(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> Mapping[Tensor, Tensor]:
     if optimizer is None:
         return {}
     read: Callable[[], Mapping[Tensor, Tensor]] | None = getattr(optimizer, "step_scales", None)
@@ -156,6 +156,13 @@ def _step_scales(optimizer: torch.optim.Optimizer | None) -> Mapping[Tensor, Ten
         raise TypeError(
             f"report: optimizer is {type(optimizer).__name__}, which has no step_scales(); expected FG-SGD, or an "
             "optimiser that fgo_geo.on_manifolds keeps on manifolds"
+        )
+    groups: list[dict[str, Any]] = getattr(optimizer, "optimizer", optimizer).param_groups  # of a handle, too
+    held = {param for group in groups for param in group["params"]}
+    if held.isdisjoint(model.parameters()):
+        raise ValueError(
+            f"report: optimizer ({type(optimizer).__name__}) has no parameter of the model; pass the optimiser "
+            "that trains this model, or leave it out"
         )
     return read()
 

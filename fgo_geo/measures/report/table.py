@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 from rich import box
@@ -16,6 +18,12 @@ from fgo_geo.weights.words import line_width, stated
 __all__ = ["comparison", "tables"]
 
 _SYMBOLS = {"frobenius": "‖·‖F", "spectral": "‖·‖2", "two_to_one": "‖·‖2→1"}
+_MEDIAN = " / median"
+_UNFOLDED = 32  # characters of a layer's name; longer ones may take several lines before a column is hidden
+_LEAST_NEEDED_FIRST = (
+    *("on", "shape", _MEDIAN, "‖W‖2", "conv norm <=", "τ > 1", "feasible"),
+    *("groups", f"{_SYMBOLS['frobenius']} worst", f"{_SYMBOLS['two_to_one']} worst", "off by"),
+)
 
 
 def tables(report: Record) -> str:
@@ -26,13 +34,10 @@ def tables(report: Record) -> str:
 
     Returns:
         Text of several lines. The table is as wide as its content; on a terminal that is too narrow it has fewer
-        columns.
+        columns, and a remark names the others.
     """
     width = line_width()
-    table = _layer_table(report)
-    if Console(width=10_000).measure(table).maximum > width:
-        table = _narrow_layer_table(report)
-    parts = [_render(table)]
+    parts = [_fitted(_layer_columns(report), width)]
     if report.measures:
         parts.append(_render(_measure_table(report)))
     reasons: dict[str, list[str]] = {}
@@ -59,17 +64,14 @@ def comparison(first: Record, second: Record, labels: tuple[str, str]) -> str:
         Two tables as text; a layer that only one of them has leaves the other's cells empty.
     """
     sides = [{layer.name: layer for layer in report.layers} for report in (first, second)]
-    table = Table("layer", box=box.SIMPLE)
-    for header in ("groups", *(f"worst {symbol}" for symbol in _SYMBOLS.values()), "off by"):
-        for label in labels:
-            table.add_column(f"{header}\n{label}", justify="right")
-    for name in dict.fromkeys([*sides[0], *sides[1]]):
-        pair = [side.get(name) for side in sides]
-        cells = ["" if layer is None else str(layer.n_groups) for layer in pair]
-        cells += ["" if layer is None else _number(layer.worst(norm)) for norm in _SYMBOLS for layer in pair]
-        cells += ["" if layer is None else _off_by(layer) for layer in pair]
-        table.add_row(name, *cells)
-    parts = [_render(table)]
+    names = list(dict.fromkeys([*sides[0], *sides[1]]))
+    cell_of: dict[str, Callable[[LayerReport], str]] = {"groups": lambda layer: str(layer.n_groups)}
+    cell_of |= {f"{symbol} worst": partial(_worst, norm=norm) for norm, symbol in _SYMBOLS.items()}
+    columns = {"layer": names}
+    for header, cell in (cell_of | {"off by": _off_by}).items():
+        for label, side in zip(labels, sides, strict=True):
+            columns[f"{header}\n{label}"] = [cell(side[name]) if name in side else "" for name in names]
+    parts = [_fitted(columns, line_width())]
     if first.measures and second.measures:
         parts.append(_render(_measures_of_both(first, second, labels)))
     if first.margin is not None and second.margin is not None:
@@ -89,38 +91,65 @@ def _measures_of_both(first: Record, second: Record, labels: tuple[str, str]) ->
     return sums
 
 
-def _layer_table(report: Record) -> Table:
-    show_operator = any(layer.operator_norm is not None for layer in report.layers)
-    show_tau = any(layer.tau is not None for layer in report.layers)
-    headers = ["layer", "shape", "on", "groups", *(f"{s} worst / median" for s in _SYMBOLS.values()), "‖W‖2"]
-    headers += ["conv norm <="] * show_operator + ["off by", "feasible"] + ["τ > 1"] * show_tau
-    table = Table(*headers, box=box.SIMPLE)
-    for column in table.columns[3:]:
-        column.justify = "right"
-    for layer in report.layers:
-        cells = [
-            layer.name if len(layer.names) == 1 else f"{layer.name} (also {', '.join(layer.names[1:])})",
-            "x".join(map(str, layer.shape)),
-            layer.manifolds or layer.kind,
-            str(layer.n_groups),
-            *(_worst_median(layer, norm) for norm in _SYMBOLS),
-            _number(float(layer.layer.spectral)),
-        ]
-        cells += [_number(layer.operator_norm)] * show_operator
-        cells += [_off_by(layer), "" if layer.feasible is None else "yes" if layer.feasible else "NO"]
-        cells += ["" if layer.tau is None else f"{layer.tau.share_above_one:.0%}"] * show_tau
+def _layer_columns(report: Record) -> dict[str, list[str]]:
+    """The cells of every column by its header."""
+    layers = report.layers
+    columns = {
+        "layer": [n.name if len(n.names) == 1 else f"{n.name} (also {', '.join(n.names[1:])})" for n in layers],
+        "shape": ["x".join(map(str, layer.shape)) for layer in layers],
+        "on": [layer.manifolds or layer.kind for layer in layers],
+        "groups": [str(layer.n_groups) for layer in layers],
+    }
+    for norm, symbol in _SYMBOLS.items():
+        columns[f"{symbol} worst{_MEDIAN}"] = [_worst_median(layer, norm) for layer in layers]
+    columns["‖W‖2"] = [_number(float(layer.layer.spectral)) for layer in layers]
+    if any(layer.operator_norm is not None for layer in layers):
+        columns["conv norm <="] = [_number(layer.operator_norm) for layer in layers]
+    columns["off by"] = [_off_by(layer) for layer in layers]
+    columns["feasible"] = ["" if n.feasible is None else "yes" if n.feasible else "NO" for n in layers]
+    if any(layer.tau is not None for layer in layers):
+        columns["τ > 1"] = ["" if n.tau is None else f"{n.tau.share_above_one:.0%}" for n in layers]
+    return columns
+
+
+def _fitted(columns: dict[str, list[str]], width: float) -> str:
+    """A table of as many columns as fit into a width, and a remark on those that do not.
+
+    Args:
+        columns: The cells of every column by its header, of which a second line may name one of two reports.
+        width: The width of the terminal.
+    """
+    shown, hidden = columns, dict[str, str]()
+    for least_needed in _LEAST_NEEDED_FIRST:
+        if _width(shown | {"layer": [name[:_UNFOLDED] for name in shown["layer"]]}) <= width:
+            break
+        left = {header: cells for header, cells in shown.items() if header.partition("\n")[0] != least_needed}
+        if least_needed == _MEDIAN:
+            left = {h.removesuffix(_MEDIAN): [cell.partition(" / ")[0] for cell in shown[h]] for h in shown}
+        if left.keys() != shown.keys():
+            shown, hidden[least_needed] = left, "medians" if least_needed == _MEDIAN else least_needed
+    text = _render(_table(shown))
+    if not hidden:
+        return text
+    remark = (
+        f"Hidden at {int(width)} characters: {', '.join(hidden.values())}. Set the environment variable "
+        f"COLUMNS={_width(columns)} to print them."
+    )
+    return f"{text}\n\n{_filled(remark, width)}"
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> Table:
+    table = Table(box=box.SIMPLE)
+    for header in columns:
+        is_text = header in ("layer", "shape", "on")
+        table.add_column(header, justify="left" if is_text else "right", no_wrap=not is_text, overflow="fold")
+    for cells in zip(*columns.values(), strict=True):
         table.add_row(*cells)
     return table
 
 
-def _narrow_layer_table(report: Record) -> Table:
-    table = Table("layer", "groups", *(f"worst {symbol}" for symbol in _SYMBOLS.values()), "off by", box=box.SIMPLE)
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for layer in report.layers:
-        worst = (_number(layer.worst(norm)) for norm in _SYMBOLS)
-        table.add_row(layer.name, str(layer.n_groups), *worst, _off_by(layer))
-    return table
+def _width(columns: Mapping[str, Sequence[str]]) -> int:
+    return Console(width=10_000).measure(_table(columns)).maximum
 
 
 def _filled(text: str, width: float) -> str:
@@ -185,8 +214,12 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
 
 
+def _worst(layer: LayerReport, norm: str) -> str:
+    return _number(layer.worst(norm))
+
+
 def _worst_median(layer: LayerReport, norm: str) -> str:
-    worst = _number(layer.worst(norm))
+    worst = _worst(layer, norm)
     return worst if layer.n_groups == 1 else f"{worst} / {_number(layer.median(norm))}"
 
 
