@@ -63,7 +63,7 @@ def cells_of(grid: grids.Grid) -> list[grids.Cell]:
 
 
 def work(cells: list[grids.Cell], path: Path, jobs: int) -> list[dict[str, str]]:
-    """Do the runs that have no line in the file; return all lines."""
+    """Do the runs that have no line in the file; return their lines."""
     lines: list[dict[str, str]] = []
     if path.exists():
         with path.open(encoding="utf-8", newline="") as file:
@@ -72,7 +72,7 @@ def work(cells: list[grids.Cell], path: Path, jobs: int) -> list[dict[str, str]]
     missing = [cell for cell in cells if cell.key not in known]
     with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
-        if not lines:
+        if not file.tell():
             writer.writeheader()
         for number, (cell, figures) in enumerate(results(missing, jobs, train), 1):
             line = {"key": cell.key, "row": cell.row.name, "variant": cell.row.variant, "seed": cell.seed}
@@ -82,13 +82,13 @@ def work(cells: list[grids.Cell], path: Path, jobs: int) -> list[dict[str, str]]
             file.flush()
             lines.append(shown)
             print(f"{number}/{len(missing)} {', '.join(shown.values())}")
-    return lines
+    return [line for line in lines if line["key"] in {cell.key for cell in cells}]
 
 
 def curve(lines: list[dict[str, str]]) -> tuple[list[float], list[float]]:
     """Mean angles (degrees) and accuracies (%) at the learning rates of a row at which no run was lost."""
     angles, accuracies = [], []
-    for lr in dict.fromkeys(line["lr"] for line in lines):
+    for lr in sorted({line["lr"] for line in lines}, key=float):
         runs = [line for line in lines if line["lr"] == lr]
         if all(float(run["test_accuracy"]) > LOST for run in runs):
             angles.append(statistics.fmean(float(run["angle"]) for run in runs))

@@ -7,9 +7,13 @@ The environment variable ``HYPOTHESIS_PROFILE`` names the profile; without it, i
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from fgo_geo.weights import kinds
 
 # The first example of a test compiles, loads and allocates: a clock on single examples would measure that.
 settings.register_profile(
@@ -31,3 +35,13 @@ os.environ.pop("COLUMNS", None)
 # OMP_NUM_THREADS says otherwise.
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def registry() -> Iterator[None]:
+    """Take out the kinds of manifolds that a test has entered, by name or as an object."""
+    before = kinds.names()
+    yield
+    for name in kinds.names():
+        if name not in before:
+            kinds.unregister_kind(name)

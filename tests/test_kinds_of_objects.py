@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import geoopt
@@ -59,16 +58,6 @@ class Weighted(fgo_geo.Oblique):
 
 
 STIEFELS = [geoopt.CanonicalStiefel, geoopt.EuclideanStiefel, geoopt.EuclideanStiefelExact]
-
-
-@pytest.fixture(autouse=True)
-def registry() -> Iterator[None]:
-    """Take out what a test has entered."""
-    before = kinds.names()
-    yield
-    for name in kinds.names():
-        if name not in before:
-            kinds.unregister_kind(name)
 
 
 # -- which kind an object is of ----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from fgo_geo.optim.on_manifolds import handle_of
 from fgo_geo.paths.native.kernels import NativeKernels
 from fgo_geo.paths.native.library import library
 from fgo_geo.paths.native.lines import NativeLines
+from fgo_geo.paths.native.stiefel import NativeStiefel
 from fgo_geo.paths.reference import Reference
 from fgo_geo.paths.shared_products import SharedProducts
 
@@ -523,13 +524,13 @@ def weight_of(manifold: ProductOfGroups, *shape: int) -> geoopt.ManifoldParamete
         ("kernel", KINDS, (8, 6, 3, 3), "NativeKernels"),
         ("filter", ("sphere",), (16, 6, 3, 3), "NativeLines"),
         ("block", ("sphere", "oblique"), (32, 32), "NativeLines"),
-        ("block", ("stiefel",), (32, 32), "Reference"),
+        ("block", ("stiefel",), (32, 32), "NativeStiefel"),
     ],
 )
 def test_the_fused_paths_take_it(components, kinds, shape, path, monkeypatch):
     """Every path makes batches of what it takes; the displacement of another optimiser is a gradient for them."""
     taken: list[str] = []
-    for own in (NativeKernels, NativeLines, SharedProducts, Reference):
+    for own in (NativeKernels, NativeLines, NativeStiefel, SharedProducts, Reference):
 
         def batch(self, claims, _make=own.batch, _name=own.__name__):
             taken.append(_name)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import OrderedDict
 
 import pytest
 import torchvision
+from torch import nn
 
 import fgo_geo
 from fgo_geo.weights import words
@@ -33,6 +35,16 @@ def test_no_line_is_wider_than_the_terminal_or_the_environment_allow(printed, mo
     assert len(text.splitlines()) < 4 * len(wide.splitlines())
     monkeypatch.setenv("COLUMNS", "400")
     assert [line.rstrip() for line in str(printed[which]).splitlines()] == wide.splitlines()
+
+
+def test_a_narrow_report_leaves_names_of_layers_whole(monkeypatch):
+    names = ("enc / conv", "enc / conv2")
+    model = nn.Sequential(OrderedDict((name, nn.Conv2d(8, 8, 3)) for name in names))
+    fgo_geo.constrain(model, "po", "sphere", first_layer=True)
+    report = fgo_geo.report(model, n_samples=100)
+    for columns in (60, 100, 300):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        assert all(f"{name}.weight" in str(report) for name in names)
 
 
 @pytest.mark.parametrize(

@@ -232,17 +232,18 @@ SLIPS = {
     "the model without its keyword": (
         lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), "h1", 1.0, net),
         ValueError,
-        "axis is a model (Sequential); pass it as module=. Expected 'output', 'input' or an integer",
+        "axis is a model (Sequential), which channel_directed takes as module=; expected 'output', 'input' or an "
+        "integer",
     ),
     "the model for the metric": (
         lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), net),
         ValueError,
-        "metric is a model (Sequential); pass it as module=. Expected one of h0, h1, h1t",
+        "metric is a model (Sequential), which channel_directed takes as module=; expected one of h0, h1, h1t",
     ),
     "the model for the weight": (
         lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), "h1", net),
         TypeError,
-        "lam is a model (Sequential); pass it as module=. Expected a number",
+        "lam is a model (Sequential), which channel_directed takes as module=; expected a number",
     ),
     "the optimiser and the model in the wrong order": (
         lambda net: channel_directed(net, torch.optim.SGD(net.parameters(), lr=0.1)),
@@ -253,6 +254,11 @@ SLIPS = {
         lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), "h1", np.array([1.0, 2.0])),
         TypeError,
         "lam is array([1., 2.]), expected a number",
+    ),
+    "a float for the number of groups": (
+        lambda net: channel_directed_gradient(net[0].weight.detach(), "h1", 1.0, groups=2.0),  # pyright: ignore
+        TypeError,
+        "groups is 2.0, expected an integer",
     ),
     "several numbers for lam, in a tensor": (
         lambda net: channel_directed_gradient(net[0].weight.detach(), "h1", torch.ones(2)),
@@ -361,8 +367,9 @@ def test_a_scripted_model_is_refused():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that torch.jit.script is deprecated
         net = torch.jit.script(network())
-    with pytest.raises(ValueError, match=r"this model is a ScriptModule, .* after fgo_geo.unconstrain\(model\)$"):
-        constrain(net)
+    for model in (net, nn.Sequential(nn.Linear(2, 2), net)):
+        with pytest.raises(ValueError, match=r"is or has a ScriptModule, .* after fgo_geo.unconstrain\(model\)$"):
+            constrain(model)
 
 
 def test_an_optimiser_without_names_that_was_built_too_early_names_the_weight():

@@ -160,8 +160,10 @@ def test_angles_of_runs_are_those_that_the_optimiser_turns_by_and_every_run_is_d
 
     monkeypatch.setattr(angles, "results", here)
     cells = angles.cells_of(spec)
+    assert angles.work([], tmp_path / "angles.csv", 1) == []  # stopped before its first run
     angles.work(cells[:3], tmp_path / "angles.csv", 1)
     lines = angles.work(cells, tmp_path / "angles.csv", 1)
+    assert angles.work(cells[1:2], tmp_path / "angles.csv", 1) == lines[1:2]  # of another grid
     assert asked == [cell.key for cell in cells] == [line["key"] for line in lines]
     for line in lines[:2]:  # a learning rate of one is a radian
         turned = [float(line[name]) for name in ("angle", "first_angle", "last_angle")]
@@ -176,7 +178,7 @@ def test_a_curve_leaves_out_rates_at_which_a_run_was_lost():
         return {"lr": lr, "test_accuracy": accuracy, "angle": angle}
 
     runs = [line("0.1", "0.5", "1"), line("0.1", "0.7", "2"), line("1", "0.6", "9"), line("1", "0.1", "")]
-    assert angles.curve(runs) == ([1.5], [60])
+    assert angles.curve([line("0.3", "0.4", "8"), *runs]) == ([1.5, 8], [60, 40])
 
 
 # -- convergence ----------------------------------------------------------------------------------------------

@@ -207,10 +207,10 @@ def _require_fresh(model: nn.Module) -> None:
             "constrain: torch's default device is meta, which computes no radii; call constrain outside of "
             "`with torch.device('meta')` (the model may be on the meta device)"
         )
-    if isinstance(model, torch.jit.ScriptModule):
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ValueError(
-            "constrain: this model is a ScriptModule, whose parameters cannot be replaced; constrain the Python model, "
-            "and call torch.jit.script after fgo_geo.unconstrain(model)"
+            "constrain: this model is or has a ScriptModule, whose parameters cannot be replaced; constrain the Python "
+            "model, and call torch.jit.script after fgo_geo.unconstrain(model)"
         )
     if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
         raise ValueError(

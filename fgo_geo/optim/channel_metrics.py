@@ -116,12 +116,12 @@ def channel_inner(
         tensor(12.)
     """
     metric, ends = check_metric(metric, lam, ends)
+    check_dense(h, "h")
+    check_dense(k, "k")
     if h.shape != k.shape:
         raise ValueError(
             f"the inner product takes two tensors of one shape, but got {tuple(h.shape)} and {tuple(k.shape)}"
         )
-    check_dense(h, "h")
-    check_dense(k, "k")
     axis = check_axis(h.shape, axis, groups)
     return _inner(_columns(h, axis, groups), _columns(k, axis, groups), metric, lam, ends)
 
@@ -305,7 +305,8 @@ def check_metric(metric: str, lam: float, ends: str) -> tuple[Metric, Ends]:
         raise ValueError(mistaken("metric", given, f"one of {', '.join(_METRICS)}{hint}"))
     if ends not in _ENDS:
         raise ValueError(mistaken("ends", ends, f"one of {', '.join(_ENDS)}"))
-    if not isinstance(cast(object, lam), SupportsFloat) or getattr(lam, "ndim", 0):
+    is_one = lam.numel() == 1 if isinstance(lam, Tensor) else not getattr(lam, "ndim", 0)
+    if not isinstance(cast(object, lam), SupportsFloat) or not is_one:
         raise TypeError(mistaken("lam", lam, "a number"))
     if not math.isfinite(lam) or lam < 0 or (lam == 0 and metric != "h1"):
         least = "at least 0" if metric == "h1" else "above 0"
@@ -316,7 +317,9 @@ def check_metric(metric: str, lam: float, ends: str) -> tuple[Metric, Ends]:
 def mistaken(name: str, given: object, expected: str) -> str:
     """A message about an argument of another kind than expected."""
     if isinstance(given, nn.Module):
-        return f"{name} is a model ({type(given).__name__}); pass it as module=. Expected {expected}"
+        return (
+            f"{name} is a model ({type(given).__name__}), which channel_directed takes as module=; expected {expected}"
+        )
     return f"{name} is {f'a {type(given).__name__}' if isinstance(given, Tensor) else repr(given)}, expected {expected}"
 
 
@@ -342,6 +345,8 @@ def check_axis(shape: Sequence[int], axis: int, groups: int, what: str = "the te
         raise ValueError(
             f"axis is {axis}, but {what} has shape {tuple(shape)}: expected an axis in [{-len(shape)}, {len(shape)})"
         )
+    if not isinstance(cast(object, groups), SupportsIndex):
+        raise TypeError(f"groups is {groups!r}, expected an integer")
     axis %= len(shape)
     if shape[axis] == 0:
         raise ValueError(f"{what} has shape {tuple(shape)}: axis {axis} holds no channel")

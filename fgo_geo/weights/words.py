@@ -6,6 +6,7 @@ Words such as ``"stiefel"``, ``"PIO"`` or ``"H1"`` may mix upper and lower case:
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import math
 import os
 import re
@@ -88,17 +89,17 @@ def globs(names: Sequence[str], known: Iterable[str], limit: int = 20) -> str:
         >>> biases = [f"layers.{i}.ln_{j}.bias" for i in range(4) for j in (1, 2)]
         >>> globs(["head.bias", *biases], ["head.bias", *biases, "layers.0.fc.bias"])
         'head.bias, layers.*.ln_*.bias (8)'
+        >>> globs([f"{i}.bias" for i in range(7)], [*(f"{i}.bias" for i in range(7)), "head.bias"])
+        '0.bias, 1.bias, 2.bias, 3.bias, 4.bias, 5.bias, 6.bias'
     """
     if len(names) <= 6:
         return ", ".join(names)
     known, labels = list(known), {name: name for name in names}
     for digits in (r"\d+(?=.*\d)", r"\d+"):  # all numbers but the last, or better all
         replaced = partial(re.sub, digits, "*")
-        here, everywhere = Counter(map(replaced, names)), Counter(map(replaced, known))
-        for name in names:
-            glob = replaced(name)
-            if 2 < here[glob] == everywhere[glob]:
-                labels[name] = f"{glob} ({here[glob]})"
+        counts = Counter(map(replaced, names))
+        fitting = {glob for glob, count in counts.items() if 2 < count == len(fnmatch.filter(known, glob))}
+        labels |= {name: f"{glob} ({counts[glob]})" for name in names if (glob := replaced(name)) in fitting}
     return few(list(dict.fromkeys(labels.values())), limit)
 
 

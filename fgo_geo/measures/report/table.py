@@ -125,7 +125,10 @@ def _fitted(columns: dict[str, list[str]], width: float) -> str:
             break
         left = {header: cells for header, cells in shown.items() if header.partition("\n")[0] != least_needed}
         if least_needed == _MEDIAN:
-            left = {h.removesuffix(_MEDIAN): [cell.partition(" / ")[0] for cell in shown[h]] for h in shown}
+            pairs = {
+                header: [cell.partition(" / ")[0] for cell in shown[header]] for header in shown if _MEDIAN in header
+            }
+            left = {header.replace(_MEDIAN, ""): pairs.get(header, cells) for header, cells in shown.items()}
         if left.keys() != shown.keys():
             shown, hidden[least_needed] = left, "medians" if least_needed == _MEDIAN else least_needed
     text = _render(_table(shown))
