@@ -55,8 +55,8 @@ def products_by_onednn() -> Iterator[list[tuple[int, ...]]]:
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
         yield sizes
     for event in profiled.events():
-        if event.name == "mkldnn::_linear_pointwise":  # of a, perhaps what is added, and the transpose of b
-            a, *_, b = (shape for shape in event.input_shapes if len(shape) == 2)
+        if event.name == "mkldnn::_linear_pointwise":  # of a and the transpose of b
+            a, b = (shape for shape in event.input_shapes if len(shape) == 2)
             sizes.append((*a, b[0]))
 
 

@@ -150,7 +150,8 @@ def test_a_gram_matrix_in_blocks(columns: int, blocks: int, batch: tuple[int, ..
     expected = x.mT @ x
     out = Workspace().square(x, Use.GAP).fill_(math.nan)
     assert gram_matrix(x, out=out) is out
-    for result in (out, gram_matrix(x), gram_matrix(by_columns(x))):
+    with_derivative = gram_matrix(x.clone().requires_grad_()).detach()
+    for result in (out, gram_matrix(x), gram_matrix(by_columns(x)), with_derivative):
         torch.testing.assert_close(result, expected, rtol=0, atol=1e-12)
         apart = -(-columns // blocks)  # entries that lie so far from the diagonal are in no block on it
         assert torch.equal(result.triu(apart), result.mT.triu(apart))
@@ -162,9 +163,12 @@ def test_a_gram_matrix_in_blocks(columns: int, blocks: int, batch: tuple[int, ..
 def test_a_product_of_commuting_matrices(columns: int, batch: tuple[int, ...]) -> None:
     a = sym(normal((*batch, columns, columns), columns, torch.float64)) / columns
     b = a @ a - 3 * a
-    result = products.commuting_product(a, b)
-    torch.testing.assert_close(result, a @ b, rtol=0, atol=1e-12)
-    torch.testing.assert_close(result, result.mT, rtol=0, atol=1e-12)
+    for result in (
+        products.commuting_product(a, b),
+        products.commuting_product(a, b.clone().requires_grad_()).detach(),
+    ):
+        torch.testing.assert_close(result, a @ b, rtol=0, atol=1e-12)
+        torch.testing.assert_close(result, result.mT, rtol=0, atol=1e-12)
 
 
 @given(shape=st.sampled_from([(1, 1), (3, 40), (40, 3), (2, 5, 4), (1, 7, 7)]), seed=st.integers(0, 99))

@@ -186,9 +186,10 @@ def _by_gram_matrix(x: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
 
 def _by_products(x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """The polar factor as ``x p(xᵀx)`` with a polynomial ``p``; None if singular values are too different."""
-    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     squared = gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-    excess = gram / squared - identity
+    excess = gram / squared
+    diagonal = excess.diagonal(dim1=-2, dim2=-1)
+    diagonal.sub_(1)
     if float(frobenius_norm(excess).amax()) > _SPREAD / (1 - _SPREAD) * math.sqrt(gram.shape[-1]):
         return None  # in an interval that is narrow enough, eigenvalues of mean zero have a smaller mean square
     low, high = spectral_interval(excess)
@@ -196,15 +197,15 @@ def _by_products(x: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, Tensor] | Non
     spread = (high - low) / (2 * middle)
     if not (low > -1 and spread <= _SPREAD):
         return None
-    excess = (excess + (1 - middle) * identity) / middle
+    diagonal.sub_(middle - 1)
     coefficients = inverse_root_polynomial(spread, torch.finfo(x.dtype).eps / 2)
     scale = (squared * middle).rsqrt()
-    variable = polynomial(excess, coefficients)
-    q = subtract_product(x, x, variable, beta=coefficients[0], alpha=-1.0).mul_(scale)
+    variable = polynomial(excess.div_(middle), coefficients)
+    q = subtract_product(x, x, variable.mT, beta=coefficients[0], alpha=-1.0).mul_(scale)  # .mT: see polar_derivative
     if x.dtype == torch.float64 and bool((gram_excess(q).abs_() > _NOT_ORTHONORMAL).any()):
         return None
-    inverse = variable.add_(identity, alpha=coefficients[0]).mul_(scale)
-    return q, inverse, torch.cat([scale, torch.full_like(scale, spread)], -1)
+    variable.diagonal(dim1=-2, dim2=-1).add_(coefficients[0])
+    return q, variable.mul_(scale), torch.cat([scale, torch.full_like(scale, spread)], -1)
 
 
 # Up to torch 2.14 the exponential of a matrix that comes alone can be off by 2e-5 in single and 1e-10 in double

@@ -45,7 +45,7 @@ def matmul_2d(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """
     if not goes_to_onednn(a, b):
         return torch.mm(a, b, out=out)
-    product = _rounded_product(a, b) if rounds_to_bfloat16() else _onednn_product(a, b)
+    product = _onednn_product(a, b)
     return product if out is None else out.copy_(product)
 
 
@@ -71,12 +71,10 @@ def add_matmul_2d(
     """
     if beta == 0 or not goes_to_onednn(a, b, c):
         return torch.addmm(c, a, b, beta=beta, alpha=alpha, out=out)
-    rounds = rounds_to_bfloat16()
-    if beta == alpha == 1 and not rounds:
-        total = _onednn_product(a, b, c)
-        return total if out is None else out.copy_(total)
-    product = _rounded_product(a, b) if rounds else _onednn_product(a, b)
-    return torch.add(c if beta == 1 else torch.mul(c, beta, out=out), product, alpha=alpha, out=out)
+    product = _onednn_product(a, b)
+    if out is not None:
+        return torch.add(c if beta == 1 else torch.mul(c, beta, out=out), product, alpha=alpha, out=out)
+    return (product if alpha == 1 else product.mul_(alpha)).add_(c, alpha=beta)
 
 
 def goes_to_onednn(a: Tensor, b: Tensor, *added: Tensor) -> bool:
@@ -119,21 +117,18 @@ def _is_plain(x: Tensor) -> bool:
     return getattr(type(x), "__torch_dispatch__", None) is getattr(Tensor, "__torch_dispatch__", None)
 
 
-def _onednn_product(a: Tensor, b: Tensor, added: Tensor | None = None) -> Tensor:
-    """``a @ b`` by what ``torch.compile`` calls for a linear layer, which can add another matrix.
+def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` by what ``torch.compile`` calls for a linear layer, rounded to bfloat16 if torch may.
 
-    That copies ``a`` unless it is stored row by row.
+    It copies ``a`` unless that is stored row by row. It could add a matrix, too, but that takes longer than to add it
+    afterwards.
     """
+    if rounds_to_bfloat16():
+        return torch.mm(a.bfloat16(), b.bfloat16()).float()  # off by 0.3 %, to which the product adds a fifth
     linear = cast(Callable[..., Tensor], torch.ops.mkldnn._linear_pointwise)  # pyright: ignore
-    weight = without_gaps(b).mT
-    return linear(a, weight, None, "none", [], "") if added is None else linear(a, added, weight, None, "add")
+    return linear(a, without_gaps(b).mT, None, "none", [], "")
 
 
 def without_gaps(x: Tensor) -> Tensor:
     """A matrix stored row by row or column by column; oneDNN would process others one number at a time."""
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
-
-
-def _rounded_product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` with factors and product rounded to bfloat16: off by 0.3 %, to which the product adds a fifth."""
-    return torch.mm(a.bfloat16(), b.bfloat16()).float()

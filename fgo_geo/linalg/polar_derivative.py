@@ -54,7 +54,8 @@ def polar_differential(x: Tensor, q: Tensor, v: Tensor, h: Tensor, w: Tensor) ->
         return _product(q, generator)  # the rest is zero; its rounding errors, divided by a small h, would not be
     inverse = apply(_Inverse, hermitian, v, h)
     inside = generator - _product(along, inverse)
-    return _product(w, inverse) + _product(q, inside)
+    # Where w is stored by columns, oneDNN would copy the symmetric inverse if that were not transposed as well.
+    return _product(w, inverse.mT) + _product(q, inside)
 
 
 def polar_differential_square(x: Tensor, q: Tensor, w: Tensor) -> Tensor:

@@ -269,6 +269,8 @@ def _symmetric_product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
     if blocks == 1:
         return small_product(a, b, out=out)
     edges = [columns * k // blocks for k in range(blocks + 1)]
+    if out is None and all(reads_for_free(x) and not is_differentiated(x) for x in (a, b)):
+        out = torch.empty((*b.shape[:-2], columns, columns), dtype=b.dtype)
     rows = [
         _product(a[..., start:stop, :], b[..., start:], None if out is None else out[..., start:stop, start:])
         for start, stop in itertools.pairwise(edges)
