@@ -10,22 +10,20 @@ rates (nothing is chosen) while :func:`fgo_geo.telemetry` measures that angle; e
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from grid import results
+from grid import alone, results
 from torch import nn
 from training import engine
 from training import grid as grids
 from training.command_line import make
 from training.settings import SettingsError
 
-COLUMNS: list[str] = ["key", "row", "variant", "lr", "seed", "status", "test_accuracy"]
-COLUMNS += ["angle", "first_angle", "last_angle"]
+COLUMNS = ("key", "row", "variant", "lr", "seed", "status", "test_accuracy", "angle", "first_angle", "last_angle")
 GUESSING, LOST = 0.1, 0.15
 
 
@@ -41,7 +39,7 @@ def train(flags: dict[str, Any]) -> dict[str, Any]:
     try:
         engine.fit(run, show=lambda epoch: angles.append(statistics.median(epoch[name] for name in inner)))
     except engine.Diverged:
-        return {"status": "diverged", "test_accuracy": GUESSING, "angle": "", "first_angle": "", "last_angle": ""}
+        return {"status": "diverged", "test_accuracy": GUESSING}
     degrees = [math.degrees(angle) for angle in angles]
     return {
         "status": "finished",
@@ -64,25 +62,15 @@ def cells_of(grid: grids.Grid) -> list[grids.Cell]:
 
 def work(cells: list[grids.Cell], path: Path, jobs: int) -> list[dict[str, str]]:
     """Do the runs that have no line in the file; return their lines."""
-    lines: list[dict[str, str]] = []
-    if path.exists():
-        with path.open(encoding="utf-8", newline="") as file:
-            lines = list(csv.DictReader(file))
-    known = {line["key"] for line in lines}
-    missing = [cell for cell in cells if cell.key not in known]
-    with path.open("a", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n", restval="")
-        if not file.tell():
-            writer.writeheader()
-        for number, (cell, figures) in enumerate(results(missing, jobs, train), 1):
-            line = {"key": cell.key, "row": cell.row.name, "variant": cell.row.variant, "seed": cell.seed}
-            line |= {"lr": dict(cell.choice)["lr"], **figures}
-            shown = {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in line.items()}
-            writer.writerow(shown)
-            file.flush()
-            lines.append(shown)
-            print(f"{number}/{len(missing)} {', '.join(shown.values())}")
-    return [line for line in lines if line["key"] in {cell.key for cell in cells}]
+    records = grids.Records(path, COLUMNS)
+    missing = [cell for cell in cells if cell.key not in records.by_key]
+    for number, (cell, figures) in enumerate(results(missing, jobs, train), 1):
+        line = {"key": cell.key, "row": cell.row.name, "variant": cell.row.variant, "seed": cell.seed}
+        line |= {"lr": dict(cell.choice)["lr"], **figures}
+        shown = {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in line.items()}
+        records.add(shown)
+        print(f"{number}/{len(missing)} {', '.join(shown.values())}")
+    return [records.by_key[cell.key] for cell in cells]
 
 
 def curve(lines: list[dict[str, str]]) -> tuple[list[float], list[float]]:
@@ -128,10 +116,13 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    output.mkdir(parents=True, exist_ok=True)
-    draw(output / "angles.png", work(cells_of(grid), output / "angles.csv", settings.jobs))
-    print(f"Files in {output}: angles.csv, angles.png")
-    return 0
+
+    def train_and_draw() -> int:
+        draw(output / "angles.png", work(cells_of(grid), output / "angles.csv", settings.jobs))
+        print(f"Files in {output}: angles.csv, angles.png")
+        return 0
+
+    return alone(output, train_and_draw)
 
 
 if __name__ == "__main__":

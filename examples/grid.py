@@ -104,13 +104,20 @@ def main(arguments: list[str] | None = None) -> int:
             grid = replace(grid, rows=rows)
         if settings.quick:
             grid = quick(grid)
-        output.mkdir(parents=True, exist_ok=True)
-        with FileLock(output / ".lock", blocking=False):
-            return compare(grid, output, settings.jobs, settings.list)
-    except Timeout:
-        print(f"error: another process is at work in {output}: choose another --output", file=sys.stderr)
+        return alone(output, lambda: compare(grid, output, settings.jobs, settings.list))
     except (SettingsError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+def alone(output: Path, work: Callable[[], int]) -> int:
+    """Work in a folder in which no other process works; return the exit status."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".lock", blocking=False):
+            return work()
+    except Timeout:
+        print(f"error: another process is at work in {output}: choose another --output", file=sys.stderr)
     except BrokenProcessPool:
         print("error: a run's process was killed (out of memory?): the same command continues", file=sys.stderr)
     return 2

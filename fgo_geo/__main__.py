@@ -33,31 +33,34 @@ def main() -> int:
         The exit status: 1 if a check fails, else 0.
     """
     torch.manual_seed(0)
-    _show(machine())
+    _show(machine(), indent=4)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         print(f"\nHow weights are stepped on {device} (float32, momentum)")
+        numbers: dict[str, int] = {}
         for noun in SHAPES:
             print(f"  {noun}, {'x'.join(map(str, SHAPES[noun]))}")
-            _show(f"    {line}" for line in paths(noun, device))
-    print("\nSelf-check")
+            _show([f"    {line}" for line in paths(noun, device, numbers)], indent=20)
+        if numbers:
+            print("  Not faster, because")
+            _show([f"    [{number}] {reason}" for reason, number in numbers.items()], indent=8)
+    print("\nSelf-check: steps stay on the manifold and equal those of the reference path")
     begin, failures, logger = time.perf_counter(), 0, logging.getLogger("fgo_geo")
     logger.disabled = True  # the lines above name the path of every kind
     try:
         for name, found in checks():
             failures += bool(found)
-            print(f"  {'FAILED' if found else 'passed'}  {name}{': ' * bool(found)}{found}", flush=True)
+            _show([f"  {'FAILED' if found else 'passed'}  {name}{': ' * bool(found)}{found}"], indent=10)
     finally:
         logger.disabled = False
     print(f"{failures or 'No'} failure{'s' * (failures != 1)} in {time.perf_counter() - begin:.0f} s")
     return int(failures > 0)
 
 
-def _show(lines: Iterable[str]) -> None:
-    """Print lines, wrapped to the width that a line may have."""
+def _show(lines: Iterable[str], indent: int) -> None:
+    """Print lines, wrapped to the width that a line may have and then indented."""
     width = int(min(line_width(), 10_000))
     for line in lines:
-        indent = " " * (20 if line.startswith(" ") else 4)  # of the second column of a table
-        print(textwrap.fill(line, width, subsequent_indent=indent, break_on_hyphens=False))
+        print(textwrap.fill(line, width, subsequent_indent=" " * indent, break_on_hyphens=False), flush=True)
 
 
 def machine() -> list[str]:
@@ -81,12 +84,13 @@ def _version(name: str) -> str:
         return "none"
 
 
-def paths(noun: str, device: str) -> Iterator[str]:
-    """For every kind, the paths that step such weights and why there is no faster one, one line each.
+def paths(noun: str, device: str, numbers: dict[str, int]) -> Iterator[str]:
+    """For every kind a line: the paths that step such weights, and the numbers of the reasons why none is faster.
 
     Args:
         noun: One of :data:`SHAPES`.
         device: Where the weights are.
+        numbers: The numbers of the reasons so far; new ones are added.
     """
     options = StepOptions(lr=0.1, momentum=0.9, step_size="theorem")
     for record in kinds.kinds():
@@ -94,9 +98,9 @@ def paths(noun: str, device: str) -> Iterator[str]:
         weight.manifold.to(device)
         grad = torch.ones_like(weight.detach())
         names, reasons = explain(Weight(weight, weight, weight.manifold, grad, grad.clone(), True), options)
-        yield f"{record.name:16}{', '.join(names)}"
-        if reasons:
-            yield f"{'':16}not faster, because {'; '.join(reasons)}"
+        general = [reason.replace(f"the kind {record.name!r}", "this kind") for reason in reasons]
+        marks = [numbers.setdefault(reason, len(numbers) + 1) for reason in general]
+        yield f"{record.name:16}{', '.join(names)}" + (f" [{', '.join(map(str, sorted(marks)))}]" if marks else "")
 
 
 def _weight(kind: str, noun: str) -> geoopt.ManifoldParameter:
@@ -119,7 +123,7 @@ def checks() -> Iterator[tuple[str, str]]:
     for noun in SHAPES:
         for record in kinds.kinds():
             yield (
-                f"{noun} on {record.name}: three steps stay on the manifold and equal those of the reference",
+                f"{noun} on {record.name}",
                 _complaint(lambda name=record.name, noun=noun: _steps(name, noun)),
             )
     yield "a constrained network learns, saves and resumes", _complaint(_network)

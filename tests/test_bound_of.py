@@ -124,6 +124,24 @@ def test_the_plan_and_the_report_say_which_was_bounded() -> None:
 
 
 @pytest.mark.parametrize(
+    ("manifolds", "words"),
+    [
+        ("euclidean", ""),
+        (("euclidean", "sphere"), "norms of each sphere group <= 1"),
+        (("stiefel", "euclidean", "sphere"), "norms of each sphere or stiefel group <= 1"),
+        (("stiefel", "sphere"), "norms of each group <= 1"),
+    ],
+)
+def test_groups_without_a_constraint_are_not_said_to_be_bounded(manifolds: Any, words: str) -> None:
+    model = net()
+    plan = constrain(model, "po", manifolds, radius="bound")
+    assert str(plan).count(f"({words})" if words else "<=") == (len(plan.constrained) if words else 0)
+    for layer in fgo_geo.report(model).layers:
+        if layer.name in plan.parameters():
+            assert (layer.manifolds or "").endswith(f", {words}" if words else "euclidean")
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"bound_of": "model"}, r"bound_of must be one of \('group', 'layer'\), got 'model'"),

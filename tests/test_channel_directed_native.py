@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -67,6 +68,30 @@ def test_many_columns_at_once(shape: tuple[int, int, int], groups: int, instruct
     finally:
         torch.set_num_threads(before)
     torch.testing.assert_close(g.double(), (mean + (split - mean) / 3).flatten(1, 2), rtol=0, atol=2.4e-7)
+
+
+@built
+def test_a_layout_that_is_kept_is_never_taken_for_another() -> None:
+    """Gradients that differ from the ones before in shape, strides, axis or groups alone, twice in a row."""
+    layouts = [
+        *(
+            ((6, 4, 3), order, axis, groups)
+            for order in ([0, 1, 2], [2, 0, 1])
+            for axis, groups in ((0, 1), (0, 2), (1, 1))
+        ),
+        *(((2, 4, 3), [0, 1, 2], 0, groups) for groups in (1, 2)),
+        ((4, 3, 6), [2, 0, 1], 2, 1),
+    ]
+    for (shape, order, axis, groups), again in itertools.product(layouts, range(2)):
+        g = permuted([*shape], order, again)
+        assert channels.takes(g)
+        direction = Direction("h1", 3.0, axis, "periodic", groups)
+        wanted = slow_gradient(g, *direction)
+        direct_gradients([g], [direction])
+        torch.testing.assert_close(g.double(), wanted, rtol=0, atol=1e-6)
+        rows = permuted([shape[0], 2 * shape[1], shape[2]], [0, 1, 2], 0)[:, ::2]
+        assert not channels.takes(rows)
+        assert not channels.takes(rows[:, :1].expand(shape))
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -355,7 +355,7 @@ def test_frozen_after_constraining_stays_frozen() -> None:
         ({"radius": "large"}, ValueError, "radius must be"),
         ({"radius": -1.0}, ValueError, "radius must be"),
         ({"radius": {"conv": "large"}}, ValueError, "radius must be"),
-        ({"bound": 0.0}, ValueError, "^bound must be a positive number"),
+        ({"bound": 0.0}, ValueError, "^bound must be a positive finite float"),
         ({"bound": 1.0}, ValueError, 'bound=1.0 has no effect without radius="bound"; pass that, or leave bound out'),
         ({"bound": 2.0, "radius": {"*": 0.5}}, ValueError, "bound=2.0 has no effect"),
         ({"components": "rows"}, ValueError, "components must be one of"),

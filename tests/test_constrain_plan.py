@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -35,11 +36,60 @@ def test_of_many_parameters_with_one_remark_the_plan_prints_globs_or_twenty() ->
     layers = [(chr(ord("A") + i), nn.Linear(3, 3)) for i in range(30)]
     text = str(constrain(nn.Sequential(OrderedDict(layers)), "layer", "sphere"))
     assert "S.bias, T.bias and 10 more: each has one dimension" in " ".join(text.split())
+    layers = [(f"{chr(ord('A') + i)}.{k}".replace(".", "_"), nn.Linear(3, 3)) for i in range(22) for k in range(3)]
+    text = str(constrain(nn.Sequential(OrderedDict(layers)), "layer", "sphere"))
+    assert "S_*.bias (3), T_*.bias (3) and 6 more: each has one dimension" in " ".join(text.split())
     text = str(constrain(nn.Sequential(*[nn.Linear(3, 3) for _ in range(30)]), "layer", "sphere"))
     assert "  *.bias (30): each has one dimension" in text
-    assert all(f"{i}.weight" in text for i in range(30))
+    assert "*.weight (29 of 30)  3x3 " in text  # the last is the classifier
     assert all(len(line) < 170 for line in text.splitlines())
     assert "Left alone" not in str(constrain(nn.Linear(8, 8, bias=False), classifier=True))
+
+
+def blocks(depth: int) -> nn.Sequential:
+    """Blocks of a transformer, as timm names their layers, and one block of another width."""
+
+    def block(width: int) -> nn.Module:
+        attention = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        return nn.ModuleDict({"attn": attention, "mlp": mlp})
+
+    return nn.Sequential(*(block(8) for _ in range(depth)), block(6), nn.Linear(6, 2))
+
+
+def printed_rows(plan: Plan) -> list[str]:
+    return [line.partition("  ")[0] for line in str(plan).partition("\n\n")[0].splitlines()[2:]]
+
+
+def test_equal_rows_are_printed_once_in_the_order_of_the_model() -> None:
+    model = nn.ModuleDict({"blocks": blocks(5), "final": nn.Linear(6, 6), "head": nn.Linear(6, 2)})
+    plan = constrain(model, "layer", "stiefel", overrides={"blocks.1.attn.proj": {"radius": 0.5}})
+    parts = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
+    assert printed_rows(plan) == [
+        *(f"blocks.*.{part}.weight ({5 - (part == 'attn.proj')} of 6)" for part in parts),
+        "blocks.1.attn.proj.weight",
+        *(f"blocks.5.{part}.weight" for part in parts),
+        "final.weight",
+    ]
+    assert len(plan.entries) == len(json.loads(plan.to_json())["entries"]) == len(list(model.parameters()))
+    plan = constrain(nn.ModuleDict({"blocks": blocks(5)[:5], "final": nn.Linear(8, 8)}), "layer", "stiefel")
+    assert printed_rows(plan) == [f"blocks.*.{part}.weight (5)" for part in parts]
+
+
+def test_a_plan_has_a_note_on_queries_keys_and_values_in_one_layer() -> None:
+    note = 'overrides={"*.qkv": {"split": 3}} constrains each by itself'
+    text = " ".join(str(constrain(blocks(4), "layer", "stiefel")).split())
+    assert text.count(note) == 1
+    assert "4.attn.qkv.weight: queries, keys and values are one matrix here" in text
+    plan = constrain(blocks(4), "layer", "stiefel", overrides={"*.qkv": {"split": 3}})
+    assert note not in " ".join(str(plan).split())
+    assert len(plan.constrained[0].collections) == 3
+    for layers in (
+        {"qkv": nn.Linear(4, 8), "out": nn.Linear(8, 2)},  # not three parts of equal width
+        {"attention": nn.MultiheadAttention(4, 2), "out": nn.Linear(4, 2)},  # which constrain splits
+        {"plain": nn.Linear(4, 12), "out": nn.Linear(12, 2)},
+    ):
+        assert "queries" not in str(constrain(nn.ModuleDict(layers), "layer", "stiefel"))
 
 
 def test_the_plan_is_the_models() -> None:

@@ -100,7 +100,11 @@ class _OnMeta(Rows):
 FAULTS = {
     "projx, complex": (
         {"projx": lambda self, x: x + 0j},
-        r"projx .* real numbers .* \(3, 4, 3\) and torch.complex128$",
+        r"projx .* real numbers of shape \(3, 4, 3\), got numbers of type torch.complex128$",
+    ),
+    "projx, complex and transposed": (
+        {"projx": lambda self, x: x.mT + 0j},
+        r"projx .* got the shape \(3, 3, 4\) and numbers of type torch.complex128$",
     ),
     "projx, zeros": ({"projx": lambda self, x: torch.zeros_like(x)}, r"projx .* points .* largest entry 0$"),
     "projx, shape": ({"projx": lambda self, x: x.mT}, r"projx .* shape \(3, 4, 3\), got the shape \(3, 3, 4\)"),
@@ -669,3 +673,54 @@ def test_derived_classes_take_no_path_of_their_base() -> None:
 def test_parts_know_the_partition(rows: kinds.Kind) -> None:
     cut = partition([collection(8, 6, "pi", ("rows", "sphere"))], WeightLayout((8, 6, 3, 3)))
     assert set(cut.kinds) == {"rows", "sphere"}
+
+
+# -- errors in methods of a class, during a step -----------------------------------------------------------------------
+
+
+def _boom(*_: Any) -> Any:
+    raise KeyError("boom")
+
+
+@pytest.mark.parametrize(
+    ("method", "fault", "message"),
+    [
+        ("retr", _boom, "KeyError: 'boom'"),
+        ("egrad2rgrad", _boom, "KeyError: 'boom'"),
+        ("retr", lambda self, x, u: x * torch.nan, "ValueError: retr returned numbers that are not finite"),
+        ("retr", lambda self, x, u: x[0], r"ValueError: retr returned the shape \(4, 3\), expected \(1, 4, 3\)"),
+        ("egrad2rgrad", lambda self, x, u: u[0], r"ValueError: egrad2rgrad returned the shape \(4, 3\), expected"),
+    ],
+)
+def test_an_error_in_a_step_names_the_class_and_the_weight(method: str, fault: Any, message: str) -> None:
+    own = type("Faulty", (OwnRows,), {})
+    fgo_geo.register_kind("own", own)
+    try:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+        fgo_geo.constrain(model, "layer", "own", radius="unit", include="0.weight")
+        before = [param.detach().clone() for param in model.parameters()]
+        optimizer = fgo_geo.RiemannianFGSGD(model.parameters(), lr=0.1)
+        model(torch.ones(2, 3)).square().sum().backward()
+        setattr(own, method, fault)
+        with pytest.raises(RuntimeError, match=rf"step of 0.weight on Faulty manifolds \(kind 'own'\) .*{message}"):
+            optimizer.step()
+    finally:
+        kinds.unregister_kind("own")
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_errors_of_weights_without_a_name_and_of_classes_without_a_kind() -> None:
+    weights = [geoopt.ManifoldParameter(OwnRows().projx(normal((4, 3), seed)), manifold=OwnRows()) for seed in (0, 1)]
+    optimizer = fgo_geo.RiemannianFGSGD(weights, lr=0.1)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+        weight.manifold.inner = _boom
+    with pytest.raises(RuntimeError, match=r"step of a weight of shape \(4, 3\) on OwnRows manifolds failed: KeyError"):
+        optimizer.step()
+
+
+def test_a_gradient_that_is_not_finite_is_not_blamed_on_the_class() -> None:
+    weight = geoopt.ManifoldParameter(OwnRows().projx(normal((4, 3), 0)), manifold=OwnRows())
+    weight.grad = torch.full_like(weight, torch.nan)
+    with pytest.raises(FloatingPointError, match=r"the gradient of .* is not finite"):
+        fgo_geo.RiemannianFGSGD([weight], lr=0.1).step()

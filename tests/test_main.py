@@ -32,28 +32,31 @@ def test_the_program_says_how_every_kind_is_stepped_and_passes_its_checks():
     for name in kinds.names():
         assert done.stdout.count(f"    {name} ") == len(__main__.SHAPES)
     assert "No failures in" in done.stdout
+    reasons = re.findall(r"(?m)^    \[(\d+)\] (.+)$", done.stdout)
+    assert len(reasons) == len(dict(reasons)) == len({reason for _, reason in reasons}) >= 3  # each is said once
+    marks = re.findall(r"(?m)^    [\w ]+? batched torch code.* \[([\d, ]+)\]$", done.stdout)
+    assert {mark for line in marks for mark in line.split(", ")} == set(dict(reasons))
     assert "FAILED" not in done.stdout
 
 
 def test_it_says_why_a_path_is_not_taken():
     with use_path("reference"):
-        lines = list(__main__.paths("3x3 kernels", "cpu"))
-    assert lines[:2] == [
-        f"{'sphere':16}batched torch code",
-        f"{'':16}not faster, because the path 'reference' was chosen",
-    ]
-    stiefel = [line for line in __main__.paths("matrices", "cpu") if line.startswith("stiefel")]
+        numbers: dict[str, int] = {}
+        lines = list(__main__.paths("3x3 kernels", "cpu", numbers))
+    assert lines[0] == f"{'sphere':16}batched torch code [1]"
+    assert numbers == {"the path 'reference' was chosen": 1}
+    stiefel = [line for line in __main__.paths("matrices", "cpu", {}) if line.startswith("stiefel")]
     compiled = library() is not None
     taken = f"compiled products ({instruction_set()})" if compiled else "batched torch code that shares matrix products"
     assert stiefel == [f"{'stiefel':16}{taken}"]
 
 
 def test_no_line_is_wider_than_the_environment_allows(monkeypatch, capsys):
-    monkeypatch.setattr(__main__, "checks", lambda: iter([("a check", "")]))
+    monkeypatch.setattr(__main__, "checks", lambda: iter([("a check", ""), ("another one", 30 * "failed ")]))
     printed = {}
     for columns in ("", "80"):
         monkeypatch.setenv("COLUMNS", columns)
-        assert __main__.main() == 0
+        assert __main__.main() == 1
         printed[columns] = capsys.readouterr().out
     assert max(map(len, printed[""].splitlines())) > 120
     assert max(map(len, printed["80"].splitlines())) <= 80

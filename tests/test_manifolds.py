@@ -117,6 +117,7 @@ def test_origin_is_one_fixed_point(entry: Entry, data: st.DataObject) -> None:
     assert origin.manifold is case.manifold
     assert origin.dtype == case.dtype
     assert origin.shape == case.shape
+    assert origin.is_contiguous()
     assert float(case.manifold.violation(origin).max()) <= 4 * case.eps
     assert torch.equal(origin, case.manifold.origin(case.shape, dtype=case.dtype, seed=None))
     unit = (origin / case.r).reshape(-1, *case.component)
@@ -127,6 +128,17 @@ def test_origins() -> None:
     assert ScaledSphere(2.0).origin(3).tolist() == [2.0, 0.0, 0.0]
     assert Oblique(2.0).origin(2, 3).tolist() == [[2.0, 0.0, 2.0], [0.0, 2.0, 0.0]]
     assert Stiefel(2.0).origin(3, 2).tolist() == [[2.0, 0.0], [0.0, 2.0], [0.0, 0.0]]
+
+
+def test_points_are_contiguous_however_a_class_projects() -> None:
+    class ByColumns(Oblique):
+        def projx(self, x: Tensor) -> Tensor:
+            return super().projx(x).mT.contiguous().mT
+
+    manifold = ByColumns()
+    assert not manifold.projx(torch.ones(4, 3)).is_contiguous()
+    assert manifold.origin(4, 3).is_contiguous()
+    assert manifold.random(4, 3).is_contiguous()
 
 
 # -- random points -----------------------------------------------------------------------------------------------

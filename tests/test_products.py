@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -156,6 +156,26 @@ def test_a_gram_matrix_in_blocks(columns: int, blocks: int, batch: tuple[int, ..
         apart = -(-columns // blocks)  # entries that lie so far from the diagonal are in no block on it
         assert torch.equal(result.triu(apart), result.mT.triu(apart))
     torch.testing.assert_close(gram_excess(x, 2.0, out=out), expected / 4 - torch.eye(columns).double())
+
+
+@given(
+    rows=st.sampled_from([40, 300, 1100]),
+    columns=st.integers(256, 600),
+    batch=st.sampled_from([(), (1,), (2,)]),
+    turned=st.booleans(),
+    precise=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=25)
+def test_a_wide_gram_matrix_in_single_precision_is_the_whole_product(
+    rows, columns, batch, turned, precise, seed
+) -> None:
+    x = normal((*batch, rows, columns), seed)
+    expected = x.double().mT @ x.double()
+    x = by_columns(x) if turned else x
+    for out in (None, Workspace().square(x, Use.GAP).fill_(math.nan)):
+        error = gram_matrix(x, out=out, precise=precise).double() - expected
+        assert float(error.abs().max()) <= (8 if precise else 24) * EPS * rows
 
 
 @pytest.mark.parametrize("columns", [1, 40, 300, 513])

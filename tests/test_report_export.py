@@ -32,11 +32,19 @@ def reports() -> tuple[Report, Report]:
     return before, report(model, n_samples=50)
 
 
+def test_many_parameters_that_are_not_measured_are_globs():
+    model = torch.nn.Sequential(*[torch.nn.Linear(3, 3) for _ in range(30)])
+    text = " ".join(str(report(model)).split())
+    assert "Not measured: *.bias (30): each has one dimension" in text
+    assert "more" not in text
+
+
 def test_printing_and_comparing():
     before, after = reports()
     text = str(after)
     assert "3.weight" in text
     assert "log measure, N = 50" in text
+    assert "(smaller is better)" in text
     assert "0.bias, 3.bias, 7.bias: each has one dimension" in text
     assert "1 of 3 layers under constraints" in text
     layer = after.layer("3.weight")
@@ -55,6 +63,7 @@ def test_printing_and_comparing():
     assert line.split()[-2:] == [f"{off:.1e}", "NO"]
     assert off >= 0.5
     side_by_side = before.compare(after, ("plain", "PIO"))
+    assert "(smaller is better)" in side_by_side
     (row,) = (line.split() for line in side_by_side.splitlines() if "3.weight" in line)
     assert row[1:3] == ["1", str(after.layer("3.weight").n_groups)]
     assert row[3:5] == [f"{each.layer('3.weight').worst('frobenius'):.3g}" for each in (before, after)]

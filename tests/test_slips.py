@@ -192,7 +192,7 @@ SLIPS = {
     "an array for a tensor": (
         lambda net: fgo_geo.norms.matrix_norms(np.ones((3, 3))),
         TypeError,
-        "w is a ndarray; expected a torch.Tensor",
+        "w must be a torch.Tensor, got ndarray",
     ),
     "a layer for its name": (
         lambda net: constrain(net, include=net[2]),
@@ -227,7 +227,7 @@ SLIPS = {
     "a rule for radii misspelt": (
         lambda net: constrain(net, radius="kaimin"),
         ValueError,
-        'radius must be "kaiming", "unit", "bound" or a positive number, got \'kaimin\'; did you mean \'kaiming\'?',
+        "got 'kaimin'; did you mean 'kaiming'?",
     ),
     "the model without its keyword": (
         lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), "h1", 1.0, net),
@@ -265,10 +265,30 @@ SLIPS = {
         TypeError,
         "lam is a Tensor, expected a number",
     ),
+    "an array for a gradient": (
+        lambda net: channel_directed_gradient(np.ones((2, 2))),
+        TypeError,
+        "the gradient is an ndarray, expected a torch.Tensor",
+    ),
+    "a truth value for an axis": (
+        lambda net: channel_directed(torch.optim.SGD(net.parameters(), lr=0.1), axis=True),
+        ValueError,
+        "axis is True, expected 'output', 'input' or an integer",
+    ),
+    "a truth value for the number of parts": (
+        lambda net: constrain(net, overrides={"2": {"split": True}}),
+        ValueError,
+        "split must be a positive number of equal parts, got True",
+    ),
+    "no parameters": (
+        lambda net: RiemannianFGSGD(None, lr=0.1),
+        TypeError,
+        f"RiemannianFGSGD: params is None, expected parameters; {NAMED}",
+    ),
     "a gradient that is not there": (
         lambda net: channel_directed_gradient(net[0].weight.grad),
         TypeError,
-        "the gradient is a NoneType, expected a torch.Tensor",
+        "the gradient is None, expected a torch.Tensor",
     ),
     "the side for the axis of a tensor": (
         lambda net: channel_directed_gradient(net[0].weight.detach(), axis="output"),
@@ -357,7 +377,7 @@ def test_a_handle_in_place_of_its_optimiser_and_what_a_kind_is_called():
     constrain(model)
     handle = on_manifolds(torch.optim.SGD(model.parameters(), lr=0.1))
     with pytest.raises(
-        TypeError, match=r"a OnManifolds, expected a torch.optim.Optimizer; pass its attribute optimizer$"
+        TypeError, match=r"optimizer is an OnManifolds, expected a torch.optim.Optimizer; pass its attribute optimizer$"
     ):
         channel_directed(handle)
     assert repr(kinds.kind("sphere")) == "<Kind 'sphere': ScaledSphere>"
@@ -387,6 +407,24 @@ def test_numbers_of_numpy_are_radii_and_bounds(number):
         plan = constrain(network(), "layer", "sphere", **options)
         assert fgo_geo.Plan.from_json(plan.to_json()).entries == plan.entries
         assert float(number) in (plan.constrained[0].radius, plan.constrained[0].bound)
+
+
+def test_whole_numbers_of_numpy_are_axes_counts_and_parts():
+    model = nn.Linear(4, 6)
+    handles = [
+        channel_directed(torch.optim.SGD(model.parameters(), lr=0.1), "h1", 2.0, axis=axis) for axis in (1, np.int64(1))
+    ]
+    assert handles[0].summary() == handles[1].summary()
+    g = torch.randn(6, 4)
+    expected = channel_directed_gradient(g, "h1", 2.0, axis=-2, groups=3)
+    assert torch.equal(channel_directed_gradient(g, "h1", 2.0, axis=np.int32(-2), groups=np.int8(3)), expected)
+    plans = [
+        constrain(network(), "layer", "sphere", classifier=True, overrides={"4": {"split": split}})
+        for split in (2, np.uint8(2))
+    ]
+    assert plans[0].entries == plans[1].entries
+    assert plans[0].to_json() == plans[1].to_json()
+    fgo_geo.telemetry(torch.optim.SGD(model.parameters(), lr=0.1), every=np.int64(2)).remove()
 
 
 @pytest.mark.parametrize(
@@ -489,7 +527,7 @@ def test_step_scales_say_why_a_parameter_has_none():
 
 
 @pytest.mark.parametrize("with_names", [True, False])
-def test_step_scales_are_printed_and_read_by_name(with_names):
+def test_step_scales_are_printed_and_read_by_name(monkeypatch, with_names):
     model = network()
     plan = constrain(model, first_layer=True)
     optimizer = RiemannianFGSGD(model.named_parameters() if with_names else model.parameters(), lr=0.1)
@@ -500,10 +538,12 @@ def test_step_scales_are_printed_and_read_by_name(with_names):
     assert scales["2.weight"] is scales[model[2].weight] is scales.get("2.weight") is scales.get(model[2].weight)
     assert "2.weight" in scales
     assert model[2].weight in scales
+    monkeypatch.setattr("fgo_geo.optim.points.did_you_mean", lambda *_: pytest.fail("searched"))
     for missing in ("2.bias", "2.wieght", model[2].bias, 2):
         assert missing not in scales
         assert scales.get(missing) is None
         assert scales.get(missing, 1.0) == 1.0
+    monkeypatch.undo()
     assert repr(scales) == f"{{'0.weight': {scales[model[0].weight]!r}, '2.weight': {scales[model[2].weight]!r}}}"
     with pytest.raises(KeyError, match=r"no parameter of the name '2.wieght'; the names are 0.weight.*mean '2.weight'"):
         scales["2.wieght"]

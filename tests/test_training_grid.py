@@ -20,6 +20,7 @@ from trainer import command_line, grid
 
 comparison = importlib.import_module("training.comparison")
 program = importlib.import_module("grid")
+angles = importlib.import_module("angles")
 
 SPEC = {
     "common": {"fraction": 0.1, "epochs": 1, "batch_size": 16},
@@ -212,7 +213,34 @@ def test_a_grid_is_done_once_and_leaves_tables_and_a_figure(tmp_path, monkeypatc
 
 def test_two_processes_do_not_share_the_records(tmp_path, capsys):
     path = tmp_path / "grid.yaml"
-    path.write_text(yaml.safe_dump(SPEC))
-    with program.FileLock(tmp_path / ".lock"):
-        assert program.main([str(path), "--output", str(tmp_path)]) == 2
-    assert "another process is at work in" in capsys.readouterr().err
+    spec = {"common": SPEC["common"], "rows": SPEC["rows"], "tune": {"lr": [0.1]}, "seeds": 1}
+    path.write_text(yaml.safe_dump(spec))
+    for main in (program.main, angles.main):
+        with program.FileLock(tmp_path / ".lock"):
+            assert main([str(path), "--output", str(tmp_path)]) == 2
+        assert "another process is at work in" in capsys.readouterr().err
+
+
+def test_angles_are_measured_once_and_a_diverged_run_has_none(tmp_path, monkeypatch, capsys):
+    trained = []
+
+    def train(flags):
+        trained.append(flags["lr"])
+        if flags["lr"] > 0.2:
+            return {"status": "diverged", "test_accuracy": 0.1}
+        return {"status": "finished", "test_accuracy": 0.7, "angle": 0.123456, "first_angle": 1.0, "last_angle": 0.01}
+
+    monkeypatch.setattr(program, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(angles, "train", train)
+    path, file = tmp_path / "grid.yaml", tmp_path / "angles.csv"
+    path.write_text(yaml.safe_dump({k: SPEC[k] for k in ("common", "rows")} | {"tune": {"lr": [0.1, 0.3]}, "seeds": 2}))
+    for _ in range(2):
+        assert angles.main([str(path), "--output", str(tmp_path)]) == 0
+        assert sorted(trained) == [0.1] * 4 + [0.3] * 4
+    lines = list(csv.DictReader(file.read_text().splitlines()))
+    assert all(line["angle"] == ("0.12346" if line["lr"] == "0.1" else "") for line in lines)
+    assert (tmp_path / "angles.png").read_bytes().startswith(b"\x89PNG")
+    file.write_text(file.read_text()[:-5])  # the last line was being written when the program was killed
+    assert angles.main([str(path), "--output", str(tmp_path)]) == 0
+    assert len(trained) == 9
+    assert [*csv.DictReader(file.read_text().splitlines())] == lines

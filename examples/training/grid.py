@@ -298,8 +298,9 @@ def shown(value: Any) -> Any:
 class Records:
     """The table of finished runs, in a file that grows by a line for each."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, columns: Sequence[str] = COLUMNS) -> None:
         self.path = path
+        self.columns = columns
         self.by_key: dict[str, Record] = {}
         if path.exists():
             text = path.read_text(encoding="utf-8")
@@ -312,7 +313,7 @@ class Records:
         """Append a record."""
         begin = not self.path.exists()
         with self.path.open("a", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+            writer = csv.DictWriter(file, self.columns, lineterminator="\n")
             if begin:
                 writer.writeheader()
             writer.writerow(new)

@@ -108,7 +108,7 @@ def in_double(x: Tensor, what: str) -> Tensor:
         TypeError: If it is complex or holds integers.
     """
     if not isinstance(cast(object, x), Tensor):
-        raise TypeError(f"{what} is a {type(x).__name__}; expected a torch.Tensor")
+        raise TypeError(f"{what} must be a torch.Tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{what} has dtype {x.dtype}; expected a real floating-point type")
     return x.double()

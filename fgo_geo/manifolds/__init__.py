@@ -6,7 +6,7 @@ from torch import Tensor
 from fgo_geo.manifolds.declared import STEPS_SHARDS, declare, is_declared
 from fgo_geo.manifolds.embedded import ComponentManifold, EmbeddedManifold
 from fgo_geo.manifolds.oblique import Oblique
-from fgo_geo.manifolds.product import ProductOfGroups
+from fgo_geo.manifolds.product import ProductOfGroups, known_name
 from fgo_geo.manifolds.replaced import (
     REPLACED,
     lost_manifold,
@@ -41,6 +41,7 @@ __all__ = [
     "Stiefel",
     "declare",
     "is_declared",
+    "known_name",
     "lost_manifold",
     "mark_replaced",
     "replaced_error",

@@ -10,6 +10,7 @@ number of groups.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -26,10 +27,18 @@ from fgo_geo.weights.grouping import Collection
 from fgo_geo.weights.kinds import kind, names
 from fgo_geo.weights.layout import WeightLayout
 
-__all__ = ["ProductOfGroups", "RadiusLike", "violation_of"]
+__all__ = ["ProductOfGroups", "RadiusLike", "known_name", "violation_of"]
 
 Radii = float | Mapping[str, float] | Tensor | Sequence[Tensor]
 RadiusLike = Radii | Callable[[Partition], Radii]
+
+
+def known_name(param: Tensor) -> str | None:
+    """The name of a parameter in the model that ``constrain`` read it from; None if it was not there."""
+    manifold = getattr(param, "manifold", None)
+    if not isinstance(manifold, ProductOfGroups):
+        return None
+    return re.sub(r"\[\d+\]$", "", manifold.collections[0].name) or None  # sections of a packed weight are numbered
 
 
 class ProductOfGroups(EmbeddedManifold):

@@ -8,6 +8,7 @@ decision as a :class:`~fgo_geo.models.entry.PlanEntry`. :mod:`fgo_geo.models.sur
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -24,7 +25,7 @@ from fgo_geo.weights.grouping import Collection, collection
 from fgo_geo.weights.kinds import KindLike, kind
 from fgo_geo.weights.layout import WeightLayout, has_own_forward
 from fgo_geo.weights.radius import BoundOf, RadiusRule, check_bound, check_bound_of, check_rule
-from fgo_geo.weights.words import did_you_mean, few, small, stated
+from fgo_geo.weights.words import described, did_you_mean, few, small, stated, whole_number
 
 __all__ = [
     "Components",
@@ -161,13 +162,8 @@ def _no_radius(
     for other, changes in overrides.items():
         if "radius" in changes and site.matches(other):
             return f"gets its radius from overrides[{other!r}]"
-    used = _kinds_used(entry.collections)
+    used = entry.kinds_used()
     return None if any(kind(k).has_radius for k in used) else f"has only groups of {few(used)}, which have no radius"
-
-
-def _kinds_used(collections: Sequence[Collection]) -> list[str]:
-    """The kinds that have groups."""
-    return sorted({c.kinds[number] for c in collections for number in set(c.group_kinds.tolist())})
 
 
 def _meant(pattern: Pattern, sites: Sequence[Site]) -> str:
@@ -188,7 +184,7 @@ def _shown(pattern: object, sites: Sequence[Site]) -> str:
         return repr(pattern)
     params = {pattern} if isinstance(pattern, Tensor) else set(pattern.parameters())
     names = [name for site in sites if site.param in params for name in site.names]
-    return f"a {type(pattern).__name__}" + (f" of the parameters {few(names)}" if names else "")
+    return described(pattern) + (f" of the parameters {few(names)}" if names else "")
 
 
 def _patterns(patterns: Pattern | Sequence[Pattern]) -> tuple[Pattern, ...]:
@@ -229,8 +225,10 @@ class Settings:
         check_bound(self.bound)
         put("bound", float(self.bound))
         put("bound_of", check_bound_of(self.bound_of))
-        if type(self.split) is not int or self.split < 1:
+        split = whole_number(self.split)
+        if split is None or split < 1:
             raise ValueError(f"split must be a positive number of equal parts, got {self.split!r}")
+        put("split", split)
         choices: dict[str, tuple[object, ...]] = {
             "components": get_args(Components),
             "initial": get_args(Initial),
@@ -316,8 +314,8 @@ def entry_of(site: Site, settings: Settings, reason: str | None) -> tuple[PlanEn
         bound=settings.bound,
         bound_of=settings.bound_of,
         statistics=settings.statistics,
-        notes=_notes(site) + _unscaled(collections, settings.radius),
     )
+    entry = replace(entry, notes=_notes(site) + _unscaled(entry) + _fused(alone.name, layout))
     try:
         return entry, entry.manifold()
     except ValueError as error:
@@ -352,12 +350,24 @@ def _notes(site: Site) -> tuple[str, ...]:
     return (f"the raw weight is constrained; {name} has a forward pass of its own, which may compute with another one",)
 
 
-def _unscaled(collections: Sequence[Collection], rule: RadiusRule) -> tuple[str, ...]:
+def _unscaled(entry: PlanEntry) -> tuple[str, ...]:
     """A remark on kinds that the rule "kaiming" cannot scale."""
-    used = [k for k in _kinds_used(collections) if not (kind(k).has_radius or kind(k).is_free)]
-    if rule != "kaiming" or not used:
+    used = [k for k in entry.kinds_used() if not (kind(k).has_radius or kind(k).is_free)]
+    if entry.radius != "kaiming" or not used:
         return ()
     return (f'groups of {few(used)} have no radius, so radius="kaiming" leaves their scale as it is',)
+
+
+def _fused(name: str, layout: WeightLayout) -> tuple[str, ...]:
+    """A remark on queries, keys and values in one linear layer, unless they are split."""
+    layer = name.split(".")[-2:][0]
+    has_three = re.search("qkv|c_attn", layer, re.IGNORECASE) and layout.out_channels == 3 * layout.in_channels
+    if not has_three or layout.sections > 1:
+        return ()
+    return (
+        f'queries, keys and values are one matrix here; overrides={{"*.{layer}": {{"split": 3}}}} constrains each by '
+        "itself",
+    )
 
 
 def collections_of(

@@ -31,7 +31,7 @@ from fgo_geo.weights.radius import (
     check_rule,
     group_radii,
 )
-from fgo_geo.weights.words import globs, line_width, stated
+from fgo_geo.weights.words import counted_globs, globs, line_width, stated
 
 __all__ = ["PlanEntry", "names_by_reason", "table_of"]
 
@@ -78,6 +78,14 @@ class PlanEntry:
     def constrained(self) -> bool:
         """Whether it is on a manifold."""
         return self.reason is None
+
+    def kinds_used(self) -> list[str]:
+        """The kinds that have groups, sorted."""
+        return sorted({c.kinds[number] for c in self.collections for number in set(c.group_kinds.tolist())})
+
+    def bound_in_words(self) -> str:
+        """What the radii bound, in words; empty if nothing."""
+        return bound_in_words(self.bound_of, self.bound, self.kinds_used()) if self.radius == "bound" else ""
 
     def manifold(self) -> ProductOfGroups:
         """A new manifold as this entry describes it.
@@ -179,6 +187,8 @@ _HEADER = ("parameter", "shape", "layer", "components", "groups", "manifolds", "
 def table_of(entries: Sequence[PlanEntry], manifold_of: Callable[[PlanEntry], ProductOfGroups]) -> str:
     """A table of the constrained parameters, the reasons for the others, and a summary.
 
+    Names in equal rows that differ in numbers alone are shown as a glob and their number.
+
     Args:
         entries: One per parameter.
         manifold_of: Returns the manifold of a constrained entry.
@@ -194,10 +204,20 @@ def table_of(entries: Sequence[PlanEntry], manifold_of: Callable[[PlanEntry], Pr
     remarks = _remarks("Notes:", [f"{globs(names, known)}: {note}" for note, names in notes.items()], width)
     reasons = [stated(names, reason, globs(names, known)) for reason, names in names_by_reason(entries).items()]
     remarks += _remarks("Left alone:", reasons, width)
+    rows = _collapsed(rows, known)
     table = _table(rows)
     if max(map(len, table)) > width:
         table = [line for row in rows for line in _paragraph(row, int(width))]
     return "\n".join([*table, "", *remarks, textwrap.fill(_summary(entries), int(min(width, 160)))])
+
+
+def _collapsed(rows: Sequence[tuple[str, ...]], known: Sequence[str]) -> list[tuple[str, ...]]:
+    """The rows, where one with a glob stands for all that differ in the numbers of their names alone."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in rows:
+        alike.setdefault(tuple(cells), []).append(name)
+    labels = {cells: counted_globs(names, known, partly=True) for cells, names in alike.items()}
+    return list(dict.fromkeys((labels[tuple(cells)][name], *cells) for name, *cells in rows))
 
 
 def names_by_reason(entries: Sequence[PlanEntry]) -> dict[str, list[str]]:
@@ -252,6 +272,7 @@ def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:
     kernels = f"{'x'.join(map(str, manifold.layout.kernel))} kernels"
     noun = {"block": "blocks", "filter": "filters"}.get(first.components, kernels)
     total = sum(manifold.partition.counts)
+    bound = entry.bound_in_words()
     ranges = [m.radius_range for m, _ in manifold.parts if isinstance(m, ComponentManifold)]
     low, high = min((low for low, _ in ranges), default=None), max((high for _, high in ranges), default=None)
     return (
@@ -262,6 +283,6 @@ def _row(entry: PlanEntry, manifold: ProductOfGroups) -> tuple[str, ...]:
         f"{manifold.n_groups} ({first.strategy})",
         " + ".join(f"{count} {kind}" for kind, count in zip(first.kinds, counts, strict=True) if count),
         ("none" if low is None else f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}")
-        + (f" ({bound_in_words(entry.bound_of, entry.bound)})" if entry.radius == "bound" else "")
+        + (f" ({bound})" if bound else "")
         + (f" / {entry.statistics}" * bool(entry.statistics)),
     )

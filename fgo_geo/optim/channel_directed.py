@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fgo_geo.linalg import is_sharded
+from fgo_geo.manifolds import known_name
 from fgo_geo.optim.channel_metrics import (
     Direction,
     Ends,
@@ -29,9 +30,8 @@ from fgo_geo.optim.channel_metrics import (
     direct_gradients,
     mistaken,
 )
-from fgo_geo.optim.points import known_name
 from fgo_geo.weights.layout import WeightLayout, layout_of
-from fgo_geo.weights.words import did_you_mean, small
+from fgo_geo.weights.words import described, did_you_mean, small, whole_number
 
 __all__ = ["ChannelDirected", "channel_directed"]
 
@@ -71,14 +71,16 @@ class _Settings:
 
     def __post_init__(self) -> None:
         metric, ends = check_metric(self.metric, self.lam, self.ends)
-        for name, word in (("metric", metric), ("ends", ends), ("axis", small(self.axis))):
+        index = whole_number(self.axis)
+        axis = small(self.axis) if index is None else index
+        for name, word in (("metric", metric), ("ends", ends), ("axis", axis)):
             object.__setattr__(self, name, word)
         if self.lam_relative and metric == "h0":
             raise ValueError(
                 "lam_relative is True, but the metric h0 damps all differences alike, whatever the number of channels: "
                 "expected metric 'h1' or 'h1t', or lam_relative=False"
             )
-        if not isinstance(self.axis, int) and self.axis not in get_args(Side):
+        if index is None and self.axis not in get_args(Side):
             hint = did_you_mean(self.axis, get_args(Side))
             raise ValueError(mistaken("axis", self.axis, f"'output', 'input' or an integer{hint}"))
 
@@ -168,8 +170,9 @@ def channel_directed(
     Raises:
         ValueError: If an option is not one of the above, the optimiser already has a handle, ``module`` directs no
             parameter of it, or a parameter's manifold has another metric than the surrounding space.
-        TypeError: If ``optimizer`` is not an optimiser, or is LBFGS, whose line search and secant pairs need the plain
-            gradient. At a step, before any gradient is changed, if one is sparse or complex.
+        TypeError: If ``lam`` is not a number; ``optimizer`` is not an optimiser, or is LBFGS, whose line search and
+            secant pairs need the plain gradient; or at a step, before any gradient has changed, one is sparse or
+            complex.
 
     Example:
         >>> layer = torch.nn.Linear(1, 2, bias=False)
@@ -379,7 +382,7 @@ def _check_optimizer(optimizer: Optimizer) -> None:
         has_one = isinstance(getattr(optimizer, "optimizer", None), Optimizer)  # such as the handle of on_manifolds
         remedy = "build one from model.named_parameters(), and pass the model as module="
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}, expected a torch.optim.Optimizer; "
+            f"optimizer is {described(optimizer)}, expected a torch.optim.Optimizer; "
             + ("pass its attribute optimizer" if has_one else remedy)
         )
     if isinstance(optimizer, torch.optim.LBFGS):

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, SupportsFloat, SupportsIndex, cast, get_args
+from typing import Any, Literal, NamedTuple, SupportsFloat, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from fgo_geo.linalg import computes_in_float32
 from fgo_geo.linalg.values import is_differentiated
 from fgo_geo.paths.native import channels
-from fgo_geo.weights.words import did_you_mean, small
+from fgo_geo.weights.words import described, did_you_mean, small, whole_number
 
 __all__ = [
     "Direction",
@@ -320,13 +320,13 @@ def mistaken(name: str, given: object, expected: str) -> str:
         return (
             f"{name} is a model ({type(given).__name__}), which channel_directed takes as module=; expected {expected}"
         )
-    return f"{name} is {f'a {type(given).__name__}' if isinstance(given, Tensor) else repr(given)}, expected {expected}"
+    return f"{name} is {described(given) if isinstance(given, Tensor) else repr(given)}, expected {expected}"
 
 
 def check_dense(x: Tensor, what: str) -> None:
     """Raise unless a tensor is a dense one of real numbers."""
     if not isinstance(cast(object, x), Tensor):
-        raise TypeError(f"{what} is a {type(x).__name__}, expected a torch.Tensor")
+        raise TypeError(f"{what} is {described(x)}, expected a torch.Tensor")
     if x.layout != torch.strided:
         raise TypeError(
             f"{what} is sparse, but smoothing along channels fills every row: use dense gradients "
@@ -339,20 +339,21 @@ def check_dense(x: Tensor, what: str) -> None:
 
 def check_axis(shape: Sequence[int], axis: int, groups: int, what: str = "the tensor") -> int:
     """The axis counted from the front."""
-    if not isinstance(cast(object, axis), SupportsIndex):
+    index, count = whole_number(axis), whole_number(groups)
+    if index is None:
         raise TypeError(f"axis is {axis!r}, expected an integer")
-    if not -len(shape) <= axis < len(shape):
+    if not -len(shape) <= index < len(shape):
         raise ValueError(
-            f"axis is {axis}, but {what} has shape {tuple(shape)}: expected an axis in [{-len(shape)}, {len(shape)})"
+            f"axis is {index}, but {what} has shape {tuple(shape)}: expected an axis in [{-len(shape)}, {len(shape)})"
         )
-    if not isinstance(cast(object, groups), SupportsIndex):
+    if count is None:
         raise TypeError(f"groups is {groups!r}, expected an integer")
-    axis %= len(shape)
-    if shape[axis] == 0:
-        raise ValueError(f"{what} has shape {tuple(shape)}: axis {axis} holds no channel")
-    if groups < 1 or shape[axis] % groups:
+    index %= len(shape)
+    if shape[index] == 0:
+        raise ValueError(f"{what} has shape {tuple(shape)}: axis {index} holds no channel")
+    if count < 1 or shape[index] % count:
         raise ValueError(
-            f"groups is {groups}, but axis {axis} of {what} (shape {tuple(shape)}) has "
-            f"{shape[axis]} channels: expected a positive divisor of that"
+            f"groups is {count}, but axis {index} of {what} (shape {tuple(shape)}) has "
+            f"{shape[index]} channels: expected a positive divisor of that"
         )
-    return axis
+    return index

@@ -23,6 +23,7 @@ from fgo_geo.optim.points import HALF, Held, Masters, StepScales, parameters_giv
 from fgo_geo.optim.requests import StepRequest
 from fgo_geo.paths.protocol import StepOptions, StepSize, Update, Weight
 from fgo_geo.paths.rules import momentum_sgd
+from fgo_geo.weights.words import described
 
 __all__ = ["RiemannianFGSGD"]
 
@@ -180,7 +181,7 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
         if not isinstance(cast(object, param_group), dict):
             raise TypeError(
                 f"{type(self).__name__}: add_param_group takes a dict, e.g. {{'params': layer.named_parameters()}}, "
-                f"got a {type(param_group).__name__}"
+                f"got {described(param_group)}"
             )
         if isinstance(param_group.get("params"), nn.Module):
             parameters_given(param_group["params"], type(self).__name__)

@@ -7,7 +7,6 @@ messages, :class:`Held` remembers on which manifolds parameters were given, :cla
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -16,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from fgo_geo.linalg import cut_of, is_sharded, local_part, whole, write_whole
-from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups, is_declared
+from fgo_geo.manifolds import EmbeddedManifold, ProductOfGroups, is_declared, known_name
 from fgo_geo.optim.base import manifold_of
 from fgo_geo.optim.groups import group_norms
 from fgo_geo.optim.requests import StepRequest
 from fgo_geo.weights.kinds import kind
-from fgo_geo.weights.words import did_you_mean, few
+from fgo_geo.weights.words import described, did_you_mean, few
 
 __all__ = [
     "HALF",
@@ -29,7 +28,6 @@ __all__ = [
     "Masters",
     "StepScales",
     "check_point",
-    "known_name",
     "name_in",
     "parameters_given",
 ]
@@ -119,7 +117,7 @@ def parameters_given(params: object, optimizer: str) -> list[Any]:
         TypeError: If it holds no parameters.
         ValueError: If it is empty.
     """
-    what, remedy = f"{optimizer}: params is a {type(params).__name__}", "pass model.named_parameters() of your model"
+    what, remedy = f"{optimizer}: params is {described(params)}", "pass model.named_parameters() of your model"
     if isinstance(params, Tensor):
         raise TypeError(f"{what}, expected a list of parameters; put it in brackets, [w]")
     if isinstance(params, Mapping):
@@ -135,16 +133,8 @@ def parameters_given(params: object, optimizer: str) -> list[Any]:
             "use: call model.named_parameters() again for every use"
         )
     if isinstance(listed[0], nn.Module):
-        raise TypeError(f"{optimizer}: params holds a {type(listed[0]).__name__}, expected parameters; {remedy}")
+        raise TypeError(f"{optimizer}: params holds {described(listed[0])}, expected parameters; {remedy}")
     return listed
-
-
-def known_name(param: Tensor) -> str | None:
-    """The name of a parameter in the model that ``constrain`` read it from; None if it was not there."""
-    manifold = getattr(param, "manifold", None)
-    if not isinstance(manifold, ProductOfGroups):
-        return None
-    return re.sub(r"\[\d+\]$", "", manifold.collections[0].name) or None  # sections of a packed weight are numbered
 
 
 def name_in(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
@@ -238,10 +228,8 @@ class StepScales(dict[Tensor, Tensor]):
 
     def get(self, key: Any, default: Any = None) -> Any:
         """The divisors of a parameter or of a name; ``default`` if there are none."""
-        try:
-            return self[key]
-        except KeyError:
-            return default
+        params = self._params_of(key) if isinstance(key, str) else [key]
+        return super().get(params[0], default) if len(params) == 1 else default
 
     def __repr__(self) -> str:
         labels = {param: place if name is None else repr(name) for param, name, place in _named(self._optimizer)}
@@ -249,7 +237,7 @@ class StepScales(dict[Tensor, Tensor]):
 
     def __missing__(self, param: object) -> Tensor:
         if isinstance(param, str):
-            return self[self._param_of(param)]
+            return self[self._only_param_of(param)]
         if not isinstance(param, Tensor):
             raise KeyError(f"step scales are read by parameter or by its name, e.g. 'fc.weight', not by {param!r}")
         name = name_in(self._optimizer, param)
@@ -258,17 +246,18 @@ class StepScales(dict[Tensor, Tensor]):
         why = "it is not on a manifold" if manifold_of(param) is None else "it had no gradient in the latest step"
         raise KeyError(f"{name} has no step scale: {why}")
 
-    def _param_of(self, name: str) -> Tensor:
-        """The parameter of a name."""
-        names = [(own, param) for param, own, _ in _named(self._optimizer) if own is not None]
-        found = [param for own, param in names if own == name]
+    def _params_of(self, name: str) -> list[Tensor]:
+        return [param for param, own, _ in _named(self._optimizer) if own == name]
+
+    def _only_param_of(self, name: str) -> Tensor:
+        found = self._params_of(name)
         if len(found) == 1:
             return found[0]
         if found:
             raise KeyError(
                 f"the optimiser has {len(found)} parameters of the name {name!r}: read the scale by parameter"
             )
-        known = [own for own, _ in names]
+        known = [own for _, own, _ in _named(self._optimizer) if own is not None]
         remedy = f"the names are {few(known)}" if known else "build the optimiser from model.named_parameters()"
         raise KeyError(f"the optimiser knows no parameter of the name {name!r}; {remedy}{did_you_mean(name, known)}")
 

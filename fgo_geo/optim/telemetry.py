@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fgo_geo.linalg import root_of_sum
-from fgo_geo.manifolds import EmbeddedManifold
+from fgo_geo.manifolds import EmbeddedManifold, known_name
 from fgo_geo.optim.base import between_graphs, manifold_of
 from fgo_geo.optim.fgsgd import RiemannianFGSGD
 from fgo_geo.optim.on_manifolds import handle_of
-from fgo_geo.optim.points import known_name
+from fgo_geo.weights.words import whole_number
 
 __all__ = ["KEYS", "Telemetry", "angle_between", "radial_share", "telemetry"]
 
@@ -72,9 +72,10 @@ def telemetry(optimizer: Optimizer, module: nn.Module | None = None, *, every: i
             f"telemetry: expected a torch optimiser, got {type(optimizer).__name__}; pass the optimiser itself, also "
             "where it is under on_manifolds or channel_directed"
         )
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+    count = whole_number(every)
+    if count is None or count < 1:
         raise ValueError(f"telemetry: every must be a whole number of at least 1, got {every!r}")
-    return Telemetry(optimizer, module, every)
+    return Telemetry(optimizer, module, count)
 
 
 @dataclass

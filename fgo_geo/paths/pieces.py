@@ -11,7 +11,8 @@ module cuts and joins tensors; it contains no formula.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import geoopt
@@ -19,12 +20,13 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import Use, Workspace, reads_for_free
-from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
+from fgo_geo.manifolds import ComponentManifold, ProductOfGroups, known_name
 from fgo_geo.paths.native import blocks
 from fgo_geo.paths.native.library import library
 from fgo_geo.paths.protocol import Claim, Weight
 from fgo_geo.weights.components import KernelPartition, RectanglePartition, Segments
 from fgo_geo.weights.kinds import kind_of
+from fgo_geo.weights.words import few
 
 __all__ = ["Job", "LargeKernels", "Piece", "cut", "jobs_of"]
 
@@ -142,6 +144,8 @@ class Job:
         entries = math.prod(self._component)
         self._planes = is_matrix and entries <= _PLANES_ENTRIES and self.groups.total >= _PLANES_MATRICES
         self.buffer = None
+        record = kind_of(first.manifold)
+        self._is_foreign = record is None or record.is_of_user
 
     @property
     def is_whole(self) -> bool:
@@ -182,6 +186,36 @@ class Job:
             return values.reshape(())
         batch = self.x.shape[: self.x.ndim - self.manifold.ndim]
         return self.groups.spread(values).reshape(*batch, *(1,) * self.manifold.ndim)
+
+    @contextmanager
+    def naming_errors(self) -> Generator[None]:
+        """Let an error in a manifold that is not the package's say which class and which weights it concerns."""
+        try:
+            yield
+        except Exception as error:
+            if not self._is_foreign:
+                raise
+            owners = [piece.weight.owner for piece in self.pieces]
+            names = [known_name(owner) or f"a weight of shape {tuple(owner.shape)}" for owner in dict.fromkeys(owners)]
+            record = kind_of(self.manifold)
+            kind = "" if record is None else f" (kind {record.name!r})"
+            raise RuntimeError(
+                f"the step of {few(names)} on {type(self.manifold).__name__} manifolds{kind} failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def require_components(self, method: str, found: Tensor, is_finite: bool) -> None:
+        """Raise ValueError if a method of a manifold that is not the package's has returned something else.
+
+        Args:
+            method: Its name.
+            found: What it has returned.
+            is_finite: Whether it must be finite, where it can be read without waiting.
+        """
+        if self._is_foreign and found.shape != self.x.shape:
+            raise ValueError(f"{method} returned the shape {tuple(found.shape)}, expected {tuple(self.x.shape)}")
+        if self._is_foreign and is_finite and reads_for_free(found) and not bool(found.isfinite().all()):
+            raise ValueError(f"{method} returned numbers that are not finite")
 
     def release(self) -> None:
         """Hold on to no tensor of a step."""

@@ -62,7 +62,9 @@ class JobBatch(Batch):
         sums: list[Tensor] = []
         for job in self._jobs:
             job.x, job.grad = self._joined(job, points, Use.POINTS), self._joined(job, grads, Use.GRADIENTS)
-            sums.append(self.measure_job(job, options))
+            with job.naming_errors():
+                sums.append(self.measure_job(job, options))
+                job.require_components("egrad2rgrad", job.grad, is_finite=False)
             large = self._large.get(job.pieces[0].weight)
             if large is not None:
                 job.grad = large.keep(Use.GRADIENTS, job.pieces[0].part, job.grad)
@@ -78,7 +80,9 @@ class JobBatch(Batch):
             factors = None if scale is None else scale.index_select(0, job.index).to(job.x.dtype)
             if leaves_out and factors is not None:
                 job.grad = torch.where(job.spread(factors > 0), job.grad, 0)
-            x, buffer = self.move_job(job, options, factors)
+            with job.naming_errors():
+                x, buffer = self.move_job(job, options, factors)
+                job.require_components("retr" if options.update == "retraction" else "expmap", x, is_finite=True)
             buffers = [None] * len(job.pieces) if buffer is None else job.split(buffer)
             for piece, own, own_buffer in zip(job.pieces, job.split(x), buffers, strict=True):
                 large = self._large.get(piece.weight)

@@ -85,11 +85,14 @@ def check_methods(
         found = None if any(x is None for x in arguments) else _called(unit, method, *arguments)
         if found is None:
             return None
+        faults = [f"the shape {tuple(found.shape)}"] if found.shape != start.shape else []
+        faults += [f"numbers of type {found.dtype}"] if found.is_complex() else []
         bad = int((~found.isfinite()).sum())
-        if found.shape != start.shape or bad or found.is_complex():
-            shown = f"{bad} that are not finite" if bad else f"the shape {tuple(found.shape)} and {found.dtype}"
+        faults += [f"{bad} that are not finite"] if bad else []
+        if faults:
             raise TypeError(
-                f"{method} {whose} must return finite real numbers of shape {tuple(start.shape)}, got {shown}"
+                f"{method} {whose} must return finite real numbers of shape {tuple(start.shape)}, "
+                f"got {' and '.join(faults)}"
             )
         return found
 

@@ -102,6 +102,11 @@ class Kind:
         return self.manifold is geoopt.Euclidean
 
     @property
+    def is_of_user(self) -> bool:
+        """Whether it was registered from outside of the package; classes of Geoopt are, too, but ``Euclidean``."""
+        return self.name in _of_users
+
+    @property
     def has_radius(self) -> bool:
         """Whether its manifolds come in all radii."""
         return hasattr(self.manifold, "radius_for")
@@ -137,7 +142,7 @@ class Kind:
             TypeError: As :func:`~fgo_geo.weights.kind_checks.check_methods`.
         """
         size = (rows, columns)
-        if self.name not in _of_users or self.manifold.__module__.startswith("geoopt.") or size in self.checked:
+        if not self.is_of_user or self.manifold.__module__.startswith("geoopt.") or size in self.checked:
             return
         unit: Any = self.build(1.0)
         if not traces() and unit._check_shape((3, *size), "x")[0]:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Sequence
 from typing import Literal, cast, get_args
 
 import numpy as np
@@ -159,20 +160,33 @@ def check_bound_of(bound_of: object) -> BoundOf:
     return cast(BoundOf, small(bound_of))
 
 
-def bound_in_words(bound_of: BoundOf, bound: float) -> str:
-    """What a bound bounds.
+def bound_in_words(bound_of: BoundOf, bound: float, kinds_used: Iterable[str]) -> str:
+    """What a bound bounds, for a weight with groups of these kinds; empty if they are all unconstrained.
 
     Example:
-        >>> bound_in_words("group", 0.5)
-        'norms of each group <= 0.5'
+        >>> bound_in_words("group", 0.5, ["sphere"]), bound_in_words("group", 0.5, ["sphere", "euclidean"])
+        ('norms of each group <= 0.5', 'norms of each sphere group <= 0.5')
     """
-    return f"norms of {'each group' if bound_of == 'group' else 'the layer'} <= {bound:g}"
+    known = list(dict.fromkeys(kinds_used))
+    bounded = [name for name in known if not kinds.kind(name).is_free]
+    groups = "group" if bounded == known else f"{' or '.join(bounded)} group"
+    whose = f"each {groups}" if bound_of == "group" else "the layer"
+    return f"norms of {whose} <= {bound:g}" if bounded else ""
 
 
 def check_bound(bound: float) -> None:
     """Raise ValueError if a bound is not a positive number."""
-    if not (isinstance(bound, numbers.Real) and not isinstance(bound, bool) and 0 < bound < math.inf):
-        raise ValueError(f"bound must be a positive number, got {bound!r}")
+    if _positive(bound) is None:
+        raise ValueError(f"bound must be a positive finite float, got {reprlib.repr(bound)}")
+
+
+def _positive(number: object) -> float | None:
+    """A positive number as a float; None for booleans, numbers that no finite float holds, and anything else."""
+    try:
+        value = float(number) if isinstance(number, numbers.Real) and not isinstance(number, bool) else 0.0
+    except OverflowError:
+        return None
+    return value if 0 < value < math.inf else None
 
 
 def check_rule(rule: object) -> RadiusRule:
@@ -187,13 +201,16 @@ def check_rule(rule: object) -> RadiusRule:
     Raises:
         ValueError: If it is anything else.
     """
-    if isinstance(rule, numbers.Real) and not isinstance(rule, bool) and 0 < float(rule) < math.inf:
-        return float(rule)
+    number = _positive(rule)
+    if number is not None:
+        return number
     word = small(rule)
     if isinstance(word, str) and word in ("kaiming", "unit", "bound"):
         return word
     hint = did_you_mean(rule, ("kaiming", "unit", "bound"))
-    raise ValueError(f'radius must be "kaiming", "unit", "bound" or a positive number, got {rule!r}{hint}')
+    raise ValueError(
+        f'radius must be "kaiming", "unit", "bound" or a positive finite float, got {reprlib.repr(rule)}{hint}'
+    )
 
 
 def group_radii(

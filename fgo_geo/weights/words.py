@@ -1,4 +1,4 @@
-"""Wording that messages of several packages share, and words that are arguments.
+"""Wording that messages of several packages share, and arguments that are words or whole numbers.
 
 Words such as ``"stiefel"``, ``"PIO"`` or ``"H1"`` may mix upper and lower case: :func:`small` converts them.
 """
@@ -8,16 +8,26 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import math
+import operator
 import os
 import re
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import TypeVar
 
-__all__ = ["did_you_mean", "few", "globs", "line_width", "small", "stated"]
+__all__ = [
+    "counted_globs",
+    "described",
+    "did_you_mean",
+    "few",
+    "globs",
+    "line_width",
+    "small",
+    "stated",
+    "whole_number",
+]
 
 _Word = TypeVar("_Word")
 
@@ -30,6 +40,31 @@ def small(word: _Word) -> _Word:
         ('pio', 0.5)
     """
     return word.casefold() if isinstance(word, str) else word  # pyright: ignore[reportReturnType]
+
+
+def whole_number(argument: object) -> int | None:
+    """An integer of any type, such as NumPy's; None for booleans and for anything else.
+
+    Example:
+        >>> whole_number(3), whole_number(True), whole_number(3.0)
+        (3, None, None)
+    """
+    try:
+        return None if isinstance(argument, bool) else operator.index(argument)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        return None
+
+
+def described(argument: object) -> str:
+    """An argument of the wrong type, as a message names it.
+
+    Example:
+        >>> described([]), described(OSError()), described(None)
+        ('a list', 'an OSError', 'None')
+    """
+    name = type(argument).__name__
+    article = "an" if name.startswith((*"aeioAEIO", "ndarray")) else "a"
+    return "None" if argument is None else f"{article} {name}"
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
@@ -77,13 +112,48 @@ def few(names: Sequence[str], limit: int = 6) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
+def counted_globs(names: Sequence[str], known: Iterable[str], *, partly: bool = False) -> dict[str, str]:
+    """For each name itself, or the glob that stands for it and at least two others, with their number.
+
+    Args:
+        names: Names.
+        known: All names; a glob that fits others of these is not used.
+        partly: Use such a glob after all if it has one star, and say how many of the known names it stands for.
+
+    Example:
+        >>> known = [f"{i}.weight" for i in range(4)]
+        >>> counted_globs(known, known)["0.weight"], counted_globs(known[1:], known)["1.weight"]
+        ('*.weight (4)', '1.weight')
+        >>> counted_globs(known[1:], known, partly=True)["1.weight"]
+        '*.weight (3 of 4)'
+    """
+    known, labels = list(known), {name: name for name in names}
+    counts = Counter(glob for name in names for glob in _globs_of(name))
+    fitting = {glob: fnmatch.filter(known, glob) for glob, count in counts.most_common() if count > 2}
+    for is_part in (False, True)[: 1 + partly]:
+        for glob, fits in fitting.items():
+            members = [name for name in fits if labels.get(name) == name]
+            if len(members) > 2 and (len(members) == len(fits) or (is_part and glob.count("*") == 1)):
+                of = f" of {len(fits)}" if len(members) < len(fits) else ""
+                labels |= dict.fromkeys(members, f"{glob} ({len(members)}{of})")
+    return labels
+
+
+def _globs_of(name: str) -> set[str]:
+    """The name with one of its numbers replaced by a star, all but the last, or all."""
+    parts = re.split(r"(\d+)", name)
+    numbers = range(1, len(parts), 2)
+    choices = [numbers, numbers[:-1], *((number,) for number in numbers)]
+    return {"".join("*" if k in chosen else part for k, part in enumerate(parts)) for chosen in choices} - {name}
+
+
 def globs(names: Sequence[str], known: Iterable[str], limit: int = 20) -> str:
-    """Names as :func:`few`, where a glob and a count stand for more than six names that differ in numbers alone.
+    """Names as :func:`few`; of more than six, those that differ in numbers alone are shown as a glob and their number.
 
     Args:
         names: Names, in the order to show them.
         known: All names; a glob that fits others of these is not used.
-        limit: Number of names and globs to show.
+        limit: Number of names and globs to show; the names behind the others are counted.
 
     Example:
         >>> biases = [f"layers.{i}.ln_{j}.bias" for i in range(4) for j in (1, 2)]
@@ -91,16 +161,15 @@ def globs(names: Sequence[str], known: Iterable[str], limit: int = 20) -> str:
         'head.bias, layers.*.ln_*.bias (8)'
         >>> globs([f"{i}.bias" for i in range(7)], [*(f"{i}.bias" for i in range(7)), "head.bias"])
         '0.bias, 1.bias, 2.bias, 3.bias, 4.bias, 5.bias, 6.bias'
+        >>> globs(["head.bias", *biases], ["head.bias", *biases], limit=1)
+        'head.bias and 8 more'
     """
     if len(names) <= 6:
         return ", ".join(names)
-    known, labels = list(known), {name: name for name in names}
-    for digits in (r"\d+(?=.*\d)", r"\d+"):  # all numbers but the last, or better all
-        replaced = partial(re.sub, digits, "*")
-        counts = Counter(map(replaced, names))
-        fitting = {glob for glob, count in counts.items() if 2 < count == len(fnmatch.filter(known, glob))}
-        labels |= {name: f"{glob} ({counts[glob]})" for name in names if (glob := replaced(name)) in fitting}
-    return few(list(dict.fromkeys(labels.values())), limit)
+    labels = counted_globs(names, known)
+    shown = list(dict.fromkeys(labels.values()))[:limit]
+    hidden = sum(label not in shown for label in labels.values())
+    return ", ".join(shown) + (f" and {hidden} more" if hidden else "")
 
 
 def stated(names: Sequence[str], predicate: str, shown: str | None = None) -> str:

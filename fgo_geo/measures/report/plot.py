@@ -127,5 +127,5 @@ def _draw_measures(report: Record, ax: Any) -> None:
     ax.margins(x=0.12)
     ax.set_yticks(range(len(names)), names, fontsize=9)
     ax.invert_yaxis()
-    ax.set_title(f"natural logarithm of the measures, N = {report.n_samples:,}", fontsize=9)
+    ax.set_title(f"natural logarithm of the measures, N = {report.n_samples:,} (smaller is better)", fontsize=9)
     ax.legend(fontsize=9, frameon=False)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fgo_geo.measures.report.record import LayerReport, Record
-from fgo_geo.weights.words import line_width, stated
+from fgo_geo.weights.words import globs, line_width, stated
 
 __all__ = ["comparison", "tables"]
 
@@ -44,10 +44,10 @@ def tables(report: Record) -> str:
     for name, reason in report.left_out.items():
         reasons.setdefault(reason, []).append(name)
     if reasons:
-        lines = [
-            textwrap.fill(stated(names, reason), int(min(width, 160)), initial_indent="  ", subsequent_indent="    ")
-            for reason, names in reasons.items()
-        ]
+        known = [*report.left_out, *(name for layer in report.layers for name in layer.names)]
+        lines = [stated(names, reason, globs(names, known)) for reason, names in reasons.items()]
+        columns = int(min(width, 160))
+        lines = [textwrap.fill(line, columns, initial_indent="  ", subsequent_indent="    ") for line in lines]
         parts.append("\n".join(["Not measured:", *lines]))
     return "\n\n".join([*parts, _filled(_summary(report), width)])
 
@@ -80,7 +80,7 @@ def comparison(first: Record, second: Record, labels: tuple[str, str]) -> str:
 
 
 def _measures_of_both(first: Record, second: Record, labels: tuple[str, str]) -> Table:
-    sums = Table("log measure", "scaling", *labels, box=box.SIMPLE)
+    sums = Table("log measure\n(smaller is better)", "scaling", *labels, box=box.SIMPLE)
     pairs = [(mine, second.measure(mine.name, mine.scaling)) for mine in first.measures]
     for mine, theirs in pairs:
         sums.add_row(mine.name, mine.heading, f"{mine.value:.2f}", f"{theirs.value:.2f}")
@@ -166,7 +166,7 @@ def _measure_table(report: Record) -> Table:
     columns = list(dict.fromkeys(measure.heading for measure in report.measures))
     if report.margin is not None and report.margin > 0:
         columns += [f"{column}, margin {report.margin:.3g}" for column in columns]
-    table = Table(f"log measure, N = {report.n_samples:,}", *columns, box=box.SIMPLE)
+    table = Table(f"log measure, N = {report.n_samples:,}\n(smaller is better)", *columns, box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for name in dict.fromkeys(measure.name for measure in report.measures):

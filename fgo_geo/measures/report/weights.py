@@ -84,11 +84,11 @@ def _bounds(model: nn.Module) -> dict[str, str]:
     """What the radii of constrained parameters bound, in words."""
     paths = {module: f"{path}." if path else "" for path, module in model.named_modules()}
     return {
-        f"{paths[plan.model]}{name}": ", " + bound_in_words(entry.bound_of, entry.bound)
+        f"{paths[plan.model]}{name}": f", {bound}"
         for plan in plans_of(model)
         if plan.model is not None
         for entry in plan.constrained
-        if entry.radius == "bound" and entry.statistics != "std"
+        if (bound := entry.bound_in_words()) and entry.statistics != "std"
         for name in entry.names
     }
 
@@ -146,7 +146,7 @@ def _renormalised(model: nn.Module, site: Site) -> Weight | str:
     cut = renormalization.partition
     words = f"renormalised, {_kinds_in_words(cut, renormalization.collections[0].strategy)}"
     if renormalization.statistics != "std":
-        words += ", " + bound_in_words(renormalization.bound_of, renormalization.bound)
+        words += ", " + bound_in_words(renormalization.bound_of, renormalization.bound, cut.kinds)
     violation = float(renormalization.violation(value).max())
     return Weight((name,), (module,), site.param, value, cut.layout, "renormalised", words, cut, violation)
 

@@ -1,7 +1,7 @@
 """The compiled extension: its place, and the number of threads for its functions.
 
 The installation of the package builds it if there is a C++ compiler. It depends neither on Python nor on torch. Without
-it, all weights take the reference path.
+it, the paths that call it take no weight, and the other paths step all of them.
 """
 
 from __future__ import annotations
