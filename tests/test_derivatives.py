@@ -20,6 +20,7 @@ from torch.func import hessian, jacfwd, jacrev, jvp, vmap
 from fgo_geo import Oblique, ProductOfGroups, ScaledSphere, Stiefel
 from fgo_geo.grouping import collection
 from fgo_geo.linalg import arctangent, cosine, polar_factor, sinc
+from fgo_geo.linalg.smooth import apply
 
 # -- the table -----------------------------------------------------------------------------------------------------
 
@@ -226,3 +227,33 @@ def test_forward_mode_within_forward_mode_names_what_to_do() -> None:
     for manifold in (ScaledSphere(ndim=2), Oblique()):  # made of torch's own operations
         of_forward = jacfwd(jacfwd(lambda x: manifold.projx(x).sin().sum()))(x)  # noqa: B023
         torch.testing.assert_close(of_forward, hessian(lambda x: manifold.projx(x).sin().sum())(x))  # noqa: B023
+
+
+def test_functions_without_derivatives_are_called_directly() -> None:
+    """``torch.autograd.Function.apply`` takes 50 µs; where there is nothing to differentiate, nothing is recorded."""
+
+    class Recorded(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:  # pyright: ignore
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+            recorded.append(inputs[0].shape)
+
+        @staticmethod
+        def push(ctx: Any, tangent: Tensor) -> Tensor:
+            return 2 * tangent
+
+    recorded: list[tuple[int, ...]] = []
+    x = torch.ones(2)
+    with torch.no_grad():
+        assert apply(Recorded, x.clone().requires_grad_()).tolist() == [2, 2]
+    assert apply(Recorded, x).tolist() == [2, 2]
+    assert not recorded
+    assert apply(Recorded, x.clone().requires_grad_()).requires_grad
+    assert jvp(lambda x: apply(Recorded, x), (x,), (x,))[1].tolist() == [2, 2]
+    assert vmap(lambda x: apply(Recorded, x))(x).tolist() == [2, 2]
+    assert len(recorded) >= 3

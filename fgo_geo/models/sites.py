@@ -10,6 +10,7 @@ import fnmatch
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ class Site:
 
     def layout(self) -> WeightLayout | str:
         """The layout that all owners agree on, or the reason why the parameter cannot be constrained."""
-        layouts = self._layouts()
+        layouts = self._layouts
         for name, layout in zip(self.names, layouts, strict=True):
             if isinstance(layout, str):
                 return layout if len(layouts) == 1 else f"is tied, and as {name!r} it {layout}"
@@ -68,12 +69,13 @@ class Site:
             return "is frozen (requires_grad=False): unfreeze it first, or constrain it when it is to be trained"
         return layouts[0]
 
+    @cached_property
     def _layouts(self) -> list[WeightLayout | str]:
         return [layout_of(m, n.rpartition(".")[2]) for m, n in zip(self.owners, self.names, strict=True)]
 
     def is_convolution(self) -> bool:
         """Whether this is the weight of a convolution, frozen or not."""
-        return isinstance(self.owners[0], CONVOLUTIONS) and isinstance(self._layouts()[0], WeightLayout)
+        return isinstance(self.owners[0], CONVOLUTIONS) and isinstance(self._layouts[0], WeightLayout)
 
     def is_linear(self) -> bool:
         """Whether this is the weight of a linear layer or a 1x1 convolution without groups, frozen or not."""
@@ -81,17 +83,17 @@ class Site:
             isinstance(layout, WeightLayout)
             and not isinstance(owner, nn.MultiheadAttention)
             and math.prod(layout.kernel) == layout.conv_groups == 1
-            for owner, layout in zip(self.owners, self._layouts(), strict=True)
+            for owner, layout in zip(self.owners, self._layouts, strict=True)
         )
 
     def outputs(self) -> int:
         """Number of output channels of a weight with a layout; zero for others."""
-        return max((layout.out_channels for layout in self._layouts() if isinstance(layout, WeightLayout)), default=0)
+        return max((layout.out_channels for layout in self._layouts if isinstance(layout, WeightLayout)), default=0)
 
     def inputs(self) -> list[tuple[int, int]]:
         """Place and number of the input channels of each use of this parameter; none for biases and embeddings."""
         found: list[tuple[int, int]] = []
-        for place, owner, layout in zip(self.places, self.owners, self._layouts(), strict=True):
+        for place, owner, layout in zip(self.places, self.owners, self._layouts, strict=True):
             if isinstance(layout, WeightLayout):
                 found.append((place, layout.in_channels * layout.conv_groups))
             elif "weight" in self.names[0] and self.shape and not isinstance(owner, nn.Embedding):

@@ -49,7 +49,7 @@ def initial_point(
 
     Args:
         value: Its values.
-        manifold: Its manifold.
+        manifold: Its manifold, as :func:`moved_to` returns it.
         initial: ``"project"``, or ``"uniform"`` by torch's global generator.
         seed: Seed for the components that the projection does not determine.
         name: Name of the parameter; the draw depends on it, too.
@@ -74,7 +74,6 @@ def initial_point(
     size = exact.abs()
     smallest = torch.finfo(value.dtype).eps * float(size.amax())
     tiny = 0 if float(size.amin()) > smallest else int((size <= smallest).count_nonzero())
-    manifold = moved_to(manifold, exact)
     manifolds, sizes = [each for each, _ in manifold.parts], manifold.partition.sizes
     parts = manifold.partition.split(exact)
     can_be_open = [_can_be_open(each, *own, tiny) for each, own in zip(manifolds, sizes, strict=True)]

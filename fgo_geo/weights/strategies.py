@@ -136,13 +136,13 @@ def _random_orders(seed: int, name: str) -> _Orders:
 
     A permutation sorts 64-bit words of PCG64's raw stream, which NumPy guarantees for a fixed seed
     (it guarantees no method of ``Generator``). The generator is seeded by the SHA-256 of the
-    collection's seed, its name and the purpose.
+    collection's seed, its name and the purpose. Two of a thousand words are equal with probability 3e-14.
     """
 
     def orders(purpose: str, lines: int, members: int) -> NDArray[np.intp]:
         key = hashlib.sha256(json.dumps([seed, name, purpose]).encode()).digest()
         words = np.random.PCG64(int.from_bytes(key, "big")).random_raw(lines * members)
-        return np.argsort(words.reshape(lines, members), axis=1, kind="stable")
+        return np.argsort(words.reshape(lines, members), axis=1)  # a stable sort takes five times as long
 
     return orders
 
