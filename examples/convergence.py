@@ -25,13 +25,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import fgo_geo  # isort: skip  (before Geoopt, which warns if it is imported alone)
 import geoopt
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-
-import fgo_geo
 
 LEAK = 0.2
 MEASURED_INPUTS = 2048

@@ -23,11 +23,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import fgo_geo  # isort: skip  (before Geoopt, which warns if it is imported alone)
 import geoopt
 import torch
 from torch import Tensor
 
-import fgo_geo
 from fgo_geo import Ball, Oblique, ProductOfGroups, ScaledSphere, SpectralBall, SpectralSphere, Stiefel
 
 RATES = (100.0, 30.0, 10.0, 3.0, 1.0, 0.3, 0.1)

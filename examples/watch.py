@@ -18,6 +18,7 @@ import argparse
 import csv
 import statistics
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from training import command_line, engine, models
 
 from fgo_geo.optim.telemetry import angle_between
 
-TITLES = ("step", "loss", "constrained", "biases", "first", "classifier", "τ", "outputs of layers", "dead", "|g|")
+COLUMNS = {"step": 4, "loss": 6, "constr.": 7, "biases": 7, "first": 7, "class.": 7, "τ": 6}
+COLUMNS |= {"outputs": 16, "dead": 4, "|g|": 7}  # widths; 80 characters with the spaces between
 
 
 class Watch:
@@ -64,6 +66,11 @@ class Watch:
         return result
 
 
+def show(cells: Iterable[str]) -> None:
+    """Print cells under their titles."""
+    print(" ".join(cell.rjust(width) for cell, width in zip(cells, COLUMNS.values(), strict=True)))
+
+
 def largest(values: list[float]) -> float:
     return max(values, default=float("nan"))
 
@@ -80,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     convolutions = [n for n, layer in watch.layers.items() if isinstance(layer, nn.Conv2d)]
     shown = [convolutions[0], convolutions[len(convolutions) // 2], convolutions[-1]]
     lines: list[dict[str, float]] = []
-    print("  ".join(f"{title:>11}" for title in TITLES))
+    show(COLUMNS)
     run.net.train()
     while run.progress.step < own.until and run.progress.epoch <= run.settings.optim.epochs:
         run.order.epoch = run.progress.epoch
@@ -112,12 +119,9 @@ def main(arguments: list[str] | None = None) -> int:
             figures["τ"] = largest(taus)
             if run.progress.step % own.every == 0:
                 spreads = " ".join(f"{watch.spread[name]:.2g}" for name in shown)
-                numbers = [f"{value:11.4g}" for value in figures.values()]
-                print(
-                    "  ".join(
-                        [*numbers, f"{spreads:>17}", f"{largest(list(watch.dead.values())):5.0%}", f"{gradient:.3g}"]
-                    )
-                )
+                step, loss, *lengths_shown, tau = figures.values()
+                numbers = [f"{step:.0f}", f"{loss:.4g}", *(f"{length:.2g}" for length in lengths_shown), f"{tau:.3g}"]
+                show([*numbers, spreads, f"{largest(list(watch.dead.values())):.0%}", f"{gradient:.3g}"])
             lines.append(
                 figures
                 | {"angle": statistics.median(turned)}

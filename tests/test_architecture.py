@@ -280,6 +280,22 @@ def test_the_bounds_know_no_module():
     assert not [name for name in names if name.startswith("torch.nn")]
 
 
+PROGRAMS = [path for path in sorted((ROOT / "examples").rglob("*.py")) if not path.name.startswith("plot_")]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT / "examples")))
+def test_a_program_imports_the_package_before_geoopt_so_that_no_warning_heads_its_output(path):
+    """Importing Geoopt alone warns that ``torch.jit.script`` is deprecated."""
+    imported: list[str] = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            imported += [alias.name.partition(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            imported.append(str(node.module).partition(".")[0])
+    if "geoopt" in imported and path.parent.name != "training":  # whose __init__.py comes first
+        assert {"fgo_geo", "training"} & set(imported[: imported.index("geoopt")])
+
+
 def test_the_package_is_typed():
     assert (PACKAGE / "py.typed").read_bytes() == b""
 

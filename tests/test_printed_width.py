@@ -7,6 +7,7 @@ import sys
 from collections import OrderedDict
 
 import pytest
+import torch
 import torchvision
 from torch import nn
 
@@ -79,6 +80,16 @@ def test_two_reports_side_by_side_cut_no_cell_either(printed, monkeypatch, width
     assert "layer4.1.conv2.weight" in text
     assert "…" not in text
     assert ("Hidden at" in text) is (width < 200)
+
+
+def test_the_summary_of_channel_directed_gradients_is_as_wide(monkeypatch):
+    model = torchvision.models.vgg11(num_classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    handle = fgo_geo.channel_directed(optimizer, "h1", 2.0, module=model)
+    wide = handle.summary()
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, wide.splitlines())) > 80 >= max(map(len, handle.summary().splitlines()))
+    assert handle.summary().split() == wide.split()
 
 
 def test_a_line_represents_them(printed):

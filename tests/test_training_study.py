@@ -257,6 +257,7 @@ def test_watching_shows_the_steps_and_leaves_the_run_as_it_is(tmp_path, capsys):
             losses.append(float(sums[0] / sums[2]))
     assert [float(line["loss"]) for line in steps] == pytest.approx(losses[:25], rel=1e-4)
     assert "median angle per step" in shown
+    assert max(map(len, shown.splitlines())) <= 80
     assert watch.main([*words, "--until", "5", "--csv", str(tmp_path / "frozen.csv"), "--freeze", "biases"]) == 0
     with (tmp_path / "frozen.csv").open(newline="") as file:
         assert {float(line["biases"]) for line in csv.DictReader(file)} == {0.0}

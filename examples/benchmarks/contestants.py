@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import fgo_geo  # isort: skip  (before Geoopt, which warns if it is imported alone)
 import geoopt
 import torch
 import torchvision
 from torch import Tensor, nn
 
-import fgo_geo
 from fgo_geo.kernels import use_path
 from fgo_geo.manifolds import EmbeddedManifold
 

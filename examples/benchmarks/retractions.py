@@ -17,13 +17,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from fgo_geo import Stiefel  # isort: skip  (before Geoopt, which warns if it is imported alone)
 import geoopt
 import timing
 import torch
 from timing import Columns
 from torch import Tensor
-
-from fgo_geo import Stiefel
 
 SHAPES = ("576x64", "2048x512", "16384x3x3")
 PRODUCT = "one product, n x p by p x p"

@@ -19,10 +19,10 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import geoopt
 import numpy as np
 import torch
 from rich.box import SIMPLE
@@ -115,7 +115,7 @@ def machine(device: torch.device) -> str:
     accelerator = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
     return (
         f"{processor}, {os.cpu_count()} cores{accelerator}; threads: {torch.get_num_threads()}; {platform.system()}, "
-        f"Python {platform.python_version()}, torch {torch.__version__}, geoopt {geoopt.__version__}"
+        f"Python {platform.python_version()}, torch {torch.__version__}, geoopt {version('geoopt')}"
     )
 
 

@@ -10,3 +10,7 @@ A run goes parse -> open its folder -> build -> fit -> write:
 * :mod:`training.measures` and :mod:`training.reporting` say what came of it;
 * :mod:`training.grid` runs many of them and compares.
 """
+
+from fgo_geo import __version__  # before Geoopt, which warns if it is imported alone
+
+__all__ = ["__version__"]

@@ -8,6 +8,7 @@ an optimiser by its step hooks.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, cast, get_args
@@ -31,7 +32,7 @@ from fgo_geo.optim.channel_metrics import (
     mistaken,
 )
 from fgo_geo.weights.layout import WeightLayout, layout_of
-from fgo_geo.weights.words import described, did_you_mean, small, whole_number
+from fgo_geo.weights.words import described, did_you_mean, line_width, small, whole_number
 
 __all__ = ["ChannelDirected", "channel_directed"]
 
@@ -243,7 +244,8 @@ class ChannelDirected:
                 ", ".join(f"{k}={v}" for k, v in direction._asdict().items()) if direction else f"left alone: {reason}"
             )
             lines.append(f"{name} {tuple(parameter.shape)}: {how}")
-        return "\n".join(lines)
+        width = int(min(line_width(), 10_000))
+        return "\n".join(textwrap.fill(line, width, subsequent_indent="    ") for line in lines)
 
     def __repr__(self) -> str:
         s = self._settings
