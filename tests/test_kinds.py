@@ -709,6 +709,17 @@ def test_an_error_in_a_step_names_the_class_and_the_weight(method: str, fault: A
     assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_constrain_names_the_kind_and_the_weight_that_it_cannot_project() -> None:
+    fgo_geo.register_kind("own", type("Faulty", (OwnRows,), {"projx": _boom}))
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3))
+    try:
+        with pytest.raises(RuntimeError, match=r"constrain: '0.weight' cannot be moved .* kind own: KeyError: 'boom'$"):
+            fgo_geo.constrain(model, "layer", "own", radius="unit", classifier=True)
+    finally:
+        kinds.unregister_kind("own")
+    assert not any(isinstance(param, geoopt.ManifoldParameter) for param in model.parameters())
+
+
 def test_errors_of_weights_without_a_name_and_of_classes_without_a_kind() -> None:
     weights = [geoopt.ManifoldParameter(OwnRows().projx(normal((4, 3), seed)), manifold=OwnRows()) for seed in (0, 1)]
     optimizer = fgo_geo.RiemannianFGSGD(weights, lr=0.1)

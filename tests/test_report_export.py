@@ -204,6 +204,7 @@ def test_exports_go_to_files(tmp_path):
     assert matplotlib.pyplot.get_fignums() == before
     figure = found.plot("ResNet-18, v1.0")
     assert figure.get_suptitle() == "ResNet-18, v1.0"
+    assert figure.axes[-1].get_title().endswith("(smaller is better)")
     matplotlib.pyplot.close(figure)
 
 

@@ -392,6 +392,19 @@ def test_a_scripted_model_is_refused():
             constrain(model)
 
 
+def test_a_constrained_model_is_scripted_once_it_is_plain():
+    net = network()
+    constrain(net)
+    x = torch.ones(2, 3, 6, 6)
+    before = net(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that torch.jit.script is deprecated
+        with pytest.raises(RuntimeError, match=r"Pre-hook '_guard' on module 'Sequential' expected the input argument"):
+            torch.jit.script(net)
+        scripted = torch.jit.script(fgo_geo.unconstrain(net))
+    assert torch.equal(scripted(x), before)
+
+
 def test_an_optimiser_without_names_that_was_built_too_early_names_the_weight():
     net = network()
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)

@@ -45,9 +45,9 @@ from fgo_geo.models.surgery import (
     replace_parameter,
     write_points,
 )
-from fgo_geo.weights.kinds import KindLike
+from fgo_geo.weights.kinds import KindLike, kind
 from fgo_geo.weights.radius import BoundOf, RadiusRule, check_rule
-from fgo_geo.weights.words import stated
+from fgo_geo.weights.words import few, stated
 
 __all__ = ["constrain", "unconstrain"]
 
@@ -120,6 +120,7 @@ def constrain(
 
     Raises:
         TypeError: If the model is not a module.
+        RuntimeError: If a custom kind cannot project a weight; the message names both.
         ValueError: If the model is constrained or distributed already, a pattern matches nothing or sets the radius
             of no weight, a setting is unknown, ``bound`` is given where no rule is ``"bound"``, a layer named in
             ``include`` cannot be constrained, or nothing is left to constrain. In each case nothing has changed.
@@ -168,7 +169,16 @@ def constrain(
             if not site.param.is_meta:
                 require_finite(site.param.detach(), f"constrain: {entry.name!r}", DAMAGED)
             manifold = moved_to(manifold, site.param)
-            point, notes = initial_point(site.param.detach(), manifold, s.initial, s.seed, entry.name)
+            try:
+                point, notes = initial_point(site.param.detach(), manifold, s.initial, s.seed, entry.name)
+            except Exception as error:
+                own = [name for name in entry.kinds_used() if kind(name).is_of_user]
+                if not own:
+                    raise
+                raise RuntimeError(
+                    f"constrain: {entry.name!r} cannot be moved to manifolds of kind {few(own)}: "
+                    f"{type(error).__name__}: {error}"
+                ) from error
             entries[number] = replace(entry, notes=(*entry.notes, *notes))
             targets.append((entry, site.param, manifold))
             points.append(point)
