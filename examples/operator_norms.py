@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
         columns = zip(*(ratios(channels, size, seed) for seed in range(settings.seeds)), strict=True)
         cells = [f"{statistics.mean(column):.3f} ± {statistics.stdev(column):.3f}" for column in columns]
         table.add_row(f"{channels}, {size} x {size}", *cells)
-    Console(highlight=False, width=160).print(table)
+    console = Console(highlight=False)
+    (console if console.is_terminal else Console(highlight=False, width=160)).print(table)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ MUTANTS = [
         "linalg/polar_derivative.py",
         "linalg:derivative+gradient derivatives:polar linalg derivatives",
         ("generator = apply(_SkewEquation, hermitian, along - along.mT, v, h)", "generator = apply(_SkewEquation, hermitian, along + along.mT, v, h)"),
-        ("return _product(w, inverse) + _product(q, inside)", "return _product(w, inverse) - _product(q, inside)"),
+        ("return _product(w, inverse.mT) + _product(q, inside)", "return _product(w, inverse.mT) - _product(q, inside)"),
         ("divide_or_zero(turned, h.unsqueeze(-1) + h.unsqueeze(-2))", "divide_or_zero(turned, h.unsqueeze(-1) * 2)"),
         ("return -inverse @ grad @ inverse, None, None", "return inverse @ grad @ inverse, None, None"),
         ("return k @ solution + solution @ k, k, None, None", "return k @ solution, k, None, None"),
@@ -105,7 +105,7 @@ MUTANTS = [
     *in_file(
         "linalg/closed_forms.py",
         "closed_forms",
-        ("((b, c), (c, a), (a, b))])", "((b, c), (a, c), (a, b))])"),
+        ("rows[j][n], rows[m][k], value=-1)", "rows[j][n], rows[m][k], value=1)"),
         ("i2 = (minors + 2 * i3 * i1).sqrt()\n    delta", "i2 = (minors + i3 * i1).sqrt()\n    delta"),
         ("delta = i1 * i2 - i3", "delta = i1 * i2 + i3"),
         ("sign = torch.where(determinant < 0, -1.0, 1.0)", "sign = torch.where(determinant < 0, 1.0, 1.0)"),
@@ -323,7 +323,22 @@ MUTANTS = [
         "channel_directed_parameters:lam_relative+manifold channel_directed_optimisers:manifold channel_directed_parameters channel_directed_optimisers",
         ("(shape[axis] / groups / (2 * math.pi)) ** 2", "shape[axis] / groups / (2 * math.pi)"),
         ("(shape[axis] / groups / (2 * math.pi)) ** 2", "(shape[axis] / (2 * math.pi)) ** 2"),
-        ("manifold.egrad2rgrad(parameter, vector)", "vector"),
+        ("gradient.copy_(manifold.egrad2rgrad(parameter, directed))", "gradient.copy_(directed)"),
+    ),
+    *in_file(
+        "paths/pieces.py",
+        "kinds:error+blamed",
+        ("self._is_foreign and found.shape != self.x.shape", "self._is_foreign and found.numel() != self.x.numel()"),
+        ("self._is_foreign and is_finite and", "self._is_foreign and"),
+        ("not bool(found.isfinite().all())", "bool(found.isnan().all())"),
+        ("record is None or record.is_of_user", "record is not None and record.is_of_user"),
+    ),
+    *in_file(
+        "weights/words.py",
+        "constrain_plan torchvision",
+        ("if len(members) > 2 and (len(members) == len(fits)", "if len(members) > 2 and (len(members) <= len(fits)"),
+        ("if labels.get(name) == name", "if name in labels"),
+        ("hidden = sum(label not in shown for label in labels.values())", "hidden = len(set(labels.values())) - len(shown)"),
     ),
     # -- measures ----------------------------------------------------------------------------------
     *in_file(

@@ -688,6 +688,11 @@ def _boom(*_: Any) -> Any:
         ("retr", _boom, "KeyError: 'boom'"),
         ("egrad2rgrad", _boom, "KeyError: 'boom'"),
         ("retr", lambda self, x, u: x * torch.nan, "ValueError: retr returned numbers that are not finite"),
+        (
+            "retr",
+            lambda self, x, u: torch.full_like(x, torch.inf),
+            "ValueError: retr returned numbers that are not fin",
+        ),
         ("retr", lambda self, x, u: x[0], r"ValueError: retr returned the shape \(4, 3\), expected \(1, 4, 3\)"),
         ("egrad2rgrad", lambda self, x, u: u[0], r"ValueError: egrad2rgrad returned the shape \(4, 3\), expected"),
     ],
