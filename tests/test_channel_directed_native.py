@@ -98,7 +98,7 @@ def test_a_layout_that_is_kept_is_never_taken_for_another() -> None:
 @pytest.mark.parametrize("ends", ENDS)
 @pytest.mark.parametrize("length", [1, 2, 3, 8, 33])
 def test_the_torch_code_stands_in(monkeypatch: pytest.MonkeyPatch, metric: Any, ends: Any, length: int) -> None:
-    monkeypatch.setattr(channels, "takes", lambda g: False)
+    monkeypatch.setattr(channels, "runs", lambda: False)
     g = drawn((length, 3, 2))
     wanted = slow_gradient(g, metric, 2.0, 0, ends)
     torch.testing.assert_close(channel_directed_gradient(g, metric, 2.0, ends=ends), wanted, rtol=1e-9, atol=1e-9)

@@ -177,6 +177,27 @@ def test_parameter_groups_have_their_own_settings_and_may_come_later() -> None:
     assert "left alone: has channel_directed=False in its parameter group" in handle.summary()
 
 
+def test_parameters_that_came_after_a_step_are_directed() -> None:
+    """One that a group gets in place of another, and one of a new group; the one that is gone is left alone."""
+    gone, stays, new, last = (nn.Parameter(drawn((6, 4), i)) for i in range(4))
+    optimizer = torch.optim.SGD([gone, stays], lr=0.0)
+    channel_directed(optimizer, "h0", lam=2.0)
+    g = drawn((6, 4), 9)
+    wanted = slow_gradient(g, "h0", 2.0, 0, "periodic")
+    for change, directed in (
+        (lambda: None, (gone, stays)),
+        (lambda: optimizer.param_groups[0]["params"].__setitem__(0, new), (new, stays)),
+        (lambda: optimizer.add_param_group({"params": [last]}), (new, stays, last)),
+    ):
+        change()
+        for weight in (gone, stays, new, last):
+            weight.grad = g.clone()
+        optimizer.step()
+        for weight in (gone, stays, new, last):
+            expected = wanted if any(weight is own for own in directed) else g.double()
+            torch.testing.assert_close(weight.grad.double(), expected.double())
+
+
 @pytest.mark.parametrize("entry", ["h1", {"metrik": "h1"}, None])
 def test_bad_group_entries_are_refused(entry: Any) -> None:
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.ones(2, 2))], "channel_directed": entry}], lr=0.1)

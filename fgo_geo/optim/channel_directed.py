@@ -8,10 +8,11 @@ an optimiser by its step hooks.
 from __future__ import annotations
 
 import math
+import operator
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 from weakref import WeakSet
 
 import geoopt
@@ -222,6 +223,8 @@ class ChannelDirected:
         self._layouts = None if module is None else _layouts(module)
         self._names: dict[Tensor, str] = {} if module is None else {p: name for name, p in module.named_parameters()}
         self._choices: dict[Tensor, _Choice] = {}
+        self._known: list[Tensor] = []
+        self._targets: list[tuple[Tensor, str, Direction]] = []
         self._replaced: list[tuple[Tensor, Tensor]] = []
         choices = [choice for _, choice in self._all_choices()]  # whatever is wrong raises before the optimiser changes
         if module is not None and select is None and not any(choice.direction for choice in choices):
@@ -290,6 +293,14 @@ class ChannelDirected:
                     self._choices[parameter] = choice
                 yield parameter, choice
 
+    def _directed(self) -> list[tuple[Tensor, str, Direction]]:
+        """The parameters whose gradients are directed, and how; found again if the optimiser has other parameters."""
+        params: list[Tensor] = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if len(params) != len(self._known) or not all(map(operator.is_, params, self._known)):
+            self._targets = [(p, name, direction) for p, (name, direction, _) in self._all_choices() if direction]
+            self._known = params
+        return self._targets
+
     def _choose(self, parameter: Tensor, name: str, group: dict[str, Any]) -> _Choice:
         entry = group.get("channel_directed", True)
         if entry is False:
@@ -343,33 +354,30 @@ class ChannelDirected:
 
     @torch.no_grad()
     def _direct(self) -> None:
-        targets: list[_Target] = []
-        for parameter, (name, direction, _) in self._all_choices():
-            if direction is not None and parameter.grad is not None:
-                check_dense(parameter.grad, f"the gradient of {name}")
-                targets.append(_Target(parameter, parameter.grad, direction))
+        parameters: list[Tensor] = []
+        gradients: list[Tensor] = []
+        directions: list[Direction] = []
+        for parameter, name, direction in self._directed():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            if gradient.dtype is not torch.float32 or gradient.layout is not torch.strided:
+                check_dense(gradient, f"the gradient of {name}")
+            parameters.append(parameter)
+            gradients.append(gradient)
+            directions.append(direction)
         if self._restore_grad:
-            targets = [target._replace(gradient=target.gradient.clone()) for target in targets]
-            for parameter, gradient, _ in targets:
-                self._replaced.append((parameter, cast(Tensor, parameter.grad)))
+            self._replaced += zip(parameters, gradients, strict=True)
+            gradients = [gradient.clone() for gradient in gradients]
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
-        manifolds = [_manifold(target.parameter) for target in targets]
-        tangents = [
-            target.gradient if manifold is None else manifold.egrad2rgrad(target.parameter, target.gradient)
-            for target, manifold in zip(targets, manifolds, strict=True)
-        ]
-        direct_gradients(tangents, [target.direction for target in targets])
-        for (parameter, gradient, _), manifold, directed in zip(targets, manifolds, tangents, strict=True):
-            if manifold is not None:
-                gradient.copy_(manifold.egrad2rgrad(parameter, directed))
-
-
-class _Target(NamedTuple):
-    """A gradient to overwrite with the directed one."""
-
-    parameter: Tensor
-    gradient: Tensor
-    direction: Direction
+        tangents = list(gradients)
+        curved = [(k, m) for k, m in enumerate(map(_manifold, parameters)) if m is not None]
+        for k, manifold in curved:
+            tangents[k] = manifold.egrad2rgrad(parameters[k], gradients[k])
+        direct_gradients(tangents, directions)
+        for k, manifold in curved:
+            gradients[k].copy_(manifold.egrad2rgrad(parameters[k], tangents[k]))
 
 
 # -- manifolds and checks ----------------------------------------------------------------------------------------------

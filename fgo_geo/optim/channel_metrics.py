@@ -246,12 +246,13 @@ def direct_gradients(gradients: Sequence[Tensor], directions: Sequence[Direction
     """
     native: tuple[list[Tensor], list[Direction]] = ([], [])
     alike: dict[Any, list[tuple[Tensor, Direction]]] = {}
+    runs = channels.runs()
     for g, direction in zip(gradients, directions, strict=True):
-        metric, lam, axis, ends, groups = direction
-        if channels.takes(g):
+        if runs and channels.fits(g):
             native[0].append(g)
             native[1].append(direction)
         else:
+            metric, lam, axis, ends, groups = direction
             key = (metric, lam, ends, g.shape[axis] // groups, g.dtype, g.device)
             alike.setdefault(key, []).append((g, direction))
     channels.direct(*native)

@@ -12,10 +12,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg import reads_for_free
+from fgo_geo.linalg import traces
 from fgo_geo.paths.native.library import library, threads_for
 
-__all__ = ["direct", "takes"]
+__all__ = ["direct", "fits", "runs", "takes"]
 
 _METRICS = ("h0", "h1", "h1t")
 
@@ -32,9 +32,19 @@ class _Channel(ctypes.Structure):
 
 
 def takes(g: Tensor) -> bool:
-    """Whether :func:`direct` takes a gradient: on the CPU, in single precision, and without gaps in memory."""
-    known = g.dtype == torch.float32 and g.layout == torch.strided
-    return known and reads_for_free(g) and _has_no_gaps(g.shape, g.stride()) and library() is not None
+    """Whether :func:`direct` takes a gradient here and now."""
+    return runs() and fits(g)
+
+
+def runs() -> bool:
+    """Whether the library is there, and operations are run, not recorded."""
+    return not torch.compiler.is_compiling() and not traces() and library() is not None
+
+
+def fits(g: Tensor) -> bool:
+    """Whether a gradient is on the CPU, in single precision, and without gaps in memory."""
+    is_known = g.dtype is torch.float32 and g.layout is torch.strided and g.device.type == "cpu"
+    return is_known and _has_no_gaps(g.shape, g.stride())
 
 
 @lru_cache(4096)
@@ -54,21 +64,19 @@ def direct(gradients: Sequence[Tensor], directions: Sequence[tuple[str, float, i
     loaded = library()
     if not pairs or loaded is None:
         return
-    entries = (_Channel * len(pairs))(*(_entry(*pair) for pair in pairs))
+    entries = (_Channel * len(pairs))(*((g.data_ptr(), *_columns(g.shape, g.stride(), d)) for g, d in pairs))
     threads = threads_for(sum(g.numel() for g, _ in pairs))
     with torch.profiler.record_function("fgo_direct"):
         loaded.fgo_direct(entries, ctypes.c_int64(len(pairs)), ctypes.c_int(threads))
     torch.autograd.graph.increment_version([g for g, _ in pairs])
 
 
-def _entry(g: Tensor, direction: tuple[str, float, int, str, int]) -> tuple[int | float, ...]:
-    metric, lam, axis, ends, groups = direction
-    columns = _columns(g.shape, g.stride(), axis, groups)
-    return g.data_ptr(), *columns, lam, _METRICS.index(metric), ends == "periodic"
-
-
 @lru_cache(4096)
-def _columns(shape: torch.Size, strides: tuple[int, ...], axis: int, groups: int) -> tuple[int, int, int]:
-    """Number, length and stride of the columns of a gradient."""
+def _columns(
+    shape: torch.Size, strides: tuple[int, ...], direction: tuple[str, float, int, str, int]
+) -> tuple[int | float, ...]:
+    """Number, length and stride of the columns of a gradient, and how they are directed."""
+    metric, lam, axis, ends, groups = direction
     length = shape[axis] // groups
-    return shape.numel() // length, length, strides[axis] if shape[axis] > 1 else 1
+    stride = strides[axis] if shape[axis] > 1 else 1
+    return shape.numel() // length, length, stride, lam, _METRICS.index(metric), ends == "periodic"
