@@ -194,7 +194,14 @@ def draw(path: Path, curves: dict[tuple[str, str], list[list[dict[str, float]]]]
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Convergence on realisable problems. Defaults are in parentheses.")
-    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS), help="(all)")
+    parser.add_argument(
+        "--problems",
+        nargs="+",
+        choices=PROBLEMS,
+        default=list(PROBLEMS),
+        metavar="NAME",
+        help=f"{', '.join(PROBLEMS)} (all)",
+    )
     parser.add_argument("--steps", type=int, default=3000, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="inputs per step (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="(%(default)s)")

@@ -201,7 +201,7 @@ def write(data: Path, rows: list[dict[str, str]]) -> None:
 
 def main() -> None:
     """Make the runs, print a table, and draw the figure if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=100_000, help="steps of every run")
     parser.add_argument("--data", type=Path, help="table of what was measured; runs that it holds are not made again")
     parser.add_argument("--figure", help="where to save the figure")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import runpy
 import sys
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -104,3 +107,21 @@ def test_without_a_terminal_lines_are_as_wide_as_it_takes(monkeypatch):
     for columns in ("", "0", "-80", "wide"):
         monkeypatch.setenv("COLUMNS", columns)
         assert words.line_width() == math.inf
+
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+PROGRAMS = [
+    p for p in EXAMPLES.rglob("*.py") if re.search(r"argument_?parser\((?s:.)*__main__", p.read_text("utf-8"), re.I)
+]
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS), ids=lambda path: path.stem)
+def test_the_help_of_programs_fits_80_columns(program, monkeypatch, capsys):
+    if program.parent.name == "libraries":
+        pytest.importorskip(program.stem.removeprefix("train_").replace("huggingface", "transformers"))
+    monkeypatch.syspath_prepend(str(program.parent))
+    monkeypatch.setattr(sys, "argv", [program.name, "--help"])
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(program), run_name="__main__")
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80

@@ -183,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="where to run (%(default)s)")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to see that everything starts")
     parser.add_argument("--output", type=Path, default=Path("gpu"), help="folder for the figures (%(default)s)")
-    parser.add_argument("--only", nargs="+", choices=["tests", *PARTS], help="some of the parts")
+    names = ["tests", *PARTS]
+    parser.add_argument("--only", nargs="+", choices=names, metavar="PART", help=f"some of {', '.join(names)} (all)")
     parser.add_argument("--only-checks", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.device.type == "cuda" and not torch.cuda.is_available():

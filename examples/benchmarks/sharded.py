@@ -133,7 +133,7 @@ def line(name: str, strategy: str, processes: int, rows: Sequence[Row]) -> str:
 
 def main() -> None:
     """Print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--processes", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--strategies", nargs="+", default=["pio"])
     parser.add_argument("--manifolds", nargs="+", default=KINDS)

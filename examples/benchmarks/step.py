@@ -173,7 +173,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for axis, values in AXES.items():
         parser.add_argument(
-            f"--{axis}", nargs="+", choices=values, help=f"axis of this package's rows: {' '.join(values)}"
+            f"--{axis}",
+            nargs="+",
+            choices=values,
+            metavar="NAME",
+            help=f"axis of this package's rows: {' '.join(values)}",
         )
     parser.add_argument("--full", action="store_true", help="all combinations of the axes")
     parser.add_argument("--slow", action="store_true", help="torch.compile, and Geoopt's CanonicalStiefel, too")

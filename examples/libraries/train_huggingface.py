@@ -78,7 +78,7 @@ def train(folder: Path, epochs: int) -> tuple[nn.Module, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--epochs", type=int, default=4)
     net, loss = train(**vars(parser.parse_args()))
