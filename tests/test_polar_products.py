@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fgo_geo.linalg import polar_factor
+from fgo_geo.linalg import chebyshev, polar_factor
 from fgo_geo.linalg.chebyshev import inverse_root_polynomial, polynomial, solve_skew, spectral_interval
 
 
@@ -93,7 +93,25 @@ def test_the_skew_equation(spread: float, dtype: torch.dtype) -> None:
     k = (k - k.mT).to(dtype)
     solution = solve_skew(z.to(dtype), k, spread).double()
     torch.testing.assert_close(h @ solution + solution @ h, k.double(), rtol=0, atol=100 * torch.finfo(dtype).eps)
-    torch.testing.assert_close(solution, -solution.mT, rtol=0, atol=30 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(solution, -solution.mT, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("spread", "products"), [(0.0, 1), (1e-4, 1), (0.007, 2), (0.1, 5), (0.4, 8)])
+def test_the_skew_equation_is_exact_after_few_products(
+    spread: float, products: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = []
+    monkeypatch.setattr(chebyshev, "small_product", lambda a, b: count.append(1) or a @ b)
+    ends = torch.tensor([1 - spread, 1 + spread], dtype=torch.float64).sqrt()
+    values = ends[torch.randint(2, (60,), generator=torch.Generator().manual_seed(seed))]  # as far apart as can be
+    q, _ = torch.linalg.qr(normal(seed, 60, 60))
+    k = normal(seed + 1, 60, 60)
+    k = (k - k.mT).float()
+    expected = q @ ((q.mT @ k.double() @ q) / (values[:, None] + values)) @ q.mT
+    solution = solve_skew(((q / values) @ q.mT).float(), k, spread).double()
+    assert float((solution - expected).norm() / expected.norm()) <= 2.0 * torch.finfo(torch.float32).eps
+    assert len(count) == products
 
 
 # -- the polar factor --------------------------------------------------------------------------------------------------

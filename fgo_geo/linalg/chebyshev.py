@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg.products import commuting_product, skew, small_product
+from fgo_geo.linalg.products import commuting_product, skew, small_product, sym
 
 __all__ = ["inverse_root_polynomial", "polynomial", "solve_skew", "spectral_interval"]
 
@@ -139,8 +139,10 @@ def polynomial(t: Tensor, coefficients: Sequence[float]) -> Tensor:
 def solve_skew(z: Tensor, k: Tensor, spread: float) -> Tensor:
     """The skew solution of ``H L + L H = K`` for ``H = Z^{-1}``, by Chebyshev's semi-iteration (Saad 2003, 12.3).
 
-    ``L Z + Z L = Z K Z`` has eigenvalues in twice the interval of those of ``Z``, so that the number of iterations,
-    with one product each, follows from the interval and the precision of the type.
+    With a symmetric ``S``, ``L = Z (K / 2 + S)`` is the solution if it is skew, that is if
+    ``Z S + S Z = (K Z - Z K) / 2``. The iteration for ``S`` starts from a small right-hand side, has eigenvalues in
+    twice the interval of those of ``Z``, and computes ``Z S`` on its way. So the number of its steps, with one product
+    each, follows from the interval and the precision of the type.
 
     Args:
         z: Symmetric matrices ``Z`` with eigenvalues ``(1 + t)^{-1/2}``, ``|t| <= e``, shape ``(..., B, B)``.
@@ -157,18 +159,18 @@ def solve_skew(z: Tensor, k: Tensor, spread: float) -> Tensor:
                 [-1.,  0.]])
     """
     precision = torch.finfo(z.dtype).eps
-    low, high = (1 + max(spread, precision)) ** -0.5, (1 - max(spread, precision)) ** -0.5
+    spread = max(spread, precision)
+    low, high = (1 + spread) ** -0.5, (1 - spread) ** -0.5
     centre, half = low + high, high - low
     rate = (math.sqrt(high) - math.sqrt(low)) / (math.sqrt(high) + math.sqrt(low))
-    count = math.ceil(math.log(precision / 2) / math.log(rate))
-    rest = skew(small_product(z, small_product(k, z)))
+    image = small_product(z, k)
+    solution, rest = image / 2, -sym(image)
     step = rest / centre
-    solution = step.clone()
     gain = half / centre
-    for _ in range(count - 1):
+    for _ in range(math.ceil(math.log(precision / spread**2) / math.log(rate))):
         image = small_product(z, step)
-        rest = rest.sub_(image).add_(image.mT)
+        solution.add_(image)
+        rest = rest.sub_(image).sub_(image.mT)
         former, gain = gain, 1 / (2 * centre / half - gain)
         step = step.mul_(former * gain).add_(rest, alpha=2 * gain / half)
-        solution.add_(step)
-    return solution
+    return skew(solution)  # to which the last step would add its product with Z less the middle: less than rounding
