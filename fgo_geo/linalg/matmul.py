@@ -72,9 +72,10 @@ def add_matmul_2d(
     if beta == 0 or not goes_to_onednn(a, b, c):
         return torch.addmm(c, a, b, beta=beta, alpha=alpha, out=out)
     product = _onednn_product(a, b)
-    if out is not None:
-        return torch.add(c if beta == 1 else torch.mul(c, beta, out=out), product, alpha=alpha, out=out)
-    return (product if alpha == 1 else product.mul_(alpha)).add_(c, alpha=beta)
+    out = product if out is None else out
+    if beta == 1:
+        return torch.add(c, product, alpha=alpha, out=out)
+    return torch.add(product if alpha == 1 else product.mul_(alpha), c, alpha=beta, out=out)
 
 
 def goes_to_onednn(a: Tensor, b: Tensor, *added: Tensor) -> bool:
