@@ -323,7 +323,7 @@ MUTANTS = [
         "channel_directed_parameters:lam_relative+manifold channel_directed_optimisers:manifold channel_directed_parameters channel_directed_optimisers",
         ("(shape[axis] / groups / (2 * math.pi)) ** 2", "shape[axis] / groups / (2 * math.pi)"),
         ("(shape[axis] / groups / (2 * math.pi)) ** 2", "(shape[axis] / (2 * math.pi)) ** 2"),
-        ("gradient.copy_(manifold.egrad2rgrad(parameter, directed))", "gradient.copy_(directed)"),
+        ("gradients[k].copy_(manifold.egrad2rgrad(parameters[k], tangents[k]))", "gradients[k].copy_(tangents[k])"),
     ),
     *in_file(
         "paths/pieces.py",

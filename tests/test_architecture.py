@@ -105,6 +105,7 @@ FILES = {
         "fgsgd.py",
         "finite.py",
         "groups.py",
+        "inner_steps.py",
         "on_manifolds.py",
         "options.py",
         "points.py",

@@ -66,6 +66,34 @@ def test_every_optimiser_steps_with_the_directed_gradient(name: str, restore_gra
     assert torch.equal(attached, plain)
 
 
+class CallsBase(torch.optim.SGD):
+    """Its step is in that of its base class, for which torch calls the hooks, too."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+@pytest.mark.parametrize("restore_grad", [False, True])
+def test_a_step_that_calls_that_of_the_base_class_is_directed_once(restore_grad: bool, with_closure: bool) -> None:
+    torch.optim.SGD([nn.Parameter(drawn((1, 1)))])  # only then torch calls the hooks of both
+    weight, g = nn.Parameter(drawn((6, 4))), drawn((6, 4), 1)
+    start, directed = weight.detach().clone(), slow_gradient(g, "h0", 4.0, 0, "periodic")
+    optimizer = CallsBase([weight], lr=1.0)
+    channel_directed(optimizer, "h0", lam=4.0, restore_grad=restore_grad)
+
+    def closure() -> None:
+        weight.grad = g.clone()
+
+    if with_closure:
+        optimizer.step(closure)
+    else:
+        closure()
+        optimizer.step()
+    torch.testing.assert_close(start - weight, directed)
+    torch.testing.assert_close(weight.grad, g if restore_grad else directed)
+
+
 def test_accumulated_gradients_are_directed_once() -> None:
     weight = nn.Parameter(drawn((6, 4)))
     optimizer = torch.optim.SGD([weight], lr=0.0)
@@ -264,9 +292,42 @@ def test_state_dicts_are_those_of_the_bare_optimiser() -> None:
 def test_a_checkpoint_does_not_undo_an_exclusion() -> None:
     weight = nn.Parameter(drawn((4, 2)))
     optimizer = torch.optim.SGD([{"params": [weight], "channel_directed": False}], lr=0.1)
-    channel_directed(optimizer, "h1")
+    handle = channel_directed(optimizer, "h1")
     optimizer.load_state_dict(torch.optim.SGD([nn.Parameter(drawn((4, 2)))], lr=0.2).state_dict())
     assert not step_is_directed(optimizer)
+    assert not step_is_directed(copy.deepcopy(handle).optimizer)
+
+
+class Refuses(torch.optim.SGD):
+    """Its steps raise as long as ``refuses``."""
+
+    refuses = True
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        if self.refuses:
+            raise FloatingPointError("refused")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("copies_fail", [False, True])
+def test_gradients_of_a_step_that_raised_do_not_come_back(monkeypatch, copies_fail: bool) -> None:
+    weights = [nn.Parameter(drawn((4, 2), k)) for k in range(2)]
+    optimizer = Refuses(weights, lr=0.1)
+    channel_directed(optimizer, "h1", restore_grad=True)
+    for weight in weights:
+        weight.grad = drawn((4, 2), 7)
+    if copies_fail:
+        monkeypatch.setattr(Tensor, "clone", None)
+    with pytest.raises(TypeError if copies_fail else FloatingPointError):
+        optimizer.step()
+    monkeypatch.undo()
+    optimizer.refuses = False
+    optimizer.zero_grad()
+    new = drawn((4, 2), 8)
+    weights[0].grad = new
+    optimizer.step()
+    assert weights[0].grad is new
+    assert weights[1].grad is None
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])

@@ -178,6 +178,26 @@ def test_a_wide_gram_matrix_in_single_precision_is_the_whole_product(
         assert float(error.abs().max()) <= (8 if precise else 24) * EPS * rows
 
 
+def test_a_wide_gram_matrix_of_a_tensor_subclass_or_under_another_default_device() -> None:
+    x = normal((600, 300), 0)
+    expected = gram_matrix(x)
+    with torch.device("meta"):
+        assert torch.equal(gram_matrix(x), expected)
+    operators: list[str] = []
+
+    class Recorded(Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            assert kwargs is None or not isinstance(kwargs.get("out"), Tensor)
+            operators.append(str(function))
+            with torch._C._DisableTorchDispatch():
+                return function(*args, **(kwargs or {}))
+
+    result = gram_matrix(x.as_subclass(Recorded))
+    assert operators
+    torch.testing.assert_close(result.as_subclass(Tensor), expected, rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("columns", [1, 40, 300, 513])
 @pytest.mark.parametrize("batch", [(), (1,), (2,)])
 def test_a_product_of_commuting_matrices(columns: int, batch: tuple[int, ...]) -> None:

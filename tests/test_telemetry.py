@@ -379,3 +379,21 @@ def test_every_is_a_positive_whole_number(every):
 def test_what_is_no_optimiser_is_refused():
     with pytest.raises(TypeError, match="expected a torch optimiser, got Linear"):
         telemetry(nn.Linear(2, 2))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_step_that_calls_that_of_the_base_class_counts_once():
+    class CallsBase(torch.optim.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    readings = []
+    for optimizer_class in (torch.optim.SGD, CallsBase):  # in this order torch calls the hooks of both
+        model = net()
+        optimizer = optimizer_class(model.parameters(), lr=0.1)
+        handle = telemetry(optimizer, model, every=2)
+        for k in range(3):
+            optimizer.zero_grad()
+            model(images(seed=k)).square().sum().backward()
+            optimizer.step()
+        readings.append(handle.scalars())
+    assert readings[0] == readings[1] != {}

@@ -52,7 +52,7 @@ def _cofactors(y: Tensor) -> Tensor:
     turned = ((1, 2), (2, 0), (0, 1))
     minors = [
         torch.addcmul(rows[j][k] * rows[m][n], rows[j][n], rows[m][k], value=-1) for j, m in turned for k, n in turned
-    ]  # three times as fast as torch.linalg.cross
+    ]  # from some 4,000 matrices on two to three times as fast as torch.linalg.cross, for few of them slower
     return torch.stack(minors).view_as(y)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from fgo_geo.linalg.precision import rounds_to_bfloat16
 from fgo_geo.linalg.values import is_differentiated, reads_for_free
 
-__all__ = ["add_matmul_2d", "goes_to_onednn", "matmul_2d", "mkl_avoids_avx512", "without_gaps"]
+__all__ = ["add_matmul_2d", "goes_to_onednn", "is_plain", "matmul_2d", "mkl_avoids_avx512", "without_gaps"]
 
 _LARGE = 128  # rows, columns and terms, at least
 _LARGE_TRANSPOSED = 256  # if the first factor has to be copied
@@ -93,7 +93,7 @@ def goes_to_onednn(a: Tensor, b: Tensor, *added: Tensor) -> bool:
         and rows * terms * columns >= _LARGE_PRODUCT
         and torch.backends.mkldnn.enabled  # pyright: ignore
         and not torch.is_autocast_enabled("cpu")
-        and all(_is_plain(x) and not is_differentiated(x) for x in (a, b, *added))
+        and all(is_plain(x) and not is_differentiated(x) for x in (a, b, *added))
     )
 
 
@@ -113,7 +113,7 @@ def mkl_avoids_avx512(processor: str | None = None) -> bool:
     return has_both and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in processor
 
 
-def _is_plain(x: Tensor) -> bool:
+def is_plain(x: Tensor) -> bool:
     """Whether a tensor, of a subclass perhaps, leaves to torch what happens to it."""
     return getattr(type(x), "__torch_dispatch__", None) is getattr(Tensor, "__torch_dispatch__", None)
 
@@ -121,8 +121,7 @@ def _is_plain(x: Tensor) -> bool:
 def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` by what ``torch.compile`` calls for a linear layer, rounded to bfloat16 if torch may.
 
-    It copies ``a`` unless that is stored row by row. It could add a matrix, too, but that takes longer than to add it
-    afterwards.
+    It copies ``a`` unless that is stored row by row. It could add a matrix, too, but adding it afterwards is faster.
     """
     if rounds_to_bfloat16():
         return torch.mm(a.bfloat16(), b.bfloat16()).float()  # off by 0.3 %, to which the product adds a fifth

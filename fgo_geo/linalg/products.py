@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from fgo_geo.linalg.matmul import add_matmul_2d, goes_to_onednn, matmul_2d
+from fgo_geo.linalg.matmul import add_matmul_2d, goes_to_onednn, is_plain, matmul_2d
 from fgo_geo.linalg.precision import multiplies_bfloat16
 from fgo_geo.linalg.values import is_differentiated, reads_for_free, traces
 from fgo_geo.linalg.workspace import Use, Workspace
@@ -269,8 +269,8 @@ def _symmetric_product(a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
     if blocks == 1:
         return small_product(a, b, out=out)
     edges = [columns * k // blocks for k in range(blocks + 1)]
-    if out is None and all(reads_for_free(x) and not is_differentiated(x) for x in (a, b)):
-        out = torch.empty((*b.shape[:-2], columns, columns), dtype=b.dtype)
+    if out is None and all(reads_for_free(x) and is_plain(x) and not is_differentiated(x) for x in (a, b)):
+        out = torch.empty((*b.shape[:-2], columns, columns), dtype=b.dtype, device=b.device)
     rows = [
         _product(a[..., start:stop, :], b[..., start:], None if out is None else out[..., start:stop, start:])
         for start, stop in itertools.pairwise(edges)

@@ -32,6 +32,7 @@ from fgo_geo.optim.channel_metrics import (
     direct_gradients,
     mistaken,
 )
+from fgo_geo.optim.inner_steps import is_inner_step
 from fgo_geo.weights.layout import WeightLayout, layout_of
 from fgo_geo.weights.words import described, did_you_mean, line_width, small, whole_number
 
@@ -223,9 +224,7 @@ class ChannelDirected:
         self._layouts = None if module is None else _layouts(module)
         self._names: dict[Tensor, str] = {} if module is None else {p: name for name, p in module.named_parameters()}
         self._choices: dict[Tensor, _Choice] = {}
-        self._known: list[Tensor] = []
-        self._targets: list[tuple[Tensor, str, Direction]] = []
-        self._replaced: list[tuple[Tensor, Tensor]] = []
+        self._forget()
         choices = [choice for _, choice in self._all_choices()]  # whatever is wrong raises before the optimiser changes
         if module is not None and select is None and not any(choice.direction for choice in choices):
             raise ValueError(
@@ -272,11 +271,19 @@ class ChannelDirected:
             self._hooks += (self.optimizer.register_step_post_hook(self._after_step),)
         _attached.add(self.optimizer)
 
+    def _forget(self) -> None:
+        """Empty what every step finds again; pickles do not contain it."""
+        self._known: list[Tensor] = []
+        self._targets: list[tuple[Tensor, str, Direction]] = []
+        self._replaced: list[tuple[Tensor, Tensor]] = []
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_hooks": bool(self._hooks)}
+        state = self.__dict__ | {"_hooks": bool(self._hooks)}
+        return {name: state[name] for name in state.keys() - {"_known", "_targets", "_replaced"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_hooks": ()})
+        self._forget()
         if state["_hooks"]:
             self._attach()
 
@@ -329,6 +336,9 @@ class ChannelDirected:
     def _before_step(
         self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if is_inner_step(optimizer):
+            return None
+        self._replaced.clear()  # of a step that raised: its gradients are not those of this step
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._direct()
@@ -345,7 +355,8 @@ class ChannelDirected:
         return args, kwargs | {"closure": directed_closure}
 
     def _after_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._restore()
+        if not is_inner_step(optimizer):
+            self._restore()
 
     def _restore(self) -> None:
         for parameter, gradient in self._replaced:
@@ -367,8 +378,9 @@ class ChannelDirected:
             gradients.append(gradient)
             directions.append(direction)
         if self._restore_grad:
+            copies = [gradient.clone() for gradient in gradients]
             self._replaced += zip(parameters, gradients, strict=True)
-            gradients = [gradient.clone() for gradient in gradients]
+            gradients = copies
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
         tangents = list(gradients)

@@ -25,6 +25,7 @@ from fgo_geo.linalg import root_of_sum
 from fgo_geo.manifolds import EmbeddedManifold, known_name
 from fgo_geo.optim.base import between_graphs, manifold_of
 from fgo_geo.optim.fgsgd import RiemannianFGSGD
+from fgo_geo.optim.inner_steps import is_inner_step
 from fgo_geo.optim.on_manifolds import handle_of
 from fgo_geo.weights.words import whole_number
 
@@ -163,6 +164,8 @@ class Telemetry:
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Copy the weights, if this step is to be measured."""
+        if is_inner_step(optimizer):
+            return
         self._copied, self._moved, self._radial = [], [], []
         self._steps += 1
         if (self._steps - 1) % self._every:
@@ -180,6 +183,8 @@ class Telemetry:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Read the gradients while they exist; under ``on_manifolds`` the weights are still off their manifolds."""
+        if is_inner_step(optimizer):
+            return
         self._moved = [p for p in self._copied if p.grad is not None]
         self._radial = [radial_share(p, self._copies[p], p.grad) for p in self._moved if p.grad is not None]
         self._copied = []
