@@ -206,7 +206,7 @@ def test_evaluations_of_a_closure_accumulate_plain_gradients() -> None:
 
 def test_optimisers_that_cannot_be_attached_to() -> None:
     weight = nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(TypeError, match=r"optimizer is a list, expected a torch\.optim\.Optimizer"):
+    with pytest.raises(TypeError, match=r"optimizer is an object of type list, expected a torch\.optim\.Optimizer"):
         channel_directed([weight])  # type: ignore[arg-type]
     for line_search in (None, "strong_wolfe"):
         with pytest.raises(TypeError, match=r"optimizer is LBFGS, .* Use a first-order optimiser"):

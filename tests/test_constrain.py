@@ -334,7 +334,11 @@ def test_frozen_after_constraining_stays_frozen() -> None:
         ),
         ({"exclude": ["conv", "no.*"]}, ValueError, r"exclude has 'no.\*', which matches no parameter"),
         ({"include": nn.LSTM}, ValueError, "include has <class 'torch.nn.modules.rnn.LSTM'>, which matches no"),
-        ({"include": [nn.Linear(2, 2)]}, ValueError, r"include has a Linear, expected a name, a glob or a module type"),
+        (
+            {"include": [nn.Linear(2, 2)]},
+            ValueError,
+            r"include has an object of type Linear, expected a name, a glob or a module type",
+        ),
         ({"radius": {"nothing": 1.0}}, ValueError, "radius has 'nothing', which matches no parameter"),
         ({"overrides": {"nothing": {}}}, ValueError, "overrides has 'nothing', which matches no parameter"),
         ({"overrides": {"conv": {"kind": "sphere"}}}, ValueError, r"overrides\['conv'\] may change .*got \['kind'\]"),

@@ -41,7 +41,7 @@ def test_of_many_parameters_with_one_remark_the_plan_prints_globs_or_twenty() ->
     assert "S_*.bias (3), T_*.bias (3) and 6 more: each has one dimension" in " ".join(text.split())
     text = str(constrain(nn.Sequential(*[nn.Linear(3, 3) for _ in range(30)]), "layer", "sphere"))
     assert "  *.bias (30): each has one dimension" in text
-    assert "*.weight (29 of 30)  3x3 " in text  # the last is the classifier
+    assert "{0-28}.weight (29)  3x3 " in text  # the last is the classifier
     assert all(len(line) < 170 for line in text.splitlines())
     assert "Left alone" not in str(constrain(nn.Linear(8, 8, bias=False), classifier=True))
 
@@ -66,7 +66,10 @@ def test_equal_rows_are_printed_once_in_the_order_of_the_model() -> None:
     plan = constrain(model, "layer", "stiefel", overrides={"blocks.1.attn.proj": {"radius": 0.5}})
     parts = ("attn.qkv", "attn.proj", "mlp.0", "mlp.2")
     assert printed_rows(plan) == [
-        *(f"blocks.*.{part}.weight ({5 - (part == 'attn.proj')} of 6)" for part in parts),
+        "blocks.{0-4}.attn.qkv.weight (5)",
+        "blocks.{0,2-4}.attn.proj.weight (4)",
+        "blocks.{0-4}.mlp.0.weight (5)",
+        "blocks.{0-4}.mlp.2.weight (5)",
         "blocks.1.attn.proj.weight",
         *(f"blocks.5.{part}.weight" for part in parts),
         "final.weight",
@@ -76,6 +79,20 @@ def test_equal_rows_are_printed_once_in_the_order_of_the_model() -> None:
     assert printed_rows(plan) == [f"blocks.*.{part}.weight (5)" for part in parts]
 
 
+def test_a_row_stands_for_names_that_differ_in_numbers_alone_and_says_in_which() -> None:
+    lines = [nn.Linear(8, 8) for _ in range(9)]
+    plan = constrain(nn.Sequential(*lines), "layer", "stiefel", radius={f"{n}.weight": 0.5 for n in (0, 2, 4)})
+    assert printed_rows(plan) == ["{0,2,4}.weight (3)", "{1,3,5-7}.weight (5)"]
+    nested = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)), nn.Sequential(nn.Linear(8, 8)), nn.Linear(8, 8))
+    assert printed_rows(constrain(nested, "layer", "stiefel")) == ["{0-2}.weight (3)", "3.0.weight"]
+    normed = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)), nn.Sequential(nn.LayerNorm(8)), nn.Linear(8, 2))
+    assert printed_rows(constrain(normed, "layer", "stiefel")) == ["{0-2}.weight (3)"]
+    many = nn.Sequential(*(nn.Linear(8, 8) for _ in range(40)))
+    radius = {f"{n}.weight": 0.5 for n in range(0, 39, 2)}
+    rows = printed_rows(constrain(many, "layer", "stiefel", radius=radius))
+    assert rows == [f"{n}.weight" for n in range(39)]
+
+
 def test_a_plan_has_a_note_on_queries_keys_and_values_in_one_layer() -> None:
     note = 'overrides={"*.qkv": {"split": 3}} constrains each by itself'
     text = " ".join(str(constrain(blocks(4), "layer", "stiefel")).split())
@@ -83,6 +100,12 @@ def test_a_plan_has_a_note_on_queries_keys_and_values_in_one_layer() -> None:
     assert "4.attn.qkv.weight: queries, keys and values are one matrix here" in text
     plan = constrain(blocks(4), "layer", "stiefel", overrides={"*.qkv": {"split": 3}})
     assert note not in " ".join(str(plan).split())
+    assert len(plan.constrained[0].collections) == 3
+    top: dict[str, nn.Module] = {"qkv": nn.Linear(4, 12), "out": nn.Linear(12, 2)}
+    text = " ".join(str(constrain(nn.ModuleDict(top), "layer", "stiefel")).split())
+    assert 'overrides={"qkv": {"split": 3}} constrains each by itself' in text
+    top = {"qkv": nn.Linear(4, 12), "out": nn.Linear(12, 2)}
+    plan = constrain(nn.ModuleDict(top), "layer", "stiefel", overrides={"qkv": {"split": 3}})
     assert len(plan.constrained[0].collections) == 3
     for layers in (
         {"qkv": nn.Linear(4, 8), "out": nn.Linear(8, 2)},  # not three parts of equal width

@@ -707,7 +707,9 @@ def test_an_error_in_a_step_names_the_class_and_the_weight(method: str, fault: A
         optimizer = fgo_geo.RiemannianFGSGD(model.parameters(), lr=0.1)
         model(torch.ones(2, 3)).square().sum().backward()
         setattr(own, method, fault)
-        with pytest.raises(RuntimeError, match=rf"step of 0.weight on Faulty manifolds \(kind 'own'\) .*{message}"):
+        with pytest.raises(
+            RuntimeError, match=rf"step of '0.weight', param_groups.* on Faulty manifolds \(kind 'own'\) .*{message}"
+        ):
             optimizer.step()
     finally:
         kinds.unregister_kind("own")
@@ -725,13 +727,81 @@ def test_constrain_names_the_kind_and_the_weight_that_it_cannot_project() -> Non
     assert not any(isinstance(param, geoopt.ManifoldParameter) for param in model.parameters())
 
 
+def test_an_error_of_the_package_is_not_blamed_on_the_kind_of_a_user_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fgo_geo.register_kind("own", OwnRows)
+    monkeypatch.setattr(fgo_geo.Stiefel, "projx_and_range", _boom)
+    try:
+        with pytest.raises(
+            RuntimeError, match=r"cannot be moved to manifolds of kind (stiefel, own|own, stiefel): Key"
+        ):
+            fgo_geo.constrain(nn.Sequential(nn.Conv2d(4, 4, 5), nn.Conv2d(4, 4, 5)), "po", ("stiefel", "own"))
+    finally:
+        kinds.unregister_kind("own")
+
+
+def _full(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("full")
+
+
+def test_lack_of_memory_keeps_its_type() -> None:
+    weight = geoopt.ManifoldParameter(OwnRows().projx(normal((4, 3), 0)), manifold=OwnRows())
+    weight.grad = torch.ones_like(weight)
+    weight.manifold.retr = _full
+    with pytest.raises(torch.OutOfMemoryError, match=r"^full$"):
+        fgo_geo.RiemannianFGSGD([weight], lr=0.1).step()
+    fgo_geo.register_kind("own", type("Faulty", (OwnRows,), {"projx": _full}))
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match=r"^full$"):
+            fgo_geo.constrain(nn.Sequential(nn.Linear(3, 4)), "layer", "own", radius="unit", classifier=True)
+    finally:
+        kinds.unregister_kind("own")
+
+
+@pytest.mark.parametrize("update", ["retraction", "exponential"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_error_in_a_step_names_the_weight_as_the_optimiser_does_and_the_method(update: Any, momentum: float) -> None:
+    method = ("retr" if update == "retraction" else "expmap") + "_transp" * (momentum > 0)
+    sphere = geoopt.Sphere()
+    weight = geoopt.ManifoldParameter(sphere.projx(normal((6, 4), 0)), manifold=sphere)
+    original = getattr(sphere, method)
+
+    def faulty(*args: Any) -> Any:
+        found = original(*args)
+        return found * torch.nan if isinstance(found, Tensor) else (found[0] * torch.nan, *found[1:])
+
+    setattr(sphere, method, faulty)
+    optimizer = fgo_geo.RiemannianFGSGD([("w", weight)], lr=0.1, momentum=momentum, update=update)
+    weight.grad = normal((6, 4), 1)
+    with pytest.raises(RuntimeError, match=rf"^the step of 'w', param_groups.* ValueError: {method} returned numbers"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_without_the_check_a_weight_that_is_not_finite_is_left_out_on_manifolds_of_geoopt(momentum: float) -> None:
+    sphere = geoopt.Sphere()
+    weights = [geoopt.ManifoldParameter(sphere.projx(normal((6, 4), k)), manifold=sphere) for k in range(2)]
+    with torch.no_grad():
+        weights[0][0] = torch.nan
+    before = [weight.detach().clone() for weight in weights]
+    optimizer = fgo_geo.RiemannianFGSGD(weights, lr=0.1, check_finite=False, momentum=momentum)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert optimizer.skipped_groups() == 1
+    torch.testing.assert_close(weights[0].detach()[1:], before[0][1:])
+    assert not torch.equal(weights[1], before[1])
+
+
 def test_errors_of_weights_without_a_name_and_of_classes_without_a_kind() -> None:
     weights = [geoopt.ManifoldParameter(OwnRows().projx(normal((4, 3), seed)), manifold=OwnRows()) for seed in (0, 1)]
     optimizer = fgo_geo.RiemannianFGSGD(weights, lr=0.1)
     for weight in weights:
         weight.grad = torch.ones_like(weight)
         weight.manifold.inner = _boom
-    with pytest.raises(RuntimeError, match=r"step of a weight of shape \(4, 3\) on OwnRows manifolds failed: KeyError"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"step of param_groups\[0\]\['params'\]\[0\] of shape \(4, 3\) on OwnRows manifolds failed: KeyError",
+    ):
         optimizer.step()
 
 

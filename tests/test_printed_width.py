@@ -111,7 +111,10 @@ def test_without_a_terminal_lines_are_as_wide_as_it_takes(monkeypatch):
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PROGRAMS = [
-    p for p in EXAMPLES.rglob("*.py") if re.search(r"argument_?parser\((?s:.)*__main__", p.read_text("utf-8"), re.I)
+    path
+    for path in EXAMPLES.rglob("*.py")
+    if "__main__" in (text := path.read_text("utf-8"))
+    and re.search(r"argument_?parser\(|command_line\.parse", text, re.I)
 ]
 
 

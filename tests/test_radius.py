@@ -138,7 +138,8 @@ def test_unit_and_numbers_are_radii(grouped: Grouped) -> None:
 
 
 @pytest.mark.parametrize(
-    "rule", ["kaimin", "", 0, -1.0, math.inf, pytest.param(10**400, id="10**400"), True, None, torch.tensor(1.0)]
+    "rule",
+    ["kaimin", "", 0, -1.0, math.inf, math.nan, pytest.param(10**400, id="10**400"), True, None, torch.tensor(1.0)],
 )
 def test_rules_that_are_none(rule: object) -> None:
     with pytest.raises(ValueError, match='radius must be "kaiming", "unit", "bound" or a positive finite float, got'):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,21 @@ class WithoutWeights(TorchFunctionMode):
 MORE_HEADS = {"googlenet": 2, "inception_v3": 1, "swin_v2_t": 2, "swin_v2_s": 2}
 
 
+def names_of(row: str, known: list[str]) -> list[str]:
+    """The names that a row of a printed plan stands for, as many as it says."""
+    glob, _, count = row.rstrip(")").partition(" (")
+    before, is_list, rest = glob.partition("{")
+    listed, _, after = rest.partition("}")
+    if is_list:
+        ends = [part.split("-") for part in listed.split(",")]
+        names = [f"{before}{n}{after}" for end in ends for n in range(int(end[0]), int(end[-1]) + 1)]
+    else:
+        names = fnmatch.filter(known, glob)
+        assert all(re.fullmatch(re.escape(glob).replace(r"\*", r"\d+"), name) for name in names)
+    assert len(names) == int(count or 1)
+    return names
+
+
 @pytest.mark.parametrize("name", models.list_models(module=models))
 def test_every_classifier_can_be_constrained(name: str) -> None:
     arguments = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
@@ -49,15 +65,15 @@ def test_every_classifier_can_be_constrained(name: str) -> None:
     plan = constrain(model)
     text = str(plan)
     rows = [line.partition("  ")[0] for line in text.partition("\n\n")[0].splitlines()[2:]]
-    numbers = [re.search(r"\((\d+)", row) for row in rows]  # of the weights that share a row
-    assert sum(int(number[1]) if number else 1 for number in numbers) == len(plan.constrained)
+    of_rows = [names_of(row, list(parameters)) for row in rows]
+    assert sorted(itertools.chain(*of_rows)) == sorted(entry.name for entry in plan.constrained)
+    assert all(len({parameters[name].shape for name in names}) == 1 for names in of_rows)
     assert [entry.name for entry in plan.entries] == list(parameters)
     spared = [e.reason for e in plan.entries if e.reason and ("first conv" in e.reason or "classifier" in e.reason)]
     assert len(spared) == 2 + MORE_HEADS.get(name, 0) or name.startswith("squeezenet")
     for entry in plan.entries:
         kernel = len(entry.shape) > 1 and entry.name.endswith("weight") and "norm" not in entry.module.lower()
         if entry.constrained:
-            assert any(fnmatch.fnmatchcase(entry.name, row.partition(" (")[0]) for row in rows)
             assert isinstance(model.get_parameter(entry.name), geoopt.ManifoldParameter)
         else:
             assert not kernel or entry.reason in spared, f"{entry.name} is left alone: it {entry.reason}"

@@ -11,6 +11,4 @@ A run goes parse -> open its folder -> build -> fit -> write:
 * :mod:`training.grid` runs many of them and compares.
 """
 
-from fgo_geo import __version__  # before Geoopt, which warns if it is imported alone
-
-__all__ = ["__version__"]
+import fgo_geo  # noqa: F401  before Geoopt, which warns if it is imported alone

@@ -82,7 +82,7 @@ class _Placed:
     def lend(self, weight: Weight, point: Tensor, grad: Tensor | None, buffer: Tensor | None) -> Weight:
         """The weight in the form in which this process steps it."""
         if self.lent is None or self.lent.owner is not weight.owner or self.lent.param is not point:
-            self.lent = Weight(point, weight.owner, weight.manifold, grad)
+            self.lent = Weight(point, weight.owner, weight.manifold, grad, name_of=weight.name_of)
             if self.local is not None and self.local.manifold is not None:
                 self.lent.manifold, self.lent.share = self.local.manifold, self.local.share
         self.lent.grad, self.lent.buffer, self.lent.first = grad, buffer, weight.first

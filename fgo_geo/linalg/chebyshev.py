@@ -173,4 +173,4 @@ def solve_skew(z: Tensor, k: Tensor, spread: float) -> Tensor:
         rest = rest.sub_(image).sub_(image.mT)
         former, gain = gain, 1 / (2 * centre / half - gain)
         step = step.mul_(former * gain).add_(rest, alpha=2 * gain / half)
-    return skew(solution)  # to which the last step would add its product with Z less the middle: less than rounding
+    return skew(solution)  # The product of the last step, which is left out, is symmetric up to less than rounding.

@@ -360,13 +360,13 @@ def _unscaled(entry: PlanEntry) -> tuple[str, ...]:
 
 def _fused(name: str, layout: WeightLayout) -> tuple[str, ...]:
     """A remark on queries, keys and values in one linear layer, unless they are split."""
-    layer = name.split(".")[-2:][0]
+    *parents, layer = name.split(".")[: -1 if "." in name else None]
     has_three = re.search("qkv|c_attn", layer, re.IGNORECASE) and layout.out_channels == 3 * layout.in_channels
     if not has_three or layout.sections > 1:
         return ()
     return (
-        f'queries, keys and values are one matrix here; overrides={{"*.{layer}": {{"split": 3}}}} constrains each by '
-        "itself",
+        f'queries, keys and values are one matrix here; overrides={{"{"*." * bool(parents)}{layer}": {{"split": 3}}}} '
+        "constrains each by itself",
     )
 
 

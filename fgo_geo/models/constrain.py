@@ -172,11 +172,11 @@ def constrain(
             try:
                 point, notes = initial_point(site.param.detach(), manifold, s.initial, s.seed, entry.name)
             except Exception as error:
-                own = [name for name in entry.kinds_used() if kind(name).is_of_user]
-                if not own:
+                used = entry.kinds_used()
+                if isinstance(error, torch.OutOfMemoryError) or not any(kind(name).is_of_user for name in used):
                     raise
                 raise RuntimeError(
-                    f"constrain: {entry.name!r} cannot be moved to manifolds of kind {few(own)}: "
+                    f"constrain: {entry.name!r} cannot be moved to manifolds of kind {few(used)}: "
                     f"{type(error).__name__}: {error}"
                 ) from error
             entries[number] = replace(entry, notes=(*entry.notes, *notes))

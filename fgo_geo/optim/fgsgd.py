@@ -306,7 +306,8 @@ class RiemannianFGSGD(geoopt.optim.RiemannianSGD):
             elif param.dtype in HALF and group["master_weights"]:
                 point, grad = self._masters.of(param, manifold), grad.float()
             buffer = self._stepper.momentum_of(param, point) if options.keeps_buffer else None
-            weights.append(Weight(point, param, manifold, grad, buffer, buffer is None and options.keeps_buffer))
+            is_first = buffer is None and options.keeps_buffer
+            weights.append(Weight(point, param, manifold, grad, buffer, is_first, name_of=self._held.name_of))
         return StepRequest(options, weights, group["check_finite"], group["norm"] == "running", plain)
 
 

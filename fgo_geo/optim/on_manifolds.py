@@ -389,7 +389,7 @@ class OnManifolds:
         _foreach.mul_(here, -1 / lr)
         options = replace(self._options, lr=lr)
         options = replace(options, longest_step=longest_step(options))
-        weights = [Weight(self._points[p], p, manifold_of(p), p.detach()) for p in moved]
+        weights = [Weight(self._points[p], p, manifold_of(p), p.detach(), name_of=self._name_of) for p in moved]
         return StepRequest(options, weights, self._check_finite)
 
     def _name_of(self, param: Tensor) -> str:

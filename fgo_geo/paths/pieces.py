@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fgo_geo.linalg import Use, Workspace, reads_for_free
-from fgo_geo.manifolds import ComponentManifold, ProductOfGroups, known_name
+from fgo_geo.manifolds import ComponentManifold, ProductOfGroups
 from fgo_geo.paths.native import blocks
 from fgo_geo.paths.native.library import library
 from fgo_geo.paths.protocol import Claim, Weight
@@ -193,10 +193,9 @@ class Job:
         try:
             yield
         except Exception as error:
-            if not self._is_foreign:
+            if not self._is_foreign or isinstance(error, torch.OutOfMemoryError):
                 raise
-            owners = [piece.weight.owner for piece in self.pieces]
-            names = [known_name(owner) or f"a weight of shape {tuple(owner.shape)}" for owner in dict.fromkeys(owners)]
+            names = list(dict.fromkeys(piece.weight.name_of(piece.weight.owner) for piece in self.pieces))
             record = kind_of(self.manifold)
             kind = "" if record is None else f" (kind {record.name!r})"
             raise RuntimeError(

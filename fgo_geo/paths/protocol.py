@@ -26,7 +26,7 @@ from __future__ import annotations
 import abc
 import enum
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -93,6 +93,7 @@ class Weight:
         staged: What paths have computed of some parts, points and momentum by part, until all are there: both are
             written at once, so that an interrupt finds the weight as it was before its step or after it.
         share: What of the owner this is, if other processes step the rest of it.
+        name_of: How messages name the owner.
     """
 
     param: Tensor
@@ -103,6 +104,7 @@ class Weight:
     first: bool = False
     staged: dict[int, tuple[Tensor, Tensor | None]] = field(default_factory=dict[int, tuple[Tensor, "Tensor | None"]])
     share: Share | None = None
+    name_of: Callable[[Tensor], str] = lambda owner: f"a weight of shape {tuple(owner.shape)}"
 
     @property
     def n_groups(self) -> int:

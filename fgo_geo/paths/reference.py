@@ -82,7 +82,8 @@ class JobBatch(Batch):
                 job.grad = torch.where(job.spread(factors > 0), job.grad, 0)
             with job.naming_errors():
                 x, buffer = self.move_job(job, options, factors)
-                job.require_components("retr" if options.update == "retraction" else "expmap", x, is_finite=True)
+                # Without that check, components that are not finite themselves are left out, and stay as they are.
+                job.require_components(_method(job, options, buffer), x, is_finite=not leaves_out)
             buffers = [None] * len(job.pieces) if buffer is None else job.split(buffer)
             for piece, own, own_buffer in zip(job.pieces, job.split(x), buffers, strict=True):
                 large = self._large.get(piece.weight)
@@ -112,6 +113,12 @@ class JobBatch(Batch):
         if weight not in parts:  # the parts of a large weight follow each other
             parts[weight] = self._large[weight].cut(cast(Tensor, _tensor(weight, use)), use)
         return job.join([parts[piece.weight][piece.part] for piece in job.pieces])
+
+
+def _method(job: Job, options: StepOptions, buffer: Tensor | None) -> str:
+    """The method of a manifold that :func:`_move_along` has called."""
+    transports = buffer is not None and not isinstance(job.manifold, EmbeddedManifold)
+    return ("retr" if options.update == "retraction" else "expmap") + "_transp" * transports
 
 
 def _tensor(weight: Weight, use: Use) -> Tensor | None:

@@ -103,7 +103,7 @@ class Kind:
 
     @property
     def is_of_user(self) -> bool:
-        """Whether it was registered from outside of the package; classes of Geoopt are, too, but ``Euclidean``."""
+        """Whether a user registered it. Geoopt's classes count as registered, except ``Euclidean``."""
         return self.name in _of_users
 
     @property

@@ -166,10 +166,13 @@ def bound_in_words(bound_of: BoundOf, bound: float, kinds_used: Iterable[str]) -
     Example:
         >>> bound_in_words("group", 0.5, ["sphere"]), bound_in_words("group", 0.5, ["sphere", "euclidean"])
         ('norms of each group <= 0.5', 'norms of each sphere group <= 0.5')
+        >>> bound_in_words("group", 1.0, ["ball", "sphere", "euclidean", "oblique"])
+        'norms of each ball, sphere or oblique group <= 1'
     """
     known = list(dict.fromkeys(kinds_used))
     bounded = [name for name in known if not kinds.kind(name).is_free]
-    groups = "group" if bounded == known else f"{' or '.join(bounded)} group"
+    names = ", ".join(bounded[:-1]) + " or " * (len(bounded) > 1) + "".join(bounded[-1:])
+    groups = "group" if bounded == known else f"{names} group"
     whose = f"each {groups}" if bound_of == "group" else "the layer"
     return f"norms of {whose} <= {bound:g}" if bounded else ""
 

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
@@ -59,12 +58,10 @@ def described(argument: object) -> str:
     """An argument of the wrong type, as a message names it.
 
     Example:
-        >>> described([]), described(OSError()), described(None)
-        ('a list', 'an OSError', 'None')
+        >>> described([]), described(None)
+        ('an object of type list', 'None')
     """
-    name = type(argument).__name__
-    article = "an" if name.startswith((*"aeioAEIO", "ndarray")) else "a"
-    return "None" if argument is None else f"{article} {name}"
+    return "None" if argument is None else f"an object of type {type(argument).__name__}"
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
@@ -118,33 +115,62 @@ def counted_globs(names: Sequence[str], known: Iterable[str], *, partly: bool = 
     Args:
         names: Names.
         known: All names; a glob that fits others of these is not used.
-        partly: Use such a glob after all if it has one star, and say how many of the known names it stands for.
+        partly: For names that no glob stands for and that differ in one number, list their numbers in braces, unless
+            there are too many to list.
 
     Example:
         >>> known = [f"{i}.weight" for i in range(4)]
         >>> counted_globs(known, known)["0.weight"], counted_globs(known[1:], known)["1.weight"]
         ('*.weight (4)', '1.weight')
         >>> counted_globs(known[1:], known, partly=True)["1.weight"]
-        '*.weight (3 of 4)'
+        '{1-3}.weight (3)'
     """
     known, labels = list(known), {name: name for name in names}
-    counts = Counter(glob for name in names for glob in _globs_of(name))
-    fitting = {glob: fnmatch.filter(known, glob) for glob, count in counts.most_common() if count > 2}
-    for is_part in (False, True)[: 1 + partly]:
-        for glob, fits in fitting.items():
-            members = [name for name in fits if labels.get(name) == name]
-            if len(members) > 2 and (len(members) == len(fits) or (is_part and glob.count("*") == 1)):
-                of = f" of {len(fits)}" if len(members) < len(fits) else ""
-                labels |= dict.fromkeys(members, f"{glob} ({len(members)}{of})")
+
+    def unlabelled(family: Sequence[str]) -> list[str]:
+        return [name for name in family if labels.get(name) == name]
+
+    families: dict[str, list[str]] = {}  # by glob, the names that differ in the numbers that it leaves open alone
+    for name in labels:
+        for glob in _globs_of(name):
+            families.setdefault(glob, []).append(name)
+    by_size = sorted((family for family in families.items() if len(family[1]) > 2), key=lambda f: -len(f[1]))
+    for glob, family in by_size:
+        members = unlabelled(family)
+        if len(members) > 2 and len(members) == len(fnmatch.filter(known, glob)):
+            labels |= dict.fromkeys(members, f"{glob} ({len(members)})")
+    for glob, family in by_size if partly else ():
+        members = unlabelled(family)
+        before, _, after = glob.partition("*")
+        if len(members) < 3 or "*" in after:
+            continue
+        numbers = _listed([name[len(before) : len(name) - len(after)] for name in members])
+        if len(numbers) <= _LONGEST_LIST:
+            labels |= dict.fromkeys(members, f"{before}{{{numbers}}}{after} ({len(members)})")
     return labels
 
 
-def _globs_of(name: str) -> set[str]:
-    """The name with one of its numbers replaced by a star, all but the last, or all."""
+_LONGEST_LIST = 24  # characters in braces; other rows are printed one by one
+
+
+def _globs_of(name: str) -> list[str]:
+    """The name with all of its numbers replaced by stars, all but the last, or one."""
     parts = re.split(r"(\d+)", name)
     numbers = range(1, len(parts), 2)
     choices = [numbers, numbers[:-1], *((number,) for number in numbers)]
-    return {"".join("*" if k in chosen else part for k, part in enumerate(parts)) for chosen in choices} - {name}
+    found = ["".join("*" if k in chosen else part for k, part in enumerate(parts)) for chosen in choices]
+    return [glob for glob in dict.fromkeys(found) if glob != name]
+
+
+def _listed(numbers: Sequence[str]) -> str:
+    """Numbers, of which three and more that follow each other are written as ``first-last``."""
+    runs: list[list[str]] = []
+    for number in sorted(numbers, key=lambda n: (int(n), n)):
+        if runs and number == str(int(runs[-1][-1]) + 1):
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 2 else ",".join(run) for run in runs)
 
 
 def globs(names: Sequence[str], known: Iterable[str], limit: int = 20) -> str:
