@@ -336,7 +336,7 @@ MUTANTS = [
     *in_file(
         "weights/words.py",
         "constrain_plan torchvision",
-        ("if len(members) > 2 and (len(members) == len(fits)", "if len(members) > 2 and (len(members) <= len(fits)"),
+        ("len(members) == len(fnmatch.filter(known, glob))", "len(members) <= len(fnmatch.filter(known, glob))"),
         ("if labels.get(name) == name", "if name in labels"),
         ("hidden = sum(label not in shown for label in labels.values())", "hidden = len(set(labels.values())) - len(shown)"),
     ),

@@ -267,8 +267,9 @@ class OnManifolds:
     def _step(self, inner: Callable[..., Any], closure: Callable[[], Any] | None) -> Any:
         """Let the optimiser move, and move along the manifolds instead.
 
-        After any error the weights on manifolds have their former values. The method refuses gradients that are not
-        finite before the optimiser moves, so in that case nothing else has changed either.
+        After an error the weights on manifolds have their former values, unless the retraction of a manifold from
+        outside the package raised after others had moved. The method refuses gradients that are not finite before the
+        optimiser moves, so in that case nothing else has changed either.
         """
         self._waiting.clear()
         self._stepper.meet(self.optimizer.param_groups)
