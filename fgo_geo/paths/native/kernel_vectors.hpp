@@ -98,13 +98,12 @@ template <class T, int FACTOR, int SHIFT, int... L> FGO_INLINE vec<T> permute(ve
 #undef FGO_SHUFFLE
 
 // Lane l of v[i] becomes that of v[i - l], or v[i + l], modulo K.
-template <class T, int K, bool BACK, int BIT = 1> FGO_INLINE void rotate(vec<T> *v) {
+template <class T, int K, bool BACK, int BIT, int... I> FGO_INLINE void rotate(vec<T> *v, std::integer_sequence<int, I...> each) {
   if constexpr (BIT < K && BIT < lanes<T>) {
-    vec<T> turned[K];
-    for (int i = 0; i < K; ++i)
-      turned[i] = blend<T, K, BIT>(v[i], v[(i + (BACK ? BIT : K - BIT)) % K], std::make_integer_sequence<int, lanes<T>>());
-    for (int i = 0; i < K; ++i) v[i] = turned[i];
-    rotate<T, K, BACK, 2 * BIT>(v);
+    const std::make_integer_sequence<int, lanes<T>> all;
+    vec<T> turned[K] = {blend<T, K, BIT>(v[I], v[(I + (BACK ? BIT : K - BIT)) % K], all)...};
+    rotate<T, K, BACK, 2 * BIT>(turned, each);
+    ((v[I] = turned[I]), ...);
   }
 }
 
@@ -125,7 +124,7 @@ template <class T, int K> constexpr int inverse() {
 template <class T, int K, int... I> FGO_INLINE void read_kernels(const T *p, vec<T> *v, std::integer_sequence<int, I...>) {
   const std::make_integer_sequence<int, lanes<T>> all;
   ((v[I] = load<T>(p + lanes<T> * vector_of_entry<T, K>(I))), ...);
-  rotate<T, K, false>(v);
+  rotate<T, K, false, 1>(v, std::integer_sequence<int, I...>());
   ((v[I] = permute<T, K, I>(v[I], all)), ...);
 }
 
@@ -133,7 +132,7 @@ template <class T, int K, int... I> FGO_INLINE void write_kernels(T *p, const ve
   const std::make_integer_sequence<int, lanes<T>> all;
   constexpr int f = inverse<T, K>();
   vec<T> turned[K] = {permute<T, f, (lanes<T> * K - I) * f>(v[I], all)...};
-  rotate<T, K, true>(turned);
+  rotate<T, K, true, 1>(turned, std::integer_sequence<int, I...>());
   (store<T>(p + lanes<T> * vector_of_entry<T, K>(I), turned[I]), ...);
 }
 
