@@ -151,7 +151,8 @@ def divide(measured: Sequence[Measured], units: Mapping[Weight, float]) -> None:
 
 def _divide(weight: Weight, options: StepOptions, unit: float) -> None:
     grad = cast(Tensor, weight.grad).detach()
-    scaled = torch.ldexp(grad, torch.tensor(1 - math.frexp(unit)[1], device=grad.device))
+    exponent = 1 - math.frexp(unit)[1]
+    scaled = grad * 2.0 ** (exponent // 2) * 2.0 ** (exponent - exponent // 2)  # 1 / unit can be infinite
     if options.weight_decay != 0:  # which acts on Euclidean components, and has to be divided too
         decay = -options.weight_decay if options.maximize else options.weight_decay
         scaled = scaled.add(weight.param.detach(), alpha=decay * (1 / unit - 1))
